@@ -1,0 +1,202 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Backoff when the process or the system is out of something that accept(2) needs. Retrying is also
+// prompted by each connection that closes.
+const (
+	minAcceptBackoff = 5 * time.Millisecond
+	maxAcceptBackoff = 1 * time.Second
+)
+
+// An acceptor takes connections from one listener to the gate. It runs on Serve's goroutine.
+type acceptor struct {
+	srv       *Server
+	ln        net.Listener
+	waker     interface{ SetDeadline(time.Time) error } // nil when ln cannot be woken but by closing it
+	inherited bool
+}
+
+func newAcceptor(s *Server, ln net.Listener) *acceptor {
+	a := &acceptor{srv: s, ln: ln}
+	if in, ok := ln.(inheritedListener); ok {
+		a.inherited, a.ln = true, in.Listener
+	}
+	a.waker, _ = a.ln.(interface{ SetDeadline(time.Time) error })
+	return a
+}
+
+// longAgo as a deadline makes a blocked Accept return at once.
+var longAgo = time.Unix(1, 0)
+
+// wake makes a blocked Accept return, and every one after it until the next clearance. Called
+// under the lock of the book, so that it cannot be undone by a clearance that did not know of its cause.
+func (a *acceptor) wake(l *ledger) {
+	switch {
+	case a.waker != nil:
+		_ = a.waker.SetDeadline(longAgo)
+	case l.state >= Draining:
+		_ = a.ln.Close()
+	}
+}
+
+// run accepts until the drain, and then empties the queue. A non-nil error is why it had to end before.
+func (a *acceptor) run() error {
+	defer a.leave()
+	backoff := time.Duration(0)
+	for a.awaitClearance() {
+		nc, err := a.ln.Accept()
+		switch {
+		case err == nil:
+			if backoff > 0 {
+				a.srv.log.Info("accepting again", zap.Stringer("address", a.ln.Addr()))
+				backoff = 0
+			}
+			a.take(nc)
+		case a.woken(err):
+		case acceptRetryable(err):
+			if backoff == 0 {
+				a.srv.log.Warn("accepting is held up", zap.Stringer("address", a.ln.Addr()), zap.Error(err))
+			}
+			backoff = min(max(2*backoff, minAcceptBackoff), maxAcceptBackoff)
+			a.sleep(backoff)
+		default:
+			if a.srv.isDraining() {
+				return nil // closed by wake
+			}
+			return err
+		}
+	}
+	a.empty()
+	return nil
+}
+
+func (a *acceptor) woken(err error) bool {
+	ne, ok := errors.AsType[net.Error](err)
+	return ok && ne.Timeout()
+}
+
+// awaitClearance waits until accepting leads somewhere. False means that a drain has begun.
+func (a *acceptor) awaitClearance() bool {
+	var draining bool
+	_ = a.srv.book.Await(context.Background(), func(l *ledger) bool {
+		draining = l.state >= Draining
+		if draining {
+			return true
+		}
+		if !a.srv.mayAccept(l) {
+			return false
+		}
+		if a.waker != nil {
+			_ = a.waker.SetDeadline(time.Time{}) // under the lock: a pause after this wakes Accept
+		}
+		return true
+	})
+	return !draining
+}
+
+// take puts an accepted connection on the books and waits with it, unserved, until the gate has judged it.
+func (a *acceptor) take(nc net.Conn) {
+	s := a.srv
+	c := newConn(s, nc)
+	var (
+		opened bool
+		v      verdict
+		why    Reason
+	)
+	_ = s.book.Await(context.Background(), func(l *ledger) bool {
+		if !opened {
+			l.open(c)
+			opened = true
+		}
+		v, why = s.judge(l, c)
+		return v != wait
+	})
+	switch v {
+	case admit:
+		s.log.Info("connection opened", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
+		s.tellIfDraining(c)
+		go c.serve()
+	case refuse:
+		go c.refuse(why)
+	case gone:
+		go c.depart()
+	case wait:
+	}
+}
+
+// sleep waits for d, or until a connection has closed or the drain has changed.
+func (a *acceptor) sleep(d time.Duration) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), d, errBackoffOver)
+	defer cancel()
+	var first bool
+	var closed, state int
+	_ = a.srv.book.Await(ctx, func(l *ledger) bool {
+		c, st := int(l.accepted)-len(l.conns), int(l.state)
+		if !first {
+			first, closed, state = true, c, st
+		}
+		return c != closed || st != state || l.drain.over()
+	})
+}
+
+var errBackoffOver = errors.New("backoff over")
+
+// handshakeWait is how long a drain waits for handshakes under way, whose clients believe themselves
+// connected: the round trip of a near network. Nothing else prolongs it, since new ones are dropped.
+const handshakeWait = 50 * time.Millisecond
+
+// emptyAtMost bounds what a drain takes from a queue that goes on filling because the system
+// cannot keep new handshakes out: Linux's default net.core.somaxconn.
+const emptyAtMost = 4096
+
+// empty ends accepting so that nobody is reset: no new handshake is let in, those who already are in
+// the accept queue are taken to the gate, and only then the listener is closed.
+func (a *acceptor) empty() {
+	defer a.ln.Close()
+	if a.inherited || a.waker == nil {
+		return // the queue is the successor's; or it cannot be looked at
+	}
+	shut := dropHandshakes(a.ln) == nil
+	for taken := 0; shut || taken < emptyAtMost; {
+		if a.srv.drainOver() {
+			return
+		}
+		_ = a.waker.SetDeadline(time.Now().Add(handshakeWait))
+		nc, err := a.ln.Accept()
+		switch {
+		case err == nil:
+			taken++
+			a.take(nc)
+		case a.woken(err):
+			return // empty
+		case acceptRetryable(err):
+			a.stopped() // notices need not wait until files are free again
+			a.sleep(maxAcceptBackoff)
+		default:
+			return
+		}
+	}
+}
+
+// stopped books, once, that this listener lets nobody new in.
+func (a *acceptor) stopped() {
+	a.srv.book.With(func(l *ledger) {
+		if i := slices.Index(l.acceptors, a); i >= 0 {
+			l.acceptors = slices.Delete(l.acceptors, i, i+1)
+		}
+	})
+}
+
+func (a *acceptor) leave() {
+	a.stopped()
+	a.srv.endTask()
+}

@@ -1,0 +1,349 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// drain is the end of a server's life under way. It is a part of the ledger.
+type drain struct {
+	since, deadline time.Time
+	reason          string
+	telling         bool // notices go out: who is admitted from now on is told at once
+	expired         bool // the deadline has passed
+	forced          bool
+
+	notified, noticeFailed              int
+	left, atDeadline, byForce, rejected int
+
+	stuck int
+	ended time.Time
+}
+
+func (d *drain) info() DrainInfo {
+	return DrainInfo{Since: d.since, Deadline: d.deadline, Reason: d.reason, Notified: d.notified, NoticeFailed: d.noticeFailed}
+}
+
+func (d *drain) report() Report {
+	return Report{
+		DrainInfo: d.info(), Took: d.ended.Sub(d.since),
+		Left: d.left, Deadline: d.atDeadline, Forced: d.byForce, Rejected: d.rejected, Stuck: d.stuck,
+	}
+}
+
+// over says that no connection gets any more time.
+func (d *drain) over() bool { return d != nil && (d.expired || d.forced) }
+
+// count books a connection that closed during the drain.
+func (d *drain) count(why Reason) {
+	switch why {
+	case Deadline:
+		d.atDeadline++
+	case Forced:
+		d.byForce++
+	case RejectedPaused, RejectedLimit, RejectedDraining:
+		d.rejected++
+	default:
+		d.left++
+	}
+}
+
+// DrainInfo describes a drain under way, or finished.
+type DrainInfo struct {
+	Since        time.Time
+	Deadline     time.Time
+	Reason       string
+	Notified     int // clients whose notice the kernel took
+	NoticeFailed int // clients who could not be told: gone, or not reading
+}
+
+// Report sums up a drain.
+type Report struct {
+	DrainInfo
+	Took     time.Duration
+	Left     int // connections that ended by themselves
+	Deadline int // connections that were closed at the deadline
+	Forced   int // connections that were closed by force
+	Rejected int // clients who came too late to be given time
+	Stuck    int // handlers left behind, since they ignored their context
+}
+
+// Drain begins the server's end and returns at once: accepting stops for certain, then every client is
+// sent the notice, and has until the deadline; see Done and Shutdown for its end. A grace of zero
+// means Options.Grace, a negative one none.
+//
+// When a drain is under way, a deadline before its own shortens it, and nothing else changes it. Drain
+// reports whether it changed anything.
+func (s *Server) Drain(grace time.Duration, reason string) (changed bool) {
+	if grace == 0 {
+		grace = s.opts.Grace
+	}
+	return s.drainBy(time.Now().Add(max(0, grace)), reason, false)
+}
+
+// Shutdown drains and waits for the end. The deadline is ctx's, or Options.Grace from now where it
+// has none; up to two seconds later everything is closed. When ctx is cancelled, not when its
+// deadline passes, the rest is closed by force, and the error is the cause.
+func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(max(0, s.opts.Grace))
+	}
+	s.drainBy(deadline, reason, false)
+	var err error
+	select {
+	case <-s.stopped:
+	case <-ctx.Done():
+		if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			err = context.Cause(ctx)
+			s.drainBy(time.Now(), reason, true)
+		}
+		<-s.stopped
+	}
+	return s.report(), err
+}
+
+// Close closes everything now: no notice, no grace. It returns when that is done, after a moment at the
+// most, also where handlers ignore their context.
+func (s *Server) Close() error {
+	s.drainBy(time.Now(), "close", true)
+	<-s.stopped
+	return nil
+}
+
+// Force is Close without waiting for its end.
+func (s *Server) Force() { s.drainBy(time.Now(), "close", true) }
+
+func (s *Server) drainBy(deadline time.Time, reason string, force bool) (changed bool) {
+	if err := CheckText(reason); err != nil {
+		reason = fmt.Sprintf("%.40q", reason)
+	}
+	var begun, shortened, forced bool
+	s.book.With(func(l *ledger) {
+		if l.state == Stopped {
+			return
+		}
+		if l.drain == nil {
+			begun = true
+			for len(l.holds) > 0 {
+				l.drop(0, &DrainingError{Deadline: deadline})
+			}
+			l.drain = &drain{since: time.Now(), deadline: deadline, reason: reason}
+			l.setState(Draining)
+			for _, a := range l.acceptors {
+				a.wake(l)
+			}
+		}
+		if !l.drain.expired && deadline.Before(l.drain.deadline) {
+			shortened = true
+			l.drain.deadline = deadline
+		}
+		if force && !l.drain.forced {
+			forced = true
+			l.drain.forced = true
+		}
+	})
+	fields := []zap.Field{zap.String("reason", reason), zap.Time("deadline", deadline)}
+	switch {
+	case forced:
+		s.log.Warn("closing everything now")
+	case begun:
+		s.log.Info("draining: no new connections, clients are being notified", fields...)
+	case shortened:
+		s.log.Info("drain shortened", fields...)
+	}
+	if begun {
+		go s.conductDrain()
+	}
+	return begun || shortened || forced
+}
+
+// acceptingStops bounds how long notices wait for the accept queue to be emptied: on a
+// listener whose queue is long, whoever comes out of it later is told then.
+const acceptingStops = 250 * time.Millisecond
+
+// conductDrain leads the drain from its begin to the stop.
+func (s *Server) conductDrain() {
+	s.awaitFor(acceptingStops, func(l *ledger) bool { return len(l.acceptors) == 0 || l.drain.over() })
+	s.tellAll()
+	close(s.draining)
+	s.awaitDeadline()
+
+	var conns []*Conn
+	var forced bool
+	s.book.With(func(l *ledger) {
+		l.drain.expired = true
+		conns, forced = l.sorted(), l.drain.forced
+	})
+	stuck := s.closeRest(conns, forced)
+	s.endSweep()
+	s.book.With(func(l *ledger) {
+		l.drain.stuck = stuck
+		l.drain.ended = time.Now()
+		l.setState(Stopped)
+		for _, sub := range l.subscribers {
+			sub.end()
+		}
+		l.subscribers = nil
+	})
+	s.summarize(s.report())
+	close(s.stopped)
+}
+
+// tellAll notifies every client that is being served.
+func (s *Server) tellAll() {
+	var conns []*Conn
+	s.book.With(func(l *ledger) {
+		l.drain.telling = true
+		if l.drain.forced {
+			return
+		}
+		for _, c := range l.sorted() {
+			if c.admitted && !c.told {
+				c.told = true
+				conns = append(conns, c)
+			}
+		}
+	})
+	d := s.drainInfo()
+	notice := s.opts.Notice.render(d.Reason, time.Now(), d.Deadline)
+	for _, c := range conns {
+		s.tell(c, notice)
+	}
+}
+
+// tellIfDraining notifies a client that was admitted after the others had been told.
+func (s *Server) tellIfDraining(c *Conn) {
+	var d DrainInfo
+	var tell bool
+	s.book.With(func(l *ledger) {
+		if tell = l.drain != nil && l.drain.telling && !l.drain.forced && !c.told; tell {
+			c.told = true
+			d = l.drain.info()
+		}
+	})
+	if tell {
+		s.tell(c, s.opts.Notice.render(d.Reason, time.Now(), d.Deadline))
+	}
+}
+
+func (s *Server) tell(c *Conn, notice []byte) {
+	if len(notice) == 0 {
+		return
+	}
+	c.post(&posting{text: notice, settled: func(sent bool) {
+		if sent {
+			c.notified.Store(true)
+		}
+		s.book.With(func(l *ledger) {
+			if sent {
+				l.drain.notified++
+			} else {
+				l.drain.noticeFailed++
+			}
+		})
+	}})
+}
+
+// awaitDeadline counts down until the last connection is closed, the deadline has passed, or all is forced.
+func (s *Server) awaitDeadline() {
+	for {
+		now := time.Now()
+		var deadline time.Time
+		var open int
+		var done bool
+		s.book.With(func(l *ledger) {
+			deadline, open = l.drain.deadline, len(l.conns)
+			done = l.tasks == 0 || l.drain.forced
+		})
+		left := deadline.Sub(now)
+		if done || left <= 0 {
+			return
+		}
+		s.log.Info("draining", zap.Int("seconds_left", int((left+time.Second-1)/time.Second)), zap.Int("connections", open))
+		s.awaitFor(left-nextLine(left), func(l *ledger) bool {
+			return l.tasks == 0 || l.drain.forced || !l.drain.deadline.Equal(deadline)
+		})
+	}
+}
+
+// nextLine is the time left at which the countdown is next logged: every second of the last ten,
+// every ten seconds of the last minute, every minute before.
+func nextLine(left time.Duration) time.Duration {
+	step := time.Minute
+	switch {
+	case left <= 10*time.Second:
+		step = time.Second
+	case left <= time.Minute:
+		step = 10 * time.Second
+	}
+	return (left - 1).Truncate(step)
+}
+
+// closeRest ends what the deadline or force has left, within abortAfter and abandonAfter, and returns
+// how many handlers had to be left behind.
+func (s *Server) closeRest(conns []*Conn, forced bool) (stuck int) {
+	if !forced {
+		for _, c := range conns {
+			c.end(Deadline, ErrDeadline)
+		}
+		s.awaitFor(abortAfter, func(l *ledger) bool { return l.tasks == 0 || l.drain.forced })
+	}
+	s.book.With(func(l *ledger) { conns = l.sorted() })
+	for _, c := range conns {
+		c.end(Forced, ErrForced)
+		c.abort()
+	}
+	s.awaitFor(abandonAfter, func(l *ledger) bool { return l.tasks == 0 })
+
+	s.book.With(func(l *ledger) { conns = l.sorted() })
+	for _, c := range conns {
+		s.log.Error("handler ignores its context and is left behind", zap.String("handler", handlerName(s.handler)),
+			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Duration("open_for", time.Since(c.opened).Round(time.Millisecond)))
+		c.outbox.shut()
+		s.settle(c, c.reason())
+	}
+	return len(conns)
+}
+
+// awaitFor waits for cond, at most for d.
+func (s *Server) awaitFor(d time.Duration, cond func(*ledger) bool) {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), d, errWaitOver)
+	defer cancel()
+	_ = s.book.Await(ctx, cond)
+}
+
+var errWaitOver = errors.New("the wait is over")
+
+func (s *Server) summarize(r Report) {
+	s.log.Info("drained", zap.String("reason", r.Reason), zap.Duration("took", r.Took.Round(time.Millisecond)),
+		zap.Int("notified", r.Notified), zap.Int("notices_failed", r.NoticeFailed),
+		zap.Int("left_by_themselves", r.Left), zap.Int("closed_at_deadline", r.Deadline), zap.Int("forced", r.Forced),
+		zap.Int("rejected", r.Rejected), zap.Int("handlers_left_behind", r.Stuck))
+}
+
+func (s *Server) isDraining() (yes bool) {
+	s.book.With(func(l *ledger) { yes = l.state >= Draining })
+	return yes
+}
+
+func (s *Server) drainOver() (yes bool) {
+	s.book.With(func(l *ledger) { yes = l.drain.over() })
+	return yes
+}
+
+// drainInfo describes the drain, which must have begun.
+func (s *Server) drainInfo() (d DrainInfo) {
+	s.book.With(func(l *ledger) { d = l.drain.info() })
+	return d
+}
+
+// report sums up the drain, which must have begun.
+func (s *Server) report() (r Report) {
+	s.book.With(func(l *ledger) { r = l.drain.report() })
+	return r
+}

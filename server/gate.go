@@ -1,0 +1,104 @@
+package server
+
+// verdict is what the gate says of a connection.
+type verdict int
+
+const (
+	admit  verdict = iota + 1 // serve it
+	refuse                    // tell it why not, and close
+	gone                      // it was ended while it waited: only close
+	wait                      // neither yet
+)
+
+// judge is the gate: the one place that decides whether an accepted connection may start being
+// served. A connection that is let in or turned away is booked as such in the same step, under the
+// same lock as every pause and drain, so that nothing slips past them.
+func (s *Server) judge(l *ledger, c *Conn) (verdict, Reason) {
+	v, why := s.weigh(l, c)
+	switch v {
+	case admit:
+		c.admitted = true
+		c.setPhase(Serving)
+		l.admitted++
+		if s.opts.MaxConnsPerIP > 0 && c.ip.IsValid() {
+			l.perIP[c.ip]++
+		}
+		l.tasks++
+	case refuse:
+		if l.rejecting >= maxRejecting {
+			return wait, 0
+		}
+		c.rejected = true
+		c.setPhase(Rejecting)
+		l.rejecting++
+		l.tasks++
+	case gone:
+		l.tasks++
+	case wait:
+	}
+	return v, why
+}
+
+func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
+	switch {
+	case c.ended():
+		return gone, 0
+	case s.opts.MaxConnsPerIP > 0 && l.perIP[c.ip] >= s.opts.MaxConnsPerIP && !l.holding():
+		return refuse, RejectedLimit
+	case l.state >= Draining:
+		if l.drain.over() || filesShort(l) {
+			return refuse, RejectedDraining
+		}
+		return admit, 0 // from the accept queue: it is told, and has its time like the others
+	case l.rejectingPause():
+		return refuse, RejectedPaused
+	case l.holding():
+		return wait, 0
+	case !s.full(l):
+		return admit, 0
+	case s.opts.AtLimit == Reject:
+		return refuse, RejectedLimit
+	default:
+		return wait, 0
+	}
+}
+
+// mayAccept says whether taking a connection off the kernel's queue leads anywhere just now.
+func (s *Server) mayAccept(l *ledger) bool {
+	switch {
+	case l.state >= Draining:
+		return true
+	case len(l.holds) > 0:
+		return l.rejectingPause()
+	default:
+		return !s.full(l) || s.opts.AtLimit == Reject
+	}
+}
+
+func (s *Server) full(l *ledger) bool {
+	return s.opts.MaxConns > 0 && l.admitted >= s.opts.MaxConns
+}
+
+// filesShort says that admitting still more, as a drain does, would eat up the reserve of files.
+func filesShort(l *ledger) bool {
+	ceiling, extra, ok := files()
+	return ok && l.admitted >= ceiling+extra
+}
+
+// holding says that new connections are to wait for the end of a pause.
+func (l *ledger) holding() bool {
+	return l.state < Draining && len(l.holds) > 0 && !l.rejectingPause()
+}
+
+// rejectingPause says that a pause stands and turns clients away: the stricter mode counts.
+func (l *ledger) rejectingPause() bool {
+	if l.state >= Draining {
+		return false
+	}
+	for _, h := range l.holds {
+		if h.info.Mode == RejectNew {
+			return true
+		}
+	}
+	return false
+}

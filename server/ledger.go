@@ -1,0 +1,140 @@
+package server
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// ledger is all that must agree with itself at every instant: the state, the holds, the table of
+// connections and the counters. It is only ever touched inside Server.book, so that at each instant
+// accepted = open + closed, and nothing is admitted past a pause or a drain.
+type ledger struct {
+	state State // Paused is not kept here: it follows from Running and holds
+	drain *drain
+
+	holds    []*Hold
+	lastHold uint64
+
+	conns     map[uint64]*Conn // open: from accept to close, whatever becomes of them
+	lastID    uint64
+	admitted  int                // of conns, those being served
+	perIP     map[netip.Addr]int // of admitted, by client address; only kept where a limit is set
+	rejecting int                // of conns, those being told why they are not served
+
+	accepted          uint64
+	closed            [reasonEnd]uint64
+	bytesIn, bytesOut uint64 // of closed connections
+	recent            ring[ClosedConn]
+
+	acceptors []*acceptor // those that let new connections in
+	tasks     int         // goroutines that accept, or work for a connection
+	sweeping  bool        // the sweeper was started
+
+	subscribers []*Subscription
+}
+
+// status is the state as the world sees it.
+func (l *ledger) status() State {
+	if l.state == Running && len(l.holds) > 0 {
+		return Paused
+	}
+	return l.state
+}
+
+// setState moves on to s, and tells the world if that shows.
+func (l *ledger) setState(s State) {
+	before := l.status()
+	l.state = s
+	l.announce(before)
+}
+
+// announce publishes a change of the visible state since before.
+func (l *ledger) announce(before State) {
+	if now := l.status(); now != before {
+		l.publish(Event{Type: StateChanged, State: now})
+	}
+}
+
+// open puts a just accepted connection on the books.
+func (l *ledger) open(c *Conn) {
+	l.lastID++
+	c.id = l.lastID
+	l.conns[c.id] = c
+	l.accepted++
+	l.publish(Event{Type: ConnOpened, Conn: new(c.Info())})
+}
+
+// settle takes a closed connection off the books. It reports whether c was still on them.
+func (l *ledger) settle(c *Conn, closed ClosedConn) bool {
+	if _, ok := l.conns[c.id]; !ok {
+		return false
+	}
+	delete(l.conns, c.id)
+	switch {
+	case c.admitted:
+		l.admitted--
+		if c.ip.IsValid() && l.perIP[c.ip] > 1 {
+			l.perIP[c.ip]--
+		} else {
+			delete(l.perIP, c.ip)
+		}
+	case c.rejected:
+		l.rejecting--
+	}
+	l.closed[closed.Reason]++
+	l.bytesIn += closed.BytesIn
+	l.bytesOut += closed.BytesOut
+	if l.drain != nil {
+		l.drain.count(closed.Reason)
+	}
+	l.recent.add(closed)
+	l.publish(Event{Type: ConnClosed, Closed: &closed})
+	return true
+}
+
+// sorted returns the open connections, oldest first.
+func (l *ledger) sorted() []*Conn {
+	all := make([]*Conn, 0, len(l.conns))
+	for _, c := range l.conns {
+		all = append(all, c)
+	}
+	slices.SortFunc(all, func(a, b *Conn) int { return int(int64(a.id) - int64(b.id)) })
+	return all
+}
+
+// publish gives e to every subscriber, stamped, in the order in which things happened.
+func (l *ledger) publish(e Event) {
+	if len(l.subscribers) == 0 {
+		return
+	}
+	e.Time = time.Now()
+	for _, sub := range l.subscribers {
+		sub.offer(e)
+	}
+}
+
+// ring keeps the last so many values.
+type ring[T any] struct {
+	values []T
+	next   int
+}
+
+// recentConns is how many closed connections are remembered.
+const recentConns = 1024
+
+func (r *ring[T]) add(v T) {
+	if len(r.values) < recentConns {
+		r.values = append(r.values, v)
+		return
+	}
+	r.values[r.next] = v
+	r.next = (r.next + 1) % recentConns
+}
+
+// newestFirst returns a copy, the last added first.
+func (r *ring[T]) newestFirst() []T {
+	out := slices.Concat(r.values[r.next:], r.values[:r.next])
+	slices.Reverse(out)
+	return out
+}

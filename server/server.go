@@ -1,0 +1,107 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/netip"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Server serves connections of any stream protocol with a Handler. Make one with New. It is for a
+// single use: once draining it never serves again. All methods may be called concurrently, and at
+// any time in the server's life.
+type Server struct {
+	// Set once, by New.
+	handler Handler
+	opts    Options
+	log     *zap.Logger
+	started time.Time
+
+	draining chan struct{} // closed once clients have been told that the drain has begun
+	stopped  chan struct{} // closed once every connection is closed and the report is final
+
+	book locked[ledger]
+
+	sweepCtx  context.Context // ends when the server has stopped
+	stopSweep context.CancelCauseFunc
+	sweeper   chan struct{} // closed when the sweeper has returned
+}
+
+// New makes a Server. The error names each option that makes no sense.
+func New(h Handler, opts Options) (*Server, error) {
+	if h == nil {
+		return nil, errors.New("making a server: the handler is nil")
+	}
+	opts, err := opts.resolve()
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{
+		handler:  h,
+		opts:     opts,
+		log:      opts.Logger,
+		started:  time.Now(),
+		draining: make(chan struct{}),
+		stopped:  make(chan struct{}),
+		sweeper:  make(chan struct{}),
+	}
+	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
+	s.book.With(func(l *ledger) {
+		l.state = Starting
+		l.conns = make(map[uint64]*Conn)
+		l.perIP = make(map[netip.Addr]int)
+	})
+	return s, nil
+}
+
+// Serve accepts connections from ln and serves each on a goroutine of its own. It may be called for
+// several listeners. It takes ln over, closes it, and returns only when the server has stopped: after
+// its last handler, or at most two seconds after the drain's deadline when handlers ignore their
+// context. The error is never nil: ErrServerClosed after a drain that somebody asked for, else what
+// made accepting from ln impossible, in which case the server drains by itself.
+func (s *Server) Serve(ln net.Listener) error {
+	a := newAcceptor(s, ln)
+	var late, sweep bool
+	s.book.With(func(l *ledger) {
+		if late = l.state >= Draining; late {
+			return
+		}
+		if l.state == Starting {
+			l.setState(Running)
+		}
+		l.acceptors = append(l.acceptors, a)
+		l.tasks++
+		sweep, l.sweeping = !l.sweeping, true
+	})
+	if late {
+		_ = ln.Close()
+		<-s.stopped
+		return ErrServerClosed
+	}
+	if sweep {
+		go s.sweep()
+	}
+	s.log.Info("listening", zap.Stringer("address", ln.Addr()))
+
+	err := a.run()
+	if err != nil {
+		s.log.Error("accepting has become impossible", zap.Stringer("address", ln.Addr()), zap.Error(err))
+		s.Drain(0, "accept error")
+	}
+	<-s.stopped
+	if err != nil {
+		return err
+	}
+	return ErrServerClosed
+}
+
+// Done is closed when the server has stopped.
+func (s *Server) Done() <-chan struct{} { return s.stopped }
+
+// startTask books a goroutine that works for a connection that is on the books. It calls endTask
+// last; the drain waits for it.
+func (s *Server) startTask() { s.book.With(func(l *ledger) { l.tasks++ }) }
+func (s *Server) endTask()   { s.book.With(func(l *ledger) { l.tasks-- }) }

@@ -1,0 +1,89 @@
+package server
+
+import "time"
+
+// Bounds of the time between two looks at the connections.
+const (
+	minSweep = 10 * time.Millisecond
+	maxSweep = 1 * time.Second
+)
+
+// sweep is the goroutine that looks for idle and stalled connections: one for all of them, so that no
+// read or write pays for a timer. A timeout is kept to within an eighth of it, or a second.
+func (s *Server) sweep() {
+	defer close(s.sweeper)
+	shortest := time.Duration(0)
+	for _, t := range []time.Duration{s.opts.IdleTimeout, s.opts.StallTimeout} {
+		if t > 0 && (shortest == 0 || t < shortest) {
+			shortest = t
+		}
+	}
+	if shortest == 0 {
+		<-s.sweepCtx.Done()
+		return
+	}
+	tick := time.NewTicker(min(max(shortest/8, minSweep), maxSweep))
+	defer tick.Stop()
+	var conns []*Conn
+	for {
+		select {
+		case <-s.sweepCtx.Done():
+			return
+		case now := <-tick.C:
+			conns = conns[:0]
+			s.book.With(func(l *ledger) {
+				for _, c := range l.conns {
+					conns = append(conns, c)
+				}
+			})
+			for _, c := range conns {
+				s.inspect(c, now)
+			}
+			clear(conns)
+		}
+	}
+}
+
+// endSweep stops the sweeper, if it was started, and waits for it.
+func (s *Server) endSweep() {
+	s.stopSweep(ErrServerClosed)
+	var started bool
+	s.book.With(func(l *ledger) { started = l.sweeping })
+	if started {
+		<-s.sweeper
+	}
+}
+
+// inspect ends c if it is idle or stalled.
+func (s *Server) inspect(c *Conn, now time.Time) {
+	if Phase(c.phase.Load()) != Serving {
+		return
+	}
+	if since, blocked := c.blockedSince(); blocked {
+		if s.opts.StallTimeout > 0 && c.stalledFor(since, now) >= s.opts.StallTimeout {
+			c.end(Stalled, ErrStalled)
+		}
+		return
+	}
+	if s.opts.IdleTimeout > 0 && now.Sub(time.Unix(0, c.active.Load())) >= s.opts.IdleTimeout {
+		c.end(IdleTimeout, ErrIdle)
+	}
+}
+
+// stalledFor says for how long the client has taken nothing, of a connection blocked in a write since
+// since. What counts is what the client's kernel has acknowledged, where that can be known: how
+// much our kernel takes comes in steps of megabytes.
+func (c *Conn) stalledFor(since, now time.Time) time.Duration {
+	if active := time.Unix(0, c.active.Load()); active.After(since) {
+		since = active
+	}
+	if c.raw != nil && now.Sub(since) >= minSweep {
+		if acked, ok := acknowledged(c.raw); ok && acked != c.acked {
+			c.acked, c.progressed = acked, now
+		}
+		if c.progressed.After(since) {
+			since = c.progressed
+		}
+	}
+	return now.Sub(since)
+}
