@@ -1,0 +1,108 @@
+# For GNU make, Go and git. Variables to set on the command line stand beside the target that reads them.
+
+.DEFAULT_GOAL := help
+.PHONY: build run test lint fuzz bench cover install clean help
+
+# The development tools have a module of their own, so that their dependencies never reach users.
+TOOL := go tool -modfile=tools/go.mod
+
+# --git-dir keeps a tree unpacked inside somebody else's repository from taking that one's version.
+VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+# The version says which commit it is; Go's own stamp would differ with GOFLAGS and fail in a borrowed checkout.
+build: ## build bin/echod
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o bin/echod ./cmd/echod
+
+bin/echod: go.mod go.sum $(shell find cmd server control client -type f 2>/dev/null)
+	@$(MAKE) --no-print-directory build
+
+run: build ## build and run bin/echod; ARGS='--listen :7' are its arguments
+	@exec bin/echod $(ARGS)
+
+# The race detector needs a C compiler with its headers; building the package that needs them says whether they are there.
+TIMEOUT = 10m
+test: ## run all tests, with the race detector where there is a C compiler
+	@if go build -race runtime/cgo 2>/dev/null; then race=-race; \
+	else race=; echo 'no working C compiler here: testing without the race detector'; fi; \
+	set -x; go test $$race -shuffle=on -timeout $(TIMEOUT) ./...
+
+# Cheap checks come first.
+LINTS := lint-format lint-tidy lint-shell lint-vet lint-fix lint-static lint-dead lint-vulns
+.PHONY: $(LINTS)
+lint: $(LINTS) ## check formatting, go.mod, scripts, vet, staticcheck, dead code, vulnerabilities (VULNDB=DIR: a local database)
+
+# silent runs a command that reports by printing, and fails when it has printed something.
+silent = out=$$($(1)) && test -z "$$out" || { echo "$$out"; exit 1; }
+
+lint-format:
+	@echo '== gofumpt (to format: $(TOOL) gofumpt -w .)'
+	@$(call silent,$(TOOL) gofumpt -l .)
+
+lint-tidy:
+	@echo '== go mod tidy'
+	@go mod tidy -diff
+
+SCRIPTS := .ci/run $(wildcard *.sh */*.sh */*/*.sh)
+lint-shell:
+	@echo '== shellcheck'
+	@if [ -z '$(CI)' ] && ! command -v shellcheck >/dev/null; then echo 'skipped: shellcheck is not installed'; \
+	else shellcheck $(SCRIPTS); fi
+
+lint-vet:
+	@for os in linux darwin freebsd windows; do \
+		echo "== go vet, $$os"; CGO_ENABLED=0 GOOS=$$os go vet ./... || exit 1; done
+
+lint-fix:
+	@echo '== go fix (to apply: go fix ./...)'
+	@go fix -diff ./...
+
+lint-static:
+	@echo '== staticcheck'
+	@$(TOOL) staticcheck ./...
+
+# Tests and examples count as callers: what the library exports is alive when one of them uses it.
+lint-dead:
+	@echo '== deadcode'
+	@$(call silent,$(TOOL) deadcode -test ./...)
+
+# Without network there is no database: no reason to keep a person from working, but CI must not pass unchecked.
+lint-vulns:
+	@echo '== govulncheck'
+	@out=$$($(TOOL) govulncheck $(if $(VULNDB),-db 'file://$(abspath $(VULNDB))') ./... 2>&1) && exit; \
+	case "$(CI)$(VULNDB) $$out" in \
+	' '*'fetching vulnerabilities'*) echo 'skipped: the vulnerability database is out of reach (VULNDB=DIR names a local one)' ;; \
+	*) echo "$$out"; exit 1 ;; esac
+
+FUZZTIME = 30s
+fuzz: ## run each fuzz target for FUZZTIME (30s)
+	@list=$$(go test -list '^Fuzz' ./...) || { echo "$$list"; exit 1; }; \
+	echo "$$list" | awk '/^Fuzz/ { name[n++] = $$1 } $$1 == "ok" { while (n) print name[--n], $$2 }' | \
+	while read -r name package; do \
+		echo "== $$name in $$package"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null || exit 1; \
+	done
+
+BENCH = .
+bench: ## run the benchmarks; BENCH=REGEXP chooses
+	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+
+# Raw coverage data, because it merges what several test binaries reached in one package.
+COVER_MIN = 85
+cover: ## measure what all tests reach of server and control; fails under 85 % (COVER_MIN) of either
+	@rm -rf coverage && mkdir coverage
+	go test -covermode=atomic -coverpkg=./server/...,./control/... ./... -args -test.gocoverdir='$(CURDIR)/coverage'
+	@go tool covdata textfmt -i=coverage -o coverage/profile
+	@go tool covdata percent -i=coverage | awk '{ print $$1, $$3 } $$3 ~ /%/ && $$3 + 0 < $(COVER_MIN) { low = 1 } \
+		END { if (low) { print "under $(COVER_MIN)%; see it with: go tool cover -html coverage/profile"; exit 1 } }'
+
+# From the file and not from build: under sudo there may be no go, and nothing to build.
+PREFIX = /usr/local
+install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honours DESTDIR
+	install -d '$(DESTDIR)$(PREFIX)/bin'
+	install -m 755 bin/echod '$(DESTDIR)$(PREFIX)/bin/echod'
+
+clean: ## remove what the other targets made
+	rm -rf bin coverage
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

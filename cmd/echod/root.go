@@ -1,0 +1,70 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+func newRootCommand() *cobra.Command {
+	root := newServeCommand("echod")
+	root.Short = "A graceful TCP echo server"
+	root.Long = `echod serves every TCP client what it sends. It can be paused and resumed while it
+runs (echod ctl), and when it is told to stop it tells every client, gives them
+time, and only then closes.
+
+Without a command it serves, as 'echod serve' does. Try it:
+
+  echod                        the server; another terminal, then:
+  nc 127.0.0.1 9999            a client
+  echod ctl status             what it is doing
+  echod ctl pause -- COMMAND   admit nobody while COMMAND runs
+
+` + serveHelp
+	root.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		err := fmt.Errorf("unknown command %q", args[0])
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			err = fmt.Errorf("%w: did you mean %s?", err, strings.Join(near, " or "))
+		}
+		return usageError{err}
+	}
+	root.SilenceErrors = true
+	root.SilenceUsage = true
+	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
+	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newVersionCommand())
+	return root
+}
+
+// variable names the environment variable that stands in for a flag.
+func variable(flag string) string {
+	return "ECHOD_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+// fromEnvironment sets each flag that was not given from its variable, if that is set and not empty.
+// A flag that may be repeated takes a list with commas.
+func fromEnvironment(flags *pflag.FlagSet) error {
+	var err error
+	flags.VisitAll(func(f *pflag.Flag) {
+		value := os.Getenv(variable(f.Name))
+		if err != nil || f.Changed || value == "" || f.Name == "help" {
+			return
+		}
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			err = list.Replace(strings.Split(value, ","))
+		} else {
+			err = flags.Set(f.Name, value)
+		}
+		if err != nil {
+			err = usagef("environment variable %s=%q: %w", variable(f.Name), value, err)
+		}
+	})
+	return err
+}

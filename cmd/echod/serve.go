@@ -1,0 +1,266 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/signal"
+	"os/user"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/oklog/run"
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"echod/control"
+	"echod/server"
+)
+
+const serveHelp = `Signals: the first SIGINT, SIGTERM or SIGQUIT, and SIGHUP, begin the drain: clients
+are told, and have --grace to finish. The second one closes everything at once;
+a second SIGQUIT writes all goroutine stacks to stderr first. SIGHUP never forces.
+
+Exit codes: 0 drained, 1 could not start or failed, 2 usage, 128+signal when forced
+by a second signal.
+
+Every flag can be given as an environment variable too: --max-conns as
+ECHOD_MAX_CONNS, and so on; --listen takes a list with commas there.`
+
+// serveFlags are the flags of serve, as given.
+type serveFlags struct {
+	listen        []string
+	control       string
+	controlMode   string
+	controlGroup  string
+	grace         time.Duration
+	notice        string
+	maxConns      int
+	atLimit       string
+	maxConnsPerIP int
+	idleTimeout   time.Duration
+	stallTimeout  time.Duration
+	logLevel      string
+	logFormat     string
+}
+
+func newServeCommand(use string) *cobra.Command {
+	var f serveFlags
+	cmd := &cobra.Command{
+		Use:   use,
+		Short: "Serve until a signal, or 'echod ctl shutdown', ends it",
+		Long: `Serve every TCP client what it sends, until a signal or 'echod ctl shutdown' ends it.
+
+` + serveHelp,
+		Args: takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), f, cmd.ErrOrStderr()) },
+	}
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"}, "`address` to serve on, such as :9999 or [::]:9999; may be repeated")
+	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off (default: $RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private temporary directory)")
+	flags.StringVar(&f.controlMode, "control-mode", "0600", "control socket's `mode`, in octal")
+	flags.StringVar(&f.controlGroup, "control-group", "", "control socket's `group`: a name or number")
+	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server stops")
+	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason}, {deadline} and Go\nescapes; sent as it is without \\n at its end; empty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
+	flags.Lookup("notice").DefValue = "" // shown above: pflag would quote it once more
+	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the open files limit allows")
+	flags.StringVar(&f.atLimit, "at-limit", "wait", "what more clients get: `wait|reject`, to wait in the kernel's queue or be told BUSY")
+	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY; 0 is unlimited")
+	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed; 0 is never")
+	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits for it; 0 is for ever")
+	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or error")
+	flags.StringVar(&f.logFormat, "log-format", "", "`console|json` (default: console on a terminal, else json)")
+	return cmd
+}
+
+// options gives what the flags mean to the server.
+func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
+	opts := server.Options{
+		Logger: log, Grace: f.grace, MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP,
+		IdleTimeout: f.idleTimeout, StallTimeout: f.stallTimeout,
+	}
+	for _, d := range []struct {
+		flag  string
+		value time.Duration
+	}{{"grace", f.grace}, {"idle-timeout", f.idleTimeout}, {"stall-timeout", f.stallTimeout}} {
+		if d.value < 0 {
+			return opts, usagef("--%s %s: must not be negative", d.flag, d.value)
+		}
+	}
+	for _, n := range []struct {
+		flag  string
+		value int
+	}{{"max-conns", f.maxConns}, {"max-conns-per-ip", f.maxConnsPerIP}} {
+		if n.value < 0 {
+			return opts, usagef("--%s %d: must not be negative", n.flag, n.value)
+		}
+	}
+	// The library's zero values mean its defaults, the flags' mean none.
+	if f.grace == 0 {
+		opts.Grace = -1
+	}
+	if f.stallTimeout == 0 {
+		opts.StallTimeout = -1
+	}
+	switch f.atLimit {
+	case "wait":
+		opts.AtLimit = server.Wait
+	case "reject":
+		opts.AtLimit = server.Reject
+	default:
+		return opts, usagef("--at-limit %q: want wait or reject", f.atLimit)
+	}
+	notice, err := server.ParseNotice(f.notice)
+	if err != nil {
+		return opts, usagef("--notice: %w", err)
+	}
+	opts.Notice = notice
+	return opts, nil
+}
+
+// socketOptions gives what the flags mean to the control socket.
+func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
+	mode, err := strconv.ParseUint(f.controlMode, 8, 32)
+	if err != nil || mode > 0o777 {
+		return opts, usagef("--control-mode %q: want an octal mode such as 0660", f.controlMode)
+	}
+	opts.Mode = fs.FileMode(mode)
+	if f.controlGroup == "" {
+		return opts, nil
+	}
+	gid := f.controlGroup
+	if group, err := user.LookupGroup(f.controlGroup); err == nil {
+		gid = group.Gid
+	}
+	if opts.GID, err = strconv.Atoi(gid); err != nil || opts.GID < 0 {
+		return opts, usagef("--control-group %q: no such group", f.controlGroup)
+	}
+	return opts, nil
+}
+
+// serve runs the server to its end.
+func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	// A log whose reader has gone must not end the server.
+	signal.Ignore(syscall.SIGPIPE)
+	log, err := newLogger(f.logLevel, f.logFormat)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = log.Sync() }() // EINVAL or ENOTTY where stderr cannot be synced: nothing is lost
+	opts, err := f.options(log)
+	if err != nil {
+		return err
+	}
+	srv, err := server.New(server.Echo, opts)
+	if err != nil {
+		return err
+	}
+	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
+
+	var g run.Group
+	listeners, err := listen(ctx, f.listen)
+	if err != nil {
+		return err
+	}
+	g.Add(control.ServerActor(srv, listeners...))
+
+	signals := control.NewSignals(srv, notifySignals(), log, stderr)
+	g.Add(signals.Actor())
+
+	if f.control != "off" {
+		socket, err := f.listenControl(ctx, log)
+		if err != nil {
+			closeAll(listeners)
+			return err
+		}
+		g.Add(control.New(srv, control.Options{Version: version, Logger: log}).Actor(socket))
+	}
+
+	if err := g.Run(); err != nil {
+		return err
+	}
+	if sig := signals.Forced(); sig != nil {
+		return &exitError{code: exitSignal + signalNumber(sig)}
+	}
+	return nil
+}
+
+// notifySignals registers for the signals that mean something here. One that nohup has told us to
+// ignore stays ignored.
+func notifySignals() <-chan os.Signal {
+	wanted := []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT}
+	if !signal.Ignored(syscall.SIGHUP) {
+		wanted = append(wanted, syscall.SIGHUP)
+	}
+	in := make(chan os.Signal, 16) // signal.Notify drops what does not fit
+	signal.Notify(in, wanted...)
+	return in
+}
+
+func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
+	if len(addresses) == 0 {
+		return nil, usagef("--listen: no address")
+	}
+	var listeners []net.Listener
+	for _, address := range addresses {
+		ln, err := server.Listen(ctx, address)
+		if err != nil {
+			closeAll(listeners)
+			return nil, fmt.Errorf("--listen %s: %w", address, plain(err))
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, nil
+}
+
+// plain strips what the net package puts around an error: the message names the address already.
+func plain(err error) error {
+	if oe, ok := errors.AsType[*net.OpError](err); ok {
+		err = oe.Err
+	}
+	if se, ok := errors.AsType[*os.SyscallError](err); ok {
+		err = se.Err
+	}
+	return err
+}
+
+func closeAll(listeners []net.Listener) {
+	for _, ln := range listeners {
+		_ = ln.Close()
+	}
+}
+
+func (f serveFlags) listenControl(ctx context.Context, log *zap.Logger) (net.Listener, error) {
+	opts, err := f.socketOptions()
+	if err != nil {
+		return nil, err
+	}
+	path := f.control
+	if path == "" {
+		if path, err = serverSocket(); err != nil {
+			return nil, err
+		}
+	}
+	socket, err := control.Listen(ctx, path, opts)
+	if errors.Is(err, control.ErrInUse) {
+		return nil, fmt.Errorf("%w: give this one a --control of its own, or --control off", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if runtime.GOOS == "windows" {
+		log.Warn("not on this system: the control socket's mode and group, and who its callers are")
+	}
+	log.Info("control socket open", zap.String("path", path))
+	return socket, nil
+}

@@ -1,0 +1,213 @@
+package control
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"echod/server"
+)
+
+// maxBody bounds a request's body, in bytes.
+const maxBody = 16 << 10
+
+// fields says which fields a request may have, and where each goes.
+type fields map[string]decoder
+
+// A decoder takes one field's JSON, or one query parameter's text as JSON, to where it belongs. Its
+// error says what is wrong without naming the field.
+type decoder func(json.RawMessage) error
+
+// decodeBody reads the request's JSON object strictly: a field that is unknown, given twice or of a wrong
+// type is a problem that names it. No body is an empty object.
+func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		return &Problem{
+			Type: ProblemTooLarge, Title: "Request too large", Status: http.StatusRequestEntityTooLarge,
+			Detail: "body: more than " + strconv.Itoa(maxBody) + " bytes", Field: "body",
+		}
+	}
+	if err != nil {
+		return invalid("body", "reading it: %s", err)
+	}
+	if len(bytes.TrimSpace(body)) == 0 {
+		return nil
+	}
+	return decodeObject(body, want)
+}
+
+func decodeObject(body []byte, want fields) error {
+	dec := json.NewDecoder(bytes.NewReader(body))
+	if open, err := dec.Token(); err != nil || open != json.Delim('{') {
+		return invalid("body", "want a JSON object")
+	}
+	seen := map[string]bool{}
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return invalid("body", "not valid JSON: %s", err)
+		}
+		name, _ := key.(string)
+		var value json.RawMessage
+		if err := dec.Decode(&value); err != nil {
+			return invalid(name, "not valid JSON: %s", err)
+		}
+		decode, known := want[name]
+		switch {
+		case !known:
+			return invalid(name, "unknown field: want %s", want.names())
+		case seen[name]:
+			return invalid(name, "given twice")
+		}
+		seen[name] = true
+		if err := decode(value); err != nil {
+			return invalid(name, "%s", err)
+		}
+	}
+	if _, err := dec.Token(); err != nil {
+		return invalid("body", "not valid JSON: %s", cut(err))
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return invalid("body", "something follows the JSON object")
+	}
+	return nil
+}
+
+// cut puts words around the end of a body that came too early.
+func cut(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("it ends in the middle")
+	}
+	return err
+}
+
+// decodeQuery reads the query's parameters as strictly as decodeBody reads a body.
+func decodeQuery(r *http.Request, want fields) error {
+	query := r.URL.Query()
+	for _, name := range slices.Sorted(maps.Keys(query)) {
+		decode, known := want[name]
+		switch {
+		case !known && len(want) == 0:
+			return invalid(name, "unknown parameter: none is known here")
+		case !known:
+			return invalid(name, "unknown parameter: want %s", want.names())
+		case len(query[name]) > 1:
+			return invalid(name, "given twice")
+		}
+		text := query[name][0]
+		raw := json.RawMessage(text)
+		if !json.Valid(raw) || raw[0] == '"' {
+			raw, _ = json.Marshal(text)
+		}
+		if err := decode(raw); err != nil {
+			return invalid(name, "%s", err)
+		}
+	}
+	return nil
+}
+
+func (f fields) names() string { return strings.Join(slices.Sorted(maps.Keys(f)), ", ") }
+
+// text takes a string of one printable line.
+func text(to *string) decoder {
+	return func(raw json.RawMessage) error {
+		if err := unmarshal(raw, to, "a string"); err != nil {
+			return err
+		}
+		return server.CheckText(*to)
+	}
+}
+
+// duration takes a Go duration that is not negative, given as a string.
+func duration(to *time.Duration) decoder {
+	return func(raw json.RawMessage) error {
+		const want = `a duration such as "1.5s"`
+		var s string
+		if err := unmarshal(raw, &s, want); err != nil {
+			return err
+		}
+		d, err := time.ParseDuration(s)
+		if err != nil {
+			return errors.New(strconv.Quote(s) + " is not " + want)
+		}
+		if d < 0 {
+			return errors.New(s + " is negative")
+		}
+		*to = d
+		return nil
+	}
+}
+
+func boolean(to *bool) decoder {
+	return func(raw json.RawMessage) error { return unmarshal(raw, to, "true or false") }
+}
+
+// count takes a whole number that is not negative.
+func count(to *int) decoder {
+	return func(raw json.RawMessage) error {
+		const want = "a whole number"
+		if err := unmarshal(raw, to, want); err != nil {
+			return err
+		}
+		if *to < 0 {
+			return errors.New(string(raw) + " is negative")
+		}
+		return nil
+	}
+}
+
+func pauseMode(to *server.PauseMode) decoder {
+	return func(raw json.RawMessage) (err error) {
+		var name string
+		if err = unmarshal(raw, &name, "hold or reject"); err == nil {
+			*to, err = server.ParsePauseMode(name)
+		}
+		return err
+	}
+}
+
+func state(to *server.State) decoder {
+	return func(raw json.RawMessage) (err error) {
+		var name string
+		if err = unmarshal(raw, &name, "a state"); err == nil {
+			*to, err = server.ParseState(name)
+		}
+		return err
+	}
+}
+
+// exactly takes one word, and notes that it was given.
+func exactly(word string, to *bool) decoder {
+	return func(raw json.RawMessage) error {
+		var got string
+		if err := unmarshal(raw, &got, word); err != nil || got != word {
+			return errors.New(string(raw) + " is not " + word)
+		}
+		*to = true
+		return nil
+	}
+}
+
+func unmarshal(raw json.RawMessage, to any, want string) error {
+	if string(raw) == "null" || json.Unmarshal(raw, to) != nil {
+		return errors.New(shorten(string(raw)) + " is not " + want)
+	}
+	return nil
+}
+
+// shorten keeps an error about a long value readable.
+func shorten(s string) string {
+	const most = 60
+	if len(s) <= most {
+		return s
+	}
+	return s[:most] + "…"
+}

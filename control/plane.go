@@ -1,0 +1,190 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"echod/server"
+)
+
+// Bounds on what callers can make the control plane hold.
+const (
+	headerTimeout   = 5 * time.Second  // for a request's headers to arrive
+	requestTimeout  = 10 * time.Second // for its body
+	answerTimeout   = 10 * time.Second // for the caller to take the answer, or a line of a stream
+	idleTimeout     = 30 * time.Second // between requests of one connection
+	maxHeader       = 8 << 10          // bytes
+	maxConnections  = 48               // more wait in the kernel's queue
+	maxStreams      = 32               // of these, requests that last: waits, events and pauses while connected
+	shutdownTimeout = 100 * time.Millisecond
+)
+
+// Options configures a Plane.
+type Options struct {
+	Version string      // of the program, for the status
+	Logger  *zap.Logger // nil logs nothing
+}
+
+// Plane is the control plane of one server: an HTTP API, described by openapi.yaml. It is an
+// http.Handler that may be mounted anywhere; Actor serves it on a socket of its own.
+type Plane struct {
+	srv     *server.Server
+	version string
+	log     *zap.Logger
+	routes  []route
+	streams chan struct{} // one token for each stream
+	http    *http.Server
+}
+
+// An endpoint answers one method of one path. What it returns is the caller's answer.
+type endpoint func(w http.ResponseWriter, r *http.Request, arg string) error
+
+// route is a path, whose last segment may be "*" for an argument, with its endpoints by method.
+type route struct {
+	path    string
+	methods map[string]endpoint
+}
+
+// New makes the control plane of srv.
+func New(srv *server.Server, opts Options) *Plane {
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
+	}
+	p := &Plane{srv: srv, version: opts.Version, log: opts.Logger, streams: make(chan struct{}, maxStreams)}
+	p.routes = []route{
+		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}},
+		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}},
+		{"/v1/conns/closed", map[string]endpoint{http.MethodGet: p.getClosed}},
+		{"/v1/conns/*", map[string]endpoint{http.MethodDelete: p.deleteConn}},
+		{"/v1/pause", map[string]endpoint{http.MethodPost: p.postPause}},
+		{"/v1/resume", map[string]endpoint{http.MethodPost: p.postResume}},
+		{"/v1/holds/*", map[string]endpoint{http.MethodDelete: p.deleteHold}},
+		{"/v1/notify", map[string]endpoint{http.MethodPost: p.postNotify}},
+		{"/v1/shutdown", map[string]endpoint{http.MethodPost: p.postShutdown}},
+		{"/v1/wait", map[string]endpoint{http.MethodGet: p.stream(p.getWait)}},
+		{"/v1/events", map[string]endpoint{http.MethodGet: p.stream(p.getEvents)}},
+	}
+	errorLog, _ := zap.NewStdLogAt(p.log, zap.WarnLevel) // fails only for an unknown level
+	p.http = &http.Server{
+		Handler:           p,
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       requestTimeout,
+		WriteTimeout:      answerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          errorLog,
+		ConnContext:       withPeer,
+	}
+	return p
+}
+
+// ServeHTTP answers one request. Whatever would change something is logged with who asked for it.
+func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	err := p.dispatch(w, r)
+	status := http.StatusOK
+	if err != nil {
+		problem := p.problemOf(err)
+		status = problem.Status
+		problem.write(w)
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		fields := append(peerFrom(r.Context()).fields(), zap.String("method", r.Method), zap.String("path", r.URL.Path))
+		if err != nil {
+			fields = append(fields, zap.Int("status", status), zap.Error(err))
+		}
+		p.log.Info("control request", fields...)
+	}
+}
+
+func (p *Plane) dispatch(w http.ResponseWriter, r *http.Request) error {
+	for _, route := range p.routes {
+		arg, ok := route.match(r.URL.Path)
+		if !ok {
+			continue
+		}
+		method := r.Method
+		if method == http.MethodHead {
+			method = http.MethodGet
+		}
+		if answer, ok := route.methods[method]; ok {
+			return answer(w, r, arg)
+		}
+		allowed := strings.Join(slices.Sorted(maps.Keys(route.methods)), ", ")
+		w.Header().Set("Allow", allowed)
+		return &Problem{
+			Type: ProblemMethod, Title: "Method not allowed", Status: http.StatusMethodNotAllowed,
+			Detail: r.Method + " is not allowed here: want " + allowed,
+		}
+	}
+	return notFound("nothing is at %s", shorten(r.URL.Path))
+}
+
+func (r route) match(path string) (arg string, ok bool) {
+	prefix, wild := strings.CutSuffix(r.path, "*")
+	if !wild {
+		return "", path == r.path
+	}
+	arg, ok = strings.CutPrefix(path, prefix)
+	return arg, ok && arg != "" && !strings.Contains(arg, "/")
+}
+
+// stream bounds the number of requests that last, so that there is always room for the others, and
+// lifts the time limits that are meant for those.
+func (p *Plane) stream(next endpoint) endpoint {
+	return func(w http.ResponseWriter, r *http.Request, arg string) error {
+		select {
+		case p.streams <- struct{}{}:
+			defer func() { <-p.streams }()
+		default:
+			return &Problem{
+				Type: ProblemBusy, Title: "Too many streams", Status: http.StatusServiceUnavailable,
+				Detail: "too many waits, events and pauses are under way: try again later",
+			}
+		}
+		rc := http.NewResponseController(w)
+		_ = errors.Join(rc.SetReadDeadline(time.Time{}), rc.SetWriteDeadline(time.Time{})) // unsupported only in tests' recorders
+		return next(w, r, arg)
+	}
+}
+
+// answer writes v as the answer.
+func answer(w http.ResponseWriter, status int, v any) error {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // an error means that the caller has gone
+	return nil
+}
+
+// Actor returns the run.Group pair that serves the plane on ln. It serves until the server has
+// stopped, so that it can be asked about the drain to the end.
+func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
+	execute = func() error {
+		err := p.http.Serve(limit(ln, maxConnections))
+		if errors.Is(err, http.ErrServerClosed) {
+			return nil
+		}
+		p.log.Error("the control plane has failed", zap.Error(err))
+		p.srv.Drain(0, "control plane failed")
+		<-p.srv.Done()
+		return err
+	}
+	interrupt = func(error) {
+		p.srv.Drain(0, "stopping")
+		<-p.srv.Done()
+		ctx, cancel := context.WithTimeoutCause(context.Background(), shutdownTimeout, http.ErrServerClosed)
+		defer cancel()
+		if p.http.Shutdown(ctx) != nil {
+			_ = p.http.Close()
+		}
+	}
+	return execute, interrupt
+}

@@ -1,0 +1,76 @@
+package control
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"echod/server"
+)
+
+// Problem is an error as the control plane answers it: RFC 9457, with a type that does not change.
+type Problem struct {
+	Type     string     `json:"type"`
+	Title    string     `json:"title"`
+	Status   int        `json:"status"`
+	Detail   string     `json:"detail,omitempty"`
+	Field    string     `json:"field,omitempty"`    // invalid: the name of the field or parameter
+	State    string     `json:"state,omitempty"`    // draining: the state that refuses
+	Deadline *time.Time `json:"deadline,omitempty"` // draining: when the drain ends at the latest
+}
+
+// Error lets a Problem be returned as one.
+func (p *Problem) Error() string {
+	if p.Detail == "" {
+		return p.Title
+	}
+	return p.Detail
+}
+
+// The types of problems.
+const (
+	ProblemInvalid    = "urn:echod:problem:invalid"
+	ProblemNotFound   = "urn:echod:problem:not-found"
+	ProblemMethod     = "urn:echod:problem:method-not-allowed"
+	ProblemTimeout    = "urn:echod:problem:timeout"
+	ProblemDraining   = "urn:echod:problem:draining"
+	ProblemTooLarge   = "urn:echod:problem:too-large"
+	ProblemBusy       = "urn:echod:problem:busy"
+	ProblemUnexpected = "urn:echod:problem:unexpected"
+)
+
+func invalid(field, format string, args ...any) *Problem {
+	return &Problem{
+		Type: ProblemInvalid, Title: "Invalid request", Status: http.StatusBadRequest,
+		Detail: field + ": " + fmt.Sprintf(format, args...), Field: field,
+	}
+}
+
+func notFound(format string, args ...any) *Problem {
+	return &Problem{Type: ProblemNotFound, Title: "Not found", Status: http.StatusNotFound, Detail: fmt.Sprintf(format, args...)}
+}
+
+// problemOf gives the problem that err is for the caller.
+func (p *Plane) problemOf(err error) *Problem {
+	if problem, ok := errors.AsType[*Problem](err); ok {
+		return problem
+	}
+	if draining, ok := errors.AsType[*server.DrainingError](err); ok {
+		return &Problem{
+			Type: ProblemDraining, Title: "The server is draining", Status: http.StatusConflict,
+			Detail: err.Error(), State: p.srv.Status().State.String(), Deadline: &draining.Deadline,
+		}
+	}
+	if errors.Is(err, server.ErrNoHold) || errors.Is(err, server.ErrNoConn) {
+		return notFound("%s", err)
+	}
+	return &Problem{Type: ProblemUnexpected, Title: "Unexpected error", Status: http.StatusInternalServerError, Detail: err.Error()}
+}
+
+func (p *Problem) write(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(p.Status)
+	_ = json.NewEncoder(w).Encode(p) // an error means that the caller has gone
+}

@@ -1,0 +1,207 @@
+package control
+
+import (
+	"os"
+	"time"
+
+	"echod/server"
+)
+
+// The types below are what the control plane says, as JSON. openapi.yaml describes them for everybody
+// else. Times are RFC 3339, and what is named _seconds is seconds.
+
+// Status answers GET /v1/status.
+type Status struct {
+	State         string            `json:"state"`
+	PID           int               `json:"pid"`
+	Version       string            `json:"version"`
+	Started       time.Time         `json:"started"`
+	UptimeSeconds float64           `json:"uptime_seconds"`
+	Listeners     []Listener        `json:"listeners"`
+	Connections   int               `json:"connections"`
+	Accepted      uint64            `json:"accepted"`
+	Closed        map[string]uint64 `json:"closed"`
+	BytesIn       uint64            `json:"bytes_in"`
+	BytesOut      uint64            `json:"bytes_out"`
+	Holds         []Hold            `json:"holds"`
+	Drain         *Drain            `json:"drain,omitempty"`
+}
+
+// Listener is an open listener; the accept queue is left out where the system does not tell.
+type Listener struct {
+	Address          string `json:"address"`
+	AcceptQueue      *int   `json:"accept_queue,omitempty"`
+	AcceptQueueLimit *int   `json:"accept_queue_limit,omitempty"`
+}
+
+// Hold is one reason for the server to be paused.
+type Hold struct {
+	ID      string     `json:"id"`
+	Reason  string     `json:"reason"`
+	Mode    string     `json:"mode"`
+	Since   time.Time  `json:"since"`
+	Expires *time.Time `json:"expires,omitempty"`
+	UID     *int       `json:"uid,omitempty"` // who asked, where the system tells
+	PID     *int       `json:"pid,omitempty"`
+}
+
+// Drain is the drain under way.
+type Drain struct {
+	Since        time.Time `json:"since"`
+	Deadline     time.Time `json:"deadline"`
+	Reason       string    `json:"reason"`
+	Notified     int       `json:"notified"`
+	NoticeFailed int       `json:"notice_failed"`
+}
+
+// Conn is an open connection.
+type Conn struct {
+	ID          uint64    `json:"id"`
+	Remote      string    `json:"remote"`
+	Local       string    `json:"local"`
+	State       string    `json:"state"`
+	Opened      time.Time `json:"opened"`
+	IdleSeconds float64   `json:"idle_seconds"`
+	BytesIn     uint64    `json:"bytes_in"`
+	BytesOut    uint64    `json:"bytes_out"`
+	Notified    bool      `json:"notified"`
+}
+
+// ClosedConn is a closed connection.
+type ClosedConn struct {
+	ID              uint64    `json:"id"`
+	Remote          string    `json:"remote"`
+	Local           string    `json:"local"`
+	Reason          string    `json:"reason"`
+	Opened          time.Time `json:"opened"`
+	Closed          time.Time `json:"closed"`
+	DurationSeconds float64   `json:"duration_seconds"`
+	BytesIn         uint64    `json:"bytes_in"`
+	BytesOut        uint64    `json:"bytes_out"`
+	Notified        bool      `json:"notified"`
+}
+
+// Conns answers GET /v1/conns, the oldest first.
+type Conns struct {
+	Connections []Conn `json:"connections"`
+}
+
+// ClosedConns answers GET /v1/conns/closed, the latest first.
+type ClosedConns struct {
+	Connections []ClosedConn `json:"connections"`
+}
+
+// Change answers the verbs: what changed, and what state holds now.
+type Change struct {
+	Changed  bool   `json:"changed"`
+	State    string `json:"state"`
+	Released int    `json:"released,omitempty"` // holds
+	Killed   int    `json:"killed,omitempty"`   // connections
+	Drain    *Drain `json:"drain,omitempty"`
+}
+
+// Notified answers POST /v1/notify.
+type Notified struct {
+	Sent   int `json:"sent"`
+	Failed int `json:"failed"`
+}
+
+// Waited answers GET /v1/wait.
+type Waited struct {
+	State       string `json:"state"`
+	Connections int    `json:"connections"`
+}
+
+// Released is the last line that POST /v1/pause?while=connected streams: the hold is gone.
+type Released struct {
+	Released string `json:"released"` // why
+	State    string `json:"state"`
+}
+
+// Event is a line of GET /v1/events. Of the fields below Type, those that go with it are there.
+type Event struct {
+	Time   time.Time   `json:"time"`
+	Type   string      `json:"type"`
+	State  string      `json:"state,omitempty"`
+	Conn   *Conn       `json:"conn,omitempty"`
+	Closed *ClosedConn `json:"closed,omitempty"`
+	Hold   *Hold       `json:"hold,omitempty"`
+	Cause  string      `json:"cause,omitempty"`
+	Missed int         `json:"missed,omitempty"`
+}
+
+func wireStatus(st server.Status, version string) Status {
+	out := Status{
+		State: st.State.String(), PID: os.Getpid(), Version: version,
+		Started: st.Started, UptimeSeconds: time.Since(st.Started).Seconds(),
+		Listeners:   []Listener{},
+		Connections: st.Connections, Accepted: st.Accepted, Closed: map[string]uint64{},
+		BytesIn: st.BytesIn, BytesOut: st.BytesOut,
+		Holds: []Hold{},
+	}
+	for _, l := range st.Listeners {
+		wl := Listener{Address: l.Address.String()}
+		if l.AcceptQueue >= 0 {
+			wl.AcceptQueue, wl.AcceptQueueLimit = &l.AcceptQueue, &l.AcceptQueueLimit
+		}
+		out.Listeners = append(out.Listeners, wl)
+	}
+	for why, n := range st.Closed {
+		out.Closed[why.String()] = n
+	}
+	for _, h := range st.Holds {
+		out.Holds = append(out.Holds, wireHold(h))
+	}
+	out.Drain = wireDrain(st.Drain)
+	return out
+}
+
+func wireHold(h server.HoldInfo) Hold {
+	out := Hold{ID: h.ID, Reason: h.Reason, Mode: h.Mode.String(), Since: h.Since}
+	if !h.Expires.IsZero() {
+		out.Expires = &h.Expires
+	}
+	if h.PID != 0 {
+		out.UID, out.PID = &h.UID, &h.PID
+	}
+	return out
+}
+
+func wireDrain(d *server.DrainInfo) *Drain {
+	if d == nil {
+		return nil
+	}
+	return &Drain{Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified, NoticeFailed: d.NoticeFailed}
+}
+
+func wireConn(c server.ConnInfo) Conn {
+	return Conn{
+		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), State: c.Phase.String(), Opened: c.Opened,
+		IdleSeconds: c.Idle.Seconds(), BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified,
+	}
+}
+
+func wireClosed(c server.ClosedConn) ClosedConn {
+	return ClosedConn{
+		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Reason: c.Reason.String(),
+		Opened: c.Opened, Closed: c.Closed, DurationSeconds: c.Closed.Sub(c.Opened).Seconds(),
+		BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified,
+	}
+}
+
+func wireEvent(e server.Event) Event {
+	out := Event{Time: e.Time, Type: string(e.Type), Cause: e.Cause, Missed: e.Missed}
+	if e.State != 0 {
+		out.State = e.State.String()
+	}
+	if e.Conn != nil {
+		out.Conn = new(wireConn(*e.Conn))
+	}
+	if e.Closed != nil {
+		out.Closed = new(wireClosed(*e.Closed))
+	}
+	if e.Hold != nil {
+		out.Hold = new(wireHold(*e.Hold))
+	}
+	return out
+}

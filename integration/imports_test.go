@@ -1,0 +1,155 @@
+package integration
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"io/fs"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// TestImportsRunOneWay pins the layout: cmd -> control -> server, and client stands alone. Who embeds the library
+// gets three small modules besides the standard library, and nothing that goes behind the program's back to its
+// arguments, environment or signals.
+func TestImportsRunOneWay(t *testing.T) {
+	layers := []struct {
+		name    string
+		pattern string
+		ours    []string // what it may reach of this module
+		modules []string // exactly what it reaches of others; nil: any
+	}{
+		{"server", "../server/...", []string{"echod/server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
+		{"client", "../client/...", []string{"echod/client"}, nil},
+		{"control", "../control/...", []string{"echod/control", "echod/server"}, nil},
+		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/server"}, nil},
+	}
+	for _, layer := range layers {
+		t.Run(layer.name, func(t *testing.T) {
+			ours, modules := dependencies(t, layer.pattern)
+			for _, pkg := range ours {
+				if !slices.ContainsFunc(layer.ours, func(root string) bool { return isWithin(pkg, root) }) {
+					t.Errorf("%s depends on %s", layer.name, pkg)
+				}
+			}
+			if layer.modules != nil && !slices.Equal(modules, layer.modules) {
+				t.Errorf("%s depends on the modules %q, want %q", layer.name, modules, layer.modules)
+			}
+		})
+	}
+}
+
+// TestOnlyCmdTouchesTheProcess reads the sources of all systems, not only those that are built on this one.
+func TestOnlyCmdTouchesTheProcess(t *testing.T) {
+	elsewhere := []string{"../bench", "../cmd/echod", "../integration", "../tools"}
+	scanned := 0
+	err := filepath.WalkDir("..", func(name string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if entry.IsDir() {
+			hidden := strings.HasPrefix(entry.Name(), ".") && name != ".."
+			if hidden || entry.Name() == "testdata" || slices.Contains(elsewhere, filepath.ToSlash(name)) {
+				return fs.SkipDir
+			}
+			return nil
+		}
+		if strings.HasSuffix(name, ".go") && !strings.HasSuffix(name, "_test.go") {
+			scanned++
+			checkProcessUse(t, name)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if scanned == 0 {
+		t.Error("no source file found")
+	}
+}
+
+// checkProcessUse reports what the named source file takes from the process it runs in, or does to it.
+func checkProcessUse(t *testing.T, name string) {
+	t.Helper()
+	fset := token.NewFileSet()
+	file, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
+	if err != nil {
+		t.Fatal(err)
+	}
+	osName := ""
+	for _, spec := range file.Imports {
+		switch imported, _ := strconv.Unquote(spec.Path.Value); imported {
+		case "flag", "os/signal":
+			t.Errorf("%s: import of %s", fset.Position(spec.Pos()), imported)
+		case "os":
+			osName = "os"
+			if spec.Name != nil {
+				osName = spec.Name.Name
+			}
+		}
+	}
+	ast.Inspect(file, func(node ast.Node) bool {
+		selector, ok := node.(*ast.SelectorExpr)
+		if !ok {
+			return true
+		}
+		if pkg, ok := selector.X.(*ast.Ident); ok && pkg.Name == osName {
+			switch selector.Sel.Name {
+			case "Args", "Environ", "Exit", "ExpandEnv", "Getenv", "LookupEnv":
+				t.Errorf("%s: use of os.%s", fset.Position(selector.Pos()), selector.Sel.Name)
+			}
+		}
+		return true
+	})
+}
+
+// dependencies lists what the packages that match pattern reach: packages of this module, and the other modules.
+func dependencies(t *testing.T, pattern string) (ours, modules []string) {
+	t.Helper()
+	list := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath,Standard,DepOnly,Module", pattern)
+	out, err := list.Output()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+		t.Fatalf("%v: %v\n%s", list, err, exit.Stderr)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	matched := false
+	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
+		var pkg struct {
+			ImportPath        string
+			Standard, DepOnly bool
+			Module            struct{ Path string }
+		}
+		if err := dec.Decode(&pkg); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		matched = matched || !pkg.DepOnly
+		switch {
+		case pkg.Standard:
+		case isWithin(pkg.ImportPath, "echod"):
+			ours = append(ours, pkg.ImportPath)
+		case !slices.Contains(modules, pkg.Module.Path):
+			modules = append(modules, pkg.Module.Path)
+		}
+	}
+	if !matched {
+		t.Fatalf("%s matches no package", pattern)
+	}
+	slices.Sort(modules)
+	return ours, modules
+}
+
+// isWithin reports whether the import path pkg is root or below it.
+func isWithin(pkg, root string) bool {
+	return pkg == root || strings.HasPrefix(pkg, root+"/")
+}
