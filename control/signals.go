@@ -54,7 +54,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 	return execute, interrupt
 }
 
-// Forced returns the signal that forced the end; nil when none did.
+// Forced returns the signal that forced the end, once the actor has returned; nil when none did.
 func (s *Signals) Forced() os.Signal {
 	if sig := s.forced.Load(); sig != nil {
 		return *sig
@@ -69,8 +69,9 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 		if sig == syscall.SIGQUIT {
 			_, _ = s.stacks.Write(allStacks())
 		}
-		s.forced.CompareAndSwap(nil, &sig)
-		s.srv.Force(SignalName(sig))
+		if s.srv.Force(SignalName(sig)) {
+			s.forced.Store(&sig)
+		}
 		return
 	}
 	s.log.Info("signal received", name)

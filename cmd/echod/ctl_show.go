@@ -72,7 +72,9 @@ func describeHold(h control.Hold) string {
 	if h.Mode != "hold" {
 		words = append(words, "mode "+h.Mode)
 	}
-	words = append(words, "for "+span(time.Since(h.Since)))
+	if stood := time.Since(h.Since); stood >= time.Second {
+		words = append(words, "since "+span(stood)+" ago")
+	}
 	if h.Expires != nil {
 		words = append(words, "expires in "+span(time.Until(*h.Expires)))
 	}
