@@ -63,7 +63,7 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 		c.OnAnswer = func(body []byte) { _, _ = cmd.OutOrStdout().Write(body) }
 		out = io.Discard
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := f(ctx, c, out); err != nil {
 		if ctx.Err() != nil {

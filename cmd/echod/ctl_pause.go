@@ -72,7 +72,7 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 		return err
 	}
 	defer c.Close()
-	ctx := context.Background()
+	ctx := cmd.Context()
 	lease, err := c.PauseWhileConnected(ctx, req)
 	if err != nil {
 		return err

@@ -35,7 +35,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage.`,
   echod send < file | cmp - file`,
 		RunE: func(cmd *cobra.Command, words []string) error {
 			s.in, s.out, s.err = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
-			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			err := s.run(ctx, words)
 			if err != nil && ctx.Err() != nil {

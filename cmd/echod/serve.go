@@ -119,7 +119,7 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	}
 	notice, err := server.ParseNotice(f.notice)
 	if err != nil {
-		return opts, usagef("--notice: %w", err)
+		return opts, usagef("--%w", err) // it begins with: notice
 	}
 	opts.Notice = notice
 	return opts, nil
@@ -147,9 +147,6 @@ func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
 
 // serve runs the server to its end.
 func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
-	if ctx == nil {
-		ctx = context.Background()
-	}
 	// A log whose reader has gone must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
 	log, err := newLogger(f.logLevel, f.logFormat)
@@ -158,6 +155,10 @@ func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
 	}
 	defer func() { _ = log.Sync() }() // EINVAL or ENOTTY where stderr cannot be synced: nothing is lost
 	opts, err := f.options(log)
+	if err != nil {
+		return err
+	}
+	access, err := f.socketOptions()
 	if err != nil {
 		return err
 	}
@@ -178,7 +179,7 @@ func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
 	g.Add(signals.Actor())
 
 	if f.control != "off" {
-		socket, err := f.listenControl(ctx, log)
+		socket, err := listenControl(ctx, f.control, access, log)
 		if err != nil {
 			closeAll(listeners)
 			return err
@@ -240,18 +241,15 @@ func closeAll(listeners []net.Listener) {
 	}
 }
 
-func (f serveFlags) listenControl(ctx context.Context, log *zap.Logger) (net.Listener, error) {
-	opts, err := f.socketOptions()
-	if err != nil {
-		return nil, err
-	}
-	path := f.control
+func listenControl(ctx context.Context, path string, access control.SocketOptions, log *zap.Logger) (net.Listener, error) {
 	if path == "" {
-		if path, err = serverSocket(); err != nil {
+		found, err := serverSocket()
+		if err != nil {
 			return nil, err
 		}
+		path = found
 	}
-	socket, err := control.Listen(ctx, path, opts)
+	socket, err := control.Listen(ctx, path, access)
 	if errors.Is(err, control.ErrInUse) {
 		return nil, fmt.Errorf("%w: give this one a --control of its own, or --control off", err)
 	}
