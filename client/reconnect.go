@@ -87,6 +87,9 @@ func (c *Client) dial(ctx context.Context) (*link, error) {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
+		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
+			err = op.Err // wrap names the address
+		}
 		return nil, c.wrap("connect to", err)
 	}
 	return newLink(conn, c.opts.OnNotice), nil
