@@ -48,9 +48,16 @@ func (a *acceptor) wake(l *ledger) {
 	}
 }
 
+func (l *ledger) wakeAcceptors() {
+	for _, a := range l.acceptors {
+		a.wake(l)
+	}
+}
+
 // run accepts until the drain, and then empties the queue. A non-nil error is why it had to end before.
 func (a *acceptor) run() error {
 	defer a.leave()
+	defer a.ln.Close()
 	backoff := time.Duration(0)
 	for a.awaitClearance() {
 		nc, err := a.ln.Accept()
@@ -159,9 +166,8 @@ const handshakeWait = 50 * time.Millisecond
 const emptyAtMost = 4096
 
 // empty ends accepting so that nobody is reset: no new handshake is let in, those who already are in
-// the accept queue are taken to the gate, and only then the listener is closed.
+// the accept queue are taken to the gate, and only then run closes the listener.
 func (a *acceptor) empty() {
-	defer a.ln.Close()
 	if a.inherited || a.waker == nil {
 		return // the queue is the successor's; or it cannot be looked at
 	}

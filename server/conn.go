@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -36,8 +37,8 @@ type Conn struct {
 	phase    atomic.Int32
 	bytesIn  atomic.Uint64
 	bytesOut atomic.Uint64
-	active   atomic.Int64 // when the last byte moved, Unix nanoseconds
-	blocked  atomic.Int64 // since when a write is under way, Unix nanoseconds; 0 when none is
+	active   atomic.Int64 // when the last byte moved, by Server.clock
+	blocked  atomic.Int64 // since when a write is under way, by Server.clock; 0 when none is
 	sawEOF   atomic.Bool
 	broken   atomic.Bool // reset or lost: a read or write failed for no reason of ours
 	notified atomic.Bool // the drain's notice was taken by the kernel
@@ -71,7 +72,12 @@ const (
 var phaseNames = [...]string{Waiting: "waiting", Serving: "serving", Rejecting: "rejecting", Closing: "closing"}
 
 // String gives the phase's name as the control plane shows it.
-func (p Phase) String() string { return phaseNames[p] }
+func (p Phase) String() string {
+	if p < Waiting || p > Closing {
+		return fmt.Sprintf("Phase(%d)", int32(p))
+	}
+	return phaseNames[p]
+}
 
 func newConn(s *Server, nc net.Conn) *Conn {
 	c := &Conn{srv: s, nc: nc, opened: time.Now()}
@@ -137,7 +143,7 @@ func (c *Conn) write(p []byte) (written int, err error) {
 	if c.torn {
 		return 0, errTorn
 	}
-	c.blocked.Store(time.Now().UnixNano())
+	c.blocked.Store(c.srv.clock())
 	defer c.blocked.Store(0)
 	for written < len(p) && err == nil {
 		var n int
@@ -166,11 +172,8 @@ func (c *Conn) wrote(p []byte, n int) {
 // explain turns the error of a broken or ended connection into what is known of it.
 func (c *Conn) explain(err error) error {
 	switch {
-	case c.ended():
-		if cause := context.Cause(c.ctx); cause != nil {
-			return cause
-		}
-		return ErrConnClosed
+	case c.ctx.Err() != nil:
+		return context.Cause(c.ctx)
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
 	default:
 		c.broken.Store(true)
@@ -191,9 +194,14 @@ func (c *Conn) CloseWrite() error {
 }
 
 // Close lets the connection end: reads fail from now on, and when the handler has returned the server
-// half-closes, lingers and closes. It never fails, and calling it is never needed.
+// half-closes, lingers and closes. It never fails, and calling it is never needed. The close reason
+// is still what the handler makes of it, so that a deferred Close hides nothing.
 func (c *Conn) Close() error {
-	c.end(HandlerDone, ErrConnClosed)
+	c.fate.With(func(f *fate) {
+		if f.reason == 0 {
+			c.sever(ErrConnClosed)
+		}
+	})
 	return nil
 }
 
@@ -208,14 +216,14 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.deadline(t, c.nc.S
 
 func (c *Conn) deadline(t time.Time, set func(time.Time) error) (err error) {
 	c.fate.With(func(f *fate) {
-		if f.reason == 0 {
+		if c.ctx.Err() == nil {
 			err = set(t)
 		}
 	})
 	return err
 }
 
-func (c *Conn) touch() { c.active.Store(time.Now().UnixNano()) }
+func (c *Conn) touch() { c.active.Store(c.srv.clock()) }
 
 func (c *Conn) setPhase(p Phase) { c.phase.Store(int32(p)) }
 
@@ -231,18 +239,28 @@ func (c *Conn) ended() bool { return c.reason() != 0 }
 // cancelled, reads fail at once, and what is to be written still has flushTimeout.
 func (c *Conn) end(why Reason, cause error) (first bool) {
 	c.fate.With(func(f *fate) {
-		if first = f.reason == 0; !first {
-			return
+		if first = f.reason == 0; first {
+			f.reason = why
+			c.sever(cause)
 		}
-		f.reason = why
-		_ = c.nc.SetReadDeadline(longAgo)
-		_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
 	})
-	if first {
-		c.cancel(cause)
-	}
 	return first
 }
 
-// abort closes the connection under whoever uses it.
-func (c *Conn) abort() { _ = c.nc.Close() }
+// sever lets reads fail with cause, and writes a while later. It needs the lock of c.fate. The context
+// goes first, so that whom the deadline wakes finds the cause.
+func (c *Conn) sever(cause error) {
+	c.cancel(cause)
+	_ = c.nc.SetReadDeadline(longAgo)
+	_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
+}
+
+// abort closes the connection under whoever uses it. It does not block: TLS would wait up to five
+// seconds for a client that does not read to take its farewell, so what is below it is closed.
+func (c *Conn) abort() {
+	if layer, ok := c.nc.(interface{ NetConn() net.Conn }); ok {
+		_ = layer.NetConn().Close()
+		return
+	}
+	_ = c.nc.Close()
+}

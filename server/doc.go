@@ -11,7 +11,7 @@
 //
 // Accepted from the kernel's queue, it is put on the books and taken to the gate. There it waits,
 // is turned away, or is admitted and served. When its handler returns, or it is told to end, what
-// is pending is written, the stream half-closed, the client's own end awaited for half a second, and
+// is pending is written, the stream half-closed, the client's own end awaited for a moment, and
 // the connection closed, taken off the books and its reason counted. All these steps are taken under
 // one lock, so the figures agree at every instant: accepted = open + closed.
 //

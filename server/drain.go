@@ -76,31 +76,40 @@ type Report struct {
 // sent the notice, and has until the deadline; see Done and Shutdown for its end. A grace of zero
 // means Options.Grace, a negative one none.
 //
-// When a drain is under way, a deadline before its own shortens it, and nothing else changes it. Drain
-// reports whether it changed anything.
+// A drain under way is shortened by a grace that ends before its deadline, and changed by nothing else;
+// a grace of zero leaves it alone. Drain reports whether it changed anything.
 func (s *Server) Drain(grace time.Duration, reason string) (changed bool) {
 	if grace == 0 {
-		grace = s.opts.Grace
+		return s.drainBy(time.Now().Add(max(0, s.opts.Grace)), reason, adopt)
 	}
-	return s.drainBy(time.Now().Add(max(0, grace)), reason, false)
+	return s.drainBy(time.Now().Add(max(0, grace)), reason, shorten)
 }
+
+// insistence says what becomes of a drain that is under way when another is asked for.
+type insistence int
+
+const (
+	adopt   insistence = iota + 1 // it goes on as it is
+	shorten                       // its deadline is brought forward
+	force                         // it ends now
+)
 
 // Shutdown drains and waits for the end. The deadline is ctx's, or Options.Grace from now where it
 // has none; up to two seconds later everything is closed. When ctx is cancelled, not when its
 // deadline passes, the rest is closed by force, and the error is the cause.
 func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
-	deadline, ok := ctx.Deadline()
-	if !ok {
-		deadline = time.Now().Add(max(0, s.opts.Grace))
+	if deadline, ok := ctx.Deadline(); ok {
+		s.drainBy(deadline, reason, shorten)
+	} else {
+		s.Drain(0, reason)
 	}
-	s.drainBy(deadline, reason, false)
 	var err error
 	select {
 	case <-s.stopped:
 	case <-ctx.Done():
 		if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			err = context.Cause(ctx)
-			s.drainBy(time.Now(), reason, true)
+			s.drainBy(time.Now(), reason, force)
 		}
 		<-s.stopped
 	}
@@ -110,15 +119,16 @@ func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
 // Close closes everything now: no notice, no grace. It returns when that is done, after a moment at the
 // most, also where handlers ignore their context.
 func (s *Server) Close() error {
-	s.drainBy(time.Now(), "close", true)
+	s.drainBy(time.Now(), "close", force)
 	<-s.stopped
 	return nil
 }
 
-// Force is Close without waiting for its end.
-func (s *Server) Force() { s.drainBy(time.Now(), "close", true) }
+// Force is Close without waiting for its end. It reports whether it changed anything; reason counts
+// only where no drain is under way.
+func (s *Server) Force(reason string) (changed bool) { return s.drainBy(time.Now(), reason, force) }
 
-func (s *Server) drainBy(deadline time.Time, reason string, force bool) (changed bool) {
+func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (changed bool) {
 	if err := CheckText(reason); err != nil {
 		reason = fmt.Sprintf("%.40q", reason)
 	}
@@ -129,20 +139,18 @@ func (s *Server) drainBy(deadline time.Time, reason string, force bool) (changed
 		}
 		if l.drain == nil {
 			begun = true
+			l.drain = &drain{since: time.Now(), deadline: deadline, reason: reason}
+			l.setState(Draining) // before the holds go, or the server would seem to run in between
 			for len(l.holds) > 0 {
 				l.drop(0, &DrainingError{Deadline: deadline})
 			}
-			l.drain = &drain{since: time.Now(), deadline: deadline, reason: reason}
-			l.setState(Draining)
-			for _, a := range l.acceptors {
-				a.wake(l)
-			}
+			l.wakeAcceptors()
 		}
-		if !l.drain.expired && deadline.Before(l.drain.deadline) {
+		if how >= shorten && !l.drain.expired && deadline.Before(l.drain.deadline) {
 			shortened = true
 			l.drain.deadline = deadline
 		}
-		if force && !l.drain.forced {
+		if how == force && !l.drain.forced {
 			forced = true
 			l.drain.forced = true
 		}

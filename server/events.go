@@ -38,18 +38,23 @@ const eventBuffer = 4096
 
 // A Subscription receives what happens from Subscribe on. One goroutine reads it.
 type Subscription struct {
-	srv    *Server
-	events chan Event
-	missed int // guarded by the lock of Server.book
+	srv   *Server
+	queue locked[eventQueue] // taken under the lock of Server.book by those who write
+}
+
+type eventQueue struct {
+	events []Event
+	missed int // how many came after events, and found no room
+	ended  bool
 }
 
 // Subscribe begins to receive events. The caller must Close the subscription. A subscriber that is too
 // slow never holds the server up: it misses events, and is told how many.
 func (s *Server) Subscribe() *Subscription {
-	sub := &Subscription{srv: s, events: make(chan Event, eventBuffer)}
+	sub := &Subscription{srv: s}
 	s.book.With(func(l *ledger) {
 		if l.state == Stopped {
-			close(sub.events)
+			sub.end()
 			return
 		}
 		l.subscribers = append(l.subscribers, sub)
@@ -57,21 +62,31 @@ func (s *Server) Subscribe() *Subscription {
 	return sub
 }
 
-// Events ranges over the events in the order in which they happened, until ctx is done, the
-// subscription is closed or the server has stopped.
+// Events ranges over the events in the order in which they happened, until ctx is done, or until the
+// subscription is closed or the server has stopped and all that was received is read.
 func (sub *Subscription) Events(ctx context.Context) iter.Seq[Event] {
 	return func(yield func(Event) bool) {
-		for {
-			select {
-			case <-ctx.Done():
+		for ctx.Err() == nil {
+			e, ok := sub.next(ctx)
+			if !ok || !yield(e) {
 				return
-			case e, ok := <-sub.events:
-				if !ok || !yield(e) {
-					return
-				}
 			}
 		}
 	}
+}
+
+// next waits for an event; not ok means that none will come.
+func (sub *Subscription) next(ctx context.Context) (e Event, ok bool) {
+	_ = sub.queue.Await(ctx, func(q *eventQueue) bool {
+		switch {
+		case len(q.events) > 0:
+			e, q.events, ok = q.events[0], q.events[1:], true
+		case q.missed > 0:
+			e, q.missed, ok = Event{Time: time.Now(), Type: EventsMissed, Missed: q.missed}, 0, true
+		}
+		return ok || q.ended
+	})
+	return e, ok
 }
 
 // Close ends the subscription. It may be called more than once.
@@ -84,23 +99,16 @@ func (sub *Subscription) Close() {
 	})
 }
 
-// offer and end are called under the lock of Server.book.
-
+// offer gives e to the subscriber, or, from the first for which there is no room until it has read
+// all before that, counts it as missed.
 func (sub *Subscription) offer(e Event) {
-	if sub.missed > 0 {
-		select {
-		case sub.events <- Event{Time: e.Time, Type: EventsMissed, Missed: sub.missed}:
-			sub.missed = 0
-		default:
-			sub.missed++
+	sub.queue.With(func(q *eventQueue) {
+		if q.missed > 0 || len(q.events) >= eventBuffer {
+			q.missed++
 			return
 		}
-	}
-	select {
-	case sub.events <- e:
-	default:
-		sub.missed++
-	}
+		q.events = append(q.events, e)
+	})
 }
 
-func (sub *Subscription) end() { close(sub.events) }
+func (sub *Subscription) end() { sub.queue.With(func(q *eventQueue) { q.ended = true }) }

@@ -107,9 +107,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 		l.holds = append(l.holds, h)
 		l.publish(Event{Type: HoldPlaced, Hold: new(h.info)})
 		l.announce(before)
-		for _, a := range l.acceptors {
-			a.wake(l)
-		}
+		l.wakeAcceptors()
 	})
 	if refused != nil {
 		h.end(refused)
@@ -159,6 +157,9 @@ func (l *ledger) drop(i int, cause error) {
 	h.end(cause)
 	l.publish(Event{Type: HoldReleased, Hold: new(h.info), Cause: cause.Error()})
 	l.announce(before)
+	if l.holding() {
+		l.wakeAcceptors() // who may have been accepting to turn clients away
+	}
 }
 
 // ReleaseHold releases the hold with the given id. The error is ErrNoHold, or a *DrainingError.

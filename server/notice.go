@@ -37,6 +37,9 @@ func ParseNotice(template string) (*Notice, error) {
 	if len(template) > maxNotice {
 		return nil, fmt.Errorf("notice of %d bytes: at most %d are allowed", len(template), maxNotice)
 	}
+	if !utf8.ValidString(template) {
+		return nil, fmt.Errorf("notice %q is not valid UTF-8: write other bytes as escapes", template)
+	}
 	var text strings.Builder
 	for rest := template; rest != ""; {
 		r, multibyte, tail, err := strconv.UnquoteChar(rest, 0)

@@ -148,5 +148,5 @@ func (c *Conn) tryWrite(p []byte) (n int, err error) {
 // blockedSince says since when a write to the client is under way.
 func (c *Conn) blockedSince() (since time.Time, blocked bool) {
 	ns := c.blocked.Load()
-	return time.Unix(0, ns), ns != 0
+	return c.srv.at(ns), ns != 0
 }

@@ -39,7 +39,7 @@ func (c *Conn) verdict(err error) Reason {
 			return ClientLeft
 		}
 		return ClientClosed
-	case err != nil:
+	case err != nil && !errors.Is(err, ErrConnClosed):
 		return HandlerError
 	default:
 		return HandlerDone
@@ -100,10 +100,11 @@ func (c *Conn) close(natural Reason) {
 	c.srv.settle(c, why)
 }
 
-// linger discards input until the client's FIN, for a while.
+// linger discards input until the client's FIN, for a while. A client that floods sends none, and
+// discarding all that it has would take the time of the others.
 func (c *Conn) linger() {
 	_ = c.nc.SetReadDeadline(time.Now().Add(lingerTimeout))
-	_, _ = io.Copy(io.Discard, struct{ io.Reader }{c.nc})
+	_, _ = io.CopyN(io.Discard, c.nc, lingerBytes)
 }
 
 // settle books a closed connection, once, and tells whoever wants to know.

@@ -101,6 +101,13 @@ func (s *Server) Serve(ln net.Listener) error {
 // Done is closed when the server has stopped.
 func (s *Server) Done() <-chan struct{} { return s.stopped }
 
+// clock is the time since the server was made, in nanoseconds, and never zero. Unlike the wall clock
+// it cannot be set, which would make every connection look idle.
+func (s *Server) clock() int64 { return int64(time.Since(s.started)) + 1 }
+
+// at is the inverse of clock.
+func (s *Server) at(clock int64) time.Time { return s.started.Add(time.Duration(clock - 1)) }
+
 // startTask books a goroutine that works for a connection that is on the books. It calls endTask
 // last; the drain waits for it.
 func (s *Server) startTask() { s.book.With(func(l *ledger) { l.tasks++ }) }

@@ -103,7 +103,7 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 func (c *Conn) Info() ConnInfo {
 	return ConnInfo{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()), Opened: c.opened,
-		Idle:    max(0, time.Since(time.Unix(0, c.active.Load()))),
+		Idle:    max(0, time.Since(c.srv.at(c.active.Load()))),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(),
 	}
 }

@@ -65,7 +65,7 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 		}
 		return
 	}
-	if s.opts.IdleTimeout > 0 && now.Sub(time.Unix(0, c.active.Load())) >= s.opts.IdleTimeout {
+	if s.opts.IdleTimeout > 0 && now.Sub(c.srv.at(c.active.Load())) >= s.opts.IdleTimeout {
 		c.end(IdleTimeout, ErrIdle)
 	}
 }
@@ -74,7 +74,7 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 // since. What counts is what the client's kernel has acknowledged, where that can be known: how
 // much our kernel takes comes in steps of megabytes.
 func (c *Conn) stalledFor(since, now time.Time) time.Duration {
-	if active := time.Unix(0, c.active.Load()); active.After(since) {
+	if active := c.srv.at(c.active.Load()); active.After(since) {
 		since = active
 	}
 	if c.raw != nil && now.Sub(since) >= minSweep {

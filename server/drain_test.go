@@ -1,0 +1,282 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestG4StopsAcceptingBeforeAnybodyIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		told := make(chan bool, 1)
+		go func() {
+			_, _ = c.Read(make([]byte, 1))
+			told <- r.ln.isClosed()
+		}()
+		r.Drain(time.Minute, "TERM")
+		if closed := <-told; !closed {
+			t.Error("a client was told of the drain while the listener was open")
+		}
+	})
+}
+
+func TestG4ClientsInTheAcceptQueueAreToldAndServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConns: 1})
+		served := r.dial(t)
+		queue := []*client{r.dial(t), r.dial(t), r.dial(t)} // the limit keeps them there
+		r.Drain(5*time.Second, "TERM")
+		pass(acceptingStops)
+		for _, c := range append(queue, served) {
+			c.has(t, "SHUTDOWN 5 TERM\n")
+			c.send(t, "last words\n")
+			c.has(t, "last words\n")
+			c.leave(t)
+		}
+		<-r.Done()
+		wantClosed(t, r.Server, map[Reason]uint64{ClientLeft: 4})
+		rep := r.report()
+		if rep.Notified != 4 || rep.NoticeFailed != 0 || rep.Left != 4 {
+			t.Errorf("report %+v, want 4 notified, 0 failed, 4 left by themselves", rep)
+		}
+	})
+}
+
+func TestG4ClientsOfAPausedServerAreToldAndServed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.ln.slip(1)
+		h := r.pause(t, PauseOptions{})
+		slipped, queued := r.dial(t), r.dial(t)
+		wantPhases(t, r.Server, Waiting)
+		r.Drain(5*time.Second, "TERM")
+		pass(acceptingStops)
+		for _, c := range []*client{slipped, queued} {
+			c.has(t, "SHUTDOWN 5 TERM\n")
+			c.send(t, "x\n")
+			c.has(t, "x\n")
+			c.leave(t)
+		}
+		<-r.Done()
+		if _, ok := errors.AsType[*DrainingError](h.Cause()); !ok {
+			t.Errorf("cause of the hold's end is %v, want a *DrainingError", h.Cause())
+		}
+	})
+}
+
+func TestG4OneThatDoesNotReadDelaysNobodysNotice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{StallTimeout: -1})
+		deaf := r.dial(t)
+		deaf.SetWindow(0)
+		deaf.send(t, "x") // its handler is stuck in a write
+		others := []*client{r.dial(t), r.dial(t)}
+		r.Drain(5*time.Second, "TERM")
+		pass(acceptingStops)
+		for _, c := range others {
+			c.has(t, "SHUTDOWN 5 TERM\n")
+			c.leave(t)
+		}
+		deaf.SetWindow(100)
+		deaf.has(t, "x\nSHUTDOWN 5 TERM\n")
+	})
+}
+
+func TestServerStopsAtOnceWhenTheLastClientHasLeft(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		r.Drain(time.Hour, "TERM")
+		pass(time.Minute)
+		c.leave(t)
+		select {
+		case <-r.Done():
+		default:
+			t.Error("server has not stopped although the last client has left")
+		}
+		wantErr(t, "Serve", <-r.served, ErrServerClosed)
+		wantState(t, r.Server, Stopped, 0)
+		if took := r.report().Took; took != time.Minute {
+			t.Errorf("drain took %v, want 1m", took)
+		}
+	})
+}
+
+func TestGraceIsTheDrainsOrElseTheOption(t *testing.T) {
+	for name, tt := range map[string]struct {
+		option, grace, want time.Duration
+		notice              string
+	}{
+		"its own":            {option: time.Minute, grace: 1500 * time.Millisecond, want: 1500 * time.Millisecond, notice: "SHUTDOWN 2 x\n"},
+		"the option's":       {option: time.Minute, want: time.Minute, notice: "SHUTDOWN 60 x\n"},
+		"the default":        {want: DefaultGrace, notice: "SHUTDOWN 5 x\n"},
+		"none":               {grace: -1, notice: "SHUTDOWN 0 x\n"},
+		"none by the option": {option: -1, notice: "SHUTDOWN 0 x\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, Echo, Options{Grace: tt.option})
+				c := r.dial(t)
+				began := time.Now()
+				r.Drain(tt.grace, "x")
+				wantEqual(t, "deadline", r.Status().Drain.Deadline.Sub(began), tt.want)
+				c.ends(t, tt.notice)
+				<-r.Done()
+				wantEqual(t, "duration", time.Since(began), max(tt.want, handshakeWait))
+				wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1})
+			})
+		})
+	}
+}
+
+func TestShutdownTakesTheDeadlineOfItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		leaver := r.dial(t)
+		r.dial(t) // who stays
+		go func() {
+			_, _ = leaver.Read(make([]byte, 1<<10))
+			_ = leaver.CloseWrite()
+		}()
+		rep, took := shutdownIn(t, r.Server, 3*time.Second, "upgrade")
+		if want := 3*time.Second + lingerTimeout; took != want {
+			t.Errorf("Shutdown took %v, want %v: the grace, and the linger for one who does not leave", took, want)
+		}
+		wantEqual(t, "report", rep, Report{
+			DrainInfo: DrainInfo{Since: rep.Since, Deadline: rep.Since.Add(3 * time.Second), Reason: "upgrade", Notified: 2},
+			Took:      took, Left: 1, Deadline: 1,
+		})
+	})
+}
+
+func TestShutdownWhoseContextIsCancelledForces(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.dial(t)
+		enough := errors.New("enough")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Second, func() { cancel(enough) })
+		began := time.Now()
+		rep, err := r.Shutdown(ctx, "upgrade")
+		wantErr(t, "Shutdown", err, enough)
+		wantEqual(t, "duration", time.Since(began), time.Second)
+		if rep.Forced != 1 {
+			t.Errorf("report %+v, want one forced", rep)
+		}
+		wantClosed(t, r.Server, map[Reason]uint64{Forced: 1})
+	})
+}
+
+func TestSecondShutdownShortensAndNeverProlongs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		began := time.Now()
+		if !r.Drain(time.Minute, "first") {
+			t.Error("Drain says that it changed nothing")
+		}
+		pass(time.Second)
+		if r.Drain(time.Hour, "longer") {
+			t.Error("Drain says that a longer grace changed something")
+		}
+		if !r.Drain(10*time.Second, "shorter") {
+			t.Error("Drain says that a shorter grace changed nothing")
+		}
+		first := r.Status().Drain
+		wantEqual(t, "deadline", first.Deadline.Sub(began), 11*time.Second)
+		wantEqual(t, "reason", first.Reason, "first")
+		rep, took := shutdownIn(t, r.Server, time.Second, "third")
+		wantEqual(t, "duration", took, time.Second+lingerTimeout)
+		wantEqual(t, "reason", rep.Reason, "first")
+		c.has(t, "SHUTDOWN 60 first\n") // told once, of what stood when the notices went out
+	})
+}
+
+func TestShutdownAfterTheEndReportsTheSame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.dial(t)
+		first, _ := shutdownIn(t, r.Server, time.Second, "a")
+		second, took := shutdownIn(t, r.Server, time.Hour, "b")
+		wantEqual(t, "second report", second, first)
+		wantEqual(t, "duration of the second", took, time.Duration(0))
+		if r.Drain(-1, "c") {
+			t.Error("Drain says that it changed something after the end")
+		}
+		if r.Force("d") {
+			t.Error("Force says that it changed something after the end")
+		}
+		if err := r.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+}
+
+func TestCloseDuringADrainClosesEverythingNow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		r.Drain(time.Hour, "TERM")
+		pass(time.Second)
+		if took := elapsed(func() { _ = r.Close() }); took != 0 {
+			t.Errorf("Close took %v, want no time", took)
+		}
+		wantClosed(t, r.Server, map[Reason]uint64{Forced: 1})
+		c.has(t, "SHUTDOWN 3600 TERM\n")
+	})
+}
+
+func TestForceDoesNotWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, stubborn(t), Options{})
+		r.dial(t)
+		if took := elapsed(func() { wantEqual(t, "Force changed something", r.Force("now"), true) }); took != 0 {
+			t.Errorf("Force took %v, want no time", took)
+		}
+		wantEqual(t, "Force changed something again", r.Force("again"), false)
+		wantEqual(t, "reason", r.Status().Drain.Reason, "now")
+		wantState(t, r.Server, Draining, 1)
+		<-r.Done()
+	})
+}
+
+func TestCloseTellsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		_ = r.Close()
+		c.ends(t, "")
+		if rep := r.report(); rep.Notified+rep.NoticeFailed != 0 {
+			t.Errorf("report %+v, want no notice", rep)
+		}
+	})
+}
+
+func TestDrainReasonStaysOneLine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		c := r.dial(t)
+		r.Drain(time.Second, "two\nlines")
+		c.ends(t, "SHUTDOWN 1 \"two\\nlines\"\n")
+	})
+}
+
+func TestHandlerHearsOfTheDrainOnceItsClientIsTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := HandlerFunc(func(_ context.Context, c *Conn) error {
+			<-c.Draining()
+			_, err := c.Write([]byte("bye\n"))
+			return err
+		})
+		r := newRig(t, h, Options{})
+		c := r.dial(t)
+		r.Drain(time.Minute, "TERM")
+		c.ends(t, "SHUTDOWN 60 TERM\nbye\n")
+		<-r.Done()
+		wantClosed(t, r.Server, map[Reason]uint64{HandlerDone: 1})
+	})
+}

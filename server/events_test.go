@@ -1,0 +1,146 @@
+package server
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// collect reads all events until the subscription ends.
+func collect(t *testing.T, sub *Subscription) (all []Event) {
+	t.Helper()
+	for e := range sub.Events(t.Context()) {
+		all = append(all, e)
+	}
+	return all
+}
+
+// brief gives an event in a word or two.
+func brief(e Event) string {
+	switch e.Type {
+	case StateChanged:
+		return e.State.String()
+	case ConnClosed:
+		return "closed " + e.Closed.Reason.String()
+	case HoldReleased:
+		return "released: " + e.Cause
+	default:
+		return string(e.Type)
+	}
+}
+
+func TestEventsTellWhatHappensInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := newServer(t, Echo, Options{})
+		sub := s.Subscribe()
+		r := &rig{Server: s, ln: newFakeListener()}
+		serve(t, s, r.ln)
+		c := r.dial(t)
+		a, b := r.pause(t, PauseOptions{Reason: "a"}), r.pause(t, PauseOptions{TTL: time.Second})
+		a.Release()
+		<-b.Done()
+		c.leave(t)
+		_ = s.Close()
+		var got []string
+		for _, e := range collect(t, sub) {
+			got = append(got, brief(e))
+			if e.Time.IsZero() {
+				t.Errorf("event %q has no time", brief(e))
+			}
+		}
+		wantEqual(t, "events", got, []string{
+			"running", "opened", "hold", "paused", "hold", "released: the hold was released",
+			"released: the hold's time to live ran out", "running", "closed client-closed", "draining", "stopped",
+		})
+	})
+}
+
+// No event may say that a paused server runs when it goes from paused to draining.
+func TestDrainOfAPausedServerNeverSeemsToRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.pause(t, PauseOptions{})
+		r.pause(t, PauseOptions{})
+		sub := r.Subscribe()
+		_ = r.Close()
+		var states []State
+		for _, e := range collect(t, sub) {
+			if e.Type == StateChanged {
+				states = append(states, e.State)
+			}
+		}
+		wantEqual(t, "states", states, []State{Draining, Stopped})
+	})
+}
+
+func TestSlowSubscriberIsToldHowMuchItMissed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		sub := r.Subscribe()
+		defer sub.Close()
+		for range eventBuffer { // four events each
+			r.pause(t, PauseOptions{}).Release()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		n := 0
+		var last Event
+		for e := range sub.Events(ctx) { // although nothing more happens
+			n++
+			last = e
+		}
+		wantEqual(t, "events received, and one that says how many are missing", n, eventBuffer+1)
+		if last.Type != EventsMissed || last.Missed != 3*eventBuffer {
+			t.Errorf("last event is %+v, want that %d were missed", last, 3*eventBuffer)
+		}
+
+		_ = r.Close()
+		wantEqual(t, "next event", brief(firstOf(t, sub)), "draining")
+	})
+}
+
+func TestSubscriberOfAStoppedServerHearsOfWhatItMissed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		sub := r.Subscribe()
+		for range eventBuffer / 4 {
+			r.pause(t, PauseOptions{}).Release()
+		}
+		_ = r.Close()
+		all := collect(t, sub)
+		if last := all[len(all)-1]; last.Type != EventsMissed || last.Missed != 2 {
+			t.Errorf("last event is %+v, want that 2 were missed: draining and stopped", last)
+		}
+	})
+}
+
+func firstOf(t *testing.T, sub *Subscription) Event {
+	t.Helper()
+	for e := range sub.Events(t.Context()) {
+		return e
+	}
+	t.Error("no event")
+	return Event{}
+}
+
+func TestEventsEndWithTheContextTheSubscriptionOrTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		sub := r.Subscribe()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		for e := range sub.Events(ctx) {
+			t.Errorf("event %q of nothing", brief(e))
+		}
+		r.dial(t)
+		for e := range sub.Events(ctx) {
+			t.Errorf("event %q after the context ended", brief(e))
+		}
+		sub.Close()
+		sub.Close()
+		wantEqual(t, "events left after Close", len(collect(t, sub)), 1)
+		_ = r.Close()
+		wantEqual(t, "events of a stopped server", len(collect(t, r.Subscribe())), 0)
+	})
+}

@@ -1,0 +1,158 @@
+package server
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func TestClientsOverTheLimitWaitInTheQueueForAPlace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConns: 2})
+		a, b := r.dial(t), r.dial(t)
+		c, d := r.dial(t), r.dial(t)
+		c.send(t, "x\n")
+		pass(time.Hour)
+		c.has(t, "")
+		wantEqual(t, "accept queue", r.ln.queued(), 2)
+		wantState(t, r.Server, Running, 2)
+		a.leave(t)
+		c.has(t, "x\n")
+		wantEqual(t, "accept queue", r.ln.queued(), 1)
+		b.leave(t)
+		d.send(t, "y\n")
+		d.has(t, "y\n")
+	})
+}
+
+// The place is taken until the connection is closed: lingering ones hold a file, too.
+func TestLingeringConnectionsCountAgainstTheLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConns: 1})
+		r.dial(t)
+		_ = r.Kill(1)
+		next := r.dial(t)
+		next.send(t, "x\n")
+		next.has(t, "")
+		pass(lingerTimeout)
+		next.has(t, "x\n")
+	})
+}
+
+func TestClientsOverTheLimitAreToldBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConns: 1, AtLimit: Reject})
+		a := r.dial(t)
+		r.dial(t).ends(t, "BUSY\n")
+		wantClosed(t, r.Server, map[Reason]uint64{RejectedLimit: 1})
+		a.leave(t)
+		b := r.dial(t)
+		b.send(t, "x\n")
+		b.has(t, "x\n")
+	})
+}
+
+// A rejection lingers, and holds a file meanwhile: only so many may at a time.
+func TestOnlySoManyRejectionsLingerAtATime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConns: 1, AtLimit: Reject})
+		r.dial(t)
+		for range maxRejecting + 8 {
+			r.dial(t)
+		}
+		wantState(t, r.Server, Running, 1+maxRejecting+1)
+		wantEqual(t, "accept queue", r.ln.queued(), 7)
+		pass(lingerTimeout)
+		wantState(t, r.Server, Running, 1+8)
+		pass(lingerTimeout)
+		wantClosed(t, r.Server, map[Reason]uint64{RejectedLimit: maxRejecting + 8})
+	})
+}
+
+func TestLimitPerAddressRejectsWhateverTheOtherLimitSays(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConnsPerIP: 2})
+		first, _ := r.dialFrom(t, "198.51.100.1"), r.dialFrom(t, "198.51.100.1")
+		r.dialFrom(t, "198.51.100.1").ends(t, "BUSY\n")
+		r.dialFrom(t, "::ffff:198.51.100.1").ends(t, "BUSY\n") // the same, written otherwise
+		other := r.dialFrom(t, "2001:db8::1")
+		other.send(t, "x\n")
+		other.has(t, "x\n")
+		first.leave(t)
+		again := r.dialFrom(t, "198.51.100.1")
+		again.send(t, "x\n")
+		again.has(t, "x\n")
+		again.leave(t)
+		r.book.With(func(l *ledger) { wantEqual(t, "addresses kept", len(l.perIP), 2) })
+		for info := range r.Conns() {
+			_ = r.Kill(info.ID)
+		}
+		pass(lingerTimeout)
+		r.book.With(func(l *ledger) { wantEqual(t, "addresses kept when all have left", len(l.perIP), 0) })
+	})
+}
+
+func TestLimitPerAddressIsJudgedWhenThePauseIsOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConnsPerIP: 1})
+		first := r.dial(t)
+		r.ln.slip(1)
+		h := r.pause(t, PauseOptions{})
+		second := r.dial(t)
+		second.send(t, "x\n")
+		second.has(t, "")
+		first.leave(t)
+		h.Release()
+		second.has(t, "x\n")
+	})
+}
+
+func TestLimitPerAddressLeavesThoseWithoutAddressAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConnsPerIP: 1})
+		for range 3 {
+			served, far := newFakePair(r.ln.Addr(), unnamed{})
+			r.ln.hand(served)
+			c := &client{far}
+			c.send(t, "x\n")
+			c.has(t, "x\n")
+		}
+	})
+}
+
+// unnamed is the address of a client of a Unix socket.
+type unnamed struct{}
+
+func (unnamed) Network() string { return "unix" }
+func (unnamed) String() string  { return "@" }
+
+func TestKillReachesAConnectionThatWaitsAtTheGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.ln.slip(1)
+		r.pause(t, PauseOptions{})
+		c := r.dial(t)
+		wantPhases(t, r.Server, Waiting)
+		if n := r.KillFunc(func(ConnInfo) bool { return true }); n != 1 {
+			t.Errorf("KillFunc killed %d, want 1", n)
+		}
+		c.ends(t, "")
+		wantClosed(t, r.Server, map[Reason]uint64{Killed: 1})
+	})
+}
+
+func TestCloseOfAServerWithSomebodyAtTheGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{})
+		r.ln.slip(1)
+		r.pause(t, PauseOptions{})
+		r.dial(t)
+		if took := elapsed(func() { _ = r.Close() }); took > abandonAfter {
+			t.Errorf("Close took %v, want at most %v", took, abandonAfter)
+		}
+		wantState(t, r.Server, Stopped, 0)
+		if rep := r.report(); rep.Stuck != 0 {
+			t.Errorf("report %+v, want none stuck", rep)
+		}
+	})
+}
