@@ -10,7 +10,8 @@ import (
 
 // ServerActor returns the run.Group pair that serves srv on its listeners. Add it first: interrupts run
 // in the order in which actors were added, and this one begins the drain that the others wait for.
-// No actor of this package returns before the server has stopped.
+// No actor of this package returns before the server has stopped, except a control plane that fails.
+// This one is the first then, so that its error is the group's.
 func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		errs := make([]error, len(listeners))
@@ -19,6 +20,7 @@ func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() 
 			serving.Go(func() { errs[i] = srv.Serve(ln) })
 		}
 		serving.Wait()
+		<-srv.Done() // there may be no listeners
 		for i, err := range errs {
 			if errors.Is(err, server.ErrServerClosed) {
 				errs[i] = nil

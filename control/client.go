@@ -21,8 +21,9 @@ import (
 type Client struct {
 	path string
 	http *http.Client
-	// OnAnswer, when not nil, gets each answer's body as it came, a line at a time in a stream. Set it
-	// before the first call.
+	// OnAnswer, when not nil, gets each answer's body as it came, a line at a time in a stream, but no
+	// problems: they are errors. A lease's last line comes from a goroutine of its own. Set it before
+	// the first call.
 	OnAnswer func(body []byte)
 }
 
@@ -37,13 +38,16 @@ func NewClient(path string) *Client {
 // Close closes the connections that are kept for further calls.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// UnreachableError says that no server answered on the control socket.
+// UnreachableError says that no server answered on the control socket, or not to the end.
 type UnreachableError struct {
 	Path string
 	Err  error
 }
 
 func (e *UnreachableError) Error() string {
+	if errors.Is(e.Err, io.EOF) || errors.Is(e.Err, io.ErrUnexpectedEOF) {
+		return fmt.Sprintf("the server on control socket %s went away before it had answered", e.Path)
+	}
 	return fmt.Sprintf("no server answers on control socket %s: %v", e.Path, bare(e.Err))
 }
 
@@ -135,7 +139,7 @@ func (c *Client) Resume(ctx context.Context) (out Change, err error) {
 
 // ReleaseHold releases one hold.
 func (c *Client) ReleaseHold(ctx context.Context, id string) (out Change, err error) {
-	return out, c.call(ctx, http.MethodDelete, "/v1/holds/"+url.PathEscape(id), nil, nil, &out)
+	return out, c.call(ctx, http.MethodDelete, "/v1/holds/"+id, nil, nil, &out)
 }
 
 // Notify sends a line of text to every client.
@@ -187,9 +191,9 @@ func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
 		lines := bufio.NewReader(resp.Body)
 		for {
 			var e Event
-			if err := c.readLine(lines, &e); err != nil {
+			if err := c.readLine(ctx, lines, &e); err != nil {
 				if ctx.Err() == nil && !errors.Is(err, io.EOF) {
-					yield(Event{}, fmt.Errorf("reading events: %w", err))
+					yield(Event{}, err)
 				}
 				return
 			}
@@ -209,7 +213,7 @@ type Lease struct {
 	why   Released // once ended is closed
 }
 
-// PauseWhileConnected pauses the server until the lease is closed, or the process dies.
+// PauseWhileConnected pauses the server until the lease is closed, ctx is done, or the process dies.
 func (c *Client) PauseWhileConnected(ctx context.Context, req PauseRequest) (*Lease, error) {
 	resp, err := c.send(ctx, http.MethodPost, "/v1/pause", url.Values{"while": {"connected"}}, req.body())
 	if err != nil {
@@ -217,18 +221,18 @@ func (c *Client) PauseWhileConnected(ctx context.Context, req PauseRequest) (*Le
 	}
 	lines := bufio.NewReader(resp.Body)
 	l := &Lease{body: resp.Body, ended: make(chan struct{})}
-	if err := c.readLine(lines, &l.Hold); err != nil {
+	if err := c.readLine(ctx, lines, &l.Hold); err != nil {
 		_ = resp.Body.Close()
-		return nil, fmt.Errorf("pausing: reading the answer: %w", err)
+		return nil, err
 	}
-	go l.await(c, lines)
+	go l.await(ctx, c, lines)
 	return l, nil
 }
 
 // await reads why the server ended the hold; Close waits for it.
-func (l *Lease) await(c *Client, lines *bufio.Reader) {
+func (l *Lease) await(ctx context.Context, c *Client, lines *bufio.Reader) {
 	defer close(l.ended)
-	if c.readLine(lines, &l.why) != nil {
+	if c.readLine(ctx, lines, &l.why) != nil {
 		l.why = Released{Released: "the connection to the server has ended"}
 	}
 }
@@ -254,7 +258,7 @@ func (c *Client) call(ctx context.Context, method, path string, query url.Values
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return fmt.Errorf("reading the answer of control socket %s: %w", c.path, err)
+		return c.failed(ctx, err)
 	}
 	return c.decode(answer, out)
 }
@@ -276,29 +280,34 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		if ue, ok := errors.AsType[*url.Error](err); ok {
-			err = ue.Err
-		}
-		return nil, &UnreachableError{Path: c.path, Err: err}
+		return nil, c.failed(ctx, err)
 	}
 	if resp.StatusCode < 300 {
 		return resp, nil
 	}
 	defer resp.Body.Close()
 	var problem Problem
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&problem); err != nil {
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&problem); err != nil || problem.Type == "" {
 		return nil, fmt.Errorf("control socket %s answers %s", c.path, resp.Status)
 	}
 	return nil, &problem
 }
 
-func (c *Client) readLine(r *bufio.Reader, out any) error {
+// failed says why a request was not sent, or its answer not read: ctx has ended, or the server gone.
+func (c *Client) failed(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if ue, ok := errors.AsType[*url.Error](err); ok {
+		err = ue.Err
+	}
+	return &UnreachableError{Path: c.path, Err: err}
+}
+
+func (c *Client) readLine(ctx context.Context, r *bufio.Reader, out any) error {
 	line, err := r.ReadBytes('\n')
 	if err != nil {
-		return err
+		return c.failed(ctx, err)
 	}
 	return c.decode(line, out)
 }

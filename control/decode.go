@@ -7,10 +7,12 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"echod/server"
 )
@@ -35,11 +37,13 @@ func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
 			Detail: "body: more than " + strconv.Itoa(maxBody) + " bytes", Field: "body",
 		}
 	}
-	if err != nil {
-		return invalid("body", "reading it: %s", err)
-	}
-	if len(bytes.TrimSpace(body)) == 0 {
+	switch {
+	case err != nil:
+		return invalid("body", "reading it: %s", cut(err))
+	case len(bytes.TrimSpace(body)) == 0:
 		return nil
+	case !utf8.Valid(body):
+		return invalid("body", "not valid UTF-8") // encoding/json would put other text in its place
 	}
 	return decodeObject(body, want)
 }
@@ -53,17 +57,17 @@ func decodeObject(body []byte, want fields) error {
 	for dec.More() {
 		key, err := dec.Token()
 		if err != nil {
-			return invalid("body", "not valid JSON: %s", err)
+			return invalid("body", "not valid JSON: %s", cut(err))
 		}
 		name, _ := key.(string)
 		var value json.RawMessage
 		if err := dec.Decode(&value); err != nil {
-			return invalid(name, "not valid JSON: %s", err)
+			return invalid(name, "not valid JSON: %s", cut(err))
 		}
 		decode, known := want[name]
 		switch {
 		case !known:
-			return invalid(name, "unknown field: want %s", want.names())
+			return invalid(name, "unknown field: %s", want.known())
 		case seen[name]:
 			return invalid(name, "given twice")
 		}
@@ -91,30 +95,41 @@ func cut(err error) error {
 
 // decodeQuery reads the query's parameters as strictly as decodeBody reads a body.
 func decodeQuery(r *http.Request, want fields) error {
-	query := r.URL.Query()
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return invalid("query", "%s", err)
+	}
 	for _, name := range slices.Sorted(maps.Keys(query)) {
 		decode, known := want[name]
 		switch {
-		case !known && len(want) == 0:
-			return invalid(name, "unknown parameter: none is known here")
 		case !known:
-			return invalid(name, "unknown parameter: want %s", want.names())
+			return invalid(name, "unknown parameter: %s", want.known())
 		case len(query[name]) > 1:
 			return invalid(name, "given twice")
 		}
-		text := query[name][0]
-		raw := json.RawMessage(text)
-		if !json.Valid(raw) || raw[0] == '"' {
-			raw, _ = json.Marshal(text)
-		}
-		if err := decode(raw); err != nil {
+		if err := decode(literal(query[name][0])); err != nil {
 			return invalid(name, "%s", err)
 		}
 	}
 	return nil
 }
 
-func (f fields) names() string { return strings.Join(slices.Sorted(maps.Keys(f)), ", ") }
+// literal gives a parameter's text as the JSON that it means: a number, true, false, or else a string.
+func literal(text string) json.RawMessage {
+	if _, err := strconv.Atoi(text); err == nil || text == "true" || text == "false" {
+		return json.RawMessage(text)
+	}
+	quoted, _ := json.Marshal(text) // a string can always be encoded
+	return quoted
+}
+
+// known says which fields there are.
+func (f fields) known() string {
+	if len(f) == 0 {
+		return "none is known here"
+	}
+	return "want " + strings.Join(slices.Sorted(maps.Keys(f)), ", ")
+}
 
 // text takes a string of one printable line.
 func text(to *string) decoder {
@@ -136,7 +151,7 @@ func duration(to *time.Duration) decoder {
 		}
 		d, err := time.ParseDuration(s)
 		if err != nil {
-			return errors.New(strconv.Quote(s) + " is not " + want)
+			return errors.New(strconv.Quote(shorten(s)) + " is not " + want)
 		}
 		if d < 0 {
 			return errors.New(s + " is negative")
@@ -189,7 +204,7 @@ func exactly(word string, to *bool) decoder {
 	return func(raw json.RawMessage) error {
 		var got string
 		if err := unmarshal(raw, &got, word); err != nil || got != word {
-			return errors.New(string(raw) + " is not " + word)
+			return errors.New(shorten(string(raw)) + " is not " + word)
 		}
 		*to = true
 		return nil
@@ -204,10 +219,12 @@ func unmarshal(raw json.RawMessage, to any, want string) error {
 }
 
 // shorten keeps an error about a long value readable.
-func shorten(s string) string {
-	const most = 60
-	if len(s) <= most {
+func shorten(s string) string { return atMost(60, s) }
+
+// atMost cuts s to n bytes.
+func atMost(n int, s string) string {
+	if len(s) <= n {
 		return s
 	}
-	return s[:most] + "…"
+	return strings.ToValidUTF8(s[:n], "") + "…"
 }

@@ -18,14 +18,14 @@ import (
 
 // Bounds on what callers can make the control plane hold.
 const (
-	headerTimeout   = 5 * time.Second  // for a request's headers to arrive
-	requestTimeout  = 10 * time.Second // for its body
-	answerTimeout   = 10 * time.Second // for the caller to take the answer, or a line of a stream
-	idleTimeout     = 30 * time.Second // between requests of one connection
-	maxHeader       = 8 << 10          // bytes
-	maxConnections  = 48               // more wait in the kernel's queue
-	maxStreams      = 32               // of these, requests that last: waits, events and pauses while connected
-	shutdownTimeout = 100 * time.Millisecond
+	headerTimeout  = 5 * time.Second  // for a request's headers to arrive
+	requestTimeout = 10 * time.Second // for its body
+	answerTimeout  = 10 * time.Second // for the caller to take the answer, or a line of a stream
+	idleTimeout    = 30 * time.Second // between requests of one connection
+	maxHeader      = 8 << 10          // bytes
+	maxConnections = 48               // more wait in the kernel's queue
+	maxStreams     = 32               // of these, requests that last: waits, events and pauses while connected
+	lingerTimeout  = 100 * time.Millisecond
 )
 
 // Options configures a Plane.
@@ -43,6 +43,7 @@ type Plane struct {
 	routes  []route
 	streams chan struct{} // one token for each stream
 	http    *http.Server
+	linger  time.Duration // for answers under way when the server has stopped
 }
 
 // An endpoint answers one method of one path. What it returns is the caller's answer.
@@ -59,7 +60,7 @@ func New(srv *server.Server, opts Options) *Plane {
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
-	p := &Plane{srv: srv, version: opts.Version, log: opts.Logger, streams: make(chan struct{}, maxStreams)}
+	p := &Plane{srv: srv, version: opts.Version, log: opts.Logger, streams: make(chan struct{}, maxStreams), linger: lingerTimeout}
 	p.routes = []route{
 		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}},
 		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}},
@@ -89,19 +90,16 @@ func New(srv *server.Server, opts Options) *Plane {
 
 // ServeHTTP answers one request. Whatever would change something is logged with who asked for it.
 func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	err := p.dispatch(w, r)
-	status := http.StatusOK
-	if err != nil {
+	var refused []zap.Field
+	if err := p.dispatch(w, r); err != nil {
 		problem := p.problemOf(err)
-		status = problem.Status
 		problem.write(w)
+		refused = []zap.Field{zap.Int("status", problem.Status), zap.Error(problem)}
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		fields := append(peerFrom(r.Context()).fields(), zap.String("method", r.Method), zap.String("path", r.URL.Path))
-		if err != nil {
-			fields = append(fields, zap.Int("status", status), zap.Error(err))
-		}
-		p.log.Info("control request", fields...)
+		p.log.Info("control request", slices.Concat(
+			[]zap.Field{zap.String("method", shorten(r.Method)), zap.String("path", shorten(r.URL.Path))},
+			peerFrom(r.Context()).fields(), refused)...)
 	}
 }
 
@@ -165,7 +163,8 @@ func answer(w http.ResponseWriter, status int, v any) error {
 }
 
 // Actor returns the run.Group pair that serves the plane on ln. It serves until the server has
-// stopped, so that it can be asked about the drain to the end.
+// stopped, so that it can be asked about the drain to the end. Where it cannot, the server drains, and
+// the actor returns at once: a group's error is that of the first actor to return.
 func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		err := p.http.Serve(limit(ln, maxConnections))
@@ -174,17 +173,29 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		}
 		p.log.Error("the control plane has failed", zap.Error(err))
 		p.srv.Drain(0, "control plane failed")
-		<-p.srv.Done()
 		return err
 	}
 	interrupt = func(error) {
 		p.srv.Drain(0, "stopping")
 		<-p.srv.Done()
-		ctx, cancel := context.WithTimeoutCause(context.Background(), shutdownTimeout, http.ErrServerClosed)
+		ctx, cancel := context.WithTimeoutCause(context.Background(), p.linger, http.ErrServerClosed)
 		defer cancel()
 		if p.http.Shutdown(ctx) != nil {
 			_ = p.http.Close()
 		}
+		p.awaitStreams(ctx)
 	}
 	return execute, interrupt
+}
+
+// awaitStreams waits for the streams to say their last line: net/http does not know of those that it
+// handed over. It takes their places, of which no new ones are wanted any more.
+func (p *Plane) awaitStreams(ctx context.Context) {
+	for range cap(p.streams) {
+		select {
+		case p.streams <- struct{}{}:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

@@ -52,8 +52,17 @@ func notFound(format string, args ...any) *Problem {
 	return &Problem{Type: ProblemNotFound, Title: "Not found", Status: http.StatusNotFound, Detail: fmt.Sprintf(format, args...)}
 }
 
+// maxDetail bounds what a problem repeats of its request, in bytes.
+const maxDetail = 512
+
 // problemOf gives the problem that err is for the caller.
 func (p *Plane) problemOf(err error) *Problem {
+	problem := p.classify(err)
+	problem.Detail, problem.Field = atMost(maxDetail, problem.Detail), shorten(problem.Field)
+	return problem
+}
+
+func (p *Plane) classify(err error) *Problem {
 	if problem, ok := errors.AsType[*Problem](err); ok {
 		return problem
 	}

@@ -34,13 +34,15 @@ func NewSignals(srv *server.Server, in <-chan os.Signal, log *zap.Logger, stacks
 	return &Signals{srv: srv, in: in, log: log, stacks: stacks}
 }
 
-// Actor returns the run.Group pair that handles signals until the server has stopped.
+// Actor returns the run.Group pair that handles signals until the server has stopped, and the group ends.
 func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
+	ending := make(chan struct{})
 	execute = func() error {
 		asked := 0 // how often INT, TERM or QUIT have come
 		for {
 			select {
 			case <-s.srv.Done():
+				<-ending // the group returns the first actor's error: that is not this one's
 				return nil
 			case sig := <-s.in:
 				if sig != syscall.SIGHUP {
@@ -50,7 +52,10 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 			}
 		}
 	}
-	interrupt = func(error) { s.srv.Drain(0, "stopping") }
+	interrupt = func(error) {
+		s.srv.Drain(0, "stopping")
+		close(ending)
+	}
 	return execute, interrupt
 }
 

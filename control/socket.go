@@ -81,35 +81,49 @@ func removeDead(ctx context.Context, path string) error {
 	case info.Mode().Type() != fs.ModeSocket:
 		return errors.New("there is a file that is not a socket: it is left alone")
 	}
+	if err := checkDead(ctx, path); err != nil {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return bare(err)
+	}
+	return nil
+}
+
+// checkDead returns an error unless nobody serves the socket at path, or it has just gone with its server.
+func checkDead(ctx context.Context, path string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, ErrInUse)
 	defer cancel()
 	c, err := new(net.Dialer).DialContext(ctx, "unix", path)
-	if err == nil {
+	switch {
+	case err == nil:
 		_ = c.Close()
 		return ErrInUse
-	}
-	if !isRefused(err) {
-		// Alive with a full queue, or not ours to judge.
+	case isRefused(err), errors.Is(err, fs.ErrNotExist):
+		return nil
+	default: // alive with a full queue, or not ours to judge
 		return fmt.Errorf("%w, or not to be looked at (%w)", ErrInUse, bare(err))
 	}
-	return bare(os.Remove(path))
 }
 
 // socket removes its file when it is closed.
 type socket struct {
 	*net.UnixListener
-	path   string
-	made   fs.FileInfo
-	remove sync.Once
+	path string
+	made fs.FileInfo
+	once sync.Once
+	err  error // of closing
 }
 
+// Close may be called more than once.
 func (s *socket) Close() error {
-	s.remove.Do(func() {
+	s.once.Do(func() {
 		if now, err := os.Lstat(s.path); err == nil && s.made != nil && os.SameFile(now, s.made) {
 			_ = os.Remove(s.path)
 		}
+		s.err = s.UnixListener.Close()
 	})
-	return s.UnixListener.Close()
+	return s.err
 }
 
 // bare strips what the operating system's packages put around an error: the message has the path already.

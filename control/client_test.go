@@ -1,0 +1,278 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"echod/server"
+)
+
+// calls are the client's methods, each with arguments that a running server with one connection accepts.
+var calls = []struct {
+	name string
+	call func(context.Context, *Client) error
+}{
+	{"Status", func(ctx context.Context, c *Client) error { _, err := c.Status(ctx); return err }},
+	{"Conns", func(ctx context.Context, c *Client) error { _, err := c.Conns(ctx, 5, time.Second); return err }},
+	{"Closed", func(ctx context.Context, c *Client) error { _, err := c.Closed(ctx, 5); return err }},
+	{"Pause", func(ctx context.Context, c *Client) error { _, err := c.Pause(ctx, PauseRequest{}); return err }},
+	{"ReleaseHold", func(ctx context.Context, c *Client) error { _, err := c.ReleaseHold(ctx, "h1"); return err }},
+	{"Resume", func(ctx context.Context, c *Client) error { _, err := c.Resume(ctx); return err }},
+	{"PauseWhileConnected", func(ctx context.Context, c *Client) error {
+		lease, err := c.PauseWhileConnected(ctx, PauseRequest{})
+		if err == nil {
+			lease.Close()
+		}
+		return err
+	}},
+	{"Notify", func(ctx context.Context, c *Client) error { _, err := c.Notify(ctx, "hello"); return err }},
+	{"Wait", func(ctx context.Context, c *Client) error {
+		_, err := c.Wait(ctx, WaitRequest{Connections: new(1)})
+		return err
+	}},
+	{"Kill", func(ctx context.Context, c *Client) error { _, err := c.Kill(ctx, 1); return err }},
+	{"KillIdle", func(ctx context.Context, c *Client) error { _, err := c.KillIdle(ctx, time.Second); return err }},
+	{"KillAll", func(ctx context.Context, c *Client) error { _, err := c.KillAll(ctx); return err }},
+	{"Shutdown", func(ctx context.Context, c *Client) error { _, err := c.Shutdown(ctx, ShutdownRequest{}); return err }},
+}
+
+// events has a server that ends its stream by itself, else it would not return.
+func events(ctx context.Context, c *Client) (err error) {
+	for _, err = range c.Events(ctx) {
+	}
+	return err
+}
+
+func TestEveryCallIsAnswered(t *testing.T) {
+	r := newRig(t, server.Options{})
+	r.echoClient(t)
+	for _, c := range calls {
+		if err := c.call(t.Context(), r.client); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	<-r.ended
+}
+
+func TestNobodyThere(t *testing.T) {
+	dir := shortDir(t)
+	c := NewClient(filepath.Join(dir, "none.sock"))
+	want := "no server answers on control socket " + filepath.Join(dir, "none.sock") + ": no such file or directory"
+	for _, call := range calls {
+		err := call.call(t.Context(), c)
+		if _, ok := errors.AsType[*UnreachableError](err); !ok || err.Error() != want {
+			t.Errorf("%s: error is %v: want an UnreachableError that says: %s", call.name, err, want)
+		}
+		if !errors.Is(err, syscall.ENOENT) {
+			t.Errorf("%s: the error does not wrap ENOENT", call.name)
+		}
+	}
+	wantEqual(t, "Events", events(t.Context(), c).Error(), want)
+}
+
+// answering makes a client whose server reads each request's headers and then runs answer on the connection.
+func answering(answer func(net.Conn)) *Client {
+	return &Client{path: "/run/echod.sock", http: &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) {
+			served, conn := net.Pipe()
+			go func() {
+				defer served.Close()
+				req, err := http.ReadRequest(bufio.NewReader(served))
+				if err != nil {
+					return
+				}
+				_, _ = io.Copy(io.Discard, req.Body)
+				answer(served)
+			}()
+			return conn, nil
+		},
+	}}}
+}
+
+func TestServerThatGoesAwayInTheMiddle(t *testing.T) {
+	for _, half := range []string{
+		"",
+		"HTTP/1.1 200 OK\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{\"state\":",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{\"sta",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := answering(func(conn net.Conn) { _, _ = io.WriteString(conn, half) })
+			const want = "the server on control socket /run/echod.sock went away before it had answered"
+			check := func(name string, err error) {
+				t.Helper()
+				if _, ok := errors.AsType[*UnreachableError](err); !ok || err.Error() != want {
+					t.Errorf("%s after %q: error is %v: want an UnreachableError that says: %s", name, half, err, want)
+				}
+			}
+			for _, call := range calls {
+				check(call.name, call.call(t.Context(), c))
+			}
+			check("Events", events(t.Context(), c))
+		})
+	}
+}
+
+func TestLeaseEndsWhenTheServerGoesAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := answering(func(conn net.Conn) {
+			_, _ = io.WriteString(conn, "HTTP/1.1 201 Created\r\nConnection: close\r\n\r\n{\"id\":\"h1\"}\n")
+			time.Sleep(time.Hour)
+		})
+		lease, err := c.PauseWhileConnected(t.Context(), PauseRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lease.Close()
+		began := time.Now()
+		<-lease.Ended()
+		wantEqual(t, "time it lasted", time.Since(began), time.Hour)
+		wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
+	})
+}
+
+func TestAnswersThatAreNotUnderstood(t *testing.T) {
+	for _, other := range []struct{ answer, want string }{
+		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers what is not understood: invalid character 'h' looking for beginning of value"},
+		{"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers 404 Not Found"},
+		{"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\n{}", "control socket /run/echod.sock answers 502 Bad Gateway"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			c := answering(func(conn net.Conn) { _, _ = io.WriteString(conn, other.answer) })
+			_, err := c.Status(t.Context())
+			if err == nil || err.Error() != other.want {
+				t.Errorf("error is %v: want: %s", err, other.want)
+			}
+		})
+	}
+}
+
+func TestCallsEndWithTheirContextAndItsCause(t *testing.T) {
+	enough := errors.New("enough")
+	for _, half := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"} {
+		synctest.Test(t, func(t *testing.T) {
+			c := answering(func(conn net.Conn) {
+				_, _ = io.WriteString(conn, half)
+				_, _ = io.Copy(io.Discard, conn) // until the caller has left
+			})
+			for _, call := range calls {
+				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, enough)
+				if err := call.call(ctx, c); !errors.Is(err, enough) {
+					t.Errorf("%s after %q: error is %v: want the context's cause", call.name, half, err)
+				}
+				cancel()
+			}
+		})
+	}
+}
+
+func TestProblemsAreErrorsThatSayWhatIsWrong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{})
+		_, err := r.client.Pause(t.Context(), PauseRequest{TTL: -time.Second})
+		problem := wantProblem(t, err, ProblemInvalid)
+		wantEqual(t, "problem", problem, &Problem{
+			Type: ProblemInvalid, Title: "Invalid request", Status: http.StatusBadRequest, Detail: "ttl: -1s is negative", Field: "ttl",
+		})
+		wantEqual(t, "error", err.Error(), "ttl: -1s is negative")
+		wantEqual(t, "error without a detail", (&Problem{Title: "Invalid request"}).Error(), "Invalid request")
+	})
+}
+
+func TestOnAnswerGetsEachAnswerAsItCame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{})
+		var mu sync.Mutex
+		var got []string
+		r.client.OnAnswer = func(body []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			got = append(got, string(body))
+		}
+		must[Change](t)(r.client.Resume(t.Context()))
+		_, _ = r.client.Pause(t.Context(), PauseRequest{Mode: "halt"}) // a problem
+		lease, err := r.client.PauseWhileConnected(t.Context(), PauseRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		must[Change](t)(r.client.Resume(t.Context()))
+		<-lease.Ended()
+		lease.Close()
+
+		mu.Lock()
+		defer mu.Unlock()
+		since := lease.Hold.Since.Format(time.RFC3339Nano)
+		resumed := `{"changed":true,"state":"running","released":1}` + "\n"
+		released := `{"released":"the server was resumed","state":"running"}` + "\n"
+		if len(got) == 4 && got[2] == released { // the two come on connections of their own
+			got[2], got[3] = got[3], got[2]
+		}
+		wantEqual(t, "answers", got, []string{
+			`{"changed":false,"state":"running"}` + "\n",
+			`{"id":"h1","reason":"","mode":"hold","since":"` + since + `"}` + "\n",
+			resumed,
+			released,
+		})
+	})
+}
+
+func TestClientSendsWhatItWasAsked(t *testing.T) {
+	var got string
+	synctest.Test(t, func(t *testing.T) {
+		c := &Client{path: "x", http: &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
+			got = req.Method + " " + req.URL.RequestURI()
+			if req.Body != nil {
+				body, _ := io.ReadAll(req.Body)
+				got += " " + string(body)
+			}
+			return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader("{}\n"))}, nil
+		})}}
+		for _, request := range []struct {
+			want string
+			call func() error
+		}{
+			{`GET /v1/conns`, func() error { _, err := c.Conns(t.Context(), -1, 0); return err }},
+			{`GET /v1/conns?limit=0&min_idle=1.5s`, func() error { _, err := c.Conns(t.Context(), 0, 1500*time.Millisecond); return err }},
+			{`GET /v1/conns/closed`, func() error { _, err := c.Closed(t.Context(), -1); return err }},
+			{`DELETE /v1/conns?min_idle=0s`, func() error { _, err := c.KillIdle(t.Context(), 0); return err }},
+			{`DELETE /v1/conns?all=true`, func() error { _, err := c.KillAll(t.Context()); return err }},
+			{`DELETE /v1/conns/7`, func() error { _, err := c.Kill(t.Context(), 7); return err }},
+			{`DELETE /v1/holds/a%20b%3Fc`, func() error { _, err := c.ReleaseHold(t.Context(), "a b?c"); return err }},
+			{`POST /v1/pause {"mode":"reject","reason":"<b>","ttl":"1m0s"}`, func() error {
+				_, err := c.Pause(t.Context(), PauseRequest{Reason: "<b>", TTL: time.Minute, Mode: "reject"})
+				return err
+			}},
+			{`POST /v1/shutdown {}`, func() error { _, err := c.Shutdown(t.Context(), ShutdownRequest{}); return err }},
+			{`POST /v1/shutdown {"grace":"0s","now":true,"reason":"r"}`, func() error {
+				_, err := c.Shutdown(t.Context(), ShutdownRequest{Reason: "r", Grace: new(time.Duration(0)), Now: true})
+				return err
+			}},
+			{`GET /v1/wait?connections=0&state=paused&timeout=1s`, func() error {
+				_, err := c.Wait(t.Context(), WaitRequest{State: "paused", Connections: new(0), Timeout: new(time.Second)})
+				return err
+			}},
+		} {
+			if err := request.call(); err != nil {
+				t.Errorf("%s: %v", request.want, err)
+			}
+			wantEqual(t, "request", strings.NewReplacer(`\u003c`, "<", `\u003e`, ">").Replace(got), request.want)
+		}
+	})
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }

@@ -1,0 +1,270 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"echod/server"
+)
+
+// exchange is a request and what it has to be answered.
+type exchange struct {
+	method, target, body string
+	status               int
+}
+
+// drive makes the requests, and checks each and its answer against the document, and notes in seen
+// which answers there were. A request that is answered 400 must be one that the document does not
+// allow, unless lax has it.
+func (d document) drive(t *testing.T, r *rig, seen map[string]bool, exchanges []exchange) {
+	t.Helper()
+	for _, e := range exchanges {
+		what := e.method + " " + e.target + " " + e.body
+		got := r.do(t, e.method, e.target, e.body)
+		if got.status != e.status {
+			t.Errorf("%.80s: answered %d: %s: want %d", what, got.status, got.body, e.status)
+			continue
+		}
+		in, err := d.request(e.method, e.target, e.body)
+		switch {
+		case got.status == http.StatusNotFound && in == nil:
+			d.wantSchema(t, "NotFoundProblem", []byte(got.body))
+			continue
+		case got.status == http.StatusMethodNotAllowed:
+			d.wantSchema(t, "MethodProblem", []byte(got.body))
+			continue
+		case in == nil:
+			t.Errorf("%.80s: the document has no such thing: %v", what, err)
+			continue
+		case err != nil && got.status < 300:
+			t.Errorf("%.80s: answered %d, and the document does not allow the request: %v", what, got.status, err)
+		case err == nil && got.status == http.StatusBadRequest && !slices.Contains(lax, e.target+" "+e.body):
+			t.Errorf("%.80s: answered %d, and the document allows the request", what, got.status)
+		}
+		d.wantAnswer(t, in, got)
+		seen[in.Route.Method+" "+in.Route.Path+" "+strconv.Itoa(got.status)] = true
+	}
+}
+
+// lax are bad requests that a document cannot tell from good ones.
+var lax = []string{
+	"/v1/conns?all=true&min_idle=1s ", "/v1/conns ", "/v1/conns?all=false ",
+	`/v1/pause {"ttl":"0s"}`, `/v1/pause {"reason":"x","reason":"x"}`,
+	`/v1/shutdown {"now":true,"grace":"5s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
+	`/v1/pause {"reason":"x"} {}`,
+}
+
+// TestEveryAnswerIsAsTheDocumentSays drives every operation to every answer that the document promises.
+func TestEveryAnswerIsAsTheDocumentSays(t *testing.T) {
+	doc := loadDocument(t)
+	r := newRig(t, server.Options{Grace: time.Hour})
+	seen := map[string]bool{}
+	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
+	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
+	hugeText := strings.Replace(huge, "reason", "text", 1)
+
+	for range 4 {
+		r.echoClient(t)
+	}
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/status", "", 200},
+		{get, "/v1/status?x=1", "", 400},
+		{put, "/v1/status", "", 405},
+		{get, "/v1/stat", "", 404},
+
+		{get, "/v1/conns", "", 200},
+		{get, "/v1/conns?limit=1&min_idle=0s", "", 200},
+		{get, "/v1/conns?limit=-1", "", 400},
+		{get, "/v1/conns?limit=1.5", "", 400},
+		{get, "/v1/conns?limit=1&limit=1", "", 400},
+		{get, "/v1/conns?min_idle=soon", "", 400},
+		{get, "/v1/conns?min_idle=-1s", "", 400},
+		{post, "/v1/conns", "", 405},
+		{del, "/v1/conns/1", "", 200},
+		{del, "/v1/conns/9999", "", 404},
+		{del, "/v1/conns/-1", "", 400},
+		{del, "/v1/conns/x", "", 400},
+		{get, "/v1/conns/1", "", 405},
+		{del, "/v1/conns", "", 400},
+		{del, "/v1/conns?all=false", "", 400},
+		{del, "/v1/conns?all=yes", "", 400},
+		{del, "/v1/conns?all=true&min_idle=1s", "", 400},
+		{del, "/v1/conns?min_idle=1h", "", 200},
+		{del, "/v1/conns?all=true", "", 200},
+	})
+	r.awaitConns(t, 0)
+	r.echoClient(t)
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/conns/closed", "", 200},
+		{get, "/v1/conns/closed?limit=2", "", 200},
+		{get, "/v1/conns/closed?limit=all", "", 400},
+		{get, "/v1/status", "", 200},
+
+		{post, "/v1/notify", `{"text":"back at noon"}`, 200},
+		{post, "/v1/notify", `{"text":""}`, 400},
+		{post, "/v1/notify", `{"text":"two\nlines"}`, 400},
+		{post, "/v1/notify", `{}`, 400},
+		{post, "/v1/notify", ``, 400},
+		{post, "/v1/notify", hugeText, 413},
+
+		{post, "/v1/pause", ``, 201},
+		{post, "/v1/pause", `{}`, 201},
+		{post, "/v1/pause", `{"reason":"bäckup","ttl":"1h30m","mode":"reject"}`, 201},
+		{get, "/v1/status", "", 200},
+		{get, "/v1/wait?state=paused", "", 200},
+		{get, "/v1/wait?state=paused&connections=1&timeout=1m", "", 200},
+		{get, "/v1/wait?connections=7&timeout=0s", "", 408},
+		{get, "/v1/wait", "", 400},
+		{get, "/v1/wait?state=asleep", "", 400},
+		{get, "/v1/wait?connections=-1", "", 400},
+		{get, "/v1/wait?state=paused&timeout=5", "", 400},
+		{post, "/v1/pause", `{"ttl":"0s"}`, 400},
+		{post, "/v1/pause", `{"ttl":"-5s"}`, 400},
+		{post, "/v1/pause", `{"ttl":5}`, 400},
+		{post, "/v1/pause", `{"ttl":null}`, 400},
+		{post, "/v1/pause", `{"mode":"halt"}`, 400},
+		{post, "/v1/pause", `{"tll":"5s"}`, 400},
+		{post, "/v1/pause", `{"reason":"x","reason":"x"}`, 400},
+		{post, "/v1/pause", `{"reason":"x"`, 400},
+		{post, "/v1/pause", `{"reason":"x"} {}`, 400},
+		{post, "/v1/pause", `["reason"]`, 400},
+		{post, "/v1/pause?while=idle", ``, 400},
+		{post, "/v1/pause", huge, 413},
+		{del, "/v1/holds/h1", "", 200},
+		{del, "/v1/holds/h1", "", 404},
+		{del, "/v1/holds/h2?now=true", "", 400},
+		{post, "/v1/resume", ``, 200},
+		{post, "/v1/resume", `{}`, 200},
+		{post, "/v1/resume", `{"all":true}`, 400},
+		{post, "/v1/resume", huge, 413},
+		{get, "/v1/events?type=state", "", 400},
+
+		{post, "/v1/shutdown", `{"now":true,"grace":"5s"}`, 400},
+		{post, "/v1/shutdown", `{"now":"yes"}`, 400},
+		{post, "/v1/shutdown", huge, 413},
+	})
+
+	full := r.fillStreams(t)
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/wait?state=running", "", 503},
+		{get, "/v1/events", "", 503},
+		{post, "/v1/pause?while=connected", "", 503},
+	})
+	full()
+
+	streams := doc.followStreams(t, r, seen)
+	doc.drive(t, r, seen, []exchange{
+		{post, "/v1/shutdown", `{"grace":"1h","reason":"upgrade"}`, 202},
+		{post, "/v1/shutdown", ``, 200},
+		{post, "/v1/shutdown", `{"grace":"30m"}`, 202},
+		{get, "/v1/status", "", 200},
+		{post, "/v1/pause", "", 409},
+		{post, "/v1/resume", "", 409},
+		{del, "/v1/holds/h2", "", 409},
+		{get, "/v1/wait?state=running", "", 409},
+		{get, "/v1/wait?state=draining", "", 200},
+		{post, "/v1/notify", `{"text":"goodbye"}`, 200},
+		{post, "/v1/shutdown", `{"now":true,"grace":"0s"}`, 202},
+	})
+	streams()
+	<-r.ended
+
+	for path, item := range doc.Paths.Map() {
+		for method, operation := range item.Operations() {
+			for status := range operation.Responses.Map() {
+				if !seen[method+" "+path+" "+status] {
+					t.Errorf("%s %s: the document promises %s, and no request was answered so", method, path, status)
+				}
+			}
+		}
+	}
+}
+
+// fillStreams takes all places for streams; release gives them back.
+func (r *rig) fillStreams(t *testing.T) (release func()) {
+	t.Helper()
+	for range cap(r.plane.streams) {
+		r.plane.streams <- struct{}{}
+	}
+	return func() {
+		for range cap(r.plane.streams) {
+			<-r.plane.streams
+		}
+	}
+}
+
+// followStreams opens the two kinds of streams, lets every kind of event happen, and returns what
+// checks, once the server has stopped, that each line was as the document says.
+func (d document) followStreams(t *testing.T, r *rig, seen map[string]bool) (check func()) {
+	t.Helper()
+	events := d.openStream(t, r, http.MethodGet, "/v1/events", http.StatusOK)
+	pause := d.openStream(t, r, http.MethodPost, "/v1/pause?while=connected", http.StatusCreated)
+	hold := pause()
+	d.wantSchema(t, "Hold", hold)
+	d.wantSchema(t, "PauseLine", hold)
+	must[Change](t)(r.client.Resume(t.Context()))
+	released := pause()
+	d.wantSchema(t, "Released", released)
+	d.wantSchema(t, "PauseLine", released)
+	if line := pause(); line != nil {
+		t.Errorf("after the last line comes %s", line)
+	}
+	_ = r.echoClient(t).Close()
+	r.awaitConns(t, 1)
+	seen["GET /v1/events 200"] = true
+
+	return func() {
+		kinds := map[string]bool{}
+		for line := events(); line != nil; line = events() {
+			d.wantSchema(t, "Event", line)
+			for _, kind := range []string{"state", "opened", "closed", "hold", "released"} {
+				if strings.Contains(string(line), `"type":"`+kind+`"`) {
+					kinds[kind] = true
+				}
+			}
+		}
+		wantEqual(t, "kinds of events that were seen", kinds, map[string]bool{"state": true, "opened": true, "closed": true, "hold": true, "released": true})
+	}
+}
+
+// openStream makes a request that lasts. Each call of next returns a line, and nil at the end.
+func (d document) openStream(t *testing.T, r *rig, method, target string, status int) (next func() []byte) {
+	t.Helper()
+	if _, err := d.request(method, target, ""); err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(context.Background(), method, "http://echod"+target, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := r.client.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	wantEqual(t, target+": status", resp.StatusCode, status)
+	wantEqual(t, target+": type", resp.Header.Get("Content-Type"), "application/jsonl")
+	lines := bufio.NewReader(resp.Body)
+	return func() []byte {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			return nil
+		}
+		return line
+	}
+}
+
+func TestDocumentHasTheEventThatStandsForMissedOnes(t *testing.T) {
+	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventsMissed, Missed: 3}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	loadDocument(t).wantSchema(t, "Event", line)
+}

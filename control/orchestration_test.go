@@ -1,0 +1,244 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/oklog/run"
+	"go.uber.org/zap"
+
+	"echod/server"
+)
+
+// witness notes in what state the server was when each actor returned.
+type witness struct {
+	srv      *server.Server
+	mu       sync.Mutex
+	returned map[string]server.State
+}
+
+func (w *witness) watch(name string, a actor) (func() error, func(error)) {
+	return func() error {
+		err := a.execute()
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.returned[name] = w.srv.Status().State
+		return err
+	}, a.interrupt
+}
+
+func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
+	broken := errors.New("no more room")
+	for _, end := range []struct {
+		name string
+		end  func(parts)
+		want error
+		// control is the state in which the control plane's actor returns.
+		control server.State
+	}{
+		{"a signal", func(p parts) { p.signals <- term }, nil, server.Stopped},
+		{"the program", func(p parts) { p.srv.Drain(0, "program") }, nil, server.Stopped},
+		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.Stopped},
+		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.Stopped},
+		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.Draining},
+	} {
+		t.Run(end.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				srv, err := server.New(server.Echo, server.Options{Grace: grace})
+				if err != nil {
+					t.Fatal(err)
+				}
+				echo, socket := newPipeListener(), newPipeListener()
+				in := make(chan os.Signal, 1)
+				other, stop := context.WithCancelCause(t.Context())
+				w := &witness{srv: srv, returned: map[string]server.State{}}
+				var g run.Group
+				g.Add(w.watch("server", pair(ServerActor(srv, echo))))
+				g.Add(w.watch("signals", pair(NewSignals(srv, in, zap.NewNop(), io.Discard).Actor())))
+				g.Add(w.watch("control", pair(New(srv, Options{}).Actor(socket))))
+				g.Add(func() error { <-other.Done(); return context.Cause(other) }, func(error) { stop(errDone) })
+				ended := make(chan error, 1)
+				go func() { ended <- g.Run() }()
+
+				conn, _ := echo.Dial(t.Context())
+				defer conn.Close()
+				go func() { _, _ = io.Copy(io.Discard, conn) }()
+				synctest.Wait()
+				began := time.Now()
+				end.end(parts{srv, in, echo, socket, stop})
+
+				if err := <-ended; !errors.Is(err, end.want) {
+					t.Errorf("the run group returned %v: want %v", err, end.want)
+				}
+				if took := time.Since(began); took < grace || took > grace+2*time.Second {
+					t.Errorf("the client had %s: want the whole grace of %s", took, grace)
+				}
+				wantEqual(t, "states in which the actors returned", w.returned, map[string]server.State{
+					"server": server.Stopped, "signals": server.Stopped, "control": end.control,
+				})
+			})
+		})
+	}
+}
+
+// parts are what a program is made of.
+type parts struct {
+	srv          *server.Server
+	signals      chan<- os.Signal
+	echo, socket *pipeListener
+	stop         context.CancelCauseFunc // of an actor that is none of ours
+}
+
+var errDone = errors.New("done")
+
+func TestG7ControlPlaneAnswersUntilTheLastConnectionIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newSignalled(t)
+		collect := s.follow(t.Context(), t)
+		stopped := make(chan error, 1)
+		go func() {
+			_, err := s.rig.client.Wait(t.Context(), WaitRequest{State: "stopped"})
+			stopped <- err
+		}()
+		s.take(t, term)
+		for left := grace; left > 0; left -= time.Second {
+			st := must[Status](t)(s.rig.client.Status(t.Context()))
+			wantEqual(t, "state", st.State, "draining")
+			wantEqual(t, "connections", st.Connections, 1)
+			wantEqual(t, "time left", time.Until(st.Drain.Deadline), left)
+			time.Sleep(time.Second)
+		}
+		<-s.ended
+		wantEqual(t, "the wait for the end", <-stopped, nil)
+		events := collect()
+		wantEqual(t, "the last events", []string{events[0].State, events[1].Closed.Reason, events[2].State}, []string{"draining", "deadline", "stopped"})
+		_, err := s.rig.client.Status(t.Context())
+		if _, ok := errors.AsType[*UnreachableError](err); !ok {
+			t.Errorf("after the end the error is %v: want an UnreachableError", err)
+		}
+	})
+}
+
+func TestControlPlaneEndsSoonAfterTheServerWhateverItsCallersDo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{}, func(r *rig) actor {
+			r.plane.linger = lingerTimeout
+			return actor{}
+		})
+		pauseByHand(t, r.rawConn(t), "") // and does not read the last line
+		ask(t, r.rawConn(t), "GET /v1/events HTTP/1.1\r\nHost: echod\r\n\r\n")
+		ask(t, r.rawConn(t), "POST /v1/pause HTTP/1.1\r\nHost: echod\r\nContent-Length: 100\r\n\r\n{")
+		ask(t, r.rawConn(t), "GET /v1/status")
+		synctest.Wait()
+		r.srv.Drain(0, "SIGTERM")
+		<-r.srv.Done()
+		stopped := time.Now()
+		<-r.ended
+		if took := time.Since(stopped); took > lingerTimeout {
+			t.Errorf("the control plane lingered for %s: want %s at the most", took, lingerTimeout)
+		}
+	})
+}
+
+func TestControlPlaneThatFailsDrainsTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, err := server.New(server.Echo, server.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		socket := newPipeListener()
+		var g run.Group
+		g.Add(ServerActor(srv, newPipeListener()))
+		g.Add(New(srv, Options{}).Actor(socket))
+		socket.fail <- errDone
+		if err := g.Run(); !errors.Is(err, errDone) {
+			t.Errorf("the run group returned %v: want %v", err, errDone)
+		}
+		wantEqual(t, "reason of the drain", srv.Status().Drain.Reason, "control plane failed")
+	})
+}
+
+func TestAnActorsEndKeepsTheDeadlineOfADrainUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fail := make(chan error)
+		r := newBubble(t, server.Options{Grace: time.Second}, func(*rig) actor {
+			return actor{func() error { return <-fail }, func(error) {}}
+		})
+		r.echoClient(t)
+		began := time.Now()
+		r.srv.Drain(time.Minute, "upgrade")
+		fail <- errDone
+		<-r.ended
+		if took := time.Since(began); took < time.Minute {
+			t.Errorf("the client had %s: want the whole minute", took)
+		}
+	})
+}
+
+func TestServerActorWithoutListenersWaitsForTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, err := server.New(server.Echo, server.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		execute, interrupt := ServerActor(srv)
+		returned := make(chan error, 1)
+		go func() { returned <- execute() }()
+		synctest.Wait()
+		wantEqual(t, "actors returned before the interrupt", len(returned), 0)
+		interrupt(nil)
+		wantEqual(t, "error", <-returned, nil)
+	})
+}
+
+func TestActorInterruptedBeforeItServesClosesItsListener(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, err := server.New(server.Echo, server.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		socket := newPipeListener()
+		execute, interrupt := New(srv, Options{}).Actor(socket)
+		interrupt(nil)
+		wantEqual(t, "error", execute(), nil)
+		<-socket.done
+	})
+}
+
+func TestSocketIsThereUntilTheServerHasDrained(t *testing.T) {
+	r := newRig(t, server.Options{Grace: time.Hour})
+	c := r.echoClient(t)
+	change := must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
+	wantEqual(t, "state", change.State, "draining")
+	wantEqual(t, "notice", receive(t, "the notice", c.lines), "SHUTDOWN 3600 control\n")
+	if _, err := os.Lstat(r.socket); err != nil {
+		t.Errorf("while draining: %v", err)
+	}
+	_ = c.CloseWrite(t)
+	<-r.ended
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(r.socket), "*"))
+	wantEqual(t, "files left beside the socket", left, []string(nil))
+	wantEqual(t, "error of looking", err, nil)
+	wantEqual(t, "what the run group returns", r.err, nil)
+}
+
+// CloseWrite ends the client's stream.
+func (c *echoClient) CloseWrite(t *testing.T) error {
+	t.Helper()
+	half, ok := c.Conn.(interface {
+		net.Conn
+		CloseWrite() error
+	})
+	if !ok {
+		t.Fatal("this connection cannot be half-closed")
+	}
+	return half.CloseWrite()
+}
