@@ -132,7 +132,7 @@ func (ctl *ctl) closedCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().IntVar(&limit, "limit", 20, "list at most this `number`; -1 is all that are remembered, up to 1024")
+	cmd.Flags().IntVar(&limit, "limit", 20, "list at most this `number`; -1 is all that are remembered,\nup to 1024")
 	return cmd
 }
 

@@ -45,7 +45,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage.`,
 		},
 	}
 	cmd.Flags().StringVar(&s.address, "address", "127.0.0.1:9999", "server's `address`")
-	cmd.Flags().DurationVar(&s.timeout, "timeout", 10*time.Second, "`time` for connecting, and for TEXT to come back; 0 is for ever")
+	cmd.Flags().DurationVar(&s.timeout, "timeout", 10*time.Second, "`time` for connecting, and for TEXT to come back;\n0 is for ever")
 	cmd.Flags().BoolVar(&s.reconnect, "reconnect", false, "connect again, with growing pauses, when the server goes or is full")
 	return cmd
 }

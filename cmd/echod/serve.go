@@ -63,19 +63,19 @@ func newServeCommand(use string) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"}, "`address` to serve on, such as :9999 or [::]:9999; may be repeated")
-	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off (default: $RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private temporary directory)")
+	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"}, "`address` to serve on, such as :9999 or [::]:9999; may be\nrepeated")
+	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off\n(default: $RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private\ntemporary directory)")
 	flags.StringVar(&f.controlMode, "control-mode", "0600", "control socket's `mode`, in octal")
 	flags.StringVar(&f.controlGroup, "control-group", "", "control socket's `group`: a name or number")
-	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server stops")
-	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason}, {deadline} and Go\nescapes; sent as it is without \\n at its end; empty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
+	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server\nstops")
+	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason},\n{deadline} and Go escapes; sent as it is without \\n at its end;\nempty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
 	flags.Lookup("notice").DefValue = "" // shown above: pflag would quote it once more
-	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the open files limit allows")
-	flags.StringVar(&f.atLimit, "at-limit", "wait", "what more clients get: `wait|reject`, to wait in the kernel's queue or be told BUSY")
-	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY; 0 is unlimited")
-	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed; 0 is never")
-	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits for it; 0 is for ever")
-	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or error")
+	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the\nopen files limit allows")
+	flags.StringVar(&f.atLimit, "at-limit", "wait", "what more clients get: `wait|reject`, to wait in the kernel's\nqueue or be told BUSY")
+	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY;\n0 is unlimited")
+	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed;\n0 is never")
+	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits\nfor it; 0 is for ever")
+	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or\nerror")
 	flags.StringVar(&f.logFormat, "log-format", "", "`console|json` (default: console on a terminal, else json)")
 	return cmd
 }

@@ -1,0 +1,248 @@
+//go:build unix
+
+package integration
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"echod/control"
+)
+
+// TestG7ControlAnswersToTheEnd: at each step of a drain the control socket is there, and tells the truth.
+func TestG7ControlAnswersToTheEnd(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--grace", "20s")
+	peers := e.crowd(3)
+	events := e.events()
+	e.signal(syscall.SIGTERM)
+	for _, p := range peers {
+		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	}
+	for open := 3; open > 0; open-- {
+		e.awaitOpen(open)
+		st := e.status()
+		if st.State != "draining" || st.Connections != open || st.Drain == nil || st.Drain.Reason != "SIGTERM" || st.Drain.Notified != 3 {
+			t.Fatalf("with %d left the status is %+v", open, st)
+		}
+		if left := time.Until(st.Drain.Deadline); left < 0 || left > 20*time.Second {
+			t.Errorf("the deadline is in %s", left)
+		}
+		check(t, balanced(st))
+		check(t, peers[open-1].leave())
+	}
+	e.wait(0)
+	var states, closed []string
+	for _, event := range <-events {
+		switch {
+		case event.Closed != nil:
+			closed = append(closed, event.Closed.Reason)
+		case event.Type == "state":
+			states = append(states, event.State)
+		}
+	}
+	if got := strings.Join(states, " "); got != "draining stopped" {
+		t.Errorf("the states that were seen: %s", got)
+	}
+	if got := strings.Join(closed, " "); got != "client-left client-left client-left" {
+		t.Errorf("the closes that were seen: %s", got)
+	}
+	if _, err := os.Lstat(e.socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the control socket is still there: %v", err)
+	}
+	_, err := e.control.Status(within(t, patience))
+	if _, ok := errors.AsType[*control.UnreachableError](err); !ok {
+		t.Errorf("a status of a server that has gone: %v", err)
+	}
+}
+
+// events collects all that happens from now on to the server's end.
+func (e *echod) events() <-chan []control.Event {
+	e.t.Helper()
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", e.socket)
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(within(e.t, patience), http.MethodGet, "http://echod/v1/events", nil)
+	check(e.t, err)
+	resp, err := client.Do(req) // the answer begins once it is subscribed
+	check(e.t, err)
+	all := make(chan []control.Event, 1)
+	go func() {
+		defer resp.Body.Close()
+		var seen []control.Event
+		for dec := json.NewDecoder(resp.Body); ; {
+			var event control.Event
+			if dec.Decode(&event) != nil {
+				all <- seen
+				return
+			}
+			seen = append(seen, event)
+		}
+	}()
+	return all
+}
+
+// TestG8AccountsAgreeAtEveryInstant: whatever ends connections, and however often one looks.
+func TestG8AccountsAgreeAtEveryInstant(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--max-conns", "60", "--at-limit", "reject")
+	stop := make(chan struct{})
+	var looking sync.WaitGroup
+	looking.Go(func() {
+		for n := 0; ; n++ {
+			select {
+			case <-stop:
+				t.Logf("%d looks", n)
+				return
+			default:
+			}
+			st, err := e.control.Status(t.Context())
+			if err == nil {
+				err = balanced(st)
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+
+	polite, rude, doomed := e.crowd(20), e.crowd(15), e.crowd(25)
+	each(t, 10, func(int) error {
+		p, err := connect(e.addr)
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		return p.expectRest("BUSY\n")
+	})
+	each(t, len(polite), func(i int) error { return polite[i].leave() })
+	each(t, len(rude), func(i int) error { return rude[i].vanish() })
+	e.awaitOpen(len(doomed))
+	e.pause(control.PauseRequest{Mode: "reject"})
+	for range 5 {
+		check(t, e.dial().expectRest("PAUSED\n"))
+	}
+	e.resume()
+	killed, err := e.control.KillAll(within(t, patience))
+	check(t, err)
+	if killed.Killed != len(doomed) {
+		t.Errorf("%d killed, want %d", killed.Killed, len(doomed))
+	}
+	each(t, len(doomed), func(i int) error {
+		err := doomed[i].expectRest("")
+		_ = doomed[i].Close()
+		return err
+	})
+	e.awaitOpen(0)
+	close(stop)
+	looking.Wait()
+	e.expectAccounts(map[string]uint64{
+		"client-closed": 20, "client-reset": 15, "killed": 25, "rejected-limit": 10, "rejected-paused": 5,
+	})
+}
+
+// TestMalformedControlRequestsDisturbNobody: broken requests get a refusal or a closed connection, and the echo goes on.
+func TestMalformedControlRequestsDisturbNobody(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	p := e.served()
+	stop := make(chan struct{})
+	var echoed atomic.Int64
+	echoing := make(chan error, 1)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				echoing <- nil
+				return
+			default:
+			}
+			if err := p.echo("traffic\n"); err != nil {
+				echoing <- err
+				return
+			}
+			echoed.Add(1)
+		}
+	}()
+	const requests, workers = 200, 20 // net/http lets the sender of a broken one wait for half a second
+	each(t, workers, func(worker int) error {
+		random := rand.New(rand.NewPCG(uint64(worker), 0))
+		for range requests / workers {
+			request := malformed(random)
+			if err := e.refuses(request); err != nil {
+				return fmt.Errorf("%.200q: %w", request, err)
+			}
+		}
+		return nil
+	})
+	close(stop)
+	check(t, <-echoing)
+	if echoed.Load() == 0 {
+		t.Error("no traffic while it went on")
+	}
+	st := e.status()
+	if st.State != "running" || st.Connections != 1 || len(st.Holds) != 0 {
+		t.Errorf("afterwards the status is %+v", st)
+	}
+	e.expectAccounts(map[string]uint64{})
+}
+
+// malformed makes a request that cannot be carried out.
+func malformed(random *rand.Rand) string {
+	paths := []string{"/v1/pause", "/v1/resume", "/v1/notify", "/v1/shutdown", "/v1/wait", "/v1/status", "/v1/conns", "/v1/holds/h9", "/"}
+	bodies := []string{
+		"{", "null", "[]", `{"reason":1}`, `{"reason":"a","reason":"b"}`, `{"grace":"soon"}`, `{"now":"yes"}`, `{"text":"a\nb"}`, `{"text":""}`,
+		`{"ttl":"-1s"}`, `{"mode":"gentle"}`, "{} {}", strings.Repeat("[", 5000), `{"unknown":true}`, "\x00\xff", strings.Repeat("x", 17<<10),
+	}
+	path, body := paths[random.IntN(len(paths))], bodies[random.IntN(len(bodies))]
+	switch random.IntN(6) {
+	case 0: // not HTTP
+		noise := make([]byte, 1+random.IntN(300))
+		for i := range noise {
+			noise[i] = byte(random.Uint32())
+		}
+		return string(noise) + "\r\n\r\n"
+	case 1:
+		return "BREW " + path + " HTTP/1.1\r\nHost: x\r\n\r\n"
+	case 2:
+		return "GET " + path + "?" + strings.Repeat("y", 9<<10) + " HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("z", 9<<10) + "\r\n\r\n"
+	case 3:
+		return "GET /v1/wait?state=asleep&connections=-1 HTTP/1.1\r\nHost: x\r\n\r\n"
+	case 4: // a body that is shorter than it says
+		return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + body[:min(len(body), 50)]
+	default:
+		return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", "/v1/shutdown", len(body), body)
+	}
+}
+
+// refuses sends a request to the control socket, and expects an error for an answer, or none.
+func (e *echod) refuses(request string) error {
+	nc, err := net.Dial("unix", e.socket)
+	if err != nil {
+		return err
+	}
+	defer nc.Close()
+	_ = nc.SetDeadline(time.Now().Add(patience))
+	_, _ = io.WriteString(nc, request) // it may hang up early
+	_ = nc.(*net.UnixConn).CloseWrite()
+	answer, _ := io.ReadAll(nc) // nor must it answer
+	if len(answer) > 0 && !strings.HasPrefix(string(answer), "HTTP/1.1 4") && !strings.HasPrefix(string(answer), "HTTP/1.0 4") {
+		return fmt.Errorf("the answer is %.200q", answer)
+	}
+	return nil
+}

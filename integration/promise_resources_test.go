@@ -1,0 +1,300 @@
+//go:build unix
+
+package integration
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"echod/control"
+)
+
+// files counts the server's open file descriptors.
+func (e *echod) files() int {
+	e.t.Helper()
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", e.pid))
+	if err != nil {
+		missing(e.t, "/proc is not there: "+err.Error())
+	}
+	return len(fds)
+}
+
+// TestG9FilesAndGoroutinesComeBack after all kinds of use. Files are counted from outside, goroutines in the stacks that
+// a second SIGQUIT writes: as many as those of a server that was never used.
+func TestG9FilesAndGoroutinesComeBack(t *testing.T) {
+	t.Parallel()
+	fresh, used := start(t, "--grace", "20s"), start(t, "--grace", "20s")
+	fresh.served()
+	used.served()
+	fresh.awaitOpen(1)
+	before := used.files()
+
+	peers := used.crowd(200)
+	each(t, 100, func(i int) error { return peers[i].leave() })
+	each(t, 50, func(i int) error { return peers[100+i].vanish() })
+	conns, err := used.control.Conns(within(t, patience), -1, 0)
+	check(t, err)
+	for _, c := range conns.Connections[1:] {
+		_, _ = used.control.Kill(within(t, patience), c.ID) // those who have just left cannot be found
+	}
+	for _, p := range peers {
+		_ = p.Close()
+	}
+	for range 10 {
+		lease, err := used.control.PauseWhileConnected(within(t, patience), control.PauseRequest{Mode: "reject"})
+		check(t, err)
+		check(t, used.dial().expectRest("PAUSED\n"))
+		lease.Close()
+	}
+	_, err = used.control.Notify(within(t, patience), "hello")
+	check(t, err)
+	used.awaitOpen(1)
+	used.awaitState("running")
+	fresh.control.Close()
+	used.control.Close()
+
+	// The last look leaves a connection of its own open in both.
+	fresh.expectState("running")
+	used.expectState("running")
+	used.awaitFiles(before + 1)
+	want, got := fresh.goroutines(), used.goroutines()
+	if got > want {
+		t.Errorf("%d goroutines, where an unused server has %d; the log has them", got, want)
+	}
+}
+
+// awaitFiles waits until no more than most files are open. Nothing tells when a control connection is closed.
+func (e *echod) awaitFiles(most int) {
+	e.t.Helper()
+	for deadline := time.Now().Add(patience); e.files() > most; e.pass(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			e.t.Fatalf("%d files are open, want %d at most", e.files(), most)
+		}
+	}
+}
+
+// goroutines ends the server for a list of its goroutines.
+func (e *echod) goroutines() int {
+	e.t.Helper()
+	e.signal(syscall.SIGQUIT)
+	e.awaitLog("draining")
+	e.signal(syscall.SIGQUIT)
+	e.wait(128 + int(syscall.SIGQUIT))
+	n := strings.Count("\n"+e.log.String(), "\ngoroutine ")
+	if n == 0 {
+		e.t.Error("the second SIGQUIT has written no stacks")
+	}
+	return n
+}
+
+// awaitState waits for a state.
+func (e *echod) awaitState(state string) {
+	e.t.Helper()
+	_, err := e.control.Wait(within(e.t, patience), control.WaitRequest{State: state})
+	if err != nil {
+		e.t.Fatalf("waiting for state %s: %v", state, err)
+	}
+}
+
+// TestG10PanicCostsItsOwnConnectionOnly, in a program of somebody who embeds the library.
+func TestG10PanicCostsItsOwnConnectionOnly(t *testing.T) {
+	t.Parallel()
+	e := startEmbedding(t)
+	bystander, panicking := e.served(), e.served()
+	check(t, panicking.send("panic\n"))
+	check(t, panicking.expectRest(""))
+	line := e.awaitLog("handler panicked")
+	if line.str("panic") != "as asked" || !strings.Contains(line.str("stack"), "main.misbehave") {
+		t.Errorf("the log has %s", line.text)
+	}
+	check(t, bystander.echo("I notice nothing\n"))
+	check(t, panicking.Close())
+	e.awaitOpen(1)
+	e.expectAccounts(map[string]uint64{"handler-panic": 1})
+	e.signal(syscall.SIGTERM)
+	check(t, bystander.expect("SHUTDOWN 1 SIGTERM\n"))
+	check(t, bystander.leave())
+	e.wait(0)
+}
+
+// fewFiles lets the server have only so many files.
+func fewFiles(t testing.TB, n int) []string {
+	return []string{require(t, "sh"), "-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, n)}
+}
+
+// TestG11OutOfFilesClientsWait: more clients than the process can have files are served as places become free,
+// while the control socket answers and nothing spins; and a drain tells every one of them.
+func TestG11OutOfFilesClientsWait(t *testing.T) {
+	e := startAs(t, fewFiles(t, 64), "--grace", "20s")
+	const clients, places = 100, 32
+	peers := make([]*peer, clients)
+	for i := range peers {
+		peers[i] = e.dial()
+		check(t, peers[i].send("mine\n"))
+	}
+	each(t, places, func(i int) error { return peers[i].expect("mine\n") })
+	if st := e.status(); st.Connections != places || e.queued(st) != clients-places {
+		t.Errorf("%d open and %d waiting, want %d and %d", st.Connections, e.queued(st), places, clients-places)
+	}
+	e.expectIdle()
+
+	each(t, places, func(i int) error { return peers[i].leave() })
+	each(t, places, func(i int) error { return peers[places+i].expect("mine\n") })
+
+	begun := e.signal(syscall.SIGTERM)
+	rest := peers[places:]
+	late := 0
+	notice := regexp.MustCompile(`^SHUTDOWN \d+ SIGTERM\n$`)
+	var mu sync.Mutex
+	each(t, len(rest), func(i int) error {
+		defer rest[i].Close()
+		received, err := rest[i].in.ReadString('\n')
+		if received == "mine\n" {
+			received, err = rest[i].in.ReadString('\n')
+		}
+		if err != nil || !notice.MatchString(received) {
+			return fmt.Errorf("told %q (%w)", received, err)
+		}
+		if received == "SHUTDOWN 0 SIGTERM\n" { // there was no file to give it time with
+			mu.Lock()
+			defer mu.Unlock()
+			late++
+		}
+		return nil
+	})
+	t.Logf("all were told after %s, %d of %d that there is no time for them", time.Since(begun), late, len(rest))
+	e.wait(0)
+	sum := e.awaitLog("drained")
+	if sum.num("notified") != len(rest)-late || sum.num("rejected") != late {
+		t.Errorf("the summary is %s", sum.text)
+	}
+}
+
+func TestG11OutOfFilesClientsAreRejected(t *testing.T) {
+	t.Parallel()
+	e := startAs(t, fewFiles(t, 64), "--at-limit", "reject")
+	const clients, places = 100, 32
+	var mu sync.Mutex
+	var served []*peer
+	busy := 0
+	each(t, clients, func(int) error {
+		p, err := connect(e.addr)
+		if err != nil {
+			return err
+		}
+		if err := p.send("mine\n"); err != nil {
+			return err
+		}
+		line, err := p.in.ReadString('\n')
+		if line == "mine\n" {
+			mu.Lock()
+			defer mu.Unlock()
+			served = append(served, p)
+			return nil
+		}
+		defer p.Close()
+		if line != "BUSY\n" {
+			return fmt.Errorf("got %q (%w)", line, err)
+		}
+		mu.Lock()
+		busy++
+		mu.Unlock()
+		return p.expectRest("")
+	})
+	if len(served) != places || busy != clients-places {
+		t.Errorf("%d served and %d rejected, want %d and %d", len(served), busy, places, clients-places)
+	}
+	e.awaitOpen(places)
+	for _, p := range served {
+		check(t, p.echo("still served\n"))
+		check(t, p.leave())
+		_ = p.Close()
+	}
+	e.awaitOpen(0)
+	e.served()
+	e.expectAccounts(map[string]uint64{"rejected-limit": uint64(busy), "client-closed": places})
+}
+
+// TestG11AcceptingRecoversFromEMFILE: somebody takes the files away while the server runs.
+func TestG11AcceptingRecoversFromEMFILE(t *testing.T) {
+	prlimit := require(t, "prlimit")
+	e := start(t)
+	old := e.served()
+	e.expectState("running")
+	limit := func(n int) {
+		t.Helper()
+		got := run(t, exec.Command(prlimit, "--pid", strconv.Itoa(e.pid), fmt.Sprintf("--nofile=%d:", n)))
+		if got.code != 0 {
+			t.Skipf("prlimit may not change the limit: %s", got.stderr)
+		}
+	}
+	limit(e.files() + 5)
+	const clients = 40
+	peers := make([]*peer, clients)
+	for i := range peers {
+		peers[i] = e.dial()
+		check(t, peers[i].send("mine\n"))
+	}
+	e.awaitLog("accepting is held up")
+	check(t, old.echo("I notice nothing\n"))
+	e.expectIdle()
+	check(t, peers[0].expect("mine\n")) // a place becomes free
+	check(t, peers[0].leave())
+	limit(4096)
+	each(t, clients-1, func(i int) error { return peers[1+i].expect("mine\n") })
+	e.awaitLog("accepting again")
+	e.awaitOpen(clients)
+	e.expectAccounts(map[string]uint64{"client-closed": 1})
+}
+
+// TestG11AcceptErrorsAreRetried: the kernel's own errors, put in by strace.
+func TestG11AcceptErrorsAreRetried(t *testing.T) {
+	t.Parallel()
+	strace := require(t, "strace")
+	for _, errno := range []string{"EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"} {
+		t.Run(errno, func(t *testing.T) {
+			e := startAs(t, []string{
+				strace, "-D", "-f", "-qq", "-o", os.DevNull, "-e", "trace=accept4", "-e", "inject=accept4:error=" + errno + ":when=1..2",
+			}, "--control", "off")
+			check(t, e.served().leave())
+		})
+	}
+}
+
+// expectIdle checks that the server does not spin: of a second, it uses no more than a quarter of one processor.
+func (e *echod) expectIdle() {
+	e.t.Helper()
+	const span = time.Second
+	before := e.processorTime()
+	e.pass(span)
+	if used := e.processorTime() - before; used > span/4 {
+		e.t.Errorf("in %s without traffic the server used %s of processor time", span, used)
+	}
+}
+
+// processorTime is what the process has used so far.
+func (e *echod) processorTime() time.Duration {
+	e.t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", e.pid))
+	if err != nil {
+		missing(e.t, "/proc is not there: "+err.Error())
+	}
+	// See proc_pid_stat(5): utime and stime are the 14th and 15th, counted with the name, which may have spaces.
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	fields := strings.Fields(rest)
+	ticks := 0
+	for _, field := range fields[11:13] {
+		n, err := strconv.Atoi(field)
+		check(e.t, err)
+		ticks += n
+	}
+	return time.Duration(ticks) * (time.Second / 100)
+}

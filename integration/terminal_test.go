@@ -1,0 +1,271 @@
+//go:build unix
+
+package integration
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/creack/pty"
+
+	"echod/control"
+)
+
+// terminal is a shell on a pseudo terminal, as a person would have it.
+type terminal struct {
+	t     testing.TB
+	tty   *os.File
+	mu    sync.Mutex
+	shown bytes.Buffer
+	grown chan struct{} // closed, and made anew, when more is shown
+	over  chan struct{}
+}
+
+// openTerminal starts an interactive shell, in which $ECHOD is the program and $SOCKET a path for its control socket.
+func openTerminal(t testing.TB) (term *terminal, socket string) {
+	t.Helper()
+	socket = filepath.Join(shortDir(t), "c")
+	cmd := commandOf(require(t, "sh"), "-i")
+	cmd.Env = environment("PS1=prompt> ", "ENV=", "TERM=xterm", "ECHOD="+built(t, echodBinary), "SOCKET="+socket)
+	blocking, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 40, Cols: 200})
+	check(t, err)
+	tty := closable(t, blocking)
+	term = &terminal{t: t, tty: tty, grown: make(chan struct{}), over: make(chan struct{})}
+	go term.show()
+	t.Cleanup(func() {
+		_ = tty.Close() // hangs up, which ends all that runs in it
+		<-term.over
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		if t.Failed() {
+			t.Logf("the terminal shows:\n%s", term.screen())
+		}
+	})
+	return term, socket
+}
+
+// closable makes a file of which a read under way ends when it is closed.
+func closable(t testing.TB, file *os.File) *os.File {
+	t.Helper()
+	fd, err := syscall.Dup(int(file.Fd()))
+	check(t, err)
+	syscall.CloseOnExec(fd)
+	check(t, syscall.SetNonblock(fd, true))
+	check(t, file.Close())
+	return os.NewFile(uintptr(fd), file.Name())
+}
+
+// show takes what the terminal shows, until it is closed.
+func (term *terminal) show() {
+	defer close(term.over)
+	block := make([]byte, 4<<10)
+	for {
+		n, err := term.tty.Read(block)
+		term.mu.Lock()
+		term.shown.Write(bytes.ReplaceAll(block[:n], []byte("\r"), nil))
+		close(term.grown)
+		term.grown = make(chan struct{})
+		term.mu.Unlock()
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (term *terminal) screen() string {
+	term.mu.Lock()
+	defer term.mu.Unlock()
+	return term.shown.String()
+}
+
+// types types text.
+func (term *terminal) types(text string) {
+	term.t.Helper()
+	_, err := io.WriteString(term.tty, text)
+	check(term.t, err)
+}
+
+// awaits waits until the terminal shows what matches pattern, and returns the submatches.
+func (term *terminal) awaits(pattern string) []string {
+	term.t.Helper()
+	want := regexp.MustCompile(pattern)
+	impatient := within(term.t, patience).Done()
+	for {
+		term.mu.Lock()
+		grown := term.grown
+		term.mu.Unlock()
+		if found := want.FindStringSubmatch(term.screen()); found != nil {
+			return found
+		}
+		select {
+		case <-grown:
+		case <-impatient:
+			term.t.Fatalf("the terminal never shows %s", pattern)
+		}
+	}
+}
+
+const (
+	ctrlC         = "\x03"
+	ctrlBackslash = "\x1c"
+)
+
+// serveIn starts a server in the terminal and returns a client of it.
+func (term *terminal) serveIn(flags string) *peer {
+	term.t.Helper()
+	term.types(`$ECHOD --listen 127.0.0.1:0 --control $SOCKET ` + flags + `; echo "code=$?"` + "\n")
+	addr := term.awaits(`(?m)^\S+ +INFO +listening +\{"address": "([^"]+)"\}$`)[1] // the console format, since this is a terminal
+	p, err := connect(addr)
+	check(term.t, err)
+	term.t.Cleanup(func() { _ = p.Close() })
+	check(term.t, p.echo("hello\n"))
+	return p
+}
+
+func TestCtrlCInATerminal(t *testing.T) {
+	t.Parallel()
+	term, _ := openTerminal(t)
+	p := term.serveIn("--grace 2s")
+	term.types(ctrlC)
+	check(t, p.expect("SHUTDOWN 2 SIGINT\n"))
+	term.awaits(`signal received +\{"signal": "SIGINT"\}`)
+	term.awaits(`draining +\{"seconds_left": 2, "connections": 1\}`)
+	term.awaits(`draining +\{"seconds_left": 1, "connections": 1\}`)
+	check(t, p.echo("served on\n"))
+	check(t, p.leave())
+	term.awaits(`drained +\{"reason": "SIGINT".*"notified": 1, .*"left_by_themselves": 1`)
+	term.awaits(`(?m)^code=0$`)
+}
+
+func TestCtrlCTwiceInATerminal(t *testing.T) {
+	t.Parallel()
+	term, _ := openTerminal(t)
+	p := term.serveIn("--grace 60s")
+	term.types(ctrlC)
+	check(t, p.expect("SHUTDOWN 60 SIGINT\n"))
+	term.types(ctrlC)
+	term.awaits(`signal received again: closing everything now +\{"signal": "SIGINT"\}`)
+	term.awaits(`(?m)^code=130$`)
+}
+
+func TestCtrlBackslashTwiceInATerminal(t *testing.T) {
+	t.Parallel()
+	term, _ := openTerminal(t)
+	p := term.serveIn("--grace 60s")
+	term.types(ctrlBackslash)
+	check(t, p.expect("SHUTDOWN 60 SIGQUIT\n"))
+	term.types(ctrlBackslash)
+	term.awaits(`goroutine \d+ `)
+	term.awaits(`(?m)^code=131$`)
+}
+
+// TestCtrlCDuringACommandThatPauses: the terminal sends the signal to the command too, and what that makes of it counts.
+func TestCtrlCDuringACommandThatPauses(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	term, _ := openTerminal(t)
+	term.types(`$ECHOD ctl --control ` + e.socket + ` pause -- sh -c 'trap "echo caught; exit 9" INT; echo set; read x'; echo "code=$?"` + "\n")
+	term.awaits(`set\n`)
+	e.expectState("paused")
+	term.types(ctrlC)
+	term.awaits(`caught\n`)
+	term.awaits(`(?m)^code=9$`)
+	e.expectState("running")
+}
+
+// TestClosingATerminal: the hangup drains.
+func TestClosingATerminal(t *testing.T) {
+	t.Parallel()
+	tmux := require(t, "tmux")
+	dir := shortDir(t)
+	call := func(args ...string) {
+		t.Helper()
+		if got := run(t, commandOf(append([]string{tmux, "-S", filepath.Join(dir, "tmux"), "-f", os.DevNull}, args...)...)); got.code != 0 {
+			t.Fatalf("tmux %q: %s", args, got.stderr)
+		}
+	}
+	log, socket := filepath.Join(dir, "log"), filepath.Join(dir, "c")
+	check(t, syscall.Mkfifo(log, 0o600))
+	// Opened for writing as well, so that opening does not wait.
+	fifo, err := os.OpenFile(log, os.O_RDWR, 0)
+	check(t, err)
+	journal := newJournal()
+	reading := make(chan struct{})
+	go func() {
+		defer close(reading)
+		_, _ = io.Copy(journal, fifo)
+	}()
+	t.Cleanup(func() {
+		_ = fifo.Close()
+		<-reading
+	})
+	call("new-session", "-d", "-s", "echod", fmt.Sprintf("exec '%s' --listen 127.0.0.1:0 --control '%s' --grace 20s 2>'%s'", built(t, echodBinary), socket, log))
+	t.Cleanup(func() { _ = run(t, commandOf(tmux, "-S", filepath.Join(dir, "tmux"), "kill-server")) })
+	listening, err := journal.await(within(t, patience), 1, "listening")
+	check(t, err)
+	p, err := connect(listening.str("address"))
+	check(t, err)
+	defer p.Close()
+	check(t, p.echo("hello\n"))
+	call("kill-session", "-t", "echod")
+	check(t, p.expect("SHUTDOWN 20 SIGHUP\n"))
+	check(t, p.leave())
+	_, err = journal.await(within(t, patience), 1, "drained")
+	check(t, err)
+}
+
+// TestLogWithoutAReader: whoever reads the log may go away, and the server lives on.
+func TestLogWithoutAReader(t *testing.T) {
+	t.Parallel()
+	read, write, err := os.Pipe()
+	check(t, err)
+	socket := filepath.Join(shortDir(t), "c")
+	cmd := commandOf(built(t, echodBinary), "--listen", "127.0.0.1:0", "--control", socket, "--grace", "20s")
+	cmd.Stderr, cmd.Env = write, environment()
+	check(t, cmd.Start())
+	over := make(chan int, 1)
+	go func() {
+		_ = cmd.Wait()
+		over <- exitCode(cmd.ProcessState)
+	}()
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	check(t, write.Close())
+	client := control.NewClient(socket)
+	defer client.Close()
+	var journal strings.Builder
+	addr := regexp.MustCompile(`"listening","address":"([^"]+)"`)
+	for block := make([]byte, 4<<10); !addr.MatchString(journal.String()); {
+		n, err := read.Read(block)
+		check(t, err)
+		journal.Write(block[:n])
+	}
+	check(t, read.Close())
+
+	p, err := connect(addr.FindStringSubmatch(journal.String())[1])
+	check(t, err)
+	defer p.Close()
+	check(t, p.echo("still there\n"))
+	_, err = client.Pause(within(t, patience), control.PauseRequest{})
+	check(t, err)
+	check(t, cmd.Process.Signal(syscall.SIGTERM))
+	check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	check(t, p.leave())
+	select {
+	case code := <-over:
+		if code != 0 {
+			t.Error("exit code " + strconv.Itoa(code))
+		}
+	case <-time.After(patience):
+		t.Error("the server does not exit")
+	}
+}

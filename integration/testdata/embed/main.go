@@ -1,0 +1,71 @@
+// Embed is a user of the library whose handlers misbehave on request: a line "panic" panics, a line "ignore" stops
+// heeding the context. Everything else is echoed.
+package main
+
+import (
+	"bufio"
+	"context"
+	"flag"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/oklog/run"
+	"go.uber.org/zap"
+
+	"echod/control"
+	"echod/server"
+)
+
+func main() {
+	listen := flag.String("listen", "", "address to serve on")
+	socket := flag.String("control", "", "path of the control socket")
+	grace := flag.Duration("grace", time.Second, "time that clients have")
+	flag.Parse()
+
+	config := zap.NewProductionConfig()
+	config.Sampling = nil
+	config.EncoderConfig.TimeKey = ""
+	log := zap.Must(config.Build())
+	ctx := context.Background()
+	srv, err := server.New(server.HandlerFunc(misbehave), server.Options{Logger: log, Grace: *grace})
+	exitOn(log, err)
+	ln, err := server.Listen(ctx, *listen)
+	exitOn(log, err)
+	cs, err := control.Listen(ctx, *socket, control.SocketOptions{Mode: 0o600})
+	exitOn(log, err)
+	signals := make(chan os.Signal, 16)
+	signal.Notify(signals, syscall.SIGTERM)
+
+	var g run.Group
+	g.Add(control.ServerActor(srv, ln))
+	g.Add(control.NewSignals(srv, signals, log, os.Stderr).Actor())
+	g.Add(control.New(srv, control.Options{Logger: log}).Actor(cs))
+	exitOn(log, g.Run())
+}
+
+func exitOn(log *zap.Logger, err error) {
+	if err != nil {
+		log.Fatal("ending", zap.Error(err))
+	}
+}
+
+func misbehave(_ context.Context, c *server.Conn) error {
+	lines := bufio.NewReader(c)
+	for {
+		line, err := lines.ReadString('\n')
+		if err != nil {
+			return err
+		}
+		switch line {
+		case "panic\n":
+			panic("as asked")
+		case "ignore\n":
+			select {}
+		}
+		if _, err := c.Write([]byte(line)); err != nil {
+			return err
+		}
+	}
+}
