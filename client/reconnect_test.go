@@ -129,7 +129,8 @@ func TestEchoReconnects(t *testing.T) {
 				after(7, ""),
 				after(7, ", w"),
 				echoes,
-			)})
+			),
+		})
 		mustEcho(t, c, "hello, world")
 		if got, want := strings.Join(notices, "; "), "SHUTDOWN 5 SIGTERM; SHUTDOWN 0 SIGTERM; PAUSED; BUSY"; got != want {
 			t.Errorf("notices: %s; want %s", got, want)

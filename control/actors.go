@@ -11,7 +11,7 @@ import (
 // ServerActor returns the run.Group pair that serves srv on its listeners. Add it first: interrupts run
 // in the order in which actors were added, and this one begins the drain that the others wait for.
 // No actor of this package returns before the server has stopped, except a control plane that fails.
-// This one is the first then, so that its error is the group's.
+// A group's error is that of the first actor to return: else this one.
 func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		errs := make([]error, len(listeners))

