@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // maxNotice bounds a notice line, in bytes without its newline. It keeps a
@@ -67,13 +69,14 @@ func (n Notice) String() string {
 }
 
 // ParseNotice reads a notice from a line without its newline. It reports false
-// for any other line, for one longer than 4 KiB, and for one that holds control
-// characters other than tabs, which could play tricks on a terminal.
+// for any other line, for one longer than 4 KiB or not valid UTF-8, and for one
+// that holds control characters other than tabs, which could play tricks on a
+// terminal.
 //
 // A line of this form may just as well be an echo: only a [Client], which knows
 // what it has sent, can tell the two apart.
 func ParseNotice(line string) (Notice, bool) {
-	if len(line) > maxNotice || strings.ContainsFunc(line, isControl) {
+	if len(line) > maxNotice || !utf8.ValidString(line) || strings.ContainsFunc(line, isControl) {
 		return Notice{}, false
 	}
 	word, rest, hasRest := strings.Cut(line, " ")
@@ -98,7 +101,7 @@ func ParseNotice(line string) (Notice, bool) {
 	return Notice{}, false
 }
 
-func isControl(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f }
+func isControl(r rune) bool { return unicode.IsControl(r) && r != '\t' }
 
 // parseSeconds accepts what a server prints: decimal digits without a sign or
 // needless zeros, within the range of a time.Duration.

@@ -10,8 +10,8 @@ import (
 
 // ServerActor returns the run.Group pair that serves srv on its listeners. Add it first: interrupts run
 // in the order in which actors were added, and this one begins the drain that the others wait for.
-// No actor of this package returns before the server has stopped, except a control plane that fails.
-// A group's error is that of the first actor to return: else this one.
+// No actor of this package returns before the server has stopped, except a control plane that fails: a
+// group's error is that of the first actor to return.
 func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		errs := make([]error, len(listeners))

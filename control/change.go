@@ -1,13 +1,10 @@
 package control
 
 import (
-	"bufio"
 	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"strconv"
 	"time"
@@ -15,10 +12,11 @@ import (
 	"echod/server"
 )
 
-// The endpoints that change something. Each is idempotent, and says what it changed and what state
-// holds then.
+// The endpoints that change something. Each says what it changed and, but for a pause and a notice, whose
+// answers are the hold and the tally, what state holds then. All can be repeated without harm; a pause
+// places a hold each time.
 
-func (p *Plane) postPause(w http.ResponseWriter, r *http.Request, arg string) error {
+func (p *Plane) postPause(w *caller, r *http.Request, arg string) error {
 	var connected bool
 	if err := decodeQuery(r, fields{"while": exactly("connected", &connected)}); err != nil {
 		return err
@@ -36,7 +34,7 @@ func (p *Plane) postPause(w http.ResponseWriter, r *http.Request, arg string) er
 		opts.TTL = ttl
 	}
 	if connected {
-		return p.stream(func(w http.ResponseWriter, r *http.Request, _ string) error { return p.pauseWhileConnected(w, opts) })(w, r, arg)
+		return p.stream(w, r, func(w *caller, r *http.Request, _ string) error { return p.pauseWhileConnected(w, r, opts) })
 	}
 	h, err := p.srv.Pause(opts)
 	if err != nil {
@@ -46,55 +44,30 @@ func (p *Plane) postPause(w http.ResponseWriter, r *http.Request, arg string) er
 	return answer(w, http.StatusCreated, wireHold(h.Info()))
 }
 
-// pauseWhileConnected holds the server paused until the caller's connection ends. It takes the connection
-// over from net/http, which does not notice the end of a caller that sent one byte too many.
-func (p *Plane) pauseWhileConnected(w http.ResponseWriter, opts server.PauseOptions) error {
+// pauseWhileConnected holds the server paused until the caller has gone.
+func (p *Plane) pauseWhileConnected(w *caller, r *http.Request, opts server.PauseOptions) error {
 	h, err := p.srv.Pause(opts)
 	if err != nil {
 		return err
 	}
 	defer h.Release()
-	conn, buffered, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		return fmt.Errorf("taking over the connection: %w", err)
-	}
-	left := make(chan struct{})
-	go awaitEnd(buffered.Reader, left)
-	defer func() {
-		_ = conn.Close()
-		<-left
-	}()
-
-	_ = conn.SetDeadline(time.Time{})
-	const head = "HTTP/1.1 201 Created\r\nContent-Type: application/jsonl\r\nConnection: close\r\nLocation: /v1/holds/"
-	if writeLine(conn, head+h.ID()+"\r\n\r\n", wireHold(h.Info())) != nil {
+	p.logRequest(w, r, nil)
+	w.Header().Set("Content-Type", "application/jsonl")
+	w.Header().Set("Location", "/v1/holds/"+h.ID())
+	w.WriteHeader(http.StatusCreated)
+	lines := json.NewEncoder(w)
+	if lines.Encode(wireHold(h.Info())) != nil {
 		return nil // the caller has gone
 	}
 	select {
-	case <-left:
+	case <-r.Context().Done():
 	case <-h.Done():
-		_ = writeLine(conn, "", Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
+		_ = lines.Encode(Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
 	}
 	return nil
 }
 
-// awaitEnd closes ended when the caller has gone.
-func awaitEnd(r *bufio.Reader, ended chan<- struct{}) {
-	defer close(ended)
-	_, _ = io.Copy(io.Discard, r)
-}
-
-func writeLine(conn net.Conn, head string, v any) error {
-	line, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	_ = conn.SetWriteDeadline(time.Now().Add(answerTimeout))
-	_, err = conn.Write(append([]byte(head), append(line, '\n')...))
-	return err
-}
-
-func (p *Plane) postResume(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) postResume(w *caller, r *http.Request, _ string) error {
 	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, nil)); err != nil {
 		return err
 	}
@@ -102,20 +75,20 @@ func (p *Plane) postResume(w http.ResponseWriter, r *http.Request, _ string) err
 	if err != nil {
 		return err
 	}
-	return p.changed(w, Change{Changed: n > 0, Released: n})
+	return p.changed(w, Change{Changed: n > 0, Released: &n})
 }
 
-func (p *Plane) deleteHold(w http.ResponseWriter, r *http.Request, id string) error {
+func (p *Plane) deleteHold(w *caller, r *http.Request, id string) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
 	if err := p.srv.ReleaseHold(id); err != nil {
 		return err
 	}
-	return p.changed(w, Change{Changed: true, Released: 1})
+	return p.changed(w, Change{Changed: true, Released: new(1)})
 }
 
-func (p *Plane) deleteConn(w http.ResponseWriter, r *http.Request, arg string) error {
+func (p *Plane) deleteConn(w *caller, r *http.Request, arg string) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
@@ -126,10 +99,10 @@ func (p *Plane) deleteConn(w http.ResponseWriter, r *http.Request, arg string) e
 	if err := p.srv.Kill(id); err != nil {
 		return err
 	}
-	return p.changed(w, Change{Changed: true, Killed: 1})
+	return p.changed(w, Change{Changed: true, Killed: new(1)})
 }
 
-func (p *Plane) deleteConns(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) deleteConns(w *caller, r *http.Request, _ string) error {
 	var all bool
 	minIdle := time.Duration(-1)
 	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle)}); err != nil {
@@ -139,10 +112,10 @@ func (p *Plane) deleteConns(w http.ResponseWriter, r *http.Request, _ string) er
 		return invalid("all", "say which connections: all=true or min_idle, and not both")
 	}
 	n := p.srv.KillFunc(func(c server.ConnInfo) bool { return all || c.Idle >= minIdle })
-	return p.changed(w, Change{Changed: n > 0, Killed: n})
+	return p.changed(w, Change{Changed: n > 0, Killed: &n})
 }
 
-func (p *Plane) postNotify(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) postNotify(w *caller, r *http.Request, _ string) error {
 	var message string
 	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": text(&message)})); err != nil {
 		return err
@@ -157,7 +130,7 @@ func (p *Plane) postNotify(w http.ResponseWriter, r *http.Request, _ string) err
 	return answer(w, http.StatusOK, Notified{Sent: sent, Failed: failed})
 }
 
-func (p *Plane) postShutdown(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) postShutdown(w *caller, r *http.Request, _ string) error {
 	reason, grace, now := "", time.Duration(-1), false
 	err := errors.Join(
 		decodeQuery(r, nil),

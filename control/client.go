@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"net"
 	"net/http"
@@ -47,6 +48,9 @@ type UnreachableError struct {
 func (e *UnreachableError) Error() string {
 	if errors.Is(e.Err, io.EOF) || errors.Is(e.Err, io.ErrUnexpectedEOF) {
 		return fmt.Sprintf("the server on control socket %s went away before it had answered", e.Path)
+	}
+	if errors.Is(e.Err, fs.ErrPermission) {
+		return fmt.Sprintf("control socket %s may not be used by this user: permission denied", e.Path)
 	}
 	return fmt.Sprintf("no server answers on control socket %s: %v", e.Path, bare(e.Err))
 }

@@ -221,7 +221,7 @@ func TestOnAnswerGetsEachAnswerAsItCame(t *testing.T) {
 			got[2], got[3] = got[3], got[2]
 		}
 		wantEqual(t, "answers", got, []string{
-			`{"changed":false,"state":"running"}` + "\n",
+			`{"changed":false,"state":"running","released":0}` + "\n",
 			`{"id":"h1","reason":"","mode":"hold","since":"` + since + `"}` + "\n",
 			resumed,
 			released,

@@ -77,6 +77,24 @@ func TestPauseWhileConnectedDiesWithItsCaller(t *testing.T) {
 	}
 }
 
+func TestStreamsGiveTheirPlaceUpWhenTheirCallerGoes(t *testing.T) {
+	for _, request := range []string{"GET /v1/wait?connections=9999", "GET /v1/events", "POST /v1/pause?while=connected"} {
+		t.Run(request, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newBubble(t, server.Options{})
+				conn := r.rawConn(t)
+				ask(t, conn, request+" HTTP/1.1\r\nHost: echod\r\n\r\n")
+				synctest.Wait()
+				wantEqual(t, "places taken", len(r.plane.streams), 1)
+				ask(t, conn, "\n") // the byte after which net/http no longer looks
+				_ = conn.Close()
+				synctest.Wait()
+				wantEqual(t, "places taken once the caller has gone", len(r.plane.streams), 0)
+			})
+		})
+	}
+}
+
 func TestPauseWhileConnectedOutlastsEveryTimeLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})

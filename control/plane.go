@@ -36,7 +36,8 @@ type Options struct {
 }
 
 // Plane is the control plane of one server: an HTTP API, described by openapi.yaml. It is an
-// http.Handler that may be mounted anywhere; Actor serves it on a socket of its own.
+// http.Handler that may be mounted anywhere, over HTTP/1 where it is to answer waits, events and pauses while
+// connected; Actor serves it on a socket of its own.
 type Plane struct {
 	srv     *server.Server
 	version string
@@ -48,12 +49,13 @@ type Plane struct {
 }
 
 // An endpoint answers one method of one path. What it returns is the caller's answer.
-type endpoint func(w http.ResponseWriter, r *http.Request, arg string) error
+type endpoint func(c *caller, r *http.Request, arg string) error
 
 // route is a path, whose last segment may be "*" for an argument, with its endpoints by method.
 type route struct {
 	path    string
 	methods map[string]endpoint
+	lasts   bool // an answer may take as long as its caller likes
 }
 
 // New makes the control plane of srv.
@@ -63,17 +65,17 @@ func New(srv *server.Server, opts Options) *Plane {
 	}
 	p := &Plane{srv: srv, version: opts.Version, log: opts.Logger, streams: make(chan struct{}, maxStreams), linger: lingerTimeout}
 	p.routes = []route{
-		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}},
-		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}},
-		{"/v1/conns/closed", map[string]endpoint{http.MethodGet: p.getClosed}},
-		{"/v1/conns/*", map[string]endpoint{http.MethodDelete: p.deleteConn}},
-		{"/v1/pause", map[string]endpoint{http.MethodPost: p.postPause}},
-		{"/v1/resume", map[string]endpoint{http.MethodPost: p.postResume}},
-		{"/v1/holds/*", map[string]endpoint{http.MethodDelete: p.deleteHold}},
-		{"/v1/notify", map[string]endpoint{http.MethodPost: p.postNotify}},
-		{"/v1/shutdown", map[string]endpoint{http.MethodPost: p.postShutdown}},
-		{"/v1/wait", map[string]endpoint{http.MethodGet: p.stream(p.getWait)}},
-		{"/v1/events", map[string]endpoint{http.MethodGet: p.stream(p.getEvents)}},
+		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}, false},
+		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}, false},
+		{"/v1/conns/closed", map[string]endpoint{http.MethodGet: p.getClosed}, false},
+		{"/v1/conns/*", map[string]endpoint{http.MethodDelete: p.deleteConn}, false},
+		{"/v1/pause", map[string]endpoint{http.MethodPost: p.postPause}, false},
+		{"/v1/resume", map[string]endpoint{http.MethodPost: p.postResume}, false},
+		{"/v1/holds/*", map[string]endpoint{http.MethodDelete: p.deleteHold}, false},
+		{"/v1/notify", map[string]endpoint{http.MethodPost: p.postNotify}, false},
+		{"/v1/shutdown", map[string]endpoint{http.MethodPost: p.postShutdown}, false},
+		{"/v1/wait", map[string]endpoint{http.MethodGet: p.getWait}, true},
+		{"/v1/events", map[string]endpoint{http.MethodGet: p.getEvents}, true},
 	}
 	errorLog, _ := zap.NewStdLogAt(p.log, zap.WarnLevel) // fails only for an unknown level
 	p.http = &http.Server{
@@ -91,37 +93,52 @@ func New(srv *server.Server, opts Options) *Plane {
 
 // ServeHTTP answers one request. Whatever would change something is logged with who asked for it.
 func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var refused []zap.Field
-	if err := p.dispatch(w, r); err != nil {
-		problem := p.problemOf(err)
-		problem.write(w)
-		refused = []zap.Field{zap.Int("status", problem.Status), zap.Error(problem)}
+	c := &caller{ResponseWriter: w}
+	defer c.end()
+	err := p.dispatch(c, r)
+	if err != nil {
+		p.problemOf(err).write(c)
 	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		p.log.Info("control request", slices.Concat(
-			[]zap.Field{zap.String("method", shorten(r.Method)), zap.String("path", shorten(r.URL.Path))},
-			peerFrom(r.Context()).fields(), refused)...)
-	}
+	p.logRequest(c, r, err)
 }
 
-func (p *Plane) dispatch(w http.ResponseWriter, r *http.Request) error {
+// logRequest logs, once, what would change something.
+func (p *Plane) logRequest(c *caller, r *http.Request, err error) {
+	if c.logged || r.Method == http.MethodGet || r.Method == http.MethodHead {
+		return
+	}
+	c.logged = true
+	var refused []zap.Field
+	if err != nil {
+		problem := p.problemOf(err)
+		refused = []zap.Field{zap.Int("status", problem.Status), zap.Error(problem)}
+	}
+	p.log.Info("control request", slices.Concat(
+		[]zap.Field{zap.String("method", shorten(r.Method)), zap.String("path", shorten(r.URL.Path))},
+		peerFrom(r.Context()).fields(), refused)...)
+}
+
+func (p *Plane) dispatch(c *caller, r *http.Request) error {
 	for _, route := range p.routes {
 		arg, ok := route.match(r.URL.Path)
 		if !ok {
 			continue
 		}
-		method := r.Method
-		if method == http.MethodHead {
-			method = http.MethodGet
+		answer, ok := route.methods[r.Method]
+		if !ok && r.Method == http.MethodHead && !route.lasts {
+			answer, ok = route.methods[http.MethodGet]
 		}
-		if answer, ok := route.methods[method]; ok {
-			return answer(w, r, arg)
+		if ok && route.lasts {
+			return p.stream(c, r, answer)
+		}
+		if ok {
+			return answer(c, r, arg)
 		}
 		allowed := strings.Join(slices.Sorted(maps.Keys(route.methods)), ", ")
-		w.Header().Set("Allow", allowed)
+		c.Header().Set("Allow", allowed)
 		return &Problem{
 			Type: ProblemMethod, Title: "Method not allowed", Status: http.StatusMethodNotAllowed,
-			Detail: r.Method + " is not allowed here: want " + allowed,
+			Detail: shorten(r.Method) + " is not allowed here: want " + allowed,
 		}
 	}
 	return notFound("nothing is at %s", shorten(r.URL.Path))
@@ -136,23 +153,22 @@ func (r route) match(path string) (arg string, ok bool) {
 	return arg, ok && arg != "" && !strings.Contains(arg, "/")
 }
 
-// stream bounds the number of requests that last, so that there is always room for the others, and
-// lifts the time limits that are meant for those.
-func (p *Plane) stream(next endpoint) endpoint {
-	return func(w http.ResponseWriter, r *http.Request, arg string) error {
-		select {
-		case p.streams <- struct{}{}:
-			defer func() { <-p.streams }()
-		default:
-			return &Problem{
-				Type: ProblemBusy, Title: "Too many streams", Status: http.StatusServiceUnavailable,
-				Detail: "too many waits, events and pauses are under way: try again later",
-			}
+// stream lets a request last. It bounds how many do, so that there is always room for the others.
+func (p *Plane) stream(c *caller, r *http.Request, next endpoint) error {
+	select {
+	case p.streams <- struct{}{}:
+	default:
+		return &Problem{
+			Type: ProblemBusy, Title: "Too many streams", Status: http.StatusServiceUnavailable,
+			Detail: "too many waits, events and pauses are under way: try again later",
 		}
-		rc := http.NewResponseController(w)
-		_ = errors.Join(rc.SetReadDeadline(time.Time{}), rc.SetWriteDeadline(time.Time{})) // unsupported only in tests' recorders
-		return next(w, r, arg)
 	}
+	ctx, err := c.takeOver(r.Context())
+	c.leave = append(c.leave, func() { <-p.streams })
+	if err != nil {
+		return err
+	}
+	return next(c, r.WithContext(ctx), "")
 }
 
 // answer writes v as the answer.

@@ -72,6 +72,9 @@ func (p *Plane) classify(err error) *Problem {
 			Detail: err.Error(), State: p.srv.Status().State.String(), Deadline: &draining.Deadline,
 		}
 	}
+	if errors.Is(err, server.ErrTooManyHolds) {
+		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}
+	}
 	if errors.Is(err, server.ErrNoHold) || errors.Is(err, server.ErrNoConn) {
 		return notFound("%s", err)
 	}

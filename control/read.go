@@ -13,14 +13,14 @@ import (
 
 // The endpoints that change nothing.
 
-func (p *Plane) getStatus(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) getStatus(w *caller, r *http.Request, _ string) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
 	return answer(w, http.StatusOK, wireStatus(p.srv.Status(), p.version))
 }
 
-func (p *Plane) getConns(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) getConns(w *caller, r *http.Request, _ string) error {
 	limit, minIdle := -1, time.Duration(0)
 	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle)}); err != nil {
 		return err
@@ -37,7 +37,7 @@ func (p *Plane) getConns(w http.ResponseWriter, r *http.Request, _ string) error
 	return answer(w, http.StatusOK, list)
 }
 
-func (p *Plane) getClosed(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) getClosed(w *caller, r *http.Request, _ string) error {
 	limit := -1
 	if err := decodeQuery(r, fields{"limit": count(&limit)}); err != nil {
 		return err
@@ -54,7 +54,7 @@ func (p *Plane) getClosed(w http.ResponseWriter, r *http.Request, _ string) erro
 
 var errWaitTimeout = errors.New("the wait timed out")
 
-func (p *Plane) getWait(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) getWait(w *caller, r *http.Request, _ string) error {
 	var (
 		wanted  server.State
 		open    = -1
@@ -62,6 +62,9 @@ func (p *Plane) getWait(w http.ResponseWriter, r *http.Request, _ string) error 
 	)
 	if err := decodeQuery(r, fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}); err != nil {
 		return err
+	}
+	if wanted == server.Starting {
+		return invalid("state", "a server that answers has started")
 	}
 	query := r.URL.Query()
 	if wanted == 0 && open < 0 {
@@ -96,21 +99,18 @@ func (p *Plane) getWait(w http.ResponseWriter, r *http.Request, _ string) error 
 	}
 }
 
-func (p *Plane) getEvents(w http.ResponseWriter, r *http.Request, _ string) error {
+func (p *Plane) getEvents(w *caller, r *http.Request, _ string) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
 	sub := p.srv.Subscribe()
 	defer sub.Close()
 
-	rc := http.NewResponseController(w)
 	w.Header().Set("Content-Type", "application/jsonl")
 	w.WriteHeader(http.StatusOK)
-	_ = rc.Flush()
 	lines := json.NewEncoder(w)
 	for e := range sub.Events(r.Context()) {
-		_ = rc.SetWriteDeadline(time.Now().Add(answerTimeout))
-		if lines.Encode(wireEvent(e)) != nil || rc.Flush() != nil {
+		if lines.Encode(wireEvent(e)) != nil {
 			return nil // the caller has gone, or reads nothing
 		}
 	}

@@ -16,7 +16,7 @@ import (
 // owner alone.
 type SocketOptions struct {
 	Mode fs.FileMode // permission bits
-	GID  int         // group to own the socket; zero or negative leaves it
+	GID  *int        // group to own the socket; nil leaves it its owner's
 }
 
 // Listen opens a control socket at path. Not for an instant is it more open than asked for. A socket there
@@ -56,9 +56,9 @@ func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener,
 
 // open gives a socket that only its owner can use to whom the options name.
 func open(path string, opts SocketOptions) error {
-	if opts.GID > 0 {
-		if err := os.Lchown(path, -1, opts.GID); err != nil {
-			return fmt.Errorf("giving it to group %d: %w", opts.GID, bare(err))
+	if opts.GID != nil {
+		if err := os.Lchown(path, -1, *opts.GID); err != nil {
+			return fmt.Errorf("giving it to group %d: %w", *opts.GID, bare(err))
 		}
 	}
 	if err := os.Chmod(path, opts.Mode.Perm()); err != nil {

@@ -101,7 +101,7 @@ func TestSocketBelongsToTheGroupAskedFor(t *testing.T) {
 		gid = 12345 // root can give it to any
 	}
 	path := filepath.Join(shortDir(t), "s")
-	listenAt(t, path, SocketOptions{Mode: 0o660, GID: gid})
+	listenAt(t, path, SocketOptions{Mode: 0o660, GID: &gid})
 	var stat unix.Stat_t
 	if err := unix.Lstat(path, &stat); err != nil {
 		t.Fatal(err)
@@ -115,7 +115,7 @@ func TestSocketThatCannotBeGivenAwayIsNotLeftBehind(t *testing.T) {
 		t.Skip("root can give a socket to any group")
 	}
 	path := filepath.Join(shortDir(t), "s")
-	_, err := Listen(t.Context(), path, SocketOptions{Mode: 0o660, GID: 1})
+	_, err := Listen(t.Context(), path, SocketOptions{Mode: 0o660, GID: new(1)})
 	if err == nil || !strings.Contains(err.Error(), "giving it to group 1") {
 		t.Errorf("error is %v: want it to name the group", err)
 	}

@@ -95,8 +95,8 @@ type ClosedConns struct {
 type Change struct {
 	Changed  bool   `json:"changed"`
 	State    string `json:"state"`
-	Released int    `json:"released,omitempty"` // holds
-	Killed   int    `json:"killed,omitempty"`   // connections
+	Released *int   `json:"released,omitempty"` // how many holds, where that was asked for
+	Killed   *int   `json:"killed,omitempty"`   // how many connections, likewise
 	Drain    *Drain `json:"drain,omitempty"`
 }
 

@@ -39,6 +39,10 @@ func TestServeUsage(t *testing.T) {
 		{[]string{"--log-format", "xml"}, `--log-format "xml"`},
 		{[]string{"--control-mode", "0999"}, `--control-mode "0999"`},
 		{[]string{"--control-group", "no such group"}, `--control-group "no such group"`},
+		{[]string{"--listen", "here"}, `--listen "here"`},
+		{[]string{"--max-conns", "many"}, `invalid argument "many" for "--max-conns" flag` + "\n"},
+		{[]string{"--listen", ""}, `--listen ""`},
+		{[]string{"--listen", "here"}, `--listen "here"`},
 		{[]string{"--port", "7"}, "--port"},
 		{[]string{"serve", "now"}, `"now"`},
 		{[]string{"clt"}, `unknown command "clt": did you mean ctl?`},
@@ -64,7 +68,6 @@ func TestCouldNotStart(t *testing.T) {
 	}{
 		{"port in use", e.addr, filepath.Join(dir, "c"), "--listen " + e.addr + ": address already in use"},
 		{"no such address", "192.0.2.1:0", filepath.Join(dir, "c"), "--listen 192.0.2.1:0: cannot assign requested address"},
-		{"not an address", "here", filepath.Join(dir, "c"), "--listen here: "},
 		{"control socket live", "127.0.0.1:0", e.socket, e.socket + ": in use by a running server: give this one a --control of its own"},
 		{"control socket is a file", "127.0.0.1:0", file, "not a socket"},
 		{"control socket without a directory", "127.0.0.1:0", filepath.Join(dir, "no", "c"), "no such file or directory"},
@@ -102,7 +105,7 @@ func TestEnvironmentVariables(t *testing.T) {
 	check(t, e.dial().expectRest("BUSY\n"))
 
 	ctl := commandOf(binary, "ctl", "shutdown")
-	ctl.Env = environment("ECHOD_CONTROL="+socket, "ECHOD_REASON=variable")
+	ctl.Env = environment("ECHOD_CONTROL="+socket, "ECHOD_CTL_REASON=variable")
 	run(t, ctl).expect(t, 0, `draining, (40|39\.\d)s left\n`, "")
 	check(t, p.expect("BYE 40\n")) // the flag wins
 	if got := e.status().Drain.Reason; got != "variable" {

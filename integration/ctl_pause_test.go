@@ -3,7 +3,6 @@
 package integration
 
 import (
-	"strings"
 	"syscall"
 	"testing"
 
@@ -89,11 +88,9 @@ func TestPauseResumedByAnother(t *testing.T) {
 	p := e.job("echo begun; read x; exit 3")
 	e.resume()
 	check(t, e.served().leave())
+	check(t, p.stderr.awaitText(within(t, patience), "echod: the pause ended before the command did: the server was resumed"))
 	p.say("go on\n")
 	p.exits(3)
-	if got := p.stderr.String(); !strings.Contains(got, "echod: the pause ended before the command did: the server was resumed") {
-		t.Errorf("stderr is %q", got)
-	}
 }
 
 // TestPauseOvertakenByADrain: the same when the server stops, and even when it has gone.
@@ -106,11 +103,9 @@ func TestPauseOvertakenByADrain(t *testing.T) {
 	check(t, waiting.expect("SHUTDOWN 20 SIGTERM\n"))
 	check(t, waiting.leave())
 	e.wait(0)
+	check(t, p.stderr.awaitText(within(t, patience), "the pause ended before the command did: the server is draining until"))
 	p.say("go on\n")
 	p.exits(4)
-	if got := p.stderr.String(); !strings.Contains(got, "the pause ended before the command did: the server is draining until") {
-		t.Errorf("stderr is %q", got)
-	}
 }
 
 // TestPauseOfTwoOperators: one cannot resume the other by accident.

@@ -5,6 +5,9 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"net"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
@@ -52,7 +55,7 @@ func TestCtlSpeaksToPeople(t *testing.T) {
 		{"notify maintenance at noon", 0, `sent to 2 clients, 0 not to be told\n`, ""},
 		{"wait --connections 2 --state running", 0, `running with 2 connections\n`, ""},
 		{"wait --connections 7 --timeout 10ms", 3, ``, "the wait timed out: the server is running with 2 connections"},
-		{"kill 1", 0, `killed 1 connection\n`, ""},
+		{"kill 99 1", 1, `killed connection 1\n`, "no such connection: 99"},
 		{"kill 99", 1, ``, "no such connection: 99"},
 		{"kill --min-idle 1h", 0, `killed 0 connections\n`, ""},
 		{"closed --limit 0", 0, `ID +REMOTE +REASON +CLOSED +DURATION +IN +OUT +NOTIFIED\n`, ""},
@@ -171,12 +174,38 @@ func TestCtlUsage(t *testing.T) {
 	for _, args := range []string{
 		"", "stop", "status now", "kill", "kill all", "kill 1 --all", "notify", "wait", "pause true", "shutdown --now --grace 1s",
 		"status --verbose", "wait --connections many", "pause --ttl soon",
+		"pause --ttl 0s", "pause --ttl -1s", "pause --json -- true",
 	} {
 		t.Run("ctl "+args, func(t *testing.T) {
 			e.ctl(strings.Fields(args)...).expect(t, 64, ``, "--help'.\n")
 		})
 	}
 	e.ctl("pause", "true").expect(t, 64, ``, "echod ctl pause -- true")
+}
+
+// TestCtlTrustsNobodyElsesDirectory: in a place open to all, anybody could pose as a server.
+func TestCtlTrustsNobodyElsesDirectory(t *testing.T) {
+	t.Parallel()
+	dir := shortDir(t)
+	private := filepath.Join(dir, fmt.Sprintf("echod-%d", syscall.Getuid()))
+	check(t, os.Mkdir(private, 0o700))
+	check(t, os.Chmod(private, 0o777))
+	ln, err := net.Listen("unix", filepath.Join(private, "control.sock"))
+	check(t, err)
+	defer ln.Close()
+	cmd := commandOf(built(t, echodBinary), "ctl", "status")
+	cmd.Env = environment("TMPDIR=" + dir)
+	run(t, cmd).expect(t, 2, ``, "is not to be trusted: others can enter it")
+}
+
+// TestCtlIgnoresWhatIsTheServers: both often share an environment.
+func TestCtlIgnoresWhatIsTheServers(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--grace", "20s")
+	cmd := e.ctlCommand("shutdown", "--now")
+	cmd.Env = environment("ECHOD_GRACE=7s", "ECHOD_CONTROL=off", "ECHOD_LISTEN=127.0.0.1:1")
+	run(t, cmd).expect(t, 0, `(draining|stopped), .* left\n`, "")
+	e.wait(0)
 }
 
 // TestCtlFindsTheServer in the default places, and says where it looked.

@@ -36,8 +36,8 @@ func TestSeveralListeners(t *testing.T) {
 		defer p.Close()
 		peers = append(peers, p)
 	}
-	if st := e.status(); st.Accepted != 3 {
-		t.Errorf("%d accepted, want 3: a pause is for all listeners", st.Accepted)
+	if n := len(e.admitted()); n != 3 {
+		t.Errorf("%d admitted, want 3: a pause is for all listeners", n)
 	}
 	e.signal(syscall.SIGTERM)
 	for _, p := range peers {

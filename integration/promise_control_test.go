@@ -35,8 +35,11 @@ func TestG7ControlAnswersToTheEnd(t *testing.T) {
 	for open := 3; open > 0; open-- {
 		e.awaitOpen(open)
 		st := e.status()
-		if st.State != "draining" || st.Connections != open || st.Drain == nil || st.Drain.Reason != "SIGTERM" || st.Drain.Notified != 3 {
+		if st.State != "draining" || st.Connections != open || st.Drain == nil || st.Drain.Reason != "SIGTERM" {
 			t.Fatalf("with %d left the status is %+v", open, st)
+		}
+		if open < 3 && st.Drain.Notified != 3 { // a notice is counted after its client may have read it
+			t.Errorf("%d were notified, want 3", st.Drain.Notified)
 		}
 		if left := time.Until(st.Drain.Deadline); left < 0 || left > 20*time.Second {
 			t.Errorf("the deadline is in %s", left)
@@ -140,7 +143,7 @@ func TestG8AccountsAgreeAtEveryInstant(t *testing.T) {
 	e.resume()
 	killed, err := e.control.KillAll(within(t, patience))
 	check(t, err)
-	if killed.Killed != len(doomed) {
+	if *killed.Killed != len(doomed) {
 		t.Errorf("%d killed, want %d", killed.Killed, len(doomed))
 	}
 	each(t, len(doomed), func(i int) error {

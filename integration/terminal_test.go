@@ -3,7 +3,9 @@
 package integration
 
 import (
+	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -222,6 +224,69 @@ func TestClosingATerminal(t *testing.T) {
 	check(t, p.leave())
 	_, err = journal.await(within(t, patience), 1, "drained")
 	check(t, err)
+}
+
+// TestLogWhoseReaderHasStopped: behind stderr may be a terminal after Ctrl-S. The server serves on, and ends in time.
+func TestLogWhoseReaderHasStopped(t *testing.T) {
+	t.Parallel()
+	const grace = time.Second
+	fifo := filepath.Join(shortDir(t), "log")
+	check(t, syscall.Mkfifo(fifo, 0o600))
+	read, err := os.OpenFile(fifo, os.O_RDWR, 0) // so that it need not wait for a writer
+	check(t, err)
+	defer read.Close()
+	write, err := os.OpenFile(fifo, os.O_WRONLY, 0)
+	check(t, err)
+	cmd := commandOf(built(t, echodBinary), "--log-format", "json", "--listen", "127.0.0.1:0", "--control", "off", "--grace", grace.String())
+	cmd.Stderr, cmd.Env = write, environment()
+	check(t, cmd.Start())
+	t.Cleanup(func() { _ = cmd.Process.Kill() })
+	check(t, write.Close())
+	addr := ""
+	for lines := bufio.NewReader(read); addr == ""; {
+		line, err := lines.ReadString('\n')
+		check(t, err)
+		if e := parseEntry(line); e.msg == "listening" {
+			addr = e.str("address")
+		}
+	}
+	fill(t, fifo)
+
+	stayer, err := connect(addr)
+	check(t, err)
+	defer stayer.Close()
+	for range 10 { // of which the log would have something to say
+		p, err := connect(addr)
+		check(t, err)
+		check(t, errors.Join(p.echo("hello\n"), p.leave(), p.Close()))
+	}
+	check(t, stayer.echo("still there\n"))
+	sent := time.Now()
+	check(t, cmd.Process.Signal(syscall.SIGTERM))
+	check(t, stayer.expectRest("SHUTDOWN 1 SIGTERM\n"))
+	_ = cmd.Wait()
+	if took := time.Since(sent); took > grace+2*time.Second {
+		t.Errorf("gone after %v, want at most %v", took, grace+2*time.Second)
+	}
+	if code := exitCode(cmd.ProcessState); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
+// fill writes to a pipe until it takes no more.
+func fill(t *testing.T, fifo string) {
+	t.Helper()
+	fd, err := syscall.Open(fifo, syscall.O_WRONLY|syscall.O_NONBLOCK, 0)
+	check(t, err)
+	defer syscall.Close(fd)
+	for _, size := range []int{4 << 10, 1} {
+		for err = nil; err == nil; {
+			_, err = syscall.Write(fd, make([]byte, size))
+		}
+	}
+	if !errors.Is(err, syscall.EAGAIN) {
+		t.Fatal(err)
+	}
 }
 
 // TestLogWithoutAReader: whoever reads the log may go away, and the server lives on.

@@ -134,6 +134,8 @@ func (a *acceptor) take(nc net.Conn) {
 		go c.serve()
 	case refuse:
 		go c.refuse(why)
+	case dismiss:
+		go c.dismiss(why)
 	case gone:
 		go c.depart()
 	case wait:

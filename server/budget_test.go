@@ -163,7 +163,7 @@ func TestDrainEndsWithOneSummary(t *testing.T) {
 		delete(fields, "took")
 		wantEqual(t, "summary", fields, map[string]any{
 			"reason": "TERM", "notified": int64(2), "notices_failed": int64(1), "left_by_themselves": int64(1),
-			"closed_at_deadline": int64(2), "forced": int64(0), "rejected": int64(0), "handlers_left_behind": int64(0),
+			"closed_at_deadline": int64(2), "forced": int64(0), "closed_otherwise": int64(0), "rejected": int64(0), "handlers_left_behind": int64(0),
 		})
 	})
 }

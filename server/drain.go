@@ -17,8 +17,8 @@ type drain struct {
 	expired         bool // the deadline has passed
 	forced          bool
 
-	notified, noticeFailed              int
-	left, atDeadline, byForce, rejected int
+	notified, noticeFailed                         int
+	left, atDeadline, byForce, rejected, otherwise int
 
 	stuck int
 	ended time.Time
@@ -31,7 +31,7 @@ func (d *drain) info() DrainInfo {
 func (d *drain) report() Report {
 	return Report{
 		DrainInfo: d.info(), Took: d.ended.Sub(d.since),
-		Left: d.left, Deadline: d.atDeadline, Forced: d.byForce, Rejected: d.rejected, Stuck: d.stuck,
+		Left: d.left, Deadline: d.atDeadline, Forced: d.byForce, Rejected: d.rejected, Otherwise: d.otherwise, Stuck: d.stuck,
 	}
 }
 
@@ -47,8 +47,10 @@ func (d *drain) count(why Reason) {
 		d.byForce++
 	case RejectedPaused, RejectedLimit, RejectedDraining:
 		d.rejected++
-	default:
+	case ClientClosed, ClientReset, ClientLeft, HandlerDone:
 		d.left++
+	default:
+		d.otherwise++
 	}
 }
 
@@ -64,12 +66,13 @@ type DrainInfo struct {
 // Report sums up a drain.
 type Report struct {
 	DrainInfo
-	Took     time.Duration
-	Left     int // connections that ended by themselves
-	Deadline int // connections that were closed at the deadline
-	Forced   int // connections that were closed by force
-	Rejected int // clients who came too late to be given time
-	Stuck    int // handlers left behind, since they ignored their context
+	Took      time.Duration
+	Left      int // connections that ended by themselves: the client or the handler was done, or the client lost
+	Deadline  int // connections that were closed at the deadline
+	Forced    int // connections that were closed by force
+	Rejected  int // clients who came too late to be given time
+	Otherwise int // connections that were killed, idle or stalled, or whose handler failed
+	Stuck     int // handlers left behind, since they ignored their context
 }
 
 // Drain begins the server's end and returns at once: accepting stops for certain, then every client is
@@ -155,6 +158,9 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 			l.drain.forced = true
 		}
 	})
+	if begun {
+		go s.conductDrain() // before logging, which may block
+	}
 	fields := []zap.Field{zap.String("reason", reason), zap.Time("deadline", deadline)}
 	switch {
 	case forced:
@@ -163,9 +169,6 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 		s.log.Info("draining: no new connections, clients are being notified", fields...)
 	case shortened:
 		s.log.Info("drain shortened", fields...)
-	}
-	if begun {
-		go s.conductDrain()
 	}
 	return begun || shortened || forced
 }
@@ -331,7 +334,7 @@ func (s *Server) summarize(r Report) {
 	s.log.Info("drained", zap.String("reason", r.Reason), zap.Duration("took", r.Took.Round(time.Millisecond)),
 		zap.Int("notified", r.Notified), zap.Int("notices_failed", r.NoticeFailed),
 		zap.Int("left_by_themselves", r.Left), zap.Int("closed_at_deadline", r.Deadline), zap.Int("forced", r.Forced),
-		zap.Int("rejected", r.Rejected), zap.Int("handlers_left_behind", r.Stuck))
+		zap.Int("rejected", r.Rejected), zap.Int("closed_otherwise", r.Otherwise), zap.Int("handlers_left_behind", r.Stuck))
 }
 
 func (s *Server) isDraining() (yes bool) {

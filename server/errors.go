@@ -32,6 +32,8 @@ var (
 	// ErrExpired: the hold's time to live ran out.
 	ErrExpired = errors.New("the hold's time to live ran out")
 
+	// ErrTooManyHolds: 1,024 holds stand already.
+	ErrTooManyHolds = errors.New("too many holds: release some")
 	// ErrNoHold: no hold has the given id.
 	ErrNoHold = errors.New("no such hold")
 	// ErrNoConn: no open connection has the given id.

@@ -4,10 +4,11 @@ package server
 type verdict int
 
 const (
-	admit  verdict = iota + 1 // serve it
-	refuse                    // tell it why not, and close
-	gone                      // it was ended while it waited: only close
-	wait                      // neither yet
+	admit   verdict = iota + 1 // serve it
+	refuse                     // tell it why not, linger, and close
+	dismiss                    // the same without lingering, since too many linger already
+	gone                       // it was ended while it waited: only close
+	wait                       // neither yet
 )
 
 // judge is the gate: the one place that decides whether an accepted connection may start being
@@ -25,16 +26,16 @@ func (s *Server) judge(l *ledger, c *Conn) (verdict, Reason) {
 		}
 		l.tasks++
 	case refuse:
+		c.setPhase(Rejecting)
+		l.tasks++
 		if l.rejecting >= maxRejecting {
-			return wait, 0
+			return dismiss, why // and not wait: a flood of those would hold up the others
 		}
 		c.rejected = true
-		c.setPhase(Rejecting)
 		l.rejecting++
-		l.tasks++
 	case gone:
 		l.tasks++
-	case wait:
+	case wait, dismiss:
 	}
 	return v, why
 }
@@ -43,8 +44,6 @@ func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
 	switch {
 	case c.ended():
 		return gone, 0
-	case s.opts.MaxConnsPerIP > 0 && l.perIP[c.ip] >= s.opts.MaxConnsPerIP && !l.holding():
-		return refuse, RejectedLimit
 	case l.state >= Draining:
 		if l.drain.over() || filesShort(l) {
 			return refuse, RejectedDraining
@@ -54,6 +53,8 @@ func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
 		return refuse, RejectedPaused
 	case l.holding():
 		return wait, 0
+	case s.opts.MaxConnsPerIP > 0 && l.perIP[c.ip] >= s.opts.MaxConnsPerIP:
+		return refuse, RejectedLimit
 	case !s.full(l):
 		return admit, 0
 	case s.opts.AtLimit == Reject:

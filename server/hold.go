@@ -74,10 +74,13 @@ type Hold struct {
 	end   context.CancelCauseFunc
 }
 
+// maxHolds bounds what somebody who pauses again and again, and never resumes, can pile up.
+const maxHolds = 1024
+
 // Pause stops admitting connections until the hold that it returns, and every other, is gone. When it
 // returns the pause is in force: nobody is admitted any more. Connections that are being served
 // notice nothing. It may be called before Serve. The error is a *DrainingError once a drain has
-// begun, or says which option makes no sense.
+// begun, ErrTooManyHolds, or says which option makes no sense.
 func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if err := CheckText(o.Reason); err != nil {
 		return nil, fmt.Errorf("pausing: reason: %w", err)
@@ -95,6 +98,10 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	s.book.With(func(l *ledger) {
 		if l.state >= Draining {
 			refused = &DrainingError{Deadline: l.drain.deadline}
+			return
+		}
+		if len(l.holds) >= maxHolds {
+			refused = ErrTooManyHolds
 			return
 		}
 		before := l.status()

@@ -53,19 +53,32 @@ func TestClientsOverTheLimitAreToldBusy(t *testing.T) {
 }
 
 // A rejection lingers, and holds a file meanwhile: only so many may at a time.
-func TestOnlySoManyRejectionsLingerAtATime(t *testing.T) {
+func TestRejectionsThatLingerAreBoundedAndHoldNobodyUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{MaxConns: 1, AtLimit: Reject})
 		r.dial(t)
 		for range maxRejecting + 8 {
 			r.dial(t)
 		}
-		wantState(t, r.Server, Running, 1+maxRejecting+1)
-		wantEqual(t, "accept queue", r.ln.queued(), 7)
+		wantState(t, r.Server, Running, 1+maxRejecting)
+		wantEqual(t, "accept queue", r.ln.queued(), 0)
 		pass(lingerTimeout)
-		wantState(t, r.Server, Running, 1+8)
-		pass(lingerTimeout)
+		wantState(t, r.Server, Running, 1)
 		wantClosed(t, r.Server, map[Reason]uint64{RejectedLimit: maxRejecting + 8})
+	})
+}
+
+func TestDrainLiftsTheLimitPerAddressForThoseInTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{MaxConnsPerIP: 1, Grace: time.Second})
+		r.pause(t, PauseOptions{})
+		first, second := r.dial(t), r.dial(t)
+		r.Drain(0, "x")
+		pass(handshakeWait)
+		first.has(t, "SHUTDOWN 1 x\n")
+		second.has(t, "SHUTDOWN 1 x\n")
+		first.leave(t)
+		second.leave(t)
 	})
 }
 
@@ -136,7 +149,9 @@ func TestKillReachesAConnectionThatWaitsAtTheGate(t *testing.T) {
 		if n := r.KillFunc(func(ConnInfo) bool { return true }); n != 1 {
 			t.Errorf("KillFunc killed %d, want 1", n)
 		}
-		c.ends(t, "")
+		if took := elapsed(func() { c.ends(t, "") }); took != 0 {
+			t.Errorf("the killed client saw the end after %v, want at once", took)
+		}
 		wantClosed(t, r.Server, map[Reason]uint64{Killed: 1})
 	})
 }

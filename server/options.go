@@ -62,7 +62,8 @@ type Options struct {
 	StallTimeout time.Duration
 
 	// OnClose, when not nil, is called once for every connection after it was closed, on that
-	// connection's goroutine; so it is called concurrently, and while it runs the server does not stop.
+	// connection's goroutine; so it is called concurrently. A drain waits for it as for a handler: at the
+	// most until 1.7 s after its deadline.
 	OnClose func(ClosedConn)
 }
 

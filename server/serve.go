@@ -54,6 +54,18 @@ func (c *Conn) refuse(why Reason) {
 	_, _ = c.Write(c.srv.rejection(why))
 }
 
+// dismiss is refuse in a hurry: a client that has sent something already may see a reset instead of the text.
+func (c *Conn) dismiss(why Reason) {
+	defer c.srv.endTask()
+	c.end(why, errors.New(why.String()))
+	c.writing.Lock()
+	_, _ = c.tryWrite(c.srv.rejection(why))
+	c.writing.Unlock()
+	_ = c.nc.Close()
+	c.outbox.shut()
+	c.srv.settle(c, why)
+}
+
 // rejection is what a client is told when it is turned away.
 func (s *Server) rejection(why Reason) []byte {
 	switch why {
@@ -86,7 +98,7 @@ func (c *Conn) close(natural Reason) {
 	c.outbox.flush(c)
 	half, ok := c.nc.(interface{ CloseWrite() error })
 	if ok && !c.broken.Load() && why != Stalled {
-		if err := half.CloseWrite(); err == nil && !c.sawEOF.Load() {
+		if half.CloseWrite() == nil {
 			c.linger()
 		}
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -28,7 +29,7 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 						_, err = fmt.Fprintf(out, "nothing to resume: the server is %s\n", change.State)
 						return err
 					}
-					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", count(change.Released, "hold"), change.State)
+					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", count(*change.Released, "hold"), change.State)
 					return err
 				}
 				for _, id := range holds {
@@ -70,31 +71,36 @@ func (ctl *ctl) killCommand() *cobra.Command {
 				ids[i] = id
 			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				var change control.Change
-				var err error
 				switch {
 				case all:
-					change, err = c.KillAll(ctx)
+					change, err := c.KillAll(ctx)
+					return sayKilled(out, change, err)
 				case idle:
-					change, err = c.KillIdle(ctx, minIdle)
+					change, err := c.KillIdle(ctx, minIdle)
+					return sayKilled(out, change, err)
 				}
+				var errs []error
 				for _, id := range ids {
-					if _, err := c.Kill(ctx, id); err != nil {
-						return err
+					_, err := c.Kill(ctx, id)
+					if err == nil {
+						fmt.Fprintf(out, "killed connection %d\n", id)
 					}
-					change.Killed++
+					errs = append(errs, err)
 				}
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(out, "killed %s\n", count(change.Killed, "connection"))
-				return err
+				return errors.Join(errs...)
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "every connection")
 	cmd.Flags().DurationVar(&minIdle, "min-idle", 0, "those without a byte for this `time`")
 	return cmd
+}
+
+func sayKilled(out io.Writer, change control.Change, err error) error {
+	if err == nil {
+		_, err = fmt.Fprintf(out, "killed %s\n", count(*change.Killed, "connection"))
+	}
+	return err
 }
 
 func (ctl *ctl) notifyCommand() *cobra.Command {

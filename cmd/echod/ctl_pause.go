@@ -45,6 +45,12 @@ tells them PAUSED and closes.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, command []string) error {
+			if cmd.Flags().Changed("ttl") && req.TTL <= 0 {
+				return usagef("--ttl %s: a pause of no time makes no sense", req.TTL)
+			}
+			if len(command) > 0 && ctl.json {
+				return usagef("--json does not go with a command, whose output it would be mixed up with")
+			}
 			if len(command) > 0 {
 				return ctl.pauseWhile(cmd, req, command)
 			}
@@ -60,7 +66,7 @@ tells them PAUSED and closes.`,
 	}
 	cmd.Flags().StringVar(&req.Reason, "reason", "", "`text` that says why")
 	cmd.Flags().DurationVar(&req.TTL, "ttl", 0, "resume by itself after this `time` (default: never)")
-	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`hold|reject`: what new clients get")
+	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode`: hold or reject new clients")
 	return cmd
 }
 
@@ -110,8 +116,9 @@ func releaseLease(ctx context.Context, c *control.Client, lease *control.Lease) 
 // returns its exit code as a shell would. early is called when the lease ends first.
 func runChild(child *exec.Cmd, lease *control.Lease, early func()) (code int, err error) {
 	signals := make(chan os.Signal, 16)
+	// Caught until this process ends: a signal that a terminal sends to both may reach this one when the command has
+	// ended already, and the hold is to be released and the command's exit code passed on all the same.
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
 	if err := child.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
 			return exitNotFound, errors.New("command not found")

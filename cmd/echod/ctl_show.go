@@ -92,6 +92,9 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 		Short: "List the open connections, the oldest first",
 		Args:  takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < -1 {
+				return usagef("--limit %d: want a number, or -1 for all", limit)
+			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				list, err := c.Conns(ctx, limit, minIdle)
 				if err != nil {
@@ -118,6 +121,9 @@ func (ctl *ctl) closedCommand() *cobra.Command {
 		Short: "List the last closed connections with their reasons, the latest first",
 		Args:  takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < -1 {
+				return usagef("--limit %d: want a number, or -1 for all", limit)
+			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				list, err := c.Closed(ctx, limit)
 				if err != nil {
@@ -217,7 +223,7 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&state, "state", "", "starting, running, paused, draining or stopped")
+	cmd.Flags().StringVar(&state, "state", "", "running, paused, draining or stopped")
 	cmd.Flags().IntVar(&connections, "connections", 0, "exactly this `number` of open connections")
 	cmd.Flags().DurationVar(&timeout, "timeout", 0, "give up, with exit code 3, after this `time` (default: never)")
 	return cmd

@@ -16,11 +16,12 @@ const (
 	logThereafter = 100
 )
 
-// newLogger logs to stderr, in format "console" or "json"; empty means console on a terminal.
-func newLogger(level, format string) (*zap.Logger, error) {
+// newLogger logs to stderr, in format "console" or "json"; empty means console on a terminal. The caller
+// closes the sink.
+func newLogger(level, format string) (*zap.Logger, *logSink, error) {
 	least, err := zapcore.ParseLevel(level)
 	if err != nil {
-		return nil, usagef("--log-level %q: want debug, info, warn or error", level)
+		return nil, nil, usagef("--log-level %q: want debug, info, warn or error", level)
 	}
 	if format == "" {
 		format = "json"
@@ -42,8 +43,17 @@ func newLogger(level, format string) (*zap.Logger, error) {
 		config.ConsoleSeparator = "  "
 		encoder = zapcore.NewConsoleEncoder(config)
 	default:
-		return nil, usagef("--log-format %q: want console or json", format)
+		return nil, nil, usagef("--log-format %q: want console or json", format)
 	}
-	core := zapcore.NewCore(encoder, zapcore.Lock(os.Stderr), least)
-	return zap.New(zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter)), nil
+	sink := newLogSink(os.Stderr, func(lines int64) []byte {
+		line, err := encoder.Clone().EncodeEntry(
+			zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log lines dropped: their reader is too slow"},
+			[]zap.Field{zap.Int64("lines", lines)})
+		if err != nil {
+			return nil
+		}
+		return line.Bytes()
+	})
+	core := zapcore.NewCore(encoder, sink, least)
+	return zap.New(zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter)), sink, nil
 }

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -53,26 +55,42 @@ func serverSocket() (string, error) {
 	return filepath.Join(dir, socketName), nil
 }
 
-// clientSocket finds the server to talk to: the first place where one answers.
+// clientSocket finds the server to talk to: the first place where one answers. A place that is open to
+// all counts only when it is this user's: anybody could pose as a server there.
 func clientSocket() (string, error) {
+	private := privateDirectory()
 	var places []string
-	for _, dir := range []string{runtimeDirectory(), userDirectory(), privateDirectory(), "/run/echod"} {
-		if dir != "" {
-			places = append(places, filepath.Join(dir, socketName))
+	for _, dir := range []string{runtimeDirectory(), userDirectory(), private, "/run/echod"} {
+		if dir == "" {
+			continue
 		}
-	}
-	for _, path := range places {
-		if c, err := net.Dial("unix", path); err == nil {
-			_ = c.Close()
-			return path, nil
+		path := filepath.Join(dir, socketName)
+		places = append(places, path)
+		c, err := net.Dial("unix", path)
+		if errors.Is(err, fs.ErrPermission) {
+			return "", &control.UnreachableError{Path: path, Err: err}
 		}
+		if err != nil {
+			continue
+		}
+		_ = c.Close()
+		if dir == private {
+			if err := checkPrivate(dir); err != nil {
+				return "", &exitError{exitUnreachable, fmt.Errorf("control socket directory %s is not to be trusted: %w", dir, err)}
+			}
+		}
+		return path, nil
 	}
 	return "", &exitError{exitUnreachable, fmt.Errorf("no server answers: looked at %s (or name one with --control)", strings.Join(places, ", "))}
 }
 
-// controlClient makes a client of the control socket at path, or of the default one.
+// controlClient makes a client of the control socket at path; where that is empty, of the one that a
+// server in this environment would have, or of the default one.
 func controlClient(path string) (*control.Client, error) {
 	if path == "" {
+		path = os.Getenv("ECHOD_CONTROL")
+	}
+	if path == "" || path == "off" {
 		found, err := clientSocket()
 		if err != nil {
 			return nil, err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -37,33 +38,43 @@ Without a command it serves, as 'echod serve' does. Try it:
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.SuggestionsMinimumDistance = 2
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd.Flags()) }
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		text, _, _ := strings.Cut(err.Error(), ": strconv.") // which has said enough
+		return usageError{errors.New(text)}
+	})
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) }
 	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newVersionCommand())
 	return root
 }
 
-// variable names the environment variable that stands in for a flag.
-func variable(flag string) string {
-	return "ECHOD_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+// variable names the environment variable that stands in for a flag: ECHOD_FLAG for the server's, and
+// ECHOD_CTL_FLAG and ECHOD_SEND_FLAG for those of the commands that often share its environment.
+func variable(cmd *cobra.Command, flag string) string {
+	path := strings.Fields(cmd.CommandPath())
+	name := "echod-"
+	if len(path) > 1 && path[1] != "serve" {
+		name += path[1] + "-"
+	}
+	return strings.ToUpper(strings.ReplaceAll(name+flag, "-", "_"))
 }
 
 // fromEnvironment sets each flag that was not given from its variable, if that is set and not empty.
 // A flag that may be repeated takes a list with commas.
-func fromEnvironment(flags *pflag.FlagSet) error {
+func fromEnvironment(cmd *cobra.Command) error {
 	var err error
-	flags.VisitAll(func(f *pflag.Flag) {
-		value := os.Getenv(variable(f.Name))
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		name := variable(cmd, f.Name)
+		value := os.Getenv(name)
 		if err != nil || f.Changed || value == "" || f.Name == "help" {
 			return
 		}
 		if list, ok := f.Value.(pflag.SliceValue); ok {
 			err = list.Replace(strings.Split(value, ","))
-		} else {
-			err = flags.Set(f.Name, value)
+		} else if cmd.Flags().Set(f.Name, value) != nil {
+			err = fmt.Errorf("not what --%s takes", f.Name)
 		}
 		if err != nil {
-			err = usagef("environment variable %s=%q: %w", variable(f.Name), value, err)
+			err = usagef("environment variable %s=%q: %w", name, value, err)
 		}
 	})
 	return err

@@ -6,11 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,13 +32,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage.`,
   echod send < file | cmp - file`,
 		RunE: func(cmd *cobra.Command, words []string) error {
 			s.in, s.out, s.err = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
-			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
-			defer stop()
-			err := s.run(ctx, words)
-			if err != nil && ctx.Err() != nil {
-				return &exitError{exitSignal + int(syscall.SIGINT), errors.New("interrupted")}
-			}
-			return err
+			return interruptible(cmd.Context(), func(ctx context.Context) error { return s.run(ctx, words) })
 		},
 	}
 	cmd.Flags().StringVar(&s.address, "address", "127.0.0.1:9999", "server's `address`")

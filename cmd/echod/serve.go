@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -31,7 +30,8 @@ Exit codes: 0 drained, 1 could not start or failed, 2 usage, 128+signal when for
 by a second signal.
 
 Every flag can be given as an environment variable too: --max-conns as
-ECHOD_MAX_CONNS, and so on; --listen takes a list with commas there.`
+ECHOD_MAX_CONNS, and so on; --listen takes a list with commas there. An empty
+variable counts as unset.`
 
 // serveFlags are the flags of serve, as given.
 type serveFlags struct {
@@ -59,7 +59,7 @@ func newServeCommand(use string) *cobra.Command {
 
 ` + serveHelp,
 		Args: takes(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), f, cmd.ErrOrStderr()) },
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), f) },
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
@@ -71,12 +71,12 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason},\n{deadline} and Go escapes; sent as it is without \\n at its end;\nempty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
 	flags.Lookup("notice").DefValue = "" // shown above: pflag would quote it once more
 	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the\nopen files limit allows")
-	flags.StringVar(&f.atLimit, "at-limit", "wait", "what more clients get: `wait|reject`, to wait in the kernel's\nqueue or be told BUSY")
+	flags.StringVar(&f.atLimit, "at-limit", "wait", "`action` for more clients: wait leaves them in the kernel's\nqueue, reject tells them BUSY")
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY;\n0 is unlimited")
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed;\n0 is never")
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits\nfor it; 0 is for ever")
 	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or\nerror")
-	flags.StringVar(&f.logFormat, "log-format", "", "`console|json` (default: console on a terminal, else json)")
+	flags.StringVar(&f.logFormat, "log-format", "", "`format` of the log: console or json (default: console on a\nterminal, else json)")
 	return cmd
 }
 
@@ -139,21 +139,23 @@ func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
 	if group, err := user.LookupGroup(f.controlGroup); err == nil {
 		gid = group.Gid
 	}
-	if opts.GID, err = strconv.Atoi(gid); err != nil || opts.GID < 0 {
+	n, err := strconv.Atoi(gid)
+	if err != nil || n < 0 {
 		return opts, usagef("--control-group %q: no such group", f.controlGroup)
 	}
+	opts.GID = &n
 	return opts, nil
 }
 
 // serve runs the server to its end.
-func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
+func serve(ctx context.Context, f serveFlags) error {
 	// A log whose reader has gone must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
-	log, err := newLogger(f.logLevel, f.logFormat)
+	log, sink, err := newLogger(f.logLevel, f.logFormat)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = log.Sync() }() // EINVAL or ENOTTY where stderr cannot be synced: nothing is lost
+	defer sink.close()
 	opts, err := f.options(log)
 	if err != nil {
 		return err
@@ -166,16 +168,16 @@ func serve(ctx context.Context, f serveFlags, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
-
-	var g run.Group
 	listeners, err := listen(ctx, f.listen)
 	if err != nil {
 		return err
 	}
+	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
+
+	var g run.Group
 	g.Add(control.ServerActor(srv, listeners...))
 
-	signals := control.NewSignals(srv, notifySignals(), log, stderr)
+	signals := control.NewSignals(srv, notifySignals(), log, stacks{sink})
 	g.Add(signals.Actor())
 
 	if f.control != "off" {
@@ -209,8 +211,10 @@ func notifySignals() <-chan os.Signal {
 }
 
 func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
-	if len(addresses) == 0 {
-		return nil, usagef("--listen: no address")
+	for _, address := range addresses {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return nil, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::]:9999", address)
+		}
 	}
 	var listeners []net.Listener
 	for _, address := range addresses {

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	logBacklog     = 4096                   // writes that may wait for a slow reader
+	logFlush       = 250 * time.Millisecond // for them to be taken when the process ends
+	stacksPatience = time.Second            // for a reader to take the stacks of all goroutines
+)
+
+// logSink writes to stderr without ever blocking its caller: behind stderr may be a terminal that was
+// stopped with Ctrl-S, or a program that has stopped reading, and neither may stop the server. What finds
+// no room is dropped, and said to be once the reader goes on.
+//
+// Its goroutine is started by newLogSink and ends with close. Where stderr still blocks then, it ends with
+// the process.
+type logSink struct {
+	out   io.Writer
+	lost  func(lines int64) []byte // gives the line that says so
+	queue chan logWrite
+	drops atomic.Int64
+	quit  chan struct{}
+	done  chan struct{}
+}
+
+type logWrite struct {
+	text    []byte
+	written chan struct{} // closed then; may be nil
+}
+
+func newLogSink(out io.Writer, lost func(lines int64) []byte) *logSink {
+	s := &logSink{
+		out: out, lost: lost, queue: make(chan logWrite, logBacklog),
+		quit: make(chan struct{}), done: make(chan struct{}),
+	}
+	go s.run()
+	return s
+}
+
+// Write never fails and never blocks.
+func (s *logSink) Write(p []byte) (int, error) {
+	s.put(logWrite{text: bytes.Clone(p)})
+	return len(p), nil
+}
+
+// Sync has nothing to do: close waits for what was written.
+func (s *logSink) Sync() error { return nil }
+
+func (s *logSink) put(w logWrite) bool {
+	select {
+	case s.queue <- w:
+		return true
+	default:
+		s.drops.Add(1)
+		return false
+	}
+}
+
+func (s *logSink) run() {
+	defer close(s.done)
+	for {
+		select {
+		case w := <-s.queue:
+			s.write(w)
+		case <-s.quit:
+			for len(s.queue) > 0 {
+				s.write(<-s.queue)
+			}
+			return
+		}
+	}
+}
+
+func (s *logSink) write(w logWrite) {
+	_, _ = s.out.Write(w.text) // there is nowhere left to tell of an error
+	if w.written != nil {
+		close(w.written)
+	}
+	if n := s.drops.Swap(0); n > 0 {
+		_, _ = s.out.Write(s.lost(n))
+	}
+}
+
+// close ends the sink, once its reader has taken what was written, or logFlush has passed.
+func (s *logSink) close() {
+	close(s.quit)
+	select {
+	case <-s.done:
+	case <-time.After(logFlush):
+	}
+}
+
+// stacks writes to the sink, and waits for its reader to have taken it: the process is about to end.
+type stacks struct{ *logSink }
+
+func (s stacks) Write(p []byte) (int, error) {
+	written := make(chan struct{})
+	if s.put(logWrite{p, written}) {
+		select {
+		case <-written:
+		case <-time.After(stacksPatience):
+		}
+	}
+	return len(p), nil
+}
