@@ -172,7 +172,7 @@ func TestUnreadInputDoesNotResetTheClient(t *testing.T) {
 	})
 }
 
-func TestLingerEndsWithTheClientsEndOrAfterHalfASecond(t *testing.T) {
+func TestLingerEndsWithTheClientsEndOrAfterAMoment(t *testing.T) {
 	done := HandlerFunc(func(context.Context, *Conn) error { return nil })
 	t.Run("client leaves", bubbled(done, Options{}, func(t *testing.T, r *rig, c *client) {
 		pass(100 * time.Millisecond)

@@ -273,10 +273,15 @@ func TestHandlerHearsOfTheDrainOnceItsClientIsTold(t *testing.T) {
 			return err
 		})
 		r := newRig(t, h, Options{})
-		c := r.dial(t)
+		clients := make([]*client, 300) // enough for a handler to be quicker than the notice, if it could
+		for i := range clients {
+			clients[i] = r.dial(t)
+		}
 		r.Drain(time.Minute, "TERM")
-		c.ends(t, "SHUTDOWN 60 TERM\nbye\n")
+		for _, c := range clients {
+			c.ends(t, "SHUTDOWN 60 TERM\nbye\n")
+		}
 		<-r.Done()
-		wantClosed(t, r.Server, map[Reason]uint64{HandlerDone: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{HandlerDone: uint64(len(clients))})
 	})
 }
