@@ -255,7 +255,7 @@ func TestG11AcceptingRecoversFromEMFILE(t *testing.T) {
 	e.expectAccounts(map[string]uint64{"client-closed": 1})
 }
 
-// TestG11AcceptErrorsAreRetried: the kernel's own errors, put in by strace.
+// TestG11AcceptErrorsAreRetried: the kernel's own errors, put in by strace, for clients and for the control socket.
 func TestG11AcceptErrorsAreRetried(t *testing.T) {
 	t.Parallel()
 	strace := require(t, "strace")
@@ -263,8 +263,10 @@ func TestG11AcceptErrorsAreRetried(t *testing.T) {
 		t.Run(errno, func(t *testing.T) {
 			e := startAs(t, []string{
 				strace, "-D", "-f", "-qq", "-o", os.DevNull, "-e", "trace=accept4", "-e", "inject=accept4:error=" + errno + ":when=1..2",
-			}, "--control", "off")
+			})
+			e.expectState("running")
 			check(t, e.served().leave())
+			e.expectState("running")
 		})
 	}
 }

@@ -23,6 +23,7 @@ type acceptor struct {
 	ln        net.Listener
 	waker     interface{ SetDeadline(time.Time) error } // nil when ln cannot be woken but by closing it
 	inherited bool
+	backoff   time.Duration // zero while accepting works
 }
 
 func newAcceptor(s *Server, ln net.Listener) *acceptor {
@@ -58,23 +59,14 @@ func (l *ledger) wakeAcceptors() {
 func (a *acceptor) run() error {
 	defer a.leave()
 	defer a.ln.Close()
-	backoff := time.Duration(0)
 	for a.awaitClearance() {
 		nc, err := a.ln.Accept()
 		switch {
 		case err == nil:
-			if backoff > 0 {
-				a.srv.log.Info("accepting again", zap.Stringer("address", a.ln.Addr()))
-				backoff = 0
-			}
 			a.take(nc)
 		case a.woken(err):
 		case acceptRetryable(err):
-			if backoff == 0 {
-				a.srv.log.Warn("accepting is held up", zap.Stringer("address", a.ln.Addr()), zap.Error(err))
-			}
-			backoff = min(max(2*backoff, minAcceptBackoff), maxAcceptBackoff)
-			a.sleep(backoff)
+			a.backOff(err)
 		default:
 			if a.srv.isDraining() {
 				return nil // closed by wake
@@ -113,6 +105,10 @@ func (a *acceptor) awaitClearance() bool {
 // take puts an accepted connection on the books and waits with it, unserved, until the gate has judged it.
 func (a *acceptor) take(nc net.Conn) {
 	s := a.srv
+	if a.backoff > 0 {
+		s.log.Info("accepting again", zap.Stringer("address", a.ln.Addr()))
+		a.backoff = 0
+	}
 	c := newConn(s, nc)
 	var (
 		opened bool
@@ -140,6 +136,15 @@ func (a *acceptor) take(nc net.Conn) {
 		go c.depart()
 	case wait:
 	}
+}
+
+// backOff waits before accepting is tried again, longer each time.
+func (a *acceptor) backOff(err error) {
+	if a.backoff == 0 {
+		a.srv.log.Warn("accepting is held up", zap.Stringer("address", a.ln.Addr()), zap.Error(err))
+	}
+	a.backoff = min(max(2*a.backoff, minAcceptBackoff), maxAcceptBackoff)
+	a.sleep(a.backoff)
 }
 
 // sleep waits for d, or until a connection has closed or the drain has changed.
@@ -188,7 +193,7 @@ func (a *acceptor) empty() {
 			return // empty
 		case acceptRetryable(err):
 			a.stopped() // notices need not wait until files are free again
-			a.sleep(maxAcceptBackoff)
+			a.backOff(err)
 		default:
 			return
 		}
