@@ -127,7 +127,7 @@ func (l *fakeListener) dialFrom(ip string) (*fakeConn, error) {
 	if l.closed || len(l.queue) >= fakeBacklog {
 		return nil, syscall.ECONNREFUSED
 	}
-	served, client := newFakePair(l.Addr(), fakeAddr(ip, int(lastFakePort.Add(1))))
+	served, client := newFakePair(l.Addr(), fakeAddr(ip, 1+int(lastFakePort.Add(1)%65535)))
 	l.queue = append(l.queue, served)
 	l.cond.Broadcast()
 	return client, nil
@@ -141,7 +141,7 @@ func (l *fakeListener) hand(nc net.Conn) {
 	l.cond.Broadcast()
 }
 
-var lastFakePort atomic.Int32
+var lastFakePort atomic.Uint32
 
 func fakeAddr(ip string, port int) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
 
