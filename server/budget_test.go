@@ -144,6 +144,21 @@ func TestDrainCountsDownInTheLog(t *testing.T) {
 	})
 }
 
+func TestCloseCallbackOfAHandlerLeftBehindCannotProlongTheDrain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		stuck := func(context.Context, *Conn) error { <-release; return nil }
+		r := newRig(t, HandlerFunc(stuck), Options{Grace: time.Second, OnClose: func(ClosedConn) { <-release }})
+		r.dial(t)
+		r.Drain(0, "x")
+		if took := elapsed(func() { <-r.Done() }); took > time.Second+abortAfter+2*abandonAfter {
+			t.Errorf("the drain took %v", took)
+		}
+		wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1})
+		close(release)
+	})
+}
+
 func TestDrainEndsWithOneSummary(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{StallTimeout: -1})

@@ -20,8 +20,8 @@
 //   - Accepting runs on the goroutine that called Serve, which returns when the server has stopped.
 //   - Each connection has one goroutine, started by accepting, for its handler and its close; another
 //     one exists only while a notice waits for a client that does not read. They end with the connection,
-//     at the latest when the drain closes it, and the drain waits for them. A handler that ignores
-//     its context is the one exception: it is named in the log and left behind.
+//     at the latest when the drain closes it, and the drain waits for them. The exception is
+//     a handler that ignores its context: it is named in the log, and left behind with its OnClose.
 //   - The sweeper looks for idle and stalled connections. Started by the first Serve; stopped and awaited
 //     by the drain.
 //   - The drain's conductor is started by Drain, Shutdown or Close and ends with the server; Serve,

@@ -316,8 +316,9 @@ func (s *Server) closeRest(conns []*Conn, forced bool) (stuck int) {
 		s.log.Error("handler ignores its context and is left behind", zap.String("handler", handlerName(s.handler)),
 			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Duration("open_for", time.Since(c.opened).Round(time.Millisecond)))
 		c.outbox.shut()
-		s.settle(c, c.reason())
+		go s.settle(c, c.reason()) // books it, and then calls OnClose, which may be no better
 	}
+	s.awaitFor(abandonAfter, func(l *ledger) bool { return len(l.conns) == 0 })
 	return len(conns)
 }
 

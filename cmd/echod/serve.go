@@ -174,6 +174,10 @@ func serve(ctx context.Context, f serveFlags) error {
 	}
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
 
+	if what := lacking(runtime.GOOS); what != nil {
+		log.Warn("not to be had on this system", zap.Strings("what", what))
+	}
+
 	var g run.Group
 	g.Add(control.ServerActor(srv, listeners...))
 
@@ -196,6 +200,26 @@ func serve(ctx context.Context, f serveFlags) error {
 		return &exitError{code: exitSignal + signalNumber(sig)}
 	}
 	return nil
+}
+
+// lacking lists what echod cannot do on a system.
+func lacking(system string) []string {
+	const (
+		queue   = "telling how many clients wait to be accepted"
+		resets  = "keeping new clients out of an accept queue that a drain empties"
+		callers = "telling who uses the control socket"
+		modes   = "the control socket's mode and group"
+	)
+	switch system {
+	case "linux":
+		return nil
+	case "darwin":
+		return []string{queue, resets}
+	case "windows":
+		return []string{queue, resets, callers, modes}
+	default:
+		return []string{queue, resets, callers}
+	}
 }
 
 // notifySignals registers for the signals that mean something here. One that nohup has told us to
@@ -259,9 +283,6 @@ func listenControl(ctx context.Context, path string, access control.SocketOption
 	}
 	if err != nil {
 		return nil, err
-	}
-	if runtime.GOOS == "windows" {
-		log.Warn("not on this system: the control socket's mode and group, and who its callers are")
 	}
 	log.Info("control socket open", zap.String("path", path))
 	return socket, nil
