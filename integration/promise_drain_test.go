@@ -331,7 +331,13 @@ func TestG5KilledClientGetsAllThatWasRead(t *testing.T) {
 	for range 10 {
 		check(t, p.send("x"))
 	}
-	check(t, p.expectRest(data))
+	got, err := p.rest()
+	check(t, err)
+	// A read that was under way when the connection was killed may still bring what came right behind, and that too
+	// is written back.
+	if more, ok := strings.CutPrefix(got, data); !ok || strings.Trim(more, "x") != "" {
+		t.Errorf("got %d bytes, want the %d that were read before", len(got), len(data))
+	}
 	_ = p.Close()
 	e.awaitOpen(0)
 	e.expectAccounts(map[string]uint64{"killed": 1})
