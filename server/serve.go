@@ -35,10 +35,7 @@ func (c *Conn) verdict(err error) Reason {
 	case c.broken.Load():
 		return ClientReset
 	case c.sawEOF.Load() && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)):
-		if c.notified.Load() {
-			return ClientLeft
-		}
-		return ClientClosed
+		return ClientClosed // or ClientLeft: close can tell
 	case err != nil && !errors.Is(err, ErrConnClosed):
 		return HandlerError
 	default:
@@ -95,6 +92,9 @@ func (c *Conn) close(natural Reason) {
 	why := c.reason()
 
 	c.writing.Lock() // bounded: writes have no more than flushTimeout since end
+	if why == ClientClosed && c.notified.Load() { // under the lock: a client may be quicker than who notified it
+		why = ClientLeft
+	}
 	c.outbox.flush(c)
 	half, ok := c.nc.(interface{ CloseWrite() error })
 	if ok && !c.broken.Load() && why != Stalled {
