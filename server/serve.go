@@ -91,7 +91,7 @@ func (c *Conn) close(natural Reason) {
 	c.end(natural, ErrConnClosed)
 	why := c.reason()
 
-	c.writing.Lock() // bounded: writes have no more than flushTimeout since end
+	c.writing.Lock()                              // bounded: writes have no more than flushTimeout since end
 	if why == ClientClosed && c.notified.Load() { // under the lock: a client may be quicker than who notified it
 		why = ClientLeft
 	}
