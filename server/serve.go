@@ -91,8 +91,10 @@ func (c *Conn) close(natural Reason) {
 	c.end(natural, ErrConnClosed)
 	why := c.reason()
 
-	c.writing.Lock()                              // bounded: writes have no more than flushTimeout since end
-	if why == ClientClosed && c.notified.Load() { // under the lock: a client may be quicker than who notified it
+	// Bounded, since writes have no more than flushTimeout from end on. Under the lock it is known whether the
+	// client was notified: it may be quicker to leave than who notified it is to say so.
+	c.writing.Lock()
+	if why == ClientClosed && c.notified.Load() {
 		why = ClientLeft
 	}
 	c.outbox.flush(c)
