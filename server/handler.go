@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"errors"
 	"io"
 	"reflect"
 	"runtime"
@@ -30,28 +29,12 @@ type HandlerFunc func(ctx context.Context, c *Conn) error
 // ServeConn calls f.
 func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) error { return f(ctx, c) }
 
-// echoBuffer is the size of one read of Echo, in bytes.
-const echoBuffer = 4 << 10
-
 // Echo sends back every byte as it comes, until the client ends its stream (RFC 862).
 var Echo Handler = HandlerFunc(echo)
 
 func echo(_ context.Context, c *Conn) error {
-	buf := make([]byte, echoBuffer)
-	for {
-		n, err := c.Read(buf)
-		if n > 0 {
-			if _, err := c.Write(buf[:n]); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
+	_, err := io.Copy(c, c)
+	return err
 }
 
 // handlerName names h as its author would, for the log.

@@ -32,10 +32,14 @@ func (l *locked[T]) With(f func(*T)) {
 // lock after every With, so no state, however brief, is missed; what it does on the way to true (such
 // as taking a place) is one step with having seen it. It is not called again after it returned true.
 func (l *locked[T]) Await(ctx context.Context, cond func(*T) bool) error {
-	w := &waiter[T]{cond: cond, fired: make(chan struct{})}
 	l.mu.Lock()
+	if cond(&l.value) { // mostly so: what is true already costs no waiter
+		l.settle()
+		l.mu.Unlock()
+		return nil
+	}
+	w := &waiter[T]{cond: cond, fired: make(chan struct{})}
 	l.waiters = append(l.waiters, w)
-	l.settle()
 	l.mu.Unlock()
 
 	select {

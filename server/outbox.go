@@ -1,7 +1,6 @@
 package server
 
 import (
-	"errors"
 	"sync/atomic"
 	"time"
 )
@@ -139,7 +138,7 @@ func (c *Conn) tryWrite(p []byte) (n int, err error) {
 	if n > 0 {
 		c.wrote(p[:n], n)
 	}
-	if err != nil && !errors.Is(err, errWouldBlock) {
+	if err != nil && !wouldBlock(err) {
 		return n, err
 	}
 	return n, nil

@@ -40,7 +40,7 @@ func newRigOn(t *testing.T, ln net.Listener, fake *fakeListener, h Handler, o Op
 }
 
 // newServer makes a server whose log is observed.
-func newServer(t *testing.T, h Handler, o Options) (*Server, *observer.ObservedLogs) {
+func newServer(t testing.TB, h Handler, o Options) (*Server, *observer.ObservedLogs) {
 	t.Helper()
 	core, logs := observer.New(zap.DebugLevel)
 	if o.Logger == nil {
@@ -54,7 +54,7 @@ func newServer(t *testing.T, h Handler, o Options) (*Server, *observer.ObservedL
 }
 
 // serve serves ln, and closes and awaits the server when the test ends.
-func serve(t *testing.T, s *Server, ln net.Listener) chan error {
+func serve(t testing.TB, s *Server, ln net.Listener) chan error {
 	t.Helper()
 	served := make(chan error, 1)
 	done := make(chan struct{})

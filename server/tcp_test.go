@@ -14,7 +14,7 @@ import (
 // Tests over the loopback: what the kernel's TCP makes of what the server does.
 
 // serveTCP starts a server on the loopback.
-func serveTCP(t *testing.T, h Handler, o Options) (*Server, net.Addr) {
+func serveTCP(t testing.TB, h Handler, o Options) (*Server, net.Addr) {
 	t.Helper()
 	ln := listen(t)
 	s, _ := newServer(t, h, o)
@@ -22,7 +22,7 @@ func serveTCP(t *testing.T, h Handler, o Options) (*Server, net.Addr) {
 	return s, ln.Addr()
 }
 
-func listen(t *testing.T) net.Listener {
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	ln, err := Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {
@@ -33,7 +33,7 @@ func listen(t *testing.T) net.Listener {
 }
 
 // dialTCP connects a client that hangs for half a minute at the most.
-func dialTCP(t *testing.T, addr net.Addr) *net.TCPConn {
+func dialTCP(t testing.TB, addr net.Addr) *net.TCPConn {
 	t.Helper()
 	nc, err := net.Dial("tcp", addr.String())
 	if err != nil {
@@ -80,7 +80,7 @@ func TestG1EchoIsByteForByte(t *testing.T) {
 	s, addr := serveTCP(t, Echo, Options{})
 	rng := rand.New(rand.NewPCG(1, 2))
 	var all sync.WaitGroup
-	for _, size := range []int{0, 1, 2, echoBuffer - 1, echoBuffer, echoBuffer + 1, 1<<20 + 7} {
+	for _, size := range []int{0, 1, 2, buffers[smallBuffer].bytes - 1, buffers[smallBuffer].bytes, buffers[smallBuffer].bytes + 1, 1<<20 + 7} {
 		for _, newlines := range []bool{true, false} {
 			data := randomBytes(rng, size, newlines)
 			c := dialTCP(t, addr)
@@ -116,7 +116,7 @@ func randomBytes(rng *rand.Rand, n int, newlines bool) []byte {
 // writeInPieces sends data in writes of random sizes, and ends the stream.
 func writeInPieces(c *net.TCPConn, data []byte, rng *rand.Rand) {
 	for len(data) > 0 {
-		n := min(len(data), 1+rng.IntN(3*echoBuffer))
+		n := min(len(data), 1+rng.IntN(3*buffers[smallBuffer].bytes))
 		if _, err := c.Write(data[:n]); err != nil {
 			return // who reads will see it
 		}

@@ -3,14 +3,11 @@
 package server
 
 import (
-	"errors"
 	"net"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
-
-var errWouldBlock error = unix.EAGAIN
 
 // rawConn gives access to the descriptor of nc, where bytes written to it are what the client gets.
 func rawConn(nc net.Conn) syscall.RawConn {
@@ -28,16 +25,24 @@ func rawConn(nc net.Conn) syscall.RawConn {
 
 // writeNow writes without waiting. It uses Control, since RawConn.Write waits for a Write under way.
 func writeNow(raw syscall.RawConn, p []byte) (n int, err error) {
-	failed := raw.Control(func(fd uintptr) {
-		for {
-			n, err = unix.Write(int(fd), p)
-			if !errors.Is(err, unix.EINTR) {
-				return
-			}
-		}
-	})
-	if failed != nil {
+	if failed := raw.Control(func(fd uintptr) { n, err = writeFD(fd, p) }); failed != nil {
 		return 0, failed
 	}
-	return max(n, 0), err
+	return n, err
 }
+
+// readFD and writeFD read and write once, without waiting.
+func readFD(fd uintptr, p []byte) (int, error) { return retry(unix.Read, fd, p) }
+
+func writeFD(fd uintptr, p []byte) (int, error) { return retry(unix.Write, fd, p) }
+
+func retry(call func(int, []byte) (int, error), fd uintptr, p []byte) (int, error) {
+	for {
+		n, err := call(int(fd), p)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func wouldBlock(err error) bool { return err == unix.EAGAIN }
