@@ -125,7 +125,9 @@ func (a *acceptor) take(nc net.Conn) {
 	})
 	switch v {
 	case admit:
-		s.log.Info("connection opened", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
+		if entry := s.log.Check(zap.InfoLevel, "connection opened"); entry != nil { // mostly sampled away under load
+			entry.Write(zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
+		}
 		s.tellIfDraining(c)
 		go c.serve()
 	case refuse:
@@ -154,7 +156,7 @@ func (a *acceptor) sleep(d time.Duration) {
 	var first bool
 	var closed, state int
 	_ = a.srv.book.Await(ctx, func(l *ledger) bool {
-		c, st := int(l.accepted)-len(l.conns), int(l.state)
+		c, st := int(l.accepted)-l.conns.len(), int(l.state)
 		if !first {
 			first, closed, state = true, c, st
 		}

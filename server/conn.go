@@ -1,7 +1,6 @@
 package server
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -27,8 +26,6 @@ type Conn struct {
 	id     uint64
 	ip     netip.Addr // invalid when the client has none
 	opened time.Time
-	ctx    context.Context
-	cancel context.CancelCauseFunc
 
 	// Guarded by the lock of Server.book.
 	admitted, rejected bool
@@ -52,11 +49,15 @@ type Conn struct {
 
 	// The sweeper's own.
 	acked      uint64
-	progressed time.Time
+	progressed int64 // when acked was last seen to grow, by Server.clock
 }
 
 // fate is how the connection ends, once that is decided.
-type fate struct{ reason Reason }
+type fate struct {
+	reason Reason
+	cause  error            // of the context's end: nil until reads are to fail
+	ctx    *cancelledByFate // nil until the handler asks for its context
+}
 
 // Phase is what is being done with a connection.
 type Phase int32
@@ -81,14 +82,20 @@ func (p Phase) String() string {
 
 func newConn(s *Server, nc net.Conn) *Conn {
 	c := &Conn{srv: s, nc: nc, opened: time.Now()}
-	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.setPhase(Waiting)
 	c.touch()
-	if ap, err := netip.ParseAddrPort(nc.RemoteAddr().String()); err == nil {
-		c.ip = ap.Addr().Unmap()
-	}
+	c.ip = addressOf(nc.RemoteAddr())
 	c.raw = rawConn(nc)
 	return c
+}
+
+// addressOf is the IP address in a; invalid where it has none.
+func addressOf(a net.Addr) netip.Addr {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap()
+	}
+	ap, _ := netip.ParseAddrPort(a.String())
+	return ap.Addr().Unmap()
 }
 
 // ID is the connection's number, counted from 1 in the order of accepting.
@@ -172,8 +179,8 @@ func (c *Conn) wrote(p []byte, n int) {
 // explain turns the error of a broken or ended connection into what is known of it.
 func (c *Conn) explain(err error) error {
 	switch {
-	case c.ctx.Err() != nil:
-		return context.Cause(c.ctx)
+	case c.cause() != nil:
+		return c.cause()
 	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
 	default:
 		c.broken.Store(true)
@@ -199,7 +206,7 @@ func (c *Conn) CloseWrite() error {
 func (c *Conn) Close() error {
 	c.fate.With(func(f *fate) {
 		if f.reason == 0 {
-			c.sever(ErrConnClosed)
+			c.sever(f, ErrConnClosed)
 		}
 	})
 	return nil
@@ -216,7 +223,7 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.deadline(t, c.nc.S
 
 func (c *Conn) deadline(t time.Time, set func(time.Time) error) (err error) {
 	c.fate.With(func(f *fate) {
-		if c.ctx.Err() == nil {
+		if f.cause == nil {
 			err = set(t)
 		}
 	})
@@ -233,6 +240,12 @@ func (c *Conn) reason() (why Reason) {
 	return why
 }
 
+// cause is why reads fail, and the context has ended; nil while they have not.
+func (c *Conn) cause() (cause error) {
+	c.fate.With(func(f *fate) { cause = f.cause })
+	return cause
+}
+
 func (c *Conn) ended() bool { return c.reason() != 0 }
 
 // end decides, unless that is done, how the connection ends. The handler's context is
@@ -241,16 +254,21 @@ func (c *Conn) end(why Reason, cause error) (first bool) {
 	c.fate.With(func(f *fate) {
 		if first = f.reason == 0; first {
 			f.reason = why
-			c.sever(cause)
+			c.sever(f, cause)
 		}
 	})
 	return first
 }
 
-// sever lets reads fail with cause, and writes a while later. It needs the lock of c.fate. The context
+// sever lets reads fail with cause, and writes a while later. It is called under the lock of c.fate. The context
 // goes first, so that whom the deadline wakes finds the cause.
-func (c *Conn) sever(cause error) {
-	c.cancel(cause)
+func (c *Conn) sever(f *fate, cause error) {
+	if f.cause == nil {
+		f.cause = cause
+	}
+	if f.ctx != nil {
+		f.ctx.cancel(cause)
+	}
 	_ = c.nc.SetReadDeadline(longAgo)
 	_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
 }

@@ -60,10 +60,18 @@ func (cp *copier) run() (int64, error) {
 			c.sawEOF.Store(true)
 			return cp.written, nil
 		case cp.err != nil:
-			return cp.written, c.explain(&net.OpError{Op: "read", Net: c.RemoteAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(), Err: os.NewSyscallError("read", cp.err)})
+			return cp.written, c.explain(c.readError(cp.err))
 		case err != nil:
 			return cp.written, c.explain(err)
 		}
+	}
+}
+
+// readError wraps what read(2) said as package net does.
+func (c *Conn) readError(err error) error {
+	return &net.OpError{
+		Op: "read", Net: c.RemoteAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(),
+		Err: os.NewSyscallError("read", err),
 	}
 }
 

@@ -188,7 +188,7 @@ func (s *Server) conductDrain() {
 	var forced bool
 	s.book.With(func(l *ledger) {
 		l.drain.expired = true
-		conns, forced = l.sorted(), l.drain.forced
+		conns, forced = l.conns.all(), l.drain.forced
 	})
 	stuck := s.closeRest(conns, forced)
 	s.endSweep()
@@ -213,7 +213,7 @@ func (s *Server) tellAll() {
 		if l.drain.forced {
 			return
 		}
-		for _, c := range l.sorted() {
+		for _, c := range l.conns.all() {
 			if c.admitted && !c.told {
 				c.told = true
 				conns = append(conns, c)
@@ -268,7 +268,7 @@ func (s *Server) awaitDeadline() {
 		var open int
 		var done bool
 		s.book.With(func(l *ledger) {
-			deadline, open = l.drain.deadline, len(l.conns)
+			deadline, open = l.drain.deadline, l.conns.len()
 			done = l.tasks == 0 || l.drain.forced
 		})
 		left := deadline.Sub(now)
@@ -304,21 +304,21 @@ func (s *Server) closeRest(conns []*Conn, forced bool) (stuck int) {
 		}
 		s.awaitFor(abortAfter, func(l *ledger) bool { return l.tasks == 0 || l.drain.forced })
 	}
-	s.book.With(func(l *ledger) { conns = l.sorted() })
+	s.book.With(func(l *ledger) { conns = l.conns.all() })
 	for _, c := range conns {
 		c.end(Forced, ErrForced)
 		c.abort()
 	}
 	s.awaitFor(abandonAfter, func(l *ledger) bool { return l.tasks == 0 })
 
-	s.book.With(func(l *ledger) { conns = l.sorted() })
+	s.book.With(func(l *ledger) { conns = l.conns.all() })
 	for _, c := range conns {
 		s.log.Error("handler ignores its context and is left behind", zap.String("handler", handlerName(s.handler)),
 			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Duration("open_for", time.Since(c.opened).Round(time.Millisecond)))
 		c.outbox.shut()
 		go s.settle(c, c.reason()) // books it, and then calls OnClose, which may be no better
 	}
-	s.awaitFor(abandonAfter, func(l *ledger) bool { return len(l.conns) == 0 })
+	s.awaitFor(abandonAfter, func(l *ledger) bool { return l.conns.len() == 0 })
 	return len(conns)
 }
 

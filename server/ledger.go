@@ -16,7 +16,7 @@ type ledger struct {
 	holds    []*Hold
 	lastHold uint64
 
-	conns     map[uint64]*Conn // open: from accept to close, whatever becomes of them
+	conns     table // open: from accept to close, whatever becomes of them
 	lastID    uint64
 	admitted  int                // of conns, those being served
 	perIP     map[netip.Addr]int // of admitted, by client address; only kept where a limit is set
@@ -60,17 +60,18 @@ func (l *ledger) announce(before State) {
 func (l *ledger) open(c *Conn) {
 	l.lastID++
 	c.id = l.lastID
-	l.conns[c.id] = c
+	l.conns.add(c)
 	l.accepted++
-	l.publish(Event{Type: ConnOpened, Conn: new(c.Info())})
+	if len(l.subscribers) > 0 {
+		l.publish(Event{Type: ConnOpened, Conn: new(c.Info())})
+	}
 }
 
 // settle takes a closed connection off the books. It reports whether c was still on them.
 func (l *ledger) settle(c *Conn, closed ClosedConn) bool {
-	if _, ok := l.conns[c.id]; !ok {
+	if !l.conns.remove(c.id) {
 		return false
 	}
-	delete(l.conns, c.id)
 	switch {
 	case c.admitted:
 		l.admitted--
@@ -91,16 +92,6 @@ func (l *ledger) settle(c *Conn, closed ClosedConn) bool {
 	l.recent.add(closed)
 	l.publish(Event{Type: ConnClosed, Closed: &closed})
 	return true
-}
-
-// sorted returns the open connections, oldest first.
-func (l *ledger) sorted() []*Conn {
-	all := make([]*Conn, 0, len(l.conns))
-	for _, c := range l.conns {
-		all = append(all, c)
-	}
-	slices.SortFunc(all, func(a, b *Conn) int { return int(int64(a.id) - int64(b.id)) })
-	return all
 }
 
 // publish gives e to every subscriber, stamped, in the order in which things happened.

@@ -77,7 +77,7 @@ func TestG2HoldsInAStormOfPausesAndClients(t *testing.T) {
 		admitted := func() (n int) {
 			r.book.With(func(l *ledger) {
 				n = int(l.accepted)
-				for _, c := range l.conns {
+				for _, c := range l.conns.all() {
 					if Phase(c.phase.Load()) == Waiting {
 						n--
 					}

@@ -51,7 +51,6 @@ func New(h Handler, opts Options) (*Server, error) {
 	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
 	s.book.With(func(l *ledger) {
 		l.state = Starting
-		l.conns = make(map[uint64]*Conn)
 		l.perIP = make(map[netip.Addr]int)
 	})
 	return s, nil

@@ -58,9 +58,10 @@ type ClosedConn struct {
 func (s *Server) Status() Status {
 	st := Status{Started: s.started, Closed: make(map[Reason]uint64)}
 	var listeners []net.Listener
+	var conns []*Conn
 	s.book.With(func(l *ledger) {
 		st.State = l.status()
-		st.Connections = len(l.conns)
+		st.Connections = l.conns.len()
 		st.Accepted = l.accepted
 		for why, n := range l.closed {
 			if n > 0 {
@@ -68,10 +69,7 @@ func (s *Server) Status() Status {
 			}
 		}
 		st.BytesIn, st.BytesOut = l.bytesIn, l.bytesOut
-		for _, c := range l.conns {
-			st.BytesIn += c.BytesIn()
-			st.BytesOut += c.BytesOut()
-		}
+		conns = l.conns.all()
 		for _, h := range l.holds {
 			st.Holds = append(st.Holds, h.info)
 		}
@@ -82,6 +80,10 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
+	for _, c := range conns { // not under the lock: those that close meanwhile keep their figures
+		st.BytesIn += c.BytesIn()
+		st.BytesOut += c.BytesOut()
+	}
 	for _, ln := range listeners {
 		info := ListenerInfo{Address: ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}
 		if n, limit, ok := acceptQueue(ln); ok {
@@ -96,7 +98,7 @@ func (s *Server) Status() Status {
 // returned true, however briefly, else the cause of ctx's end. match must be quick and
 // must not call the server.
 func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connections int) bool) error {
-	return s.book.Await(ctx, func(l *ledger) bool { return match(l.status(), len(l.conns)) })
+	return s.book.Await(ctx, func(l *ledger) bool { return match(l.status(), l.conns.len()) })
 }
 
 // Info describes the connection as it is now.
@@ -127,7 +129,7 @@ func (s *Server) Closed() (closed []ClosedConn) {
 }
 
 func (s *Server) snapshot() (conns []*Conn) {
-	s.book.With(func(l *ledger) { conns = l.sorted() })
+	s.book.With(func(l *ledger) { conns = l.conns.all() })
 	return conns
 }
 
@@ -135,7 +137,7 @@ func (s *Server) snapshot() (conns []*Conn) {
 // stream. It returns at once. The error is ErrNoConn when id is not open, or is ending already.
 func (s *Server) Kill(id uint64) error {
 	var c *Conn
-	s.book.With(func(l *ledger) { c = l.conns[id] })
+	s.book.With(func(l *ledger) { c = l.conns.get(id) })
 	if c == nil || !s.kill(c) {
 		return fmt.Errorf("%w: %d", ErrNoConn, id)
 	}

@@ -24,22 +24,14 @@ func (s *Server) sweep() {
 	}
 	tick := time.NewTicker(min(max(shortest/8, minSweep), maxSweep))
 	defer tick.Stop()
-	var conns []*Conn
 	for {
 		select {
 		case <-s.sweepCtx.Done():
 			return
 		case now := <-tick.C:
-			conns = conns[:0]
-			s.book.With(func(l *ledger) {
-				for _, c := range l.conns {
-					conns = append(conns, c)
-				}
-			})
-			for _, c := range conns {
+			for _, c := range s.snapshot() {
 				s.inspect(c, now)
 			}
-			clear(conns)
 		}
 	}
 }
@@ -79,10 +71,10 @@ func (c *Conn) stalledFor(since, now time.Time) time.Duration {
 	}
 	if c.raw != nil && now.Sub(since) >= minSweep {
 		if acked, ok := acknowledged(c.raw); ok && acked != c.acked {
-			c.acked, c.progressed = acked, now
+			c.acked, c.progressed = acked, int64(now.Sub(c.srv.started))+1
 		}
-		if c.progressed.After(since) {
-			since = c.progressed
+		if progressed := c.srv.at(c.progressed); c.progressed != 0 && progressed.After(since) {
+			since = progressed
 		}
 	}
 	return now.Sub(since)
