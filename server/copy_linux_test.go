@@ -1,0 +1,109 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A client that floods is always readable, so the look at the deadline must not wait for silence.
+func TestWriteToLooksUpFromAFlood(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	for range 2 * copyBurst { // each message is a read of its own
+		if _, err := unix.Write(pair[0], []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, _ := newServer(t, Echo, Options{})
+	c := &Conn{srv: s}
+	cp := &copier{src: c, dst: c, echo: true}
+	if !cp.visit(uintptr(pair[1])) {
+		t.Error("visit waits, want it to return")
+	}
+	if got := c.BytesOut(); got != copyBurst {
+		t.Errorf("%d messages were echoed in one visit, want %d", got, copyBurst)
+	}
+	cp.release()
+}
+
+// interrupted runs do in a handler at the instant when an echo has written a part of what it read, and
+// the client takes no more; then it returns what the client reads to the end of the stream.
+func interrupted(t *testing.T, sent string, do func(*Conn, *copier)) string {
+	t.Helper()
+	const socketBuffer = 4 << 10 // on either side: far less than what is sent
+	_, address := serveTCP(t, HandlerFunc(func(_ context.Context, c *Conn) error {
+		if err := c.nc.(*net.TCPConn).SetWriteBuffer(socketBuffer); err != nil {
+			return err
+		}
+		cp := &copier{src: c, dst: c, echo: true, size: mediumBuffer}
+		err := c.raw.Read(func(fd uintptr) bool {
+			n, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+			return err != nil || n >= len(sent)
+		})
+		if err := errors.Join(err, c.raw.Read(cp.visit)); err != nil {
+			return err
+		}
+		if !cp.locked || len(cp.rest) == 0 || len(cp.rest) == len(sent) {
+			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", len(cp.rest), len(sent), cp.locked)
+		}
+		do(c, cp)
+		cp.release()
+		return nil
+	}), Options{})
+	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+		return errors.Join(raw.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, socketBuffer)
+		}), err)
+	}}
+	nc, err := dialer.DialContext(t.Context(), "tcp", address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	send(t, nc, sent)
+	got, err := io.ReadAll(nc)
+	if err != nil {
+		t.Error(err)
+	}
+	return string(got)
+}
+
+func TestWriteToKeepsNoticesOutOfItsWrites(t *testing.T) {
+	sent := strings.Repeat("x", 48<<10)
+	got := interrupted(t, sent, func(c *Conn, cp *copier) {
+		c.post(&posting{text: []byte("NOTICE hi\n"), settled: func(bool) {}})
+		if err := cp.writeRest(); err != nil {
+			t.Error(err)
+		}
+	})
+	if want := sent + "\nNOTICE hi\n"; got != want {
+		t.Errorf("the client received %d bytes, the notice at %d; want it at %d", len(got), strings.Index(got, "NOTICE"), len(sent)+1)
+	}
+}
+
+func TestNothingFollowsAnEchoThatWasCutShort(t *testing.T) {
+	interrupted(t, strings.Repeat("x", 48<<10), func(c *Conn, cp *copier) {
+		if err := c.SetWriteDeadline(time.Now().Add(-time.Second)); err != nil {
+			t.Error(err)
+		}
+		if err := cp.writeRest(); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("writing the rest: %v, want the deadline exceeded", err)
+		}
+		if _, err := c.Write([]byte("more")); !errors.Is(err, errTorn) {
+			t.Errorf("writing after that: %v, want %v", err, errTorn)
+		}
+	})
+}
