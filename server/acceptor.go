@@ -23,6 +23,7 @@ type acceptor struct {
 	ln        net.Listener
 	waker     interface{ SetDeadline(time.Time) error } // nil when ln cannot be woken but by closing it
 	inherited bool
+	roused    bool          // Accept is kept from blocking; guarded by the lock of Server.book
 	backoff   time.Duration // zero while accepting works
 }
 
@@ -43,6 +44,7 @@ var longAgo = time.Unix(1, 0)
 func (a *acceptor) wake(l *ledger) {
 	switch {
 	case a.waker != nil:
+		a.roused = true
 		_ = a.waker.SetDeadline(longAgo)
 	case l.state >= Draining:
 		_ = a.ln.Close()
@@ -85,21 +87,36 @@ func (a *acceptor) woken(err error) bool {
 
 // awaitClearance waits until accepting leads somewhere. False means that a drain has begun.
 func (a *acceptor) awaitClearance() bool {
+	var clear, draining bool
+	a.srv.book.With(func(l *ledger) { clear, draining = a.clearance(l) })
+	if clear || draining { // mostly so, and then no waiter is made
+		return clear
+	}
+	return a.awaitChange()
+}
+
+func (a *acceptor) awaitChange() (clear bool) {
 	var draining bool
 	_ = a.srv.book.Await(context.Background(), func(l *ledger) bool {
-		draining = l.state >= Draining
-		if draining {
-			return true
-		}
-		if !a.srv.mayAccept(l) {
-			return false
-		}
-		if a.waker != nil {
-			_ = a.waker.SetDeadline(time.Time{}) // under the lock: a pause after this wakes Accept
-		}
-		return true
+		clear, draining = a.clearance(l)
+		return clear || draining
 	})
-	return !draining
+	return clear
+}
+
+// clearance says whether accepting leads somewhere, and if so lets Accept block again.
+func (a *acceptor) clearance(l *ledger) (clear, draining bool) {
+	switch {
+	case l.state >= Draining:
+		return false, true
+	case !a.srv.mayAccept(l):
+		return false, false
+	}
+	if a.roused {
+		a.roused = false
+		_ = a.waker.SetDeadline(time.Time{}) // under the lock: a pause after this wakes Accept
+	}
+	return true, false
 }
 
 // take puts an accepted connection on the books and waits with it, unserved, until the gate has judged it.
@@ -110,19 +127,15 @@ func (a *acceptor) take(nc net.Conn) {
 		a.backoff = 0
 	}
 	c := newConn(s, nc)
-	var (
-		opened bool
-		v      verdict
-		why    Reason
-	)
-	_ = s.book.Await(context.Background(), func(l *ledger) bool {
-		if !opened {
-			l.open(c)
-			opened = true
-		}
+	var v verdict
+	var why Reason
+	s.book.With(func(l *ledger) {
+		l.open(c)
 		v, why = s.judge(l, c)
-		return v != wait
 	})
+	if v == wait {
+		v, why = s.awaitVerdict(c)
+	}
 	switch v {
 	case admit:
 		if entry := s.log.Check(zap.InfoLevel, "connection opened"); entry != nil { // mostly sampled away under load

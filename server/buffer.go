@@ -6,7 +6,7 @@ import (
 )
 
 // bufferSize is one of the sizes of buffer that WriteTo reads into.
-type bufferSize int
+type bufferSize int8
 
 // The sizes. Half a megabyte moves bulk with as little CPU time as splice(2) does (docs/benchmarks.md).
 const (

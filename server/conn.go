@@ -9,7 +9,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -22,7 +21,6 @@ type Conn struct {
 	// Set once, by newConn, or by the ledger when it opens the connection (id).
 	srv    *Server
 	nc     net.Conn
-	raw    syscall.RawConn // nil when nc has no file descriptor to write to past it, as with TLS
 	id     uint64
 	ip     netip.Addr // invalid when the client has none
 	opened time.Time
@@ -85,7 +83,6 @@ func newConn(s *Server, nc net.Conn) *Conn {
 	c.setPhase(Waiting)
 	c.touch()
 	c.ip = addressOf(nc.RemoteAddr())
-	c.raw = rawConn(nc)
 	return c
 }
 

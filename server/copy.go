@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"syscall"
 )
 
 // copyBurst is how many reads in a row may go by without a look at the read deadline, which is how a
@@ -19,37 +20,36 @@ const copyBurst = 16
 // Read and Write.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	cp := &copier{src: c, dst: w, echo: w == io.Writer(c)}
-	if c.raw == nil {
-		return cp.plain()
+	if raw := rawConn(c.nc); raw != nil {
+		return cp.run(raw)
 	}
-	return cp.run()
+	return cp.plain()
 }
 
 // A copier is one WriteTo under way.
 type copier struct {
 	src  *Conn
 	dst  io.Writer
+	buf  *buffer // nil while the client is silent
+	size bufferSize
 	echo bool // dst is src
 
-	size bufferSize
-	buf  *buffer // nil while the client is silent
-
 	// What a visit to the descriptor left to do.
+	locked  bool // src.writing is held, since a part of what rest is the end of was written
+	eof     bool
 	read    int    // how much the last read brought
 	rest    []byte // of that, what is not yet written
-	locked  bool   // src.writing is held, since a part of what rest is the end of was written
-	eof     bool
 	err     error
 	written int64
 }
 
 // run goes on between visits to the descriptor: it does what may have to wait for somebody.
-func (cp *copier) run() (int64, error) {
+func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 	defer cp.release()
 	c := cp.src
 	visit := cp.visit // bound once, or each call would allocate
 	for {
-		err := c.raw.Read(visit)
+		err := raw.Read(visit)
 		if len(cp.rest) > 0 {
 			if werr := cp.writeRest(); werr != nil {
 				return cp.written, werr

@@ -49,11 +49,12 @@ func interrupted(t *testing.T, sent string, do func(*Conn, *copier)) string {
 			return err
 		}
 		cp := &copier{src: c, dst: c, echo: true, size: mediumBuffer}
-		err := c.raw.Read(func(fd uintptr) bool {
+		raw := rawConn(c.nc)
+		err := raw.Read(func(fd uintptr) bool {
 			n, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
 			return err != nil || n >= len(sent)
 		})
-		if err := errors.Join(err, c.raw.Read(cp.visit)); err != nil {
+		if err := errors.Join(err, raw.Read(cp.visit)); err != nil {
 			return err
 		}
 		if !cp.locked || len(cp.rest) == 0 || len(cp.rest) == len(sent) {

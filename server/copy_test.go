@@ -186,18 +186,3 @@ func TestLargeBuffersAreBounded(t *testing.T) {
 		t.Errorf("all given back, and %d large and %d medium ones count as out", n, m)
 	}
 }
-
-func BenchmarkEcho(b *testing.B) {
-	_, address := serveTCP(b, Echo, Options{})
-	nc := dialTCP(b, address)
-	message, echo := make([]byte, 64), make([]byte, 64)
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := nc.Write(message); err != nil {
-			b.Fatal(err)
-		}
-		if _, err := io.ReadFull(nc, echo); err != nil {
-			b.Fatal(err)
-		}
-	}
-}

@@ -213,6 +213,7 @@ func (s *Server) tellAll() {
 		if l.drain.forced {
 			return
 		}
+		conns = make([]*Conn, 0, l.conns.len())
 		for _, c := range l.conns.all() {
 			if c.admitted && !c.told {
 				c.told = true

@@ -39,7 +39,7 @@ const eventBuffer = 4096
 // A Subscription receives what happens from Subscribe on. One goroutine reads it.
 type Subscription struct {
 	srv   *Server
-	queue locked[eventQueue] // taken under the lock of Server.book by those who write
+	queue awaited[eventQueue] // taken under the lock of Server.book by those who write
 }
 
 type eventQueue struct {

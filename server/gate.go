@@ -1,5 +1,7 @@
 package server
 
+import "context"
+
 // verdict is what the gate says of a connection.
 type verdict int
 
@@ -37,6 +39,15 @@ func (s *Server) judge(l *ledger, c *Conn) (verdict, Reason) {
 		l.tasks++
 	case wait, dismiss:
 	}
+	return v, why
+}
+
+// awaitVerdict waits until the gate has made up its mind.
+func (s *Server) awaitVerdict(c *Conn) (v verdict, why Reason) {
+	_ = s.book.Await(context.Background(), func(l *ledger) bool {
+		v, why = s.judge(l, c)
+		return v != wait
+	})
 	return v, why
 }
 

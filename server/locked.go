@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"slices"
 	"sync"
 )
 
@@ -9,9 +10,22 @@ import (
 // closure, so no path can touch the value unlocked or forget to unlock. It must not be copied,
 // which go vet sees by the mutex.
 type locked[T any] struct {
-	mu      sync.Mutex
-	value   T
-	waiters []*waiter[T]
+	mu    sync.Mutex
+	value T
+}
+
+// With calls f with the value while holding the lock. f must not block and must not call back into the
+// same locked value.
+func (l *locked[T]) With(f func(*T)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f(&l.value)
+}
+
+// awaited is a locked value whose states can be waited for.
+type awaited[T any] struct {
+	locked  locked[T]
+	waiters []*waiter[T] // guarded by the same lock
 }
 
 type waiter[T any] struct {
@@ -19,57 +33,60 @@ type waiter[T any] struct {
 	fired chan struct{}
 }
 
-// With calls f with the value while holding the lock, then wakes whoever awaits what f made true.
-// f must not block and must not call back into the same locked value.
-func (l *locked[T]) With(f func(*T)) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	f(&l.value)
-	l.settle()
+// With is locked.With, after which whoever awaits what f made true is woken.
+func (l *awaited[T]) With(f func(*T)) {
+	l.locked.With(func(v *T) {
+		f(v)
+		l.settle(v)
+	})
 }
 
 // Await returns nil once cond has returned true, or the cause of ctx's end. cond is called under the
 // lock after every With, so no state, however brief, is missed; what it does on the way to true (such
 // as taking a place) is one step with having seen it. It is not called again after it returned true.
-func (l *locked[T]) Await(ctx context.Context, cond func(*T) bool) error {
-	l.mu.Lock()
-	if cond(&l.value) { // mostly so: what is true already costs no waiter
-		l.settle()
-		l.mu.Unlock()
+func (l *awaited[T]) Await(ctx context.Context, cond func(*T) bool) error {
+	var w *waiter[T]
+	l.locked.With(func(v *T) {
+		if cond(v) {
+			l.settle(v)
+			return
+		}
+		w = &waiter[T]{cond: cond, fired: make(chan struct{})}
+		l.waiters = append(l.waiters, w)
+	})
+	if w == nil {
 		return nil
 	}
-	w := &waiter[T]{cond: cond, fired: make(chan struct{})}
-	l.waiters = append(l.waiters, w)
-	l.mu.Unlock()
-
 	select {
 	case <-w.fired:
 		return nil
 	case <-ctx.Done():
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for i, other := range l.waiters {
-		if other == w {
-			l.waiters = append(l.waiters[:i], l.waiters[i+1:]...)
-			return context.Cause(ctx)
+	met := true // if it came true before the lock was had
+	l.locked.With(func(*T) {
+		if i := slices.Index(l.waiters, w); i >= 0 {
+			l.waiters = slices.Delete(l.waiters, i, i+1)
+			met = false
 		}
+	})
+	if met {
+		return nil
 	}
-	return nil // it came true before the lock was had
+	return context.Cause(ctx)
 }
 
 // settle lets every waiter look, again and again until none moves: one that comes true may change
-// what another waits for.
-func (l *locked[T]) settle() {
+// what another waits for. It needs the lock.
+func (l *awaited[T]) settle(v *T) {
 	for again := true; again; {
 		again = false
 		for i := 0; i < len(l.waiters); {
 			w := l.waiters[i]
-			if !w.cond(&l.value) {
+			if !w.cond(v) {
 				i++
 				continue
 			}
-			l.waiters = append(l.waiters[:i], l.waiters[i+1:]...)
+			l.waiters = slices.Delete(l.waiters, i, i+1)
 			close(w.fired)
 			again = true
 		}

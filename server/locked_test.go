@@ -10,7 +10,7 @@ import (
 
 func TestAwaitReturnsAtOnceWhenItHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var n locked[int]
+		var n awaited[int]
 		if err := n.Await(t.Context(), func(v *int) bool { return *v == 0 }); err != nil {
 			t.Errorf("Await: %v", err)
 		}
@@ -19,7 +19,7 @@ func TestAwaitReturnsAtOnceWhenItHolds(t *testing.T) {
 
 func TestAwaitSeesAStateHoweverBrief(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var n locked[int]
+		var n awaited[int]
 		saw := make(chan error, 1)
 		go func() { saw <- n.Await(t.Context(), func(v *int) bool { return *v == 1 }) }()
 		synctest.Wait()
@@ -35,7 +35,7 @@ func TestAwaitSeesAStateHoweverBrief(t *testing.T) {
 func TestAwaitSeesAndActsInOneStep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const waiters = 100
-		var places locked[int]
+		var places awaited[int]
 		var all sync.WaitGroup
 		for range waiters {
 			all.Go(func() {
@@ -68,7 +68,7 @@ func TestAwaitSeesAndActsInOneStep(t *testing.T) {
 
 func TestAwaitOfOneThatAnotherAwaitMakesTrue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var n locked[int]
+		var n awaited[int]
 		step := func(from int) func(*int) bool {
 			return func(v *int) bool {
 				if *v != from {
@@ -95,7 +95,7 @@ func TestAwaitOfOneThatAnotherAwaitMakesTrue(t *testing.T) {
 
 func TestAwaitGivesUpWithTheCause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var n locked[int]
+		var n awaited[int]
 		why := errors.New("why")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		got := make(chan error, 1)
@@ -117,7 +117,7 @@ func TestAwaitGivesUpWithTheCause(t *testing.T) {
 // Whoever took a place must know it, also when its context ended right before.
 func TestAwaitThatCameTrueNeverReportsTheEndOfItsContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var n locked[int]
+		var n awaited[int]
 		ctx, cancel := context.WithCancel(t.Context())
 		got := make(chan error, 1)
 		go func() { got <- n.Await(ctx, func(v *int) bool { return *v > 0 }) }()

@@ -131,10 +131,11 @@ func (c *Conn) ownLine(text []byte) []byte {
 
 // tryWrite writes as much of p as the kernel takes at once. It needs c.writing.
 func (c *Conn) tryWrite(p []byte) (n int, err error) {
-	if c.raw == nil {
+	raw := rawConn(c.nc) // not kept: what each connection would hold for it is more than making it costs
+	if raw == nil {
 		return 0, nil
 	}
-	n, err = writeNow(c.raw, p)
+	n, err = writeNow(raw, p)
 	if n > 0 {
 		c.wrote(p[:n], n)
 	}

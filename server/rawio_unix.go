@@ -9,7 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// rawConn gives access to the descriptor of nc, where bytes written to it are what the client gets.
+// rawConn gives access to the descriptor of nc; nil when what is written there is not what the client
+// gets, as with TLS.
 func rawConn(nc net.Conn) syscall.RawConn {
 	switch nc := nc.(type) {
 	case *net.TCPConn:

@@ -23,7 +23,7 @@ type Server struct {
 	draining chan struct{} // closed once clients have been told that the drain has begun
 	stopped  chan struct{} // closed once every connection is closed and the report is final
 
-	book locked[ledger]
+	book awaited[ledger]
 
 	sweepCtx  context.Context // ends when the server has stopped
 	stopSweep context.CancelCauseFunc

@@ -177,7 +177,7 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 
 	ctx, cancel := context.WithTimeoutCause(ctx, notifyTimeout, errWaitOver)
 	defer cancel()
-	var tally locked[[2]int] // sent, failed
+	var tally awaited[[2]int] // sent, failed
 	line := []byte("NOTICE " + text + "\n")
 	for _, c := range conns {
 		c.post(&posting{text: line, settled: func(ok bool) {

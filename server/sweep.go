@@ -69,8 +69,8 @@ func (c *Conn) stalledFor(since, now time.Time) time.Duration {
 	if active := c.srv.at(c.active.Load()); active.After(since) {
 		since = active
 	}
-	if c.raw != nil && now.Sub(since) >= minSweep {
-		if acked, ok := acknowledged(c.raw); ok && acked != c.acked {
+	if raw := rawConn(c.nc); raw != nil && now.Sub(since) >= minSweep {
+		if acked, ok := acknowledged(raw); ok && acked != c.acked {
 			c.acked, c.progressed = acked, int64(now.Sub(c.srv.started))+1
 		}
 		if progressed := c.srv.at(c.progressed); c.progressed != 0 && progressed.After(since) {

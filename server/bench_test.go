@@ -1,0 +1,259 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"time"
+)
+
+// What one connection costs must not depend on how many others are open. Compare ns/conn between the sizes, or where
+// an operation is about one connection, ns/op.
+
+// BenchmarkEcho is a message's way there and back over the loopback, with the client's share.
+func BenchmarkEcho(b *testing.B) {
+	for _, size := range []struct {
+		name  string
+		bytes int
+	}{{"64B", 64}, {"64KiB", 64 << 10}, {"1MiB", 1 << 20}} {
+		b.Run("size="+size.name, func(b *testing.B) {
+			_, address := serveTCP(b, Echo, Options{})
+			nc := dialTCP(b, address)
+			_ = nc.SetDeadline(time.Time{}) // -benchtime may ask for more
+			write := writer(b, nc, make([]byte, size.bytes))
+			echo := make([]byte, size.bytes)
+			b.SetBytes(int64(size.bytes))
+			b.ReportAllocs()
+			for b.Loop() {
+				write()
+				if _, err := io.ReadFull(nc, echo); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// writer returns a function that writes message. What sockets may not hold is written by a goroutine, or the client
+// would wait for the server to read on, and the server for the client.
+func writer(b *testing.B, nc net.Conn, message []byte) (write func()) {
+	b.Helper()
+	now := func() {
+		if _, err := nc.Write(message); err != nil {
+			b.Error(err)
+			_ = nc.Close() // or the echo would be waited for
+		}
+	}
+	if len(message) <= 64<<10 {
+		return now
+	}
+	due := make(chan struct{})
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for range due {
+			now()
+		}
+	})
+	b.Cleanup(func() {
+		close(due)
+		writing.Wait()
+	})
+	return func() { due <- struct{}{} }
+}
+
+// BenchmarkAdmitRelease is what the server does about a connection that comes and goes: it is put on the books, judged at
+// the gate, served and closed by a goroutine of its own, and settled. Left out are the socket's system calls, what a
+// handler does, and the log.
+func BenchmarkAdmitRelease(b *testing.B) {
+	nothing := HandlerFunc(func(context.Context, *Conn) error { return nil })
+	forEachCrowd(b, []int{0, 15_000}, func(b *testing.B, n int) {
+		settled := make(chan struct{})
+		s := newCrowd(b, n, nothing, Options{OnClose: func(ClosedConn) { settled <- struct{}{} }})
+		a, nc := &acceptor{srv: s}, newAbsentConn()
+		b.ReportAllocs()
+		for b.Loop() {
+			a.take(nc)
+			<-settled
+		}
+		if err := s.book.Await(b.Context(), func(l *ledger) bool { return l.tasks == 0 }); err != nil {
+			b.Fatal(err)
+		}
+		if st := s.Status(); st.Connections != n || st.Closed[HandlerDone] != uint64(b.N) {
+			b.Errorf("%d are open and %v closed, want %d and %d", st.Connections, st.Closed, n, b.N)
+		}
+	})
+}
+
+// BenchmarkNotice is Notify to clients that are all served, system calls included.
+func BenchmarkNotice(b *testing.B) {
+	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
+		s := newCrowd(b, n, Echo, Options{})
+		shareClient(b, s)
+		b.ReportAllocs()
+		for b.Loop() {
+			if sent, failed, err := s.Notify(b.Context(), "hello"); sent != n || err != nil {
+				b.Fatalf("%d were told, %d not, %v", sent, failed, err)
+			}
+		}
+		reportPerConn(b, n)
+	})
+}
+
+// BenchmarkDrainNotice is the telling of all clients when a drain begins, likewise.
+func BenchmarkDrainNotice(b *testing.B) {
+	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
+		s := newCrowd(b, n, Echo, Options{})
+		shareClient(b, s)
+		s.book.With(func(l *ledger) { l.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
+		b.ReportAllocs()
+		for b.Loop() {
+			s.tellAll()
+			b.StopTimer()
+			s.book.With(func(l *ledger) {
+				for _, c := range l.conns.all() {
+					c.told = false
+				}
+			})
+			b.StartTimer()
+		}
+		reportPerConn(b, n)
+		if told := s.drainInfo().Notified; told != n*b.N {
+			b.Errorf("%d were told, want %d times %d", told, b.N, n)
+		}
+	})
+}
+
+// BenchmarkListing ranges over all connections. The lock is held only for the snapshot.
+func BenchmarkListing(b *testing.B) {
+	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
+		s := newCrowd(b, n, Echo, Options{})
+		listed := 0
+		b.ReportAllocs()
+		for b.Loop() {
+			for range s.Conns() {
+				listed++
+			}
+		}
+		reportPerConn(b, n)
+		if listed != n*b.N {
+			b.Errorf("%d were listed, want %d times %d", listed, b.N, n)
+		}
+	})
+}
+
+// BenchmarkSnapshot is for how long a listing, a status or a sweep holds the lock, which admitting and settling want too.
+func BenchmarkSnapshot(b *testing.B) {
+	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
+		s := newCrowd(b, n, Echo, Options{})
+		b.ReportAllocs()
+		for b.Loop() {
+			if got := len(s.snapshot()); got != n {
+				b.Fatalf("%d in the snapshot, want %d", got, n)
+			}
+		}
+		reportPerConn(b, n)
+	})
+}
+
+// BenchmarkSweep is one look of the sweeper at connections that are idle, but not yet for too long.
+func BenchmarkSweep(b *testing.B) {
+	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
+		s := newCrowd(b, n, Echo, Options{IdleTimeout: 24 * time.Hour, StallTimeout: 24 * time.Hour})
+		b.ReportAllocs()
+		for b.Loop() {
+			now := time.Now()
+			for _, c := range s.snapshot() {
+				s.inspect(c, now)
+			}
+		}
+		reportPerConn(b, n)
+		for _, c := range s.snapshot() {
+			if c.ended() {
+				b.Fatalf("connection %d was ended as %v", c.id, c.reason())
+			}
+		}
+	})
+}
+
+// forEachCrowd runs f once for each number of connections.
+func forEachCrowd(b *testing.B, sizes []int, f func(b *testing.B, n int)) {
+	b.Helper()
+	for _, n := range sizes {
+		b.Run(fmt.Sprintf("conns=%d", n), func(b *testing.B) { f(b, n) })
+	}
+}
+
+// newCrowd makes a server with n admitted connections. They have no files, of which many a process may have only 1,024,
+// and no goroutines: nothing that is measured touches either.
+func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
+	b.Helper()
+	s, err := New(h, o)
+	if err != nil {
+		b.Fatal(err)
+	}
+	s.opts.MaxConns = 0 // whatever the limit on open files
+	for range n {
+		c := newConn(s, newAbsentConn())
+		var v verdict
+		s.book.With(func(l *ledger) {
+			l.open(c)
+			v, _ = s.judge(l, c)
+			l.tasks-- // for the goroutine that it has not
+		})
+		if v != admit {
+			b.Fatalf("the gate's verdict on connection %d is %d", c.id, v)
+		}
+	}
+	return s
+}
+
+// shareClient makes one client, who reads all, of the clients of s.
+func shareClient(b *testing.B, s *Server) {
+	b.Helper()
+	ln, err := Listen(b.Context(), "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer ln.Close()
+	client := dialTCP(b, ln.Addr())
+	_ = client.SetDeadline(time.Time{})
+	served, err := ln.Accept()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var reading sync.WaitGroup
+	reading.Go(func() { _, _ = io.Copy(io.Discard, client) })
+	b.Cleanup(func() {
+		_ = served.Close()
+		reading.Wait()
+	})
+	for _, c := range s.snapshot() {
+		c.nc = served
+	}
+}
+
+// reportPerConn reports what of an operation on n connections falls to each.
+func reportPerConn(b *testing.B, n int) {
+	b.Helper()
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/conn")
+}
+
+// absentConn is the served end of a connection whose client has left already. It costs nothing.
+type absentConn struct{ local, remote net.Addr }
+
+func newAbsentConn() net.Conn {
+	return absentConn{fakeAddr("192.0.2.1", 9999), fakeAddr("198.51.100.1", 40_000)}
+}
+
+func (absentConn) Read([]byte) (int, error)         { return 0, io.EOF }
+func (absentConn) Write(p []byte) (int, error)      { return len(p), nil }
+func (absentConn) CloseWrite() error                { return nil }
+func (absentConn) Close() error                     { return nil }
+func (c absentConn) LocalAddr() net.Addr            { return c.local }
+func (c absentConn) RemoteAddr() net.Addr           { return c.remote }
+func (absentConn) SetDeadline(time.Time) error      { return nil }
+func (absentConn) SetReadDeadline(time.Time) error  { return nil }
+func (absentConn) SetWriteDeadline(time.Time) error { return nil }
