@@ -41,8 +41,9 @@ func (s bufferSize) after(n int) bufferSize {
 
 // A buffer is on loan to one reader.
 type buffer struct {
-	bytes []byte
-	size  bufferSize
+	bytes    []byte
+	size     bufferSize
+	receiver receiver
 }
 
 // takeBuffer returns a buffer of size s, or of the next smaller one of which there are some left.

@@ -34,6 +34,9 @@ type copier struct {
 	size bufferSize
 	echo bool // dst is src
 
+	visited   bool
+	announced bool // what announceLeft said
+
 	// What a visit to the descriptor left to do.
 	locked  bool // src.writing is held, since a part of what rest is the end of was written
 	eof     bool
@@ -81,11 +84,14 @@ func (c *Conn) readError(err error) error {
 // would keep silent about what, or that end of stream, which came before.
 func (cp *copier) visit(fd uintptr) (done bool) {
 	c := cp.src
+	if !cp.visited {
+		cp.visited, cp.announced = true, announceLeft(fd)
+	}
 	for range copyBurst {
 		if cp.buf == nil {
 			cp.buf = takeBuffer(cp.size)
 		}
-		n, err := readFD(fd, cp.buf.bytes)
+		n, more, err := readFD(fd, cp.buf, cp.announced)
 		switch {
 		case wouldBlock(err):
 			cp.release()
@@ -104,6 +110,10 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 			return true
 		}
 		cp.adapt()
+		if !more {
+			cp.release()
+			return false
+		}
 	}
 	return true
 }

@@ -108,3 +108,97 @@ func TestNothingFollowsAnEchoThatWasCutShort(t *testing.T) {
 		}
 	})
 }
+
+// socketOf returns the descriptor of a TCP connection, for as long as that is open.
+func socketOf(t *testing.T, nc net.Conn) (fd uintptr) {
+	t.Helper()
+	if err := rawConn(nc).Control(func(d uintptr) { fd = d }); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// What is left decides whether an echo waits for more, so a pending end of stream must count.
+func TestReadTellsWhetherMoreIsLeft(t *testing.T) {
+	ln, err := Listen(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	client := dialTCP(t, ln.Addr())
+	served, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer served.Close()
+	fd := socketOf(t, served)
+	if !announceLeft(fd) {
+		t.Fatal("TCP does not tell what is left")
+	}
+	arrive := func(n int) {
+		t.Helper()
+		if err := rawConn(served).Read(func(fd uintptr) bool {
+			queued, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
+			return err != nil || queued >= n
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b := &buffer{bytes: make([]byte, 4)}
+	wantRead := func(text string, more bool) {
+		t.Helper()
+		n, gotMore, err := readFD(fd, b, true)
+		if err != nil || string(b.bytes[:n]) != text || gotMore != more {
+			t.Errorf("read %q, more: %t, error %v; want %q, more: %t", b.bytes[:n], gotMore, err, text, more)
+		}
+	}
+	send(t, client, "abcdef")
+	arrive(6)
+	wantRead("abcd", true)
+	wantRead("ef", false)
+	if _, _, err := readFD(fd, b, true); !wouldBlock(err) {
+		t.Errorf("reading what is not there: %v, want EAGAIN", err)
+	}
+	send(t, client, "gh")
+	client.CloseWrite()
+	arrive(2)
+	for ended := false; !ended; { // the end of stream may be a moment behind
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended = info.State == unix.BPF_TCP_CLOSE_WAIT
+	}
+	wantRead("gh", true)
+	wantRead("", true)
+}
+
+// A Unix socket's client may send file descriptors along. Nobody here wants them, or would close them.
+func TestWriteToTakesNoFileDescriptors(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	pipe := make([]int, 2)
+	if err := unix.Pipe2(pipe, unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Sendmsg(pair[0], []byte("x"), unix.UnixRights(pipe[1]), nil, 0); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(pipe[1])
+	s, _ := newServer(t, Echo, Options{})
+	c := &Conn{srv: s}
+	cp := &copier{src: c, dst: c, echo: true}
+	cp.visit(uintptr(pair[1]))
+	if got := c.BytesIn(); got != 1 {
+		t.Fatalf("%d bytes were read, want 1", got)
+	}
+	// With the last writer gone the pipe is at its end.
+	if n, err := unix.Read(pipe[0], make([]byte, 1)); n != 0 || err != nil {
+		t.Errorf("reading from the pipe: %d, %v; want its end, since nobody holds the other one", n, err)
+	}
+	unix.Close(pipe[0])
+}

@@ -13,7 +13,11 @@ func rawConn(net.Conn) syscall.RawConn { return nil }
 
 func writeNow(syscall.RawConn, []byte) (int, error) { return 0, errors.ErrUnsupported }
 
-func readFD(uintptr, []byte) (int, error) { return 0, errors.ErrUnsupported }
+type receiver struct{}
+
+func announceLeft(uintptr) bool { return false }
+
+func readFD(uintptr, *buffer, bool) (int, bool, error) { return 0, false, errors.ErrUnsupported }
 
 func writeFD(uintptr, []byte) (int, error) { return 0, errors.ErrUnsupported }
 

@@ -32,18 +32,4 @@ func writeNow(raw syscall.RawConn, p []byte) (n int, err error) {
 	return n, err
 }
 
-// readFD and writeFD read and write once, without waiting.
-func readFD(fd uintptr, p []byte) (int, error) { return retry(unix.Read, fd, p) }
-
-func writeFD(fd uintptr, p []byte) (int, error) { return retry(unix.Write, fd, p) }
-
-func retry(call func(int, []byte) (int, error), fd uintptr, p []byte) (int, error) {
-	for {
-		n, err := call(int(fd), p)
-		if err != unix.EINTR {
-			return max(n, 0), err
-		}
-	}
-}
-
 func wouldBlock(err error) bool { return err == unix.EAGAIN }
