@@ -25,16 +25,17 @@ func (p *Plane) getConns(w *caller, r *http.Request, _ string) error {
 	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle)}); err != nil {
 		return err
 	}
-	list := Conns{Connections: []Conn{}}
+	list := newListing(w)
 	for c := range p.srv.Conns() {
-		if limit >= 0 && len(list.Connections) >= limit {
+		if limit >= 0 && list.length >= limit {
 			break
 		}
-		if c.Idle >= minIdle {
-			list.Connections = append(list.Connections, wireConn(c))
+		if c.Idle >= minIdle && list.add(wireConn(c)) != nil {
+			return nil // the caller has gone
 		}
 	}
-	return answer(w, http.StatusOK, list)
+	list.end()
+	return nil
 }
 
 func (p *Plane) getClosed(w *caller, r *http.Request, _ string) error {
