@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"encoding/json"
 	"net/http"
-	"time"
 )
 
 // A listing writes Conns, a line for each connection, as they come: however many there are, it takes
@@ -14,14 +13,6 @@ type listing struct {
 	lines  *json.Encoder
 	length int
 }
-
-// Listing is work that waits for nobody: on a single CPU it would keep that from the clients until the
-// scheduler steps in, after 10 ms. So it rests after so many connections, about a millisecond's work, for
-// whoever else has something to do.
-const (
-	listingBurst = 1024
-	listingRest  = time.Microsecond
-)
 
 func newListing(w http.ResponseWriter) *listing {
 	w.Header().Set("Content-Type", "application/json")
@@ -35,9 +26,6 @@ func newListing(w http.ResponseWriter) *listing {
 func (l *listing) add(c Conn) error {
 	if l.length > 0 {
 		_ = l.out.WriteByte(',')
-		if l.length%listingBurst == 0 {
-			time.Sleep(listingRest)
-		}
 	}
 	l.length++
 	return l.lines.Encode(c)

@@ -223,7 +223,7 @@ func (s *Server) tellAll() {
 	})
 	d := s.drainInfo()
 	notice := s.opts.Notice.render(d.Reason, time.Now(), d.Deadline)
-	for _, c := range conns {
+	for c := range inTurns(conns) {
 		s.tell(c, notice)
 	}
 }
@@ -300,7 +300,7 @@ func nextLine(left time.Duration) time.Duration {
 // how many handlers had to be left behind.
 func (s *Server) closeRest(conns []*Conn, forced bool) (stuck int) {
 	if !forced {
-		for _, c := range conns {
+		for c := range inTurns(conns) {
 			c.end(Deadline, ErrDeadline)
 		}
 		s.awaitFor(abortAfter, func(l *ledger) bool { return l.tasks == 0 || l.drain.forced })

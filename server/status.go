@@ -80,7 +80,7 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
-	for _, c := range conns { // not under the lock: those that close meanwhile keep their figures
+	for c := range inTurns(conns) { // not under the lock: those that close meanwhile keep their figures
 		st.BytesIn += c.BytesIn()
 		st.BytesOut += c.BytesOut()
 	}
@@ -110,11 +110,12 @@ func (c *Conn) Info() ConnInfo {
 	}
 }
 
-// Conns ranges over the connections that were open when it was called, oldest first.
+// Conns ranges over the connections that were open when it was called, oldest first. Where there are very many, it lets
+// others have the CPU now and then.
 func (s *Server) Conns() iter.Seq[ConnInfo] {
 	conns := s.snapshot()
 	return func(yield func(ConnInfo) bool) {
-		for _, c := range conns {
+		for c := range inTurns(conns) {
 			if !yield(c.Info()) {
 				return
 			}
@@ -146,7 +147,7 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc ends, like Kill, each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
-	for _, c := range s.snapshot() {
+	for c := range inTurns(s.snapshot()) {
 		if match(c.Info()) && s.kill(c) {
 			killed++
 		}
@@ -179,7 +180,7 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 	defer cancel()
 	var tally awaited[[2]int] // sent, failed
 	line := []byte("NOTICE " + text + "\n")
-	for _, c := range conns {
+	for c := range inTurns(conns) {
 		c.post(&posting{text: line, settled: func(ok bool) {
 			tally.With(func(n *[2]int) {
 				if ok {

@@ -29,7 +29,7 @@ func (s *Server) sweep() {
 		case <-s.sweepCtx.Done():
 			return
 		case now := <-tick.C:
-			for _, c := range s.snapshot() {
+			for c := range inTurns(s.snapshot()) {
 				s.inspect(c, now)
 			}
 		}
