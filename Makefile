@@ -1,7 +1,7 @@
 # For GNU make, Go and git. Variables to set on the command line stand beside the target that reads them.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test lint fuzz bench cover install clean help
+.PHONY: build run test lint fuzz bench bench-quick bench-go bench-test cover install clean help
 
 # The development tools have a module of their own, so that their dependencies never reach users.
 TOOL := go tool -modfile=tools/go.mod
@@ -27,7 +27,7 @@ test: ## run all tests, with the race detector where there is a C compiler
 	set -x; go test $$race -shuffle=on -timeout $(TIMEOUT) ./...
 
 # Cheap checks come first.
-LINTS := lint-format lint-tidy lint-shell lint-vet lint-fix lint-static lint-dead lint-vulns
+LINTS := lint-format lint-tidy lint-shell lint-vet lint-fix lint-static lint-dead lint-bench lint-vulns
 .PHONY: $(LINTS)
 lint: $(LINTS) ## check formatting, go.mod, scripts, vet, staticcheck, dead code, vulnerabilities (VULNDB=DIR: a local database)
 
@@ -65,6 +65,12 @@ lint-dead:
 	@echo '== deadcode'
 	@$(call silent,$(TOOL) deadcode -test ./...)
 
+lint-bench:
+	@echo '== the same for bench'
+	@if [ "$$(uname)" != Linux ]; then echo 'skipped: it is for Linux only'; \
+	else cd bench && go mod tidy -diff && go vet ./... && go fix -diff ./... && \
+		go tool -modfile=../tools/go.mod staticcheck ./... && $(call silent,go tool -modfile=../tools/go.mod deadcode -test ./...); fi
+
 # Without network there is no database: no reason to keep a person from working, but CI must not pass unchecked.
 lint-vulns:
 	@echo '== govulncheck'
@@ -82,9 +88,23 @@ fuzz: ## run each fuzz target for FUZZTIME (30s)
 		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package" </dev/null || exit 1; \
 	done
 
+# The benchmark beside other servers has a module of its own: what those need never reaches users.
+ON_LINUX = @[ "$$(uname)" = Linux ] || { echo 'the benchmark beside other servers runs on Linux only'; exit 1; }
+bench: ## measure echod beside other echo servers and write docs/benchmarks.md: half an hour on a quiet machine
+	$(ON_LINUX)
+	cd bench && go run . -out ../docs
+
+bench-quick: ## the same in two minutes, into bench/out
+	$(ON_LINUX)
+	cd bench && go run . -quick
+
+bench-test: ## test that benchmark: build every server in it, and measure each for a moment
+	$(ON_LINUX)
+	cd bench && go test ./...
+
 BENCH = .
-bench: ## run the benchmarks; BENCH=REGEXP chooses
-	go test -run '^$$' -bench '$(BENCH)' -benchmem ./...
+bench-go: ## run the Go benchmarks of the hot paths, for benchstat; BENCH=REGEXP chooses
+	go test -run '^$$' -bench '$(BENCH)' ./...
 
 # Raw coverage data, because it merges what several test binaries reached in one package.
 COVER_MIN = 85
@@ -102,7 +122,7 @@ install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honour
 	install -m 755 bin/echod '$(DESTDIR)$(PREFIX)/bin/echod'
 
 clean: ## remove what the other targets made
-	rm -rf bin coverage
+	rm -rf bin coverage bench/out
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -1,0 +1,157 @@
+package load
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Held is a number of connections that have said one thing each, and are silent since.
+type Held struct {
+	runner *runner
+}
+
+// Hold opens connections, oldest first, and sends one message of spec.Size on each, whose echo it awaits.
+// The caller closes what it returns.
+func Hold(spec Spec) (*Held, error) {
+	spec.Depth = 1
+	r, err := newRunner(spec)
+	if err != nil {
+		return nil, err
+	}
+	for i := range spec.Conns {
+		if err := r.holdOne(i); err != nil {
+			r.close()
+			return nil, fmt.Errorf("connection %d: %w", i, err)
+		}
+	}
+	return &Held{r}, nil
+}
+
+func (r *runner) holdOne(i int) error {
+	fd, err := connect(r.target, i, true)
+	if err != nil {
+		return err
+	}
+	s := &stream{fd: fd, phase: i * 131 % period, began: make([]time.Duration, 1)}
+	r.streams = append(r.streams, s)
+	s.begin(r.spec.Size, 0)
+	if err := s.flush(); err != nil {
+		return err
+	}
+	for !s.finished(r.spec.Size) {
+		if err := await(fd, cmp.Or(r.spec.Patience, patience)); err != nil {
+			return err
+		}
+		if _, err := s.fill(r.buf, &r.spec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// patience is how long an echo may be in coming, unless the spec says otherwise.
+const patience = 10 * time.Second
+
+// await waits until fd can be read, for so long at the most.
+func await(fd int, patience time.Duration) error {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience/time.Millisecond))
+	switch {
+	case err == unix.EINTR:
+		return nil
+	case err != nil:
+		return fmt.Errorf("waiting for the server: %w", err)
+	case n == 0:
+		return fmt.Errorf("no echo within %v", patience)
+	}
+	return nil
+}
+
+// Close closes all connections.
+func (h *Held) Close() { h.runner.close() }
+
+// A Drained is how a server's drain looked to its clients.
+type Drained struct {
+	// Since the signal.
+	HalfTold, LastTold      time.Duration
+	FirstClosed, LastClosed time.Duration
+}
+
+// Drain sends SIGTERM to the server, and watches until it has told every client so with one line, and
+// has closed every connection by an orderly end of stream.
+func (h *Held) Drain() (d Drained, err error) {
+	r := h.runner
+	for i, s := range r.streams {
+		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP, Fd: int32(i)}
+		if err := unix.EpollCtl(r.poll, unix.EPOLL_CTL_ADD, s.fd, &event); err != nil {
+			return d, fmt.Errorf("watching a connection: %w", err)
+		}
+	}
+	notices := make([]string, len(r.streams))
+	told, open := 0, len(r.streams)
+	signalled := r.now()
+	if err := unix.Kill(r.spec.PID, unix.SIGTERM); err != nil {
+		return d, fmt.Errorf("sending SIGTERM: %w", err)
+	}
+	var events [256]unix.EpollEvent
+	for open > 0 {
+		n, err := unix.EpollWait(r.poll, events[:], 60_000)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || n == 0 {
+			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open a minute after anything happened", open, len(r.streams)))
+		}
+		for _, e := range events[:n] {
+			text, err := r.readNotice(int(e.Fd))
+			since := r.now() - signalled
+			if text != "" && notices[e.Fd] == "" {
+				told++
+				d.LastTold = since
+				if told == len(r.streams)/2 {
+					d.HalfTold = since
+				}
+			}
+			notices[e.Fd] += text
+			switch {
+			case err == io.EOF:
+				if d.FirstClosed == 0 {
+					d.FirstClosed = since
+				}
+				d.LastClosed = since
+				open--
+			case err != nil:
+				return d, fmt.Errorf("connection %d: %w", e.Fd, err)
+			}
+		}
+	}
+	for i, notice := range notices {
+		notice = strings.TrimPrefix(notice, "\n") // unless the echo ended in one
+		if !strings.HasPrefix(notice, "SHUTDOWN ") || strings.Index(notice, "\n") != len(notice)-1 {
+			return d, fmt.Errorf("connection %d was told %q, want one notice", i, notice)
+		}
+	}
+	return d, nil
+}
+
+// readNotice reads what has come. On the server's end of stream it closes the connection.
+func (r *runner) readNotice(i int) (string, error) {
+	s := r.streams[i]
+	n, err := unix.Read(s.fd, r.buf)
+	switch {
+	case err == unix.EINTR || err == unix.EAGAIN:
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("reading from the server: %w", err)
+	case n == 0:
+		unix.EpollCtl(r.poll, unix.EPOLL_CTL_DEL, s.fd, nil)
+		unix.Shutdown(s.fd, unix.SHUT_WR) // the server awaits it; the descriptor is closed at last, by close
+		return "", io.EOF
+	}
+	return string(r.buf[:n]), nil
+}

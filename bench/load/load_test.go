@@ -1,0 +1,176 @@
+package load
+
+import (
+	"io"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+// serve runs a server that handles each connection, and returns its address.
+func serve(t *testing.T, handle func(net.Conn)) string {
+	t.Helper()
+	ln, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			nc, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer nc.Close()
+				handle(nc)
+			}()
+		}
+	}()
+	return ln.Addr().String()
+}
+
+func echo(nc net.Conn) { _, _ = io.Copy(nc, nc) }
+
+// specFor is a short run against a server in this process.
+func specFor(address string) Spec {
+	return Spec{
+		Address: address, PID: os.Getpid(), Conns: 8, Size: 64, Depth: 1,
+		Warmup: time.Millisecond, Duration: 50 * time.Millisecond,
+	}
+}
+
+func TestRunCountsEchoes(t *testing.T) {
+	address := serve(t, echo)
+	for name, change := range map[string]func(*Spec){
+		"one at a time": func(*Spec) {},
+		"pipelined":     func(s *Spec) { s.Depth = 16 },
+		"bulk":          func(s *Spec) { s.Size = 1 << 20 },
+		"churn":         func(s *Spec) { s.Churn = true },
+		"one byte":      func(s *Spec) { s.Size = 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			spec := specFor(address)
+			change(&spec)
+			r, err := Run(spec)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if r.Echoes == 0 || r.Elapsed < spec.Duration || r.ServerCPU <= 0 || r.LoadCPU <= 0 {
+				t.Errorf("result %+v, want something of everything", r)
+			}
+			if r.P50 <= 0 || r.P50 > r.P99 || r.P99 > r.P999 || r.P999 > r.Max {
+				t.Errorf("latencies %v, %v, %v, %v: want them to rise", r.P50, r.P99, r.P999, r.Max)
+			}
+		})
+	}
+}
+
+// A server that is fast since it does something else than an echo must not win.
+func TestRunSeesWhatIsNotAnEcho(t *testing.T) {
+	for name, fault := range map[string]struct {
+		change func(p []byte) []byte // what the server answers to its third read
+		want   string
+	}{
+		"corrupted": {func(p []byte) []byte { p[len(p)/2]++; return p }, "not what it was sent"},
+		"lost":      {func(p []byte) []byte { return p[1:] }, "not what it was sent"},
+		"doubled":   {func(p []byte) []byte { return append(p, p...) }, "not what it was sent"},
+		"ended":     {func([]byte) []byte { return nil }, "ended the stream after"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			address := serve(t, func(nc net.Conn) {
+				buf := make([]byte, 4096)
+				for reads := 1; ; reads++ {
+					n, err := nc.Read(buf)
+					if err != nil {
+						return
+					}
+					answer := buf[:n:n]
+					if reads == 3 {
+						answer = fault.change(answer)
+					}
+					if len(answer) == 0 {
+						return
+					}
+					if _, err := nc.Write(answer); err != nil {
+						return
+					}
+				}
+			})
+			if _, err := Run(specFor(address)); err == nil || !strings.Contains(err.Error(), fault.want) {
+				t.Errorf("error %v, want one that says %q", err, fault.want)
+			}
+		})
+	}
+}
+
+// Notices may come between messages, where the run says so, and nowhere else.
+func TestRunTellsNoticesFromEchoes(t *testing.T) {
+	const notice = "NOTICE hi\n"
+	address := serve(t, func(nc net.Conn) {
+		buf := make([]byte, 64)
+		for {
+			if _, err := io.ReadFull(nc, buf); err != nil {
+				return
+			}
+			if _, err := io.WriteString(nc, string(buf)+"\n"+notice); err != nil {
+				return
+			}
+		}
+	})
+	spec := specFor(address)
+	if _, err := Run(spec); err == nil {
+		t.Error("a notice was taken for an echo")
+	}
+	spec.Notice = notice
+	if r, err := Run(spec); err != nil || r.Echoes == 0 {
+		t.Errorf("with notices: %+v, %v", r, err)
+	}
+	spec.Size = 100 // now they come in the middle
+	if _, err := Run(spec); err == nil {
+		t.Error("a notice in the middle of a message was taken for one between two")
+	}
+}
+
+func TestRunNamesAnAddressThatMakesNoSense(t *testing.T) {
+	for _, address := range []string{"", "localhost:7", "127.0.0.1", "[::1]:7"} {
+		if _, err := Run(specFor(address)); err == nil || !strings.Contains(err.Error(), "want IPv4 and a port") {
+			t.Errorf("address %q: error %v", address, err)
+		}
+	}
+}
+
+// A server that keeps a message to itself is not waited for until the end of time.
+func TestHoldGivesUpOnSilence(t *testing.T) {
+	address := serve(t, func(nc net.Conn) { _, _ = io.Copy(io.Discard, nc) })
+	held, err := Hold(Spec{Address: address, Conns: 1, Size: 64, Patience: 20 * time.Millisecond})
+	if err == nil {
+		held.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "no echo within") {
+		t.Errorf("error %v, want one that says that there was no echo", err)
+	}
+}
+
+func TestHoldHasEachConnectionSayOneThing(t *testing.T) {
+	heard := make(chan int, 10)
+	address := serve(t, func(nc net.Conn) {
+		buf := make([]byte, 4096)
+		n, _ := nc.Read(buf)
+		_, _ = nc.Write(buf[:n])
+		heard <- n
+		_, _ = nc.Read(buf) // to the end
+	})
+	held, err := Hold(Spec{Address: address, Conns: cap(heard), Size: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	for range cap(heard) {
+		if n := <-heard; n != 64 {
+			t.Errorf("a connection said %d bytes, want 64", n)
+		}
+	}
+}

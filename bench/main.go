@@ -1,0 +1,175 @@
+// Command bench measures echod beside other echo servers: CPU time for an echo, throughput, latency,
+// memory of idle connections, churn, the drain and the listing of many connections. It runs on Linux.
+//
+// Each measurement starts a server as a process of its own, puts load on it from another process, and
+// stops it. The contenders take turns, several rounds of it.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	var err error
+	if len(os.Args) > 1 && os.Args[1] == loadCommand {
+		err = loadMain(os.Args[2:], os.Stdin, os.Stdout)
+	} else {
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		err = benchMain(ctx, os.Args[1:])
+		stop()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+// flags are the command's, as given.
+type flags struct {
+	quick  bool
+	only   string
+	shapes string
+	rounds int
+	length time.Duration
+	render bool
+	out    string
+}
+
+func benchMain(ctx context.Context, args []string) error {
+	var f flags
+	set := flag.NewFlagSet("bench", flag.ExitOnError)
+	set.BoolVar(&f.quick, "quick", false, "take two minutes: one round, pinned, memory of 1,000 connections only")
+	set.StringVar(&f.only, "only", "", "measure only these `contenders`, such as echod;gnet")
+	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
+	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds, for another one than the usual")
+	set.DurationVar(&f.length, "time", 0, "`time` that each measurement counts, for another one than the usual")
+	set.StringVar(&f.out, "out", "out", "`directory` for benchmarks.md and what belongs to it")
+	set.BoolVar(&f.render, "render", false, "measure nothing: make the report again from the results in the directory")
+	if err := set.Parse(args); err != nil {
+		return err
+	}
+	if set.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q", set.Arg(0))
+	}
+	if f.render {
+		r, err := readResults(resultsFile(f.out))
+		if err != nil {
+			return err
+		}
+		return write(r, f.out, os.Stdout)
+	}
+	r, err := measureAll(ctx, f)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(plotsDir(f.out), 0o755); err != nil {
+		return err
+	}
+	if err := r.save(resultsFile(f.out)); err != nil {
+		return err
+	}
+	return write(r, f.out, os.Stdout)
+}
+
+// plotsDir is where what belongs to the report in out is.
+func plotsDir(out string) string { return filepath.Join(out, "benchmarks") }
+
+func resultsFile(out string) string { return filepath.Join(plotsDir(out), "results.json") }
+
+func measureAll(ctx context.Context, f flags) (*results, error) {
+	s, err := f.suite()
+	if err != nil {
+		return nil, err
+	}
+	chosen, err := choose("contender", f.only, contenders, func(c contender) string { return c.Name })
+	if err != nil {
+		return nil, err
+	}
+	if s.results.Machine, err = thisMachine(); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp("", "bench-bin-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	s.say("building")
+	if s.contenders, s.results.Missing, err = buildAll(ctx, dir, chosen); err != nil {
+		return nil, err
+	}
+	for _, b := range s.contenders {
+		s.results.Contenders = append(s.results.Contenders, entrant{b.Name, b.About, b.version})
+	}
+	if err := s.run(ctx); err != nil {
+		return nil, err
+	}
+	s.say("measured in %v", time.Since(s.results.Began).Round(time.Second))
+	return s.results, nil
+}
+
+// suite gives what the flags mean.
+func (f flags) suite() (*suite, error) {
+	place, err := pinned()
+	if err != nil {
+		return nil, err
+	}
+	s := &suite{
+		places: []placement{place, unpinned()}, shapes: shapes,
+		rounds: map[string]int{pinnedName: 5, unpinnedName: 3}, length: 1500 * time.Millisecond,
+		holding: []int{1000, 5000, 15000}, holdRounds: 2, settle: time.Second, crowd: 15000,
+		besideRounds: 4, besideLength: 5 * time.Second, // several disturbances
+		progress: os.Stderr, results: &results{Began: time.Now(), Quick: f.quick},
+	}
+	if f.quick {
+		s.places = s.places[:1]
+		s.rounds = map[string]int{pinnedName: 1}
+		s.length = 400 * time.Millisecond
+		s.holding, s.holdRounds, s.crowd = []int{1000}, 1, 0
+	}
+	if f.shapes != "" && f.shapes != "none" {
+		s.holdRounds, s.crowd = 0, 0
+	}
+	if f.rounds > 0 {
+		for place := range s.rounds {
+			s.rounds[place] = f.rounds
+		}
+	}
+	if f.length > 0 {
+		s.length = f.length
+	}
+	s.results.Length, s.results.Crowd = s.length, s.crowd
+	s.shapes, err = choose("shape", f.shapes, s.shapes, func(s shape) string { return s.Name })
+	return s, err
+}
+
+// choose picks what a flag names, with semicolons between, in the order of all; everything when it is empty.
+func choose[T any](what, names string, all []T, name func(T) string) (chosen []T, err error) {
+	if names == "" {
+		return all, nil
+	}
+	var known []string
+	for _, v := range all {
+		known = append(known, name(v))
+	}
+	wanted := strings.Split(names, ";")
+	for _, w := range wanted {
+		if !slices.Contains(known, w) {
+			return nil, fmt.Errorf("unknown %s %q: there are %s", what, w, strings.Join(known, "; "))
+		}
+	}
+	for _, v := range all {
+		if slices.Contains(wanted, name(v)) {
+			chosen = append(chosen, v)
+		}
+	}
+	return chosen, nil
+}

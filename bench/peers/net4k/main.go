@@ -1,0 +1,39 @@
+// Net4k is the echo server of the textbooks: package net, a goroutine per connection, and a buffer of 4 KiB for each.
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+)
+
+func echo(c net.Conn) {
+	defer c.Close()
+	buf := make([]byte, 4096)
+	for {
+		n, err := c.Read(buf)
+		if err != nil {
+			return
+		}
+		if _, err := c.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+func main() {
+	ln, err := net.Listen("tcp", os.Args[1])
+	fail(err)
+	for {
+		c, err := ln.Accept()
+		fail(err)
+		go echo(c)
+	}
+}
+
+func fail(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}

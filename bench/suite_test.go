@@ -1,0 +1,171 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"echod/bench/load"
+)
+
+// The load is this program, started anew.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == loadCommand {
+		if err := loadMain(os.Args[2:], os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// All contenders are built, run and loaded in every shape, if only for a moment, and a report is made of it.
+func TestEveryContenderTakesPart(t *testing.T) {
+	place, err := pinned()
+	if err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	ready, missing, err := buildAll(t.Context(), dir, contenders)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(missing) > 0 {
+		if os.Getenv("ECHOD_TEST_REQUIRE") == "1" {
+			t.Fatalf("missing: %v", missing)
+		}
+		t.Logf("missing: %v", missing)
+	}
+	var progress bytes.Buffer
+	s := &suite{
+		contenders: ready, places: []placement{place, unpinned()}, shapes: shapes,
+		rounds: map[string]int{pinnedName: 1, unpinnedName: 1}, length: 20 * time.Millisecond,
+		holding: []int{20, 60}, holdRounds: 1, settle: 10 * time.Millisecond,
+		crowd: 100, besideRounds: 1, besideLength: 1200 * time.Millisecond,
+		progress: &progress, results: &results{Began: time.Now(), Crowd: 100},
+	}
+	for i := range s.shapes { // as they are, but for a crowd that would take its time
+		s.shapes[i].Conns = min(s.shapes[i].Conns, 100)
+	}
+	for _, b := range ready {
+		s.results.Contenders = append(s.results.Contenders, entrant{b.Name, b.About, b.version})
+	}
+	if err := s.run(t.Context()); err != nil {
+		t.Fatalf("%v\n%s", err, progress.String())
+	}
+	if failures := s.results.Failures(); len(failures) > 0 {
+		t.Errorf("failed: %s", strings.Join(failures, "\n"))
+	}
+	for _, run := range s.results.Beside {
+		if (run.Times > 0) != (run.Disturbance != disturbances[0].Name) {
+			t.Errorf("%s, %s: there was %s %d times", run.Shape, run.Place, run.Disturbance, run.Times)
+		}
+	}
+
+	out := t.TempDir()
+	if err := os.Mkdir(plotsDir(out), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.results.save(resultsFile(out)); err != nil {
+		t.Fatal(err)
+	}
+	again, err := readResults(resultsFile(out))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var summary bytes.Buffer
+	if err := write(again, out, &summary); err != nil {
+		t.Fatal(err)
+	}
+	report, err := os.ReadFile(filepath.Join(out, "benchmarks.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range ready {
+		for what, text := range map[string]string{"report": string(report), "summary": summary.String()} {
+			if !strings.Contains(text, b.Name) {
+				t.Errorf("the %s does not name %s", what, b.Name)
+			}
+		}
+	}
+	for _, plot := range []string{"cpu.svg", "latency.svg", "memory.svg", "churn.svg"} {
+		text, err := os.ReadFile(filepath.Join(plotsDir(out), plot))
+		if err != nil || !strings.Contains(string(text), subject) {
+			t.Errorf("%s: error %v, or it does not show %s", plot, err, subject)
+		}
+	}
+}
+
+func TestAServerThatDoesNotStartIsNamedWithWhatItSaid(t *testing.T) {
+	b := built{contender: contender{Name: "broken"}, command: []string{"sh", "-c", "echo no such luck >&2; exit 3"}}
+	_, err := start(t.Context(), b, nil)
+	for _, want := range []string{"broken", "no such luck", "3"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("error %v, want one that says %q", err, want)
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	name := func(s string) string { return s }
+	all := []string{"a", "b, c", "d"}
+	if got, err := choose("letter", "d;b, c", all, name); err != nil || strings.Join(got, "|") != "b, c|d" {
+		t.Errorf("chosen %q, %v", got, err)
+	}
+	if got, err := choose("letter", "", all, name); err != nil || len(got) != 3 {
+		t.Errorf("nothing named: %q, %v, want all", got, err)
+	}
+	if _, err := choose("letter", "e", all, name); err == nil || !strings.Contains(err.Error(), `unknown letter "e"`) {
+		t.Errorf("error %v, want one that names what is unknown", err)
+	}
+}
+
+// fabricated results: the subject takes so much CPU time for an echo, gnet 10 µs and the floor 8.
+func fabricated(subjectCPU time.Duration) *results {
+	r := &results{Crowd: 15000}
+	for name, cpu := range map[string]time.Duration{subject: subjectCPU, "gnet": 10 * time.Microsecond, floor: 8 * time.Microsecond} {
+		r.Contenders = append(r.Contenders, entrant{Name: name})
+		for slower := range time.Duration(3) { // only the best round counts
+			r.addRun(pinnedName, shapes[0].Name, name, load.Result{Echoes: 10, Elapsed: time.Second, ServerCPU: 10 * (cpu + slower*time.Microsecond)}, nil)
+		}
+	}
+	return r
+}
+
+func TestGoalsAreReachedOrMissed(t *testing.T) {
+	for _, c := range []struct {
+		cpu     time.Duration
+		reached []bool
+	}{
+		{10 * time.Microsecond, []bool{true, true}},
+		{11 * time.Microsecond, []bool{false, true}},
+		{12 * time.Microsecond, []bool{false, false}},
+	} {
+		goals := fabricated(c.cpu).Goals()
+		if len(goals) != 2 || goals[0].Reached != c.reached[0] || goals[1].Reached != c.reached[1] {
+			t.Errorf("%v: goals %+v, want reached: %v", c.cpu, goals, c.reached)
+		}
+	}
+}
+
+func TestTableRanksByCPUTime(t *testing.T) {
+	lines := fabricated(9*time.Microsecond).Table(pinnedName, shapes[0])
+	if len(lines) != 3 {
+		t.Fatalf("lines %+v, want 3", lines)
+	}
+	for i, want := range []line{
+		{Name: floor, CPU: "8.00", Floor: "1.00", Rival: "0.80", Spread: "12 %"},
+		{Name: subject, Own: true, CPU: "9.00", Floor: "1.12", Rival: "0.90", Spread: "11 %"},
+		{Name: "gnet", CPU: "10.0", Floor: "1.25", Rival: "1.00", Spread: "10 %"},
+	} {
+		want.PerSecond, want.P50, want.P99, want.P999 = "10", "0.00", "0.00", "0.00"
+		if lines[i] != want {
+			t.Errorf("line %d is %+v, want %+v", i, lines[i], want)
+		}
+	}
+}
