@@ -33,6 +33,7 @@ func newAcceptor(s *Server, ln net.Listener) *acceptor {
 		a.inherited, a.ln = true, in.Listener
 	}
 	a.waker, _ = a.ln.(interface{ SetDeadline(time.Time) error })
+	a.roused = a.waker != nil // it may come with a deadline
 	return a
 }
 

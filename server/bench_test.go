@@ -164,10 +164,7 @@ func BenchmarkSweep(b *testing.B) {
 		s := newCrowd(b, n, Echo, Options{IdleTimeout: 24 * time.Hour, StallTimeout: 24 * time.Hour})
 		b.ReportAllocs()
 		for b.Loop() {
-			now := time.Now()
-			for _, c := range s.snapshot() {
-				s.inspect(c, now)
-			}
+			s.inspectAll(time.Now())
 		}
 		reportPerConn(b, n)
 		for _, c := range s.snapshot() {

@@ -27,15 +27,16 @@ var buffers = [...]struct {
 }
 
 // after is the size to use after a read of n bytes into a buffer of size s: a larger one when that was
-// full, a smaller one when that would have done.
-func (s bufferSize) after(n int) bufferSize {
+// full, a smaller one when that would have done, and would have the time before. It reports whether it would.
+func (s bufferSize) after(n int, smallBefore bool) (next bufferSize, small bool) {
+	small = s > smallBuffer && n < buffers[s-1].bytes
 	switch {
 	case s < largeBuffer && n == buffers[s].bytes:
-		return s + 1
-	case s > smallBuffer && n < buffers[s-1].bytes:
-		return s - 1
+		return s + 1, false
+	case small && smallBefore:
+		return s - 1, false
 	default:
-		return s
+		return s, small
 	}
 }
 

@@ -31,7 +31,6 @@ type Conn struct {
 	// Set once, by newConn, or by the ledger when it opens the connection (id).
 	nc     net.Conn
 	id     uint64
-	ip     netip.Addr // invalid when the client has none
 	opened time.Time
 
 	// Guarded by the lock of Server.book.
@@ -82,12 +81,12 @@ func newConn(s *Server, nc net.Conn) *Conn {
 	c := &Conn{srv: s, nc: nc, opened: time.Now()}
 	c.setPhase(Waiting)
 	c.touch()
-	c.ip = addressOf(nc.RemoteAddr())
 	return c
 }
 
-// addressOf is the IP address in a; invalid where it has none.
-func addressOf(a net.Addr) netip.Addr {
+// ip is the client's address; invalid where it has none.
+func (c *Conn) ip() netip.Addr {
+	a := c.RemoteAddr()
 	if tcp, ok := a.(*net.TCPAddr); ok {
 		return tcp.AddrPort().Addr().Unmap()
 	}

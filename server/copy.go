@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -17,7 +18,7 @@ const copyBurst = 16
 // echo, a message costs no allocation and no system call but reading and writing it.
 //
 // Like Read it is for one goroutine at a time. Deadlines and the end of the connection count as in
-// Read and Write.
+// Read and Write; a write deadline, only for a write that has to wait for the client.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	cp := &copier{src: c, dst: w, echo: w == io.Writer(c)}
 	if raw := rawConn(c.nc); raw != nil {
@@ -32,6 +33,7 @@ type copier struct {
 	dst  io.Writer
 	buf  *buffer // nil while the client is silent
 	size bufferSize
+	slim bool // a smaller buffer would have done for the last read
 	echo bool // dst is src
 
 	visited   bool
@@ -65,9 +67,17 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 		case cp.err != nil:
 			return cp.written, c.explain(c.readError(cp.err))
 		case err != nil:
-			return cp.written, c.explain(err)
+			return cp.written, c.explain(asRead(err))
 		}
 	}
+}
+
+// asRead calls by its name what package net calls a raw read.
+func asRead(err error) error {
+	if oe, ok := errors.AsType[*net.OpError](err); ok {
+		oe.Op = "read"
+	}
+	return err
 }
 
 // readError wraps what read(2) said as package net does.
@@ -91,7 +101,7 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 		if cp.buf == nil {
 			cp.buf = takeBuffer(cp.size)
 		}
-		n, more, err := readFD(fd, cp.buf, cp.announced)
+		n, left, err := readFD(fd, cp.buf, cp.announced)
 		switch {
 		case wouldBlock(err):
 			cp.release()
@@ -105,12 +115,12 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 		}
 		c.bytesIn.Add(uint64(n))
 		c.touch()
-		cp.read, cp.rest = n, cp.buf.bytes[:n]
+		cp.read, cp.rest = n, cp.buf.bytes[:n:n]
 		if !cp.echo || !cp.writeNow(fd) {
 			return true
 		}
 		cp.adapt()
-		if !more {
+		if left == 0 {
 			cp.release()
 			return false
 		}
@@ -154,6 +164,9 @@ func (cp *copier) writeRest() (err error) {
 		cp.src.unlockWrite()
 	} else {
 		n, err = cp.dst.Write(cp.rest)
+		if n < 0 || n > len(cp.rest) {
+			n, err = 0, errInvalidWrite
+		}
 	}
 	cp.written += int64(n)
 	if err == nil && n < len(cp.rest) {
@@ -166,12 +179,15 @@ func (cp *copier) writeRest() (err error) {
 
 // adapt chooses the size of the next buffer by what the last read brought.
 func (cp *copier) adapt() {
-	next := cp.buf.size.after(cp.read)
+	var next bufferSize
+	next, cp.slim = cp.buf.size.after(cp.read, cp.slim)
 	if next != cp.buf.size {
 		cp.release()
 		cp.size = next
 	}
 }
+
+var errInvalidWrite = errors.New("a writer says that it wrote more than it was given")
 
 func (cp *copier) release() {
 	if cp.buf != nil {

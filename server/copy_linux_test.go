@@ -119,7 +119,7 @@ func socketOf(t *testing.T, nc net.Conn) (fd uintptr) {
 }
 
 // What is left decides whether an echo waits for more, so a pending end of stream must count.
-func TestReadTellsWhetherMoreIsLeft(t *testing.T) {
+func TestReadTellsWhatIsLeft(t *testing.T) {
 	ln, err := Listen(t.Context(), "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -145,17 +145,17 @@ func TestReadTellsWhetherMoreIsLeft(t *testing.T) {
 		}
 	}
 	b := &buffer{bytes: make([]byte, 4)}
-	wantRead := func(text string, more bool) {
+	wantRead := func(text string, left int) {
 		t.Helper()
-		n, gotMore, err := readFD(fd, b, true)
-		if err != nil || string(b.bytes[:n]) != text || gotMore != more {
-			t.Errorf("read %q, more: %t, error %v; want %q, more: %t", b.bytes[:n], gotMore, err, text, more)
+		n, gotLeft, err := readFD(fd, b, true)
+		if err != nil || string(b.bytes[:n]) != text || gotLeft != left {
+			t.Errorf("read %q, %d left, error %v; want %q, %d left", b.bytes[:n], gotLeft, err, text, left)
 		}
 	}
 	send(t, client, "abcdef")
 	arrive(6)
-	wantRead("abcd", true)
-	wantRead("ef", false)
+	wantRead("abcd", 2)
+	wantRead("ef", 0)
 	if _, _, err := readFD(fd, b, true); !wouldBlock(err) {
 		t.Errorf("reading what is not there: %v, want EAGAIN", err)
 	}
@@ -169,8 +169,8 @@ func TestReadTellsWhetherMoreIsLeft(t *testing.T) {
 		}
 		ended = info.State == unix.BPF_TCP_CLOSE_WAIT
 	}
-	wantRead("gh", true)
-	wantRead("", true)
+	wantRead("gh", 1)
+	wantRead("", 1)
 }
 
 // A Unix socket's client may send file descriptors along. Nobody here wants them, or would close them.
@@ -201,4 +201,15 @@ func TestWriteToTakesNoFileDescriptors(t *testing.T) {
 		t.Errorf("reading from the pipe: %d, %v; want its end, since nobody holds the other one", n, err)
 	}
 	unix.Close(pipe[0])
+}
+
+func TestAtLeastComparesReleases(t *testing.T) {
+	for release, want := range map[string]bool{
+		"6.18.44-fc-v669": true, "5.1": true, "5.1.0": true, "5.10-rc1": true, "10.0.1": true,
+		"5.0.21": false, "4.4.0": false, "4.19.0-25-amd64": false, "": false, "next": false, "5": false,
+	} {
+		if got := atLeast(release, 5, 1); got != want {
+			t.Errorf("%q is at least 5.1: %t, want %t", release, got, want)
+		}
+	}
 }

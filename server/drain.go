@@ -223,8 +223,8 @@ func (s *Server) tellAll() {
 	})
 	d := s.drainInfo()
 	notice := s.opts.Notice.render(d.Reason, time.Now(), d.Deadline)
-	for c := range inTurns(conns) {
-		s.tell(c, notice)
+	for c := range inTurns(conns, promptTurn) {
+		s.tell(c, notice, s.tooLateToTell())
 	}
 }
 
@@ -239,15 +239,24 @@ func (s *Server) tellIfDraining(c *Conn) {
 		}
 	})
 	if tell {
-		s.tell(c, s.opts.Notice.render(d.Reason, time.Now(), d.Deadline))
+		s.tell(c, s.opts.Notice.render(d.Reason, time.Now(), d.Deadline), false)
 	}
 }
 
-func (s *Server) tell(c *Conn, notice []byte) {
+// tellAfterDeadline is for how long after a deadline clients may still be told, of a crowd that was given no time.
+const tellAfterDeadline = 200 * time.Millisecond
+
+func (s *Server) tooLateToTell() (yes bool) {
+	s.book.With(func(l *ledger) { yes = l.drain.forced || time.Since(l.drain.deadline) > tellAfterDeadline })
+	return yes
+}
+
+// tell sends the notice, or books it as failed.
+func (s *Server) tell(c *Conn, notice []byte, tooLate bool) {
 	if len(notice) == 0 {
 		return
 	}
-	c.post(&posting{text: notice, settled: func(sent bool) {
+	settled := func(sent bool) {
 		if sent {
 			c.notified.Store(true)
 		}
@@ -258,7 +267,12 @@ func (s *Server) tell(c *Conn, notice []byte) {
 				l.drain.noticeFailed++
 			}
 		})
-	}})
+	}
+	if tooLate {
+		settled(false)
+		return
+	}
+	c.post(&posting{text: notice, settled: settled})
 }
 
 // awaitDeadline counts down until the last connection is closed, the deadline has passed, or all is forced.
@@ -300,7 +314,10 @@ func nextLine(left time.Duration) time.Duration {
 // how many handlers had to be left behind.
 func (s *Server) closeRest(conns []*Conn, forced bool) (stuck int) {
 	if !forced {
-		for c := range inTurns(conns) {
+		for c := range inTurns(conns, promptTurn) {
+			if s.forced() {
+				break
+			}
 			c.end(Deadline, ErrDeadline)
 		}
 		s.awaitFor(abortAfter, func(l *ledger) bool { return l.tasks == 0 || l.drain.forced })
@@ -341,6 +358,11 @@ func (s *Server) summarize(r Report) {
 
 func (s *Server) isDraining() (yes bool) {
 	s.book.With(func(l *ledger) { yes = l.state >= Draining })
+	return yes
+}
+
+func (s *Server) forced() (yes bool) {
+	s.book.With(func(l *ledger) { yes = l.drain.forced })
 	return yes
 }
 

@@ -23,9 +23,7 @@ func (s *Server) judge(l *ledger, c *Conn) (verdict, Reason) {
 		c.admitted = true
 		c.setPhase(Serving)
 		l.admitted++
-		if s.opts.MaxConnsPerIP > 0 && c.ip.IsValid() {
-			l.perIP[c.ip]++
-		}
+		l.perIP.enter(c)
 		l.tasks++
 	case refuse:
 		c.setPhase(Rejecting)
@@ -64,7 +62,7 @@ func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
 		return refuse, RejectedPaused
 	case l.holding():
 		return wait, 0
-	case s.opts.MaxConnsPerIP > 0 && l.perIP[c.ip] >= s.opts.MaxConnsPerIP:
+	case s.opts.MaxConnsPerIP > 0 && l.perIP.of(c) >= s.opts.MaxConnsPerIP:
 		return refuse, RejectedLimit
 	case !s.full(l):
 		return admit, 0

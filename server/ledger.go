@@ -1,7 +1,6 @@
 package server
 
 import (
-	"net/netip"
 	"slices"
 	"time"
 )
@@ -18,9 +17,9 @@ type ledger struct {
 
 	conns     table // open: from accept to close, whatever becomes of them
 	lastID    uint64
-	admitted  int                // of conns, those being served
-	perIP     map[netip.Addr]int // of admitted, by client address; only kept where a limit is set
-	rejecting int                // of conns, those being told why they are not served
+	admitted  int      // of conns, those being served
+	perIP     ipCounts // of admitted; only kept where there is a limit
+	rejecting int      // of conns, those being told why they are not served
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
@@ -75,11 +74,7 @@ func (l *ledger) settle(c *Conn, closed ClosedConn) bool {
 	switch {
 	case c.admitted:
 		l.admitted--
-		if c.ip.IsValid() && l.perIP[c.ip] > 1 {
-			l.perIP[c.ip]--
-		} else {
-			delete(l.perIP, c.ip)
-		}
+		l.perIP.leave(c)
 	case c.rejected:
 		l.rejecting--
 	}

@@ -17,7 +17,7 @@ type receiver struct{}
 
 func announceLeft(uintptr) bool { return false }
 
-func readFD(uintptr, *buffer, bool) (int, bool, error) { return 0, false, errors.ErrUnsupported }
+func readFD(uintptr, *buffer, bool) (int, int, error) { return 0, -1, errors.ErrUnsupported }
 
 func writeFD(uintptr, []byte) (int, error) { return 0, errors.ErrUnsupported }
 

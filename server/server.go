@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/netip"
 	"time"
 
 	"go.uber.org/zap"
@@ -51,7 +50,9 @@ func New(h Handler, opts Options) (*Server, error) {
 	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
 	s.book.With(func(l *ledger) {
 		l.state = Starting
-		l.perIP = make(map[netip.Addr]int)
+		if opts.MaxConnsPerIP > 0 {
+			l.perIP = make(ipCounts)
+		}
 	})
 	return s, nil
 }

@@ -12,7 +12,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// Status is the server at one instant: its figures agree with one another.
+// Status is the server at one instant: its figures agree with one another. Only the bytes may be a moment younger.
 type Status struct {
 	State             State
 	Started           time.Time
@@ -80,7 +80,7 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
-	for c := range inTurns(conns) { // not under the lock: those that close meanwhile keep their figures
+	for c := range inTurns(conns, quietTurn) { // not under the lock: those that close meanwhile keep their figures
 		st.BytesIn += c.BytesIn()
 		st.BytesOut += c.BytesOut()
 	}
@@ -115,7 +115,7 @@ func (c *Conn) Info() ConnInfo {
 func (s *Server) Conns() iter.Seq[ConnInfo] {
 	conns := s.snapshot()
 	return func(yield func(ConnInfo) bool) {
-		for c := range inTurns(conns) {
+		for c := range inTurns(conns, quietTurn) {
 			if !yield(c.Info()) {
 				return
 			}
@@ -147,7 +147,7 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc ends, like Kill, each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
-	for c := range inTurns(s.snapshot()) {
+	for c := range inTurns(s.snapshot(), promptTurn) {
 		if match(c.Info()) && s.kill(c) {
 			killed++
 		}
@@ -164,8 +164,8 @@ func (s *Server) kill(c *Conn) bool {
 	return true
 }
 
-// Notify sends the line "NOTICE text" to every client that is being served. It waits, a second at
-// the most, and returns how many texts the kernel took, and how many it did not. The error says what is
+// Notify sends the line "NOTICE text" to every client that is being served. It waits a second for the last of
+// them, and returns how many texts the kernel took, and how many it did not. The error says what is
 // wrong with text.
 func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err error) {
 	if text == "" {
@@ -175,12 +175,9 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 		return 0, 0, fmt.Errorf("notifying: text: %w", err)
 	}
 	conns := slices.DeleteFunc(s.snapshot(), func(c *Conn) bool { return Phase(c.phase.Load()) != Serving })
-
-	ctx, cancel := context.WithTimeoutCause(ctx, notifyTimeout, errWaitOver)
-	defer cancel()
 	var tally awaited[[2]int] // sent, failed
 	line := []byte("NOTICE " + text + "\n")
-	for c := range inTurns(conns) {
+	for c := range inTurns(conns, promptTurn) {
 		c.post(&posting{text: line, settled: func(ok bool) {
 			tally.With(func(n *[2]int) {
 				if ok {
@@ -191,6 +188,8 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 			})
 		}})
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, notifyTimeout, errWaitOver)
+	defer cancel()
 	_ = tally.Await(ctx, func(n *[2]int) bool { return n[0]+n[1] == len(conns) })
 	tally.With(func(n *[2]int) { sent = n[0] })
 	failed = len(conns) - sent

@@ -29,9 +29,7 @@ func (s *Server) sweep() {
 		case <-s.sweepCtx.Done():
 			return
 		case now := <-tick.C:
-			for c := range inTurns(s.snapshot()) {
-				s.inspect(c, now)
-			}
+			s.inspectAll(now)
 		}
 	}
 }
@@ -43,6 +41,12 @@ func (s *Server) endSweep() {
 	s.book.With(func(l *ledger) { started = l.sweeping })
 	if started {
 		<-s.sweeper
+	}
+}
+
+func (s *Server) inspectAll(now time.Time) {
+	for c := range inTurns(s.snapshot(), quietTurn) {
+		s.inspect(c, now)
 	}
 }
 

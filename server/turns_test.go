@@ -2,9 +2,9 @@ package server
 
 import (
 	"io"
-	"net"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -15,10 +15,10 @@ func TestInTurnsRangesOverAllInOrder(t *testing.T) {
 	for i := range conns {
 		conns[i] = new(Conn)
 	}
-	if got := slices.Collect(inTurns(conns)); !slices.Equal(got, conns) {
+	if got := slices.Collect(inTurns(conns, promptTurn)); !slices.Equal(got, conns) {
 		t.Error("those ranged over are not those given")
 	}
-	for c := range inTurns(conns) {
+	for c := range inTurns(conns, promptTurn) {
 		if c != conns[0] {
 			t.Error("it went on after a break")
 		}
@@ -26,42 +26,52 @@ func TestInTurnsRangesOverAllInOrder(t *testing.T) {
 	}
 }
 
-// Where there is one CPU, who has become ready to read does not wait for the end of what concerns all connections.
-func TestInTurnsLetsOthersGoFirst(t *testing.T) {
+// Where there is one CPU, clients who have become ready to read do not wait for the end of what concerns all connections, and
+// a rest is there for all of them, not for one.
+func TestInTurnsLetsAllOthersGoFirst(t *testing.T) {
+	const readers = 64
+	ln := listen(t)
+	var reading sync.WaitGroup
+	defer reading.Wait()
+	var served atomic.Int64
+	var clients []io.Writer
+	for range readers {
+		client := dialTCP(t, ln.Addr())
+		nc, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		clients = append(clients, client)
+		reading.Go(func() {
+			defer nc.Close()
+			for buf := make([]byte, 1); ; {
+				if _, err := io.ReadFull(nc, buf); err != nil {
+					return
+				}
+				served.Add(1)
+			}
+		})
+	}
+	defer func() {
+		for _, c := range clients {
+			_ = c.(io.Closer).Close()
+		}
+	}()
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	ln, err := Listen(t.Context(), "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	client := dialTCP(t, ln.Addr())
-	served, err := ln.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer served.Close()
-	var wasServed atomic.Bool
-	reading := make(chan struct{})
-	done := make(chan struct{})
-	go func(nc net.Conn) {
-		defer close(done)
-		close(reading)
-		_, _ = io.ReadFull(nc, make([]byte, 1))
-		wasServed.Store(true)
-	}(served)
-	<-reading
 
-	const work = 4 * turn // and less than after what the scheduler steps in
-	inBetween := false
-	send(t, client, "x")
+	const turn = time.Millisecond
+	const work = 4 * turn // the scheduler would step in after 10 ms
+	for _, c := range clients {
+		send(t, c, "x")
+	}
 	began := time.Now()
-	for range inTurns(make([]*Conn, 1000)) {
+	var during int64
+	for range inTurns(make([]*Conn, 1000), turn) {
 		for each := time.Now(); time.Since(each) < work/1000; {
 		}
-		inBetween = inBetween || wasServed.Load()
+		during = served.Load()
 	}
-	<-done
-	if !inBetween {
-		t.Errorf("a reader was not served in the %v that it took", time.Since(began))
+	if during != readers {
+		t.Errorf("%d of %d readers were served in the %v that it took", during, readers, time.Since(began))
 	}
 }

@@ -9,9 +9,9 @@ type receiver struct{}
 // announceLeft is false: these systems do not tell with what is read how much there is left.
 func announceLeft(uintptr) bool { return false }
 
-func readFD(fd uintptr, b *buffer, _ bool) (n int, more bool, err error) {
+func readFD(fd uintptr, b *buffer, _ bool) (n, left int, err error) {
 	n, err = once(unix.Read, fd, b.bytes)
-	return n, true, err
+	return n, -1, err
 }
 
 func writeFD(fd uintptr, p []byte) (int, error) { return once(unix.Write, fd, p) }
