@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"time"
 
 	"echod/bench/load"
@@ -17,17 +17,19 @@ import (
 // A disturbance is what an operator has done once a second, to a crowd of silent connections, while others are served.
 type disturbance struct {
 	Name   string
-	method string
-	path   string
-	body   string
-	notice string // that clients see
+	Method string // empty for nothing
+	Path   string
+	Body   string
+	Notice string // that clients see
+	Socket string // of the control plane
+	Crowd  int    // how many stay, and so are told; others may leave at that moment
 }
 
 // The first is the measure for the others.
 var disturbances = []disturbance{
 	{Name: "nothing"},
-	{Name: listing, method: http.MethodGet, path: "/v1/conns"},
-	{Name: "a notice", method: http.MethodPost, path: "/v1/notify", body: `{"text":"hello"}`, notice: "NOTICE hello\n"},
+	{Name: listing, Method: http.MethodGet, Path: "/v1/conns"},
+	{Name: "a notice", Method: http.MethodPost, Path: "/v1/notify", Body: `{"text":"hello"}`, Notice: "NOTICE hello\n"},
 }
 
 // listing is the name of the disturbance that lists all connections.
@@ -63,11 +65,12 @@ func (s *suite) runBeside(ctx context.Context) error {
 	return nil
 }
 
-func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) error {
+func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) (err error) {
 	crowd, err := s.startCrowd(ctx, jobHold, p, s.crowd, place.load)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, crowd.end()) }()
 	for round := range s.besideRounds {
 		for _, sh := range s.shapes {
 			if sh.Name != shapes[0].Name && !sh.Churn {
@@ -84,41 +87,38 @@ func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) er
 			}
 		}
 	}
-	return crowd.end()
+	return nil
 }
 
 // disturbed measures, with d once a second.
 func (s *suite) disturbed(ctx context.Context, p *process, sh shape, place placement, d disturbance) (run besideRun, err error) {
 	run = besideRun{Place: place.Name, Shape: sh.Name, Disturbance: d.Name}
-	spec := sh.spec(p, s.besideLength)
-	spec.Notice = d.notice
-	l, err := startLoad(ctx, jobRun, spec, place.load)
+	d.Socket, d.Crowd = controlSocket(p.dir), s.crowd
+	operator, err := startLoad(ctx, jobDisturb, d, place.load)
 	if err != nil {
 		return run, err
 	}
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	var operator sync.WaitGroup
-	var failed error
-	if d.method != "" {
-		operator.Go(func() { run.Times, failed = d.keep(ctx, controlSocket(p.dir)) })
-	}
-	err = l.answer(&run.Result)
-	stop(errMeasured)
-	operator.Wait()
+	spec := sh.spec(p, s.besideLength)
+	spec.Notice, spec.Corrected = d.Notice, true
+	l, err := startLoad(ctx, jobRun, spec, place.load)
 	if err != nil {
-		return run, errors.Join(err, failed)
+		return run, errors.Join(err, operator.end())
 	}
-	return run, errors.Join(l.end(), failed)
+	if err := l.answer(&run.Result); err != nil {
+		return run, errors.Join(err, operator.end())
+	}
+	_ = operator.hangUp.Close()
+	if err := operator.answer(&run.Times); err != nil {
+		return run, errors.Join(fmt.Errorf("the operator: %w", err), l.end())
+	}
+	return run, errors.Join(l.end(), operator.end())
 }
 
-var errMeasured = errors.New("the measurement is over")
-
-// keep makes the disturbance once a second until ctx ends, which is no error, and returns how often.
-func (d disturbance) keep(ctx context.Context, socket string) (times int, err error) {
+// keep makes the disturbance once a second until done is closed, and returns how often.
+func (d disturbance) keep(done <-chan struct{}) (times int, err error) {
 	client := &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
+			return new(net.Dialer).DialContext(ctx, "unix", d.Socket)
 		},
 	}}
 	defer client.CloseIdleConnections()
@@ -126,24 +126,24 @@ func (d disturbance) keep(ctx context.Context, socket string) (times int, err er
 	defer tick.Stop()
 	for {
 		select {
-		case <-ctx.Done():
+		case <-done:
 			return times, nil
 		case <-tick.C:
 		}
-		if err := d.once(context.WithoutCancel(ctx), client); err != nil {
-			return times, err
+		if d.Method == "" {
+			continue
+		}
+		if err := d.once(client); err != nil {
+			return times, fmt.Errorf("%s: %w", d.Name, err)
 		}
 		times++
 	}
 }
 
-func (d disturbance) once(ctx context.Context, client *http.Client) error {
-	request, err := http.NewRequestWithContext(ctx, d.method, "http://echod"+d.path, strings.NewReader(d.body))
+func (d disturbance) once(client *http.Client) error {
+	request, err := http.NewRequest(d.Method, "http://echod"+d.Path, strings.NewReader(d.Body))
 	if err != nil {
 		return err
-	}
-	if d.body != "" {
-		request.Header.Set("Content-Type", "application/json")
 	}
 	answer, err := client.Do(request)
 	if err != nil {
@@ -153,6 +153,16 @@ func (d disturbance) once(ctx context.Context, client *http.Client) error {
 	if answer.StatusCode != http.StatusOK {
 		return errors.New(answer.Status)
 	}
-	_, err = io.Copy(io.Discard, answer.Body)
-	return err
+	if d.Notice == "" {
+		_, err = io.Copy(io.Discard, answer.Body)
+		return err
+	}
+	var told struct{ Sent, Failed int }
+	if err := json.NewDecoder(answer.Body).Decode(&told); err != nil {
+		return err
+	}
+	if told.Sent < d.Crowd {
+		return fmt.Errorf("%d clients were told, and %d were not, of whom %d stay", told.Sent, told.Failed, d.Crowd)
+	}
+	return nil
 }

@@ -60,7 +60,10 @@ func build(ctx context.Context, dir string, c contender) (b built, err error) {
 		if err := run(ctx, where, "go", "build", "-trimpath", "-buildvcs=false", "-tags", c.tags, "-o", binary, source); err != nil {
 			return b, err
 		}
-		if c.module != "" {
+		switch {
+		case c.Name == subject:
+			b.version, err = firstLine(ctx, "git", "describe", "--always", "--dirty")
+		case c.module != "":
 			b.version, err = firstLine(ctx, "go", "list", "-m", "-f", "{{.Version}}", c.module)
 		}
 	}

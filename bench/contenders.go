@@ -45,7 +45,7 @@ var contenders = []contender{
 	{Name: "gnet", About: "event loops", source: "./peers/gnet", tags: "poll_opt", module: "github.com/panjf2000/gnet/v2"},
 	{Name: "netpoll", About: "event loops, which hand requests to goroutines", source: "./peers/netpoll", module: "github.com/cloudwego/netpoll"},
 	{Name: "nbio", About: "event loops", source: "./peers/nbio", module: "github.com/lesismal/nbio"},
-	{Name: "evio", About: "event loops", source: "./peers/evio", module: "github.com/tidwall/evio"},
+	{Name: "evio", About: "event loops; it cannot turn Nagle's algorithm off, which holds it up in bulk", source: "./peers/evio", module: "github.com/tidwall/evio"},
 	{Name: "tcpserver", About: "a goroutine per connection, from a pool", source: "./peers/tcpserver", module: "github.com/maurice2k/tcpserver"},
 	{Name: net4KiB, About: "package net, a goroutine per connection, Read and Write with a buffer of 4 KiB", source: "./peers/net4k"},
 	{Name: netCopy, About: "package net, a goroutine per connection, io.Copy, which splices", source: "./peers/netcopy"},

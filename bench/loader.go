@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -23,9 +22,10 @@ const loadCommand = "load"
 type job string
 
 const (
-	jobRun   job = "run"   // put load on the server, print a load.Result
-	jobHold  job = "hold"  // open connections, print "null", hold them until the input ends
-	jobDrain job = "drain" // open connections, end the server, print a load.Drained
+	jobRun     job = "run"     // put load on the server, print a load.Result
+	jobHold    job = "hold"    // open connections, print null, hold them until the input ends
+	jobDrain   job = "drain"   // open connections, end the server, print a load.Drained
+	jobDisturb job = "disturb" // print null, make a disturbance once a second until the input ends, print how often
 )
 
 // loadMain is what the process of a load does.
@@ -33,49 +33,67 @@ func loadMain(args []string, in io.Reader, out io.Writer) error {
 	if len(args) != 2 {
 		return errors.New("want a job and its spec")
 	}
+	answer := json.NewEncoder(out)
+	if job(args[0]) == jobDisturb {
+		var d disturbance
+		if err := json.Unmarshal([]byte(args[1]), &d); err != nil {
+			return fmt.Errorf("reading the disturbance: %w", err)
+		}
+		times, err := d.keep(ended(in))
+		if err != nil {
+			return err
+		}
+		return answer.Encode(times)
+	}
 	var spec load.Spec
 	if err := json.Unmarshal([]byte(args[1]), &spec); err != nil {
 		return fmt.Errorf("reading the spec: %w", err)
 	}
-	var answer any
-	switch job(args[0]) {
-	case jobRun:
+	if job(args[0]) == jobRun {
 		result, err := load.Run(spec)
 		if err != nil {
 			return err
 		}
-		answer = result
-	case jobHold, jobDrain:
-		held, err := load.Hold(spec)
-		if err != nil {
-			return err
-		}
-		defer held.Close()
-		if job(args[0]) == jobHold {
-			defer io.Copy(io.Discard, in)
-			break
-		}
-		drained, err := held.Drain()
-		if err != nil {
-			return err
-		}
-		answer = drained
-	default:
-		return fmt.Errorf("unknown job %q", args[0])
+		return answer.Encode(result)
 	}
-	return json.NewEncoder(out).Encode(answer)
+	held, err := load.Hold(spec)
+	if err != nil {
+		return err
+	}
+	defer held.Close()
+	if job(args[0]) == jobHold {
+		if err := answer.Encode(nil); err != nil {
+			return err
+		}
+		return held.ReadUntil(ended(in))
+	}
+	drained, err := held.Drain()
+	if err != nil {
+		return err
+	}
+	return answer.Encode(drained)
+}
+
+// ended returns a channel that is closed when the input ends. Its goroutine ends with that, or with the process.
+func ended(in io.Reader) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = io.Copy(io.Discard, in)
+	}()
+	return done
 }
 
 // A loader is a load under way.
 type loader struct {
 	cmd    *exec.Cmd
 	hangUp io.Closer // its input: it ends when that ends
-	out    *bufio.Reader
+	out    *json.Decoder
 	said   bytes.Buffer // to stderr
 }
 
 // startLoad starts the process of a load.
-func startLoad(ctx context.Context, j job, spec load.Spec, on cpus) (*loader, error) {
+func startLoad(ctx context.Context, j job, spec any, on cpus) (*loader, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -85,6 +103,7 @@ func startLoad(ctx context.Context, j job, spec load.Spec, on cpus) (*loader, er
 		return nil, err
 	}
 	l := &loader{cmd: exec.CommandContext(ctx, self, loadCommand, string(j), string(text))}
+	l.cmd.SysProcAttr = dieWithParent()
 	in, err := l.cmd.StdinPipe()
 	if err != nil {
 		return nil, err
@@ -94,7 +113,7 @@ func startLoad(ctx context.Context, j job, spec load.Spec, on cpus) (*loader, er
 	if err != nil {
 		return nil, err
 	}
-	l.out = bufio.NewReader(out)
+	l.out = json.NewDecoder(out)
 	l.cmd.Stderr = &l.said
 	if err := on.run(l.cmd.Start); err != nil {
 		return nil, fmt.Errorf("starting the load: %w", err)
@@ -104,7 +123,7 @@ func startLoad(ctx context.Context, j job, spec load.Spec, on cpus) (*loader, er
 
 // answer waits for what the load prints.
 func (l *loader) answer(into any) error {
-	err := json.NewDecoder(l.out).Decode(into)
+	err := l.out.Decode(into)
 	if err == nil {
 		return nil
 	}

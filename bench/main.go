@@ -124,10 +124,10 @@ func (f flags) suite() (*suite, error) {
 	}
 	s := &suite{
 		places: []placement{place, unpinned()}, shapes: shapes,
-		rounds: map[string]int{pinnedName: 5, unpinnedName: 3}, length: 1500 * time.Millisecond,
+		rounds: map[string]int{pinnedName: 7, unpinnedName: 3}, length: time.Second,
 		holding: []int{1000, 5000, 15000}, holdRounds: 2, settle: time.Second, crowd: 15000,
 		besideRounds: 4, besideLength: 5 * time.Second, // several disturbances
-		progress: os.Stderr, results: &results{Began: time.Now(), Quick: f.quick},
+		progress: os.Stderr, results: &results{Began: time.Now(), Seed: uint64(time.Now().UnixNano()), Quick: f.quick},
 	}
 	if f.quick {
 		s.places = s.places[:1]
@@ -135,7 +135,7 @@ func (f flags) suite() (*suite, error) {
 		s.length = 400 * time.Millisecond
 		s.holding, s.holdRounds, s.crowd = []int{1000}, 1, 0
 	}
-	if f.shapes != "" && f.shapes != "none" {
+	if f.shapes != "" {
 		s.holdRounds, s.crowd = 0, 0
 	}
 	if f.rounds > 0 {

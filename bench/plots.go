@@ -2,8 +2,10 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"image/color"
+	"io/fs"
 	"math"
 	"os"
 	"slices"
@@ -86,8 +88,11 @@ func panel(title, axis string, bars []bar, limit float64) (*plot.Plot, error) {
 
 // save writes panels, in so many columns, to an SVG file.
 func save(path string, panels []*plot.Plot, columns int) error {
-	if len(panels) == 0 {
-		return nil // nothing of it was measured
+	if len(panels) == 0 { // nothing of it was measured, so no older one is to be shown either
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
 	}
 	const width, height = 4.6 * vg.Inch, 2.7 * vg.Inch
 	rows := (len(panels) + columns - 1) / columns
@@ -128,23 +133,21 @@ func save(path string, panels []*plot.Plot, columns int) error {
 func plotCPU(r *results, path string) error {
 	var panels []*plot.Plot
 	for _, sh := range shapes {
-		unit, against := r.best(pinnedName, sh.Name, floor)
-		axis := "CPU time for an echo; the floor's is 1"
-		if !against {
-			unit, against = r.best(pinnedName, sh.Name, subject)
-			axis = "CPU time for an echo; echod's is 1"
-		}
-		if !against {
-			continue
+		unit := floor
+		if _, ok := r.typical(pinnedName, sh.Name, floor); !ok {
+			unit = subject
 		}
 		var bars []bar
 		for _, name := range r.ranked(pinnedName, sh.Name) {
-			run, _ := r.best(pinnedName, sh.Name, name)
-			times := float64(run.CPUPerEcho()) / float64(unit.CPUPerEcho())
-			bars = append(bars, bar{name, times, fmt.Sprintf("%.2f", times)})
+			if against, ok := r.ratio(pinnedName, sh.Name, name, unit, cpu); ok {
+				bars = append(bars, bar{name, against, times(against, true)})
+			}
+		}
+		if len(bars) == 0 {
+			continue
 		}
 		const cut = 4
-		p, err := panel(sh.Title, axis, bars, cut)
+		p, err := panel(sh.Title, "CPU time for an echo, as a multiple of "+unit+"'s", bars, cut)
 		if err != nil {
 			return err
 		}
@@ -159,14 +162,15 @@ func plotLatency(r *results, path string) error {
 	for _, sh := range shapes[:2] {
 		for _, l := range []struct {
 			name string
-			of   latency
+			of   figure
 		}{{"median", p50}, {"p99", p99}} {
 			var bars []bar
-			for _, e := range r.Contenders {
-				if run, ok := r.best(pinnedName, sh.Name, e.Name); ok {
-					d := l.of(run)
-					bars = append(bars, bar{e.Name, float64(d) / 1e6, milliseconds(d)})
-				}
+			for _, name := range r.ranked(pinnedName, sh.Name) {
+				run, _ := r.typical(pinnedName, sh.Name, name)
+				bars = append(bars, bar{name, l.of(run), milliseconds(l.of(run))})
+			}
+			if len(bars) == 0 {
+				continue
 			}
 			slices.SortFunc(bars, func(a, b bar) int { return cmp.Compare(a.value, b.value) })
 			p, err := panel(sh.Title+": "+l.name, "ms from the write to the echo", bars, math.Inf(1))
@@ -206,8 +210,8 @@ func plotChurn(r *results, path string) error {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		var bars []bar
 		for _, name := range r.ranked(place, churn) {
-			n := r.fastest(place, churn, name)
-			bars = append(bars, bar{name, n, thousands(int(n))})
+			run, _ := r.typical(place, churn, name)
+			bars = append(bars, bar{name, run.PerSecond(), thousands(int(run.PerSecond()))})
 		}
 		if len(bars) == 0 {
 			continue

@@ -38,6 +38,7 @@ func start(ctx context.Context, b built, on cpus) (*process, error) {
 	}
 	p := &process{dir: dir, exited: make(chan error, 1)}
 	if err := p.launch(ctx, b, on); err != nil {
+		p.stderr.Close() // nil, where it did not come to that, is no harm
 		os.RemoveAll(dir)
 		return nil, fmt.Errorf("starting %s: %w", b.Name, err)
 	}
@@ -60,12 +61,16 @@ func (p *process) launch(ctx context.Context, b built, on cpus) (err error) {
 	}
 	p.cmd = exec.CommandContext(ctx, b.command[0], append(b.command[1:len(b.command):len(b.command)], args...)...)
 	p.cmd.Stderr = p.stderr
+	p.cmd.SysProcAttr = dieWithParent()
 	if err := on.run(p.cmd.Start); err != nil {
 		return err
 	}
 	go func() { p.exited <- p.cmd.Wait() }()
 	return nil
 }
+
+// dieWithParent keeps a server or a load from outliving this process, whatever becomes of it.
+func dieWithParent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }
 
 // freeAddress finds a port that nobody listens on.
 func freeAddress(ctx context.Context) (string, error) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"text/template"
@@ -44,7 +45,7 @@ func write(r *results, out string, summary io.Writer) error {
 func (r *results) render(w io.Writer) error {
 	t, err := template.New("report").Funcs(template.FuncMap{
 		"thousands": thousands, "inc": func(n int) int { return n + 1 }, "s": func(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) },
-		"mib": func(b uint64) string { return humanize.IBytes(b) }, "shapes": func() []shape { return shapes }, "bulk": func() []shape { return shapes[:5] },
+		"mib": func(b uint64) string { return humanize.IBytes(b) }, "shapes": func() []shape { return shapes }, "messageShapes": func() []shape { return messageShapes },
 		"places": func() []string { return []string{pinnedName, unpinnedName} }, "disturbances": func() []disturbance { return disturbances },
 	}).Parse(reportTemplate)
 	if err != nil {
@@ -55,7 +56,7 @@ func (r *results) render(w io.Writer) error {
 
 // summarize prints what a person waits for at the terminal.
 func (r *results) summarize(w io.Writer, report string) error {
-	fmt.Fprintf(w, "CPU time of the server for an echo in µs, pinned; memory of an idle connection in KiB; connections in a second\n\n")
+	fmt.Fprintf(w, "CPU time of the server for an echo in µs, pinned; connections in a second; memory of an idle connection in KiB\n\n")
 	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(tab, "\t")
 	for _, sh := range shapes {
@@ -65,11 +66,12 @@ func (r *results) summarize(w io.Writer, report string) error {
 	for _, e := range r.Contenders {
 		fmt.Fprintf(tab, "%s\t", e.Name)
 		for _, sh := range shapes {
-			if run, ok := r.best(pinnedName, sh.Name, e.Name); ok && sh.Churn {
-				fmt.Fprintf(tab, "%s\t", thousands(int(r.fastest(pinnedName, sh.Name, e.Name))))
-			} else {
-				fmt.Fprintf(tab, "%s\t", cell(ok, microseconds(run.CPUPerEcho())))
+			run, ok := r.typical(pinnedName, sh.Name, e.Name)
+			text := microseconds(run.CPUPerEcho())
+			if sh.Churn && ok {
+				text = thousands(int(run.PerSecond()))
 			}
+			fmt.Fprintf(tab, "%s\t", cell(ok, text))
 		}
 		m, ok := memory{}, false
 		for _, conns := range r.Held() {
@@ -99,43 +101,48 @@ func cell(ok bool, text string) string {
 
 // A line is a contender in a table of one shape.
 type line struct {
-	Name                              string
-	Own                               bool
-	CPU, Floor, Rival                 string // the ratios to the floor, and to the best rival
-	PerSecond, P50, P99, P999, Spread string
+	Name                             string
+	Own                              bool
+	CPU, Range, Floor, Rival         string // the ratios to the floor, and to the best rival
+	PerSecond, P50, P99, P999, Loads string
 }
 
 // Table gives the lines for a shape, the least CPU time first.
 func (r *results) Table(place string, sh shape) (lines []line) {
-	least, hasFloor := r.best(place, sh.Name, floor)
-	rival, rivalName := r.bestRival(place, sh.Name)
+	rival := r.bestRival(place, sh.Name)
 	for _, name := range r.ranked(place, sh.Name) {
-		run, _ := r.best(place, sh.Name, name)
+		run, _ := r.typical(place, sh.Name, name)
+		least, most := run.CPUPerEcho(), run.CPUPerEcho()
+		for _, other := range r.runs(place, sh.Name, name) {
+			least, most = min(least, other.CPUPerEcho()), max(most, other.CPUPerEcho())
+		}
 		lines = append(lines, line{
-			Name: name, Own: name == subject, CPU: microseconds(run.CPUPerEcho()),
-			Floor:     ratio(hasFloor, run.CPUPerEcho(), least.CPUPerEcho()),
-			Rival:     ratio(rivalName != "", run.CPUPerEcho(), rival.CPUPerEcho()),
-			PerSecond: thousands(int(r.fastest(place, sh.Name, name))),
-			P50:       milliseconds(run.P50), P99: milliseconds(run.P99), P999: milliseconds(run.P999),
-			Spread: fmt.Sprintf("%.0f %%", 100*r.spread(place, sh.Name, name)),
+			Name: name, Own: name == subject,
+			CPU: microseconds(run.CPUPerEcho()), Range: microseconds(least) + "–" + microseconds(most),
+			Floor: times(r.ratio(place, sh.Name, name, floor, cpu)), Rival: times(r.ratio(place, sh.Name, name, rival, cpu)),
+			PerSecond: thousands(int(run.PerSecond())),
+			P50:       milliseconds(p50(run)), P99: milliseconds(p99(run)), P999: milliseconds(p999(run)),
+			Loads: fmt.Sprintf("%.0f %%", 100*run.LoadCPU.Seconds()/run.Elapsed.Seconds()),
 		})
 	}
 	return lines
 }
 
-// Row gives a contender's CPU times for the shapes, as cells.
+// Row gives a contender's CPU times for the shapes of messages, as cells.
 func (r *results) Row(place, name string) (cells []string) {
-	for _, sh := range shapes[:5] {
-		run, ok := r.best(place, sh.Name, name)
-		least, hasFloor := r.best(place, sh.Name, floor)
+	for _, sh := range messageShapes {
+		run, ok := r.typical(place, sh.Name, name)
 		text := microseconds(run.CPUPerEcho())
-		if hasFloor && name != floor {
-			text += " (" + ratio(true, run.CPUPerEcho(), least.CPUPerEcho()) + ")"
+		if against, both := r.ratio(place, sh.Name, name, floor, cpu); both && name != floor {
+			text += " (" + times(against, true) + ")"
 		}
 		cells = append(cells, cell(ok, text))
 	}
 	return cells
 }
+
+// messageShapes are those whose connections last.
+var messageShapes = shapes[:5]
 
 // MemoryRow gives a contender's memory for each connection, as cells, and the slope between the least and the most.
 func (r *results) MemoryRow(name string) (cells []string) {
@@ -159,23 +166,23 @@ type contrast struct {
 	With               []string
 }
 
-// Contrasts are what disturbances do to latencies.
+// Contrasts are what disturbances do to latencies: medians of all measurements, but for the longest wait; see heldUp.
 func (r *results) Contrasts() (all []contrast) {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		for _, sh := range shapes {
 			for _, l := range []struct {
 				name string
-				of   latency
-			}{{"p50", p50}, {"p99", p99}, {"p99.9", p999}, {"longest", longest}} {
-				c := contrast{Place: place, Shape: sh.Title, What: l.name}
-				base, ok := r.beside(place, sh.Name, disturbances[0].Name, l.of)
+				of   figure
+				sum  func([]float64) (float64, bool)
+			}{{"p50", p50, median}, {"p99", p99, median}, {"p99.9", p999, median}, {"longest", longestWait, least}} {
+				base, ok := l.sum(r.beside(place, sh.Name, disturbances[0].Name, l.of))
 				if !ok {
 					continue
 				}
-				c.With = append(c.With, milliseconds(base))
+				c := contrast{Place: place, Shape: sh.Title, What: l.name, With: []string{milliseconds(base)}}
 				for _, d := range disturbances[1:] {
-					with, ok := r.beside(place, sh.Name, d.Name, l.of)
-					c.With = append(c.With, cell(ok, milliseconds(with)+" ("+ratio(true, with, base)+")"))
+					with, ok := l.sum(r.beside(place, sh.Name, d.Name, l.of))
+					c.With = append(c.With, cell(ok, milliseconds(with)+" ("+times(with/base, true)+")"))
 				}
 				all = append(all, c)
 			}
@@ -184,9 +191,14 @@ func (r *results) Contrasts() (all []contrast) {
 	return all
 }
 
-func ratio(ok bool, a, b time.Duration) string {
-	return cell(ok && b > 0, fmt.Sprintf("%.2f", float64(a)/float64(b)))
+func least(values []float64) (float64, bool) {
+	if len(values) == 0 {
+		return 0, false
+	}
+	return slices.Min(values), true
 }
+
+func times(ratio float64, ok bool) string { return cell(ok, fmt.Sprintf("%.2f", ratio)) }
 
 func microseconds(d time.Duration) string {
 	us := float64(d) / float64(time.Microsecond)
@@ -199,8 +211,7 @@ func microseconds(d time.Duration) string {
 	return thousands(int(us + 0.5))
 }
 
-func milliseconds(d time.Duration) string {
-	ms := float64(d) / float64(time.Millisecond)
+func milliseconds(ms float64) string {
 	if ms < 10 {
 		return fmt.Sprintf("%.2f", ms)
 	}

@@ -15,6 +15,7 @@ import (
 type results struct {
 	Machine machine
 	Began   time.Time
+	Seed    uint64 // of the order in which contenders took turns
 	Quick   bool
 	Length  time.Duration
 
@@ -33,6 +34,7 @@ type entrant struct{ Name, About, Version string }
 // A shapeRun is one measurement of a contender.
 type shapeRun struct {
 	Place, Shape, Name string
+	Round              int
 	Result             load.Result
 	Failed             string `json:",omitempty"` // why there is no result
 }
@@ -40,11 +42,11 @@ type shapeRun struct {
 // memory is what a server had before and with a number of idle connections, in bytes.
 type memory struct {
 	Conns         int
-	Before, After int64
+	Before, After int64 // with one connection, and with all
 }
 
 // perConn is the memory for each connection, in bytes.
-func (m memory) perConn() float64 { return float64(m.After-m.Before) / float64(m.Conns) }
+func (m memory) perConn() float64 { return float64(m.After-m.Before) / float64(m.Conns-1) }
 
 type memoryRun struct {
 	Name   string
@@ -59,42 +61,63 @@ func reason(err error) string {
 	return err.Error()
 }
 
-func (r *results) addRun(place, shape, name string, result load.Result, err error) {
-	r.Runs = append(r.Runs, shapeRun{Place: place, Shape: shape, Name: name, Result: result, Failed: reason(err)})
-}
-
-func (r *results) addMemory(name string, m memory, err error) {
-	r.Memory = append(r.Memory, memoryRun{Name: name, Memory: m, Failed: reason(err)})
-}
-
-// best returns the run of a contender that took the least CPU time for each echo. What else a machine does
-// can only add to that.
-func (r *results) best(place, shape, name string) (best load.Result, ok bool) {
-	for _, run := range r.Runs {
-		if run.Place != place || run.Shape != shape || run.Name != name || run.Failed != "" {
-			continue
-		}
-		if !ok || run.Result.CPUPerEcho() < best.CPUPerEcho() {
-			best, ok = run.Result, true
-		}
-	}
-	return best, ok
-}
-
-// fastest returns the most echoes per second of any run of a contender.
-func (r *results) fastest(place, shape, name string) (most float64) {
+// runs are the measurements of a contender that came to something, by round.
+func (r *results) runs(place, shape, name string) map[int]load.Result {
+	all := make(map[int]load.Result)
 	for _, run := range r.Runs {
 		if run.Place == place && run.Shape == shape && run.Name == name && run.Failed == "" {
-			most = max(most, run.Result.PerSecond())
+			all[run.Round] = run.Result
 		}
 	}
-	return most
+	return all
+}
+
+// typical returns the run of a contender whose CPU time for an echo is the median.
+func (r *results) typical(place, shape, name string) (typical load.Result, ok bool) {
+	var all []load.Result
+	for _, run := range r.runs(place, shape, name) {
+		all = append(all, run)
+	}
+	if len(all) == 0 {
+		return typical, false
+	}
+	slices.SortFunc(all, func(a, b load.Result) int { return cmp.Compare(a.CPUPerEcho(), b.CPUPerEcho()) })
+	return all[(len(all)-1)/2], true
+}
+
+// A figure is one of those in a result.
+type figure func(load.Result) float64
+
+func cpu(r load.Result) float64       { return float64(r.CPUPerEcho()) }
+func perSecond(r load.Result) float64 { return r.PerSecond() }
+
+// ratio compares a figure of two contenders: the median of the ratios within each round, since what the machine did in that
+// minute met both of them.
+func (r *results) ratio(place, shape, name, other string, of figure) (ratio float64, ok bool) {
+	var all []float64
+	others := r.runs(place, shape, other)
+	for round, own := range r.runs(place, shape, name) {
+		if theirs, both := others[round]; both {
+			all = append(all, of(own)/of(theirs))
+		}
+	}
+	return median(all)
+}
+
+// median returns the middle of values; of an even number, the mean of the two in the middle.
+func median(values []float64) (m float64, ok bool) {
+	n := len(values)
+	if n == 0 {
+		return 0, false
+	}
+	slices.Sort(values)
+	return (values[(n-1)/2] + values[n/2]) / 2, true
 }
 
 // leastMemory returns the measurement of a contender with the least memory for each of so many connections.
 func (r *results) leastMemory(name string, conns int) (least memory, ok bool) {
 	for _, run := range r.Memory {
-		if run.Name == name && run.Memory.Conns == conns && run.Failed == "" && (!ok || run.Memory.After < least.After) {
+		if run.Name == name && run.Memory.Conns == conns && run.Failed == "" && (!ok || run.Memory.perConn() < least.perConn()) {
 			least, ok = run.Memory, true
 		}
 	}
@@ -110,52 +133,43 @@ func (r *results) Held() (conns []int) {
 	return slices.Compact(conns)
 }
 
-// beside returns the median of a latency beside the crowd, with a disturbance.
-func (r *results) beside(place, shape, disturbance string, of latency) (median time.Duration, ok bool) {
-	var all []time.Duration
+func milli(d time.Duration) float64     { return float64(d) / float64(time.Millisecond) }
+func p50(r load.Result) float64         { return milli(r.P50) }
+func p99(r load.Result) float64         { return milli(r.P99) }
+func p999(r load.Result) float64        { return milli(r.P999) }
+func longestWait(r load.Result) float64 { return milli(r.Max) }
+
+// beside returns a figure of all runs beside the crowd with a disturbance.
+func (r *results) beside(place, shape, disturbance string, of figure) (all []float64) {
 	for _, run := range r.Beside {
 		if run.Place == place && run.Shape == shape && run.Disturbance == disturbance {
 			all = append(all, of(run.Result))
 		}
 	}
-	if len(all) == 0 {
-		return 0, false
-	}
-	slices.Sort(all)
-	return all[len(all)/2], true
+	return all
 }
-
-// A latency is one of those in a result.
-type latency func(load.Result) time.Duration
-
-func p50(r load.Result) time.Duration     { return r.P50 }
-func p99(r load.Result) time.Duration     { return r.P99 }
-func p999(r load.Result) time.Duration    { return r.P999 }
-func longest(r load.Result) time.Duration { return r.Max }
 
 // ranked are the contenders that were measured, the one with the least CPU time first.
 func (r *results) ranked(place, shape string) (names []string) {
-	cpu := make(map[string]time.Duration)
+	times := make(map[string]time.Duration)
 	for _, e := range r.Contenders {
-		if run, ok := r.best(place, shape, e.Name); ok {
-			cpu[e.Name] = run.CPUPerEcho()
+		if run, ok := r.typical(place, shape, e.Name); ok {
+			times[e.Name] = run.CPUPerEcho()
 			names = append(names, e.Name)
 		}
 	}
-	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(cpu[a], cpu[b]) })
+	slices.SortStableFunc(names, func(a, b string) int { return cmp.Compare(times[a], times[b]) })
 	return names
 }
 
-// spread is how much more CPU time the median run of a contender took than its best one: 0.1 is a tenth more.
-func (r *results) spread(place, shape, name string) float64 {
-	var all []time.Duration
-	for _, run := range r.Runs {
-		if run.Place == place && run.Shape == shape && run.Name == name && run.Failed == "" {
-			all = append(all, run.Result.CPUPerEcho())
+// bestRival is the one of the rivals with the least CPU time for an echo; empty without any.
+func (r *results) bestRival(place, shape string) string {
+	for _, name := range r.ranked(place, shape) {
+		if slices.Contains(rivals, name) {
+			return name
 		}
 	}
-	slices.Sort(all)
-	return float64(all[len(all)/2])/float64(all[0]) - 1
+	return ""
 }
 
 // Has reports whether anything was measured in a placement.
@@ -180,14 +194,6 @@ func (r *results) Failures() (all []string) {
 }
 
 func (r *results) Grace() time.Duration { return grace }
-
-// slowestDrain returns the drain whose last client was told last.
-func (r *results) slowestDrain() (d load.Drained, ok bool) {
-	if len(r.Drains) == 0 {
-		return d, false
-	}
-	return slices.MaxFunc(r.Drains, func(a, b load.Drained) int { return cmp.Compare(a.LastTold, b.LastTold) }), true
-}
 
 func (r *results) save(path string) error {
 	text, err := json.MarshalIndent(r, "", " ")

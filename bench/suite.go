@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"time"
 
 	"echod/bench/load"
@@ -40,10 +41,11 @@ func (s *suite) run(ctx context.Context) error {
 	return nil
 }
 
-// each calls do with every contender, starting with another one each round, so that none always follows the same.
+// each calls do with every contender, in an order of its own each round, so that none always follows the same.
 func (s *suite) each(round int, do func(built) error) error {
-	for i := range s.contenders {
-		b := s.contenders[(i+round)%len(s.contenders)]
+	order := rand.New(rand.NewPCG(s.results.Seed, uint64(round))).Perm(len(s.contenders))
+	for _, i := range order {
+		b := s.contenders[i]
 		if err := do(b); err != nil {
 			return fmt.Errorf("%s: %w", b.Name, err)
 		}
@@ -63,7 +65,9 @@ func (s *suite) runShapes(ctx context.Context) error {
 					if ctx.Err() != nil {
 						return context.Cause(ctx)
 					}
-					s.results.addRun(place.Name, shape.Name, b.Name, r, err)
+					s.results.Runs = append(s.results.Runs, shapeRun{
+						Place: place.Name, Shape: shape.Name, Name: b.Name, Round: round, Result: r, Failed: reason(err),
+					})
 					if err != nil {
 						s.say("  %s: %v", b.Name, err)
 					}
@@ -100,7 +104,7 @@ func (s *suite) runMemory(ctx context.Context) error {
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
 				}
-				s.results.addMemory(b.Name, m, err)
+				s.results.Memory = append(s.results.Memory, memoryRun{Name: b.Name, Memory: m, Failed: reason(err)})
 				if err != nil {
 					s.say("  %s: %v", b.Name, err)
 				}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,26 +25,32 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
+// required ends the test for want of something, as a failure where ECHOD_TEST_REQUIRE=1 says that all has to be there.
+func required(t *testing.T, what string) {
+	t.Helper()
+	if os.Getenv("ECHOD_TEST_REQUIRE") == "1" {
+		t.Fatal(what)
+	}
+	t.Skip(what)
+}
+
 // All contenders are built, run and loaded in every shape, if only for a moment, and a report is made of it.
 func TestEveryContenderTakesPart(t *testing.T) {
 	place, err := pinned()
 	if err != nil {
-		t.Skip(err)
+		required(t, err.Error())
 	}
 	dir := t.TempDir()
 	ready, missing, err := buildAll(t.Context(), dir, contenders)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(missing) > 0 {
-		if os.Getenv("ECHOD_TEST_REQUIRE") == "1" {
-			t.Fatalf("missing: %v", missing)
-		}
-		t.Logf("missing: %v", missing)
+	for _, m := range missing {
+		required(t, m)
 	}
 	var progress bytes.Buffer
 	s := &suite{
-		contenders: ready, places: []placement{place, unpinned()}, shapes: shapes,
+		contenders: ready, places: []placement{place, unpinned()}, shapes: slices.Clone(shapes),
 		rounds: map[string]int{pinnedName: 1, unpinnedName: 1}, length: 20 * time.Millisecond,
 		holding: []int{20, 60}, holdRounds: 1, settle: 10 * time.Millisecond,
 		crowd: 100, besideRounds: 1, besideLength: 1200 * time.Millisecond,
@@ -125,13 +132,18 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// fabricated results: the subject takes so much CPU time for an echo, gnet 10 µs and the floor 8.
+// fabricated makes results of three rounds, in each of which the machine is slower than before. The subject takes so much CPU time for
+// an echo, gnet 10 µs and the floor 8.
 func fabricated(subjectCPU time.Duration) *results {
 	r := &results{Crowd: 15000}
 	for name, cpu := range map[string]time.Duration{subject: subjectCPU, "gnet": 10 * time.Microsecond, floor: 8 * time.Microsecond} {
 		r.Contenders = append(r.Contenders, entrant{Name: name})
-		for slower := range time.Duration(3) { // only the best round counts
-			r.addRun(pinnedName, shapes[0].Name, name, load.Result{Echoes: 10, Elapsed: time.Second, ServerCPU: 10 * (cpu + slower*time.Microsecond)}, nil)
+		for round := range 3 {
+			slowness := time.Duration(round + 1)
+			r.Runs = append(r.Runs, shapeRun{
+				Place: pinnedName, Shape: shapes[0].Name, Name: name, Round: round,
+				Result: load.Result{Echoes: 10, Elapsed: time.Second, ServerCPU: 10 * cpu * slowness, LoadCPU: time.Second / 2},
+			})
 		}
 	}
 	return r
@@ -159,13 +171,36 @@ func TestTableRanksByCPUTime(t *testing.T) {
 		t.Fatalf("lines %+v, want 3", lines)
 	}
 	for i, want := range []line{
-		{Name: floor, CPU: "8.00", Floor: "1.00", Rival: "0.80", Spread: "12 %"},
-		{Name: subject, Own: true, CPU: "9.00", Floor: "1.12", Rival: "0.90", Spread: "11 %"},
-		{Name: "gnet", CPU: "10.0", Floor: "1.25", Rival: "1.00", Spread: "10 %"},
+		{Name: floor, CPU: "16.0", Range: "8.00–24.0", Floor: "1.00", Rival: "0.80"},
+		{Name: subject, Own: true, CPU: "18.0", Range: "9.00–27.0", Floor: "1.12", Rival: "0.90"},
+		{Name: "gnet", CPU: "20.0", Range: "10.0–30.0", Floor: "1.25", Rival: "1.00"},
 	} {
-		want.PerSecond, want.P50, want.P99, want.P999 = "10", "0.00", "0.00", "0.00"
+		want.PerSecond, want.P50, want.P99, want.P999, want.Loads = "10", "0.00", "0.00", "0.00", "50 %"
 		if lines[i] != want {
 			t.Errorf("line %d is %+v, want %+v", i, lines[i], want)
 		}
+	}
+}
+
+// Of the longest waits the least counts, and the worst of shapes and placements.
+func TestHeldUpIsWhatHappensEveryTime(t *testing.T) {
+	r := new(results)
+	for _, run := range []struct {
+		place, disturbance string
+		longest            time.Duration
+	}{
+		{pinnedName, disturbances[0].Name, 3 * time.Millisecond},
+		{pinnedName, disturbances[0].Name, 80 * time.Millisecond}, // the machine's doing
+		{pinnedName, listing, 7 * time.Millisecond},
+		{pinnedName, listing, 90 * time.Millisecond},
+		{unpinnedName, disturbances[0].Name, 2 * time.Millisecond},
+		{unpinnedName, listing, 20 * time.Millisecond},
+	} {
+		r.Beside = append(r.Beside, besideRun{
+			Place: run.place, Shape: shapes[0].Name, Disturbance: run.disturbance, Result: load.Result{Max: run.longest},
+		})
+	}
+	if got, ok := r.heldUp(listing); !ok || got != 18 {
+		t.Errorf("held up for %v ms, %t; want 18", got, ok)
 	}
 }

@@ -72,6 +72,44 @@ func await(fd int, patience time.Duration) error {
 	return nil
 }
 
+// ReadUntil reads, and throws away, what comes on the connections until done is closed. An error means that the server
+// has ended one of them.
+func (h *Held) ReadUntil(done <-chan struct{}) error {
+	r := h.runner
+	if err := h.watch(); err != nil {
+		return err
+	}
+	var events [256]unix.EpollEvent
+	for {
+		select {
+		case <-done:
+			return nil
+		default:
+		}
+		const look = 50 // ms between looks at done
+		n, err := unix.EpollWait(r.poll, events[:], look)
+		if err != nil && err != unix.EINTR {
+			return fmt.Errorf("waiting for the server: %w", err)
+		}
+		for _, e := range events[:max(n, 0)] {
+			if _, err := r.readText(int(e.Fd)); err != nil {
+				return fmt.Errorf("connection %d: %w", e.Fd, err)
+			}
+		}
+	}
+}
+
+// watch has the poller tell what can be read.
+func (h *Held) watch() error {
+	for i, s := range h.runner.streams {
+		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP, Fd: int32(i)}
+		if err := unix.EpollCtl(h.runner.poll, unix.EPOLL_CTL_ADD, s.fd, &event); err != nil {
+			return fmt.Errorf("watching a connection: %w", err)
+		}
+	}
+	return nil
+}
+
 // Close closes all connections.
 func (h *Held) Close() { h.runner.close() }
 
@@ -86,11 +124,8 @@ type Drained struct {
 // has closed every connection by an orderly end of stream.
 func (h *Held) Drain() (d Drained, err error) {
 	r := h.runner
-	for i, s := range r.streams {
-		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP, Fd: int32(i)}
-		if err := unix.EpollCtl(r.poll, unix.EPOLL_CTL_ADD, s.fd, &event); err != nil {
-			return d, fmt.Errorf("watching a connection: %w", err)
-		}
+	if err := h.watch(); err != nil {
+		return d, err
 	}
 	notices := make([]string, len(r.streams))
 	told, open := 0, len(r.streams)
@@ -108,7 +143,7 @@ func (h *Held) Drain() (d Drained, err error) {
 			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open a minute after anything happened", open, len(r.streams)))
 		}
 		for _, e := range events[:n] {
-			text, err := r.readNotice(int(e.Fd))
+			text, err := r.readText(int(e.Fd))
 			since := r.now() - signalled
 			if text != "" && notices[e.Fd] == "" {
 				told++
@@ -139,8 +174,8 @@ func (h *Held) Drain() (d Drained, err error) {
 	return d, nil
 }
 
-// readNotice reads what has come. On the server's end of stream it closes the connection.
-func (r *runner) readNotice(i int) (string, error) {
+// readText reads what has come. On the server's end of stream it closes the connection.
+func (r *runner) readText(i int) (string, error) {
 	s := r.streams[i]
 	n, err := unix.Read(s.fd, r.buf)
 	switch {

@@ -18,7 +18,11 @@ type Spec struct {
 
 	Warmup   time.Duration // before anything counts
 	Duration time.Duration // that counts
-	Patience time.Duration // with a server that Hold waits for; zero means 10 s
+	Patience time.Duration // for an echo that is still to come; zero means 10 s
+
+	// Corrected makes up for messages that were not sent while the server held up its clients, as HdrHistogram does for what
+	// is called coordinated omission: a load that waits for its echo would else see a pause once, however long it is.
+	Corrected bool
 }
 
 // A Result is what happened between the end of the warm-up and the end of the run.

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -139,6 +140,53 @@ func TestRunNamesAnAddressThatMakesNoSense(t *testing.T) {
 		if _, err := Run(specFor(address)); err == nil || !strings.Contains(err.Error(), "want IPv4 and a port") {
 			t.Errorf("address %q: error %v", address, err)
 		}
+	}
+}
+
+// A server that serves some clients well, and forgets one, must not win.
+func TestRunSeesThatAnEchoIsStillToCome(t *testing.T) {
+	var first atomic.Bool
+	address := serve(t, func(nc net.Conn) {
+		if first.CompareAndSwap(false, true) {
+			_, _ = io.Copy(io.Discard, nc)
+			return
+		}
+		echo(nc)
+	})
+	spec := specFor(address)
+	spec.Patience = 20 * time.Millisecond
+	if _, err := Run(spec); err == nil || !strings.Contains(err.Error(), "on 1 of 8 connections the echo has not come") {
+		t.Errorf("error %v, want one that says that an echo has not come", err)
+	}
+}
+
+// While a server holds up its clients, they would have sent more: a third of them, where it is for a third of the time.
+func TestCorrectedLatenciesShowAPause(t *testing.T) {
+	const pause = 100 * time.Millisecond
+	address := serve(t, func(nc net.Conn) {
+		buf := make([]byte, 64)
+		began, paused := time.Now(), false
+		for {
+			if _, err := io.ReadFull(nc, buf); err != nil {
+				return
+			}
+			if !paused && time.Since(began) > pause {
+				paused = true
+				time.Sleep(pause)
+			}
+			if _, err := nc.Write(buf); err != nil {
+				return
+			}
+		}
+	})
+	spec := specFor(address)
+	spec.Conns, spec.Duration, spec.Warmup, spec.Corrected = 1, 3*pause, 10*time.Millisecond, true
+	r, err := Run(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.P99 < pause/2 {
+		t.Errorf("p99 is %v: it does not show a pause of %v", r.P99, pause)
 	}
 }
 

@@ -1,6 +1,7 @@
 package load
 
 import (
+	"cmp"
 	"fmt"
 	"runtime/debug"
 	"time"
@@ -9,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Run puts load on a server as spec says. An error means that an echo was wrong or missing, or that
-// nothing could be measured.
+// Run puts load on a server as spec says, and at its end waits for the echo of all that was sent. An error means that an
+// echo was wrong or missing, or that nothing could be measured.
 func Run(spec Spec) (Result, error) {
 	debug.SetGCPercent(-1) // what a run allocates is bounded, and a collection would show as latency
 	defer debug.SetGCPercent(100)
@@ -25,7 +26,14 @@ func Run(spec Spec) (Result, error) {
 	if err := r.until(r.now() + spec.Warmup); err != nil {
 		return Result{}, err
 	}
-	return r.measure()
+	if spec.Corrected && r.echoes > 0 { // how often each message is sent on average
+		r.interval = spec.Warmup * time.Duration(spec.Conns*spec.Depth) / time.Duration(r.echoes)
+	}
+	result, err := r.measure()
+	if err != nil {
+		return Result{}, err
+	}
+	return result, r.finish()
 }
 
 // A runner is one run.
@@ -38,6 +46,8 @@ type runner struct {
 	buf     []byte
 	start   time.Time
 
+	ending    bool          // nothing is sent any more but what was begun
+	interval  time.Duration // for the correction of latencies; 0: they are not corrected
 	echoes    int64
 	latencies *hdrhistogram.Histogram // in nanoseconds
 }
@@ -170,12 +180,15 @@ func (r *runner) serve(i int) error {
 			for ; s.finished(r.spec.Size); done++ {
 				r.count(now - s.finish())
 			}
-			if done > 0 && r.spec.Churn {
+			switch {
+			case r.ending || done == 0:
+			case r.spec.Churn:
 				unix.Close(s.fd) // which takes it out of the poller, too
 				return r.open(i, false)
-			}
-			for range done {
-				s.begin(r.spec.Size, now)
+			default:
+				for range done {
+					s.begin(r.spec.Size, now)
+				}
 			}
 		}
 		if err := s.flush(); err != nil {
@@ -189,5 +202,29 @@ func (r *runner) serve(i int) error {
 
 func (r *runner) count(latency time.Duration) {
 	r.echoes++
-	_ = r.latencies.RecordValue(int64(min(latency, slowest)))
+	_ = r.latencies.RecordCorrectedValue(int64(min(latency, slowest)), int64(r.interval))
+}
+
+// finish waits for the echoes of all that was sent.
+func (r *runner) finish() error {
+	r.ending = true
+	patience := cmp.Or(r.spec.Patience, patience)
+	for end := r.now() + patience; ; {
+		waiting := 0
+		for _, s := range r.streams {
+			if s.under > 0 {
+				waiting++
+			}
+		}
+		if waiting == 0 {
+			return nil
+		}
+		now := r.now()
+		if now >= end {
+			return fmt.Errorf("on %d of %d connections the echo has not come within %v", waiting, len(r.streams), patience)
+		}
+		if err := r.until(min(now+10*time.Millisecond, end)); err != nil {
+			return err
+		}
+	}
 }
