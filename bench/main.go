@@ -7,8 +7,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -65,6 +67,9 @@ func benchMain(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
+		if r.Notes, err = readNotes(f.out); err != nil {
+			return err
+		}
 		return write(r, f.out, os.Stdout)
 	}
 	r, err := measureAll(ctx, f)
@@ -84,6 +89,16 @@ func benchMain(ctx context.Context, args []string) error {
 func plotsDir(out string) string { return filepath.Join(out, "benchmarks") }
 
 func resultsFile(out string) string { return filepath.Join(plotsDir(out), "results.json") }
+
+// readNotes reads what somebody has written of the results: it becomes a part of the report that is made again, such as a
+// profile that shows why a goal was missed. A new run begins without.
+func readNotes(out string) (string, error) {
+	text, err := os.ReadFile(filepath.Join(plotsDir(out), "notes.md"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return string(text), err
+}
 
 func measureAll(ctx context.Context, f flags) (*results, error) {
 	s, err := f.suite()
