@@ -49,7 +49,7 @@ type flags struct {
 func benchMain(ctx context.Context, args []string) error {
 	var f flags
 	set := flag.NewFlagSet("bench", flag.ExitOnError)
-	set.BoolVar(&f.quick, "quick", false, "take two minutes: one round, pinned, memory of 1,000 connections only")
+	set.BoolVar(&f.quick, "quick", false, "take two minutes: two short rounds, pinned, memory of 1,000 connections only")
 	set.StringVar(&f.only, "only", "", "measure only these `contenders`, such as echod;gnet")
 	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
 	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds, for another one than the usual")
@@ -146,7 +146,7 @@ func (f flags) suite() (*suite, error) {
 	}
 	if f.quick {
 		s.places = s.places[:1]
-		s.rounds = map[string]int{pinnedName: 1}
+		s.rounds = map[string]int{pinnedName: 2}
 		s.length = 400 * time.Millisecond
 		s.holding, s.holdRounds, s.crowd = []int{1000}, 1, 0
 	}
