@@ -18,7 +18,8 @@ type caller struct {
 	http.ResponseWriter
 	conn   net.Conn // once taken over
 	header http.Header
-	began  bool // the status line was written
+	status int  // of the answer; 0 until it begins
+	began  bool // the status line was written, of a connection that was taken over
 	logged bool
 	leave  []func() // in the order to be called
 }
@@ -68,6 +69,9 @@ func (c *caller) Header() http.Header {
 
 // WriteHeader is http.ResponseWriter's.
 func (c *caller) WriteHeader(status int) {
+	if c.status == 0 {
+		c.status = status
+	}
 	if c.conn == nil {
 		c.ResponseWriter.WriteHeader(status)
 		return
@@ -85,6 +89,9 @@ func (c *caller) WriteHeader(status int) {
 // Write is http.ResponseWriter's, with a bound on how long the caller may take.
 func (c *caller) Write(p []byte) (int, error) {
 	if c.conn == nil {
+		if c.status == 0 {
+			c.status = http.StatusOK
+		}
 		return c.ResponseWriter.Write(p)
 	}
 	if !c.began {

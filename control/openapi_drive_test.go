@@ -78,6 +78,8 @@ func TestEveryAnswerIsAsTheDocumentSays(t *testing.T) {
 		{get, "/v1/status?x=1", "", 400},
 		{put, "/v1/status", "", 405},
 		{get, "/v1/stat", "", 404},
+		{get, "/metrics", "", 200},
+		{post, "/metrics", "", 405},
 
 		{get, "/v1/conns", "", 200},
 		{get, "/v1/conns?limit=1&min_idle=0s", "", 200},
@@ -258,6 +260,20 @@ func (d document) openStream(t *testing.T, r *rig, method, target string, status
 			return nil
 		}
 		return line
+	}
+}
+
+func TestDrainShowsUntilWhenClientsAreAccepted(t *testing.T) {
+	doc := loadDocument(t)
+	began := time.Now()
+	for name, until := range map[string]time.Time{"with a delay": began.Add(3 * time.Second), "without": began} {
+		got := wireDrain(&server.DrainInfo{Since: began, AcceptUntil: until, Deadline: began.Add(time.Minute), Reason: "x"})
+		wantEqual(t, name+": accepting_until", got.AcceptingUntil != nil, until.After(began))
+		line, err := json.Marshal(got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc.wantSchema(t, "Drain", line)
 	}
 }
 

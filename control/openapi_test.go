@@ -99,7 +99,7 @@ func TestDocumentHasExactlyTheRoutesThereAre(t *testing.T) {
 			documented = append(documented, method+" "+path)
 		}
 	}
-	for _, route := range New(nil, Options{}).routes {
+	for _, route := range New(nil, Options{Metrics: http.NotFoundHandler()}).routes {
 		for method := range route.methods {
 			served = append(served, method+" "+strings.ReplaceAll(route.path, "*", "{id}"))
 		}
@@ -117,7 +117,7 @@ func TestDocumentNamesAllThatCanBe(t *testing.T) {
 		}
 		return values
 	}
-	var reasons, states, modes []string
+	var reasons, states, modes, phases []string
 	for _, r := range server.Reasons() {
 		reasons = append(reasons, r.String())
 	}
@@ -127,9 +127,14 @@ func TestDocumentNamesAllThatCanBe(t *testing.T) {
 	for m := server.HoldNew; m <= server.RejectNew; m++ {
 		modes = append(modes, m.String())
 	}
+	for p := server.Waiting; p <= server.Closing; p++ {
+		phases = append(phases, p.String())
+	}
 	wantEqual(t, "reasons", enum("Reason"), reasons)
 	wantEqual(t, "states", enum("State"), states)
 	wantEqual(t, "modes", enum("Mode"), modes)
+	slices.Sort(phases)
+	wantEqual(t, "phases", slices.Sorted(maps.Keys(doc.Components.Schemas["Phases"].Value.Properties)), phases)
 	slices.Sort(reasons)
 	wantEqual(t, "reasons that are counted", slices.Sorted(maps.Keys(doc.Components.Schemas["Closed"].Value.Properties)), reasons)
 

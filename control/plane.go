@@ -33,6 +33,13 @@ const (
 type Options struct {
 	Version string      // of the program, for the status
 	Logger  *zap.Logger // nil logs nothing
+	// Metrics answers GET /metrics; nil: there is no such path.
+	Metrics http.Handler
+	// OnRequest is told of every answer: the path of the route, empty where there is none such; the method, and the status code.
+	// It is called concurrently; nil is not called.
+	OnRequest func(route, method string, code int)
+	// Pprof adds /debug/pprof/ to a plane made by NewWeb.
+	Pprof bool
 }
 
 // Plane is the control plane of one server: an HTTP API, described by openapi.yaml. It is an
@@ -46,6 +53,9 @@ type Plane struct {
 	streams chan struct{} // one token for each stream
 	http    *http.Server
 	linger  time.Duration // for answers under way when the server has stopped
+
+	onRequest func(route, method string, code int)
+	readOnly  bool // nothing here changes anything
 }
 
 // An endpoint answers one method of one path. What it returns is the caller's answer.
@@ -60,10 +70,7 @@ type route struct {
 
 // New makes the control plane of srv.
 func New(srv *server.Server, opts Options) *Plane {
-	if opts.Logger == nil {
-		opts.Logger = zap.NewNop()
-	}
-	p := &Plane{srv: srv, version: opts.Version, log: opts.Logger, streams: make(chan struct{}, maxStreams), linger: lingerTimeout}
+	p := newPlane(srv, opts)
 	p.routes = []route{
 		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}, false},
 		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}, false},
@@ -76,6 +83,19 @@ func New(srv *server.Server, opts Options) *Plane {
 		{"/v1/shutdown", map[string]endpoint{http.MethodPost: p.postShutdown}, false},
 		{"/v1/wait", map[string]endpoint{http.MethodGet: p.getWait}, true},
 		{"/v1/events", map[string]endpoint{http.MethodGet: p.getEvents}, true},
+	}
+	p.serveMetrics(opts.Metrics)
+	return p
+}
+
+// newPlane makes a plane without routes.
+func newPlane(srv *server.Server, opts Options) *Plane {
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
+	}
+	p := &Plane{
+		srv: srv, version: opts.Version, log: opts.Logger, onRequest: opts.OnRequest,
+		streams: make(chan struct{}, maxStreams), linger: lingerTimeout,
 	}
 	errorLog, _ := zap.NewStdLogAt(p.log, zap.WarnLevel) // fails only for an unknown level
 	p.http = &http.Server{
@@ -95,16 +115,28 @@ func New(srv *server.Server, opts Options) *Plane {
 func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c := &caller{ResponseWriter: w}
 	defer c.end()
-	err := p.dispatch(c, r)
+	route, err := p.dispatch(c, r)
 	if err != nil {
 		p.problemOf(err).write(c)
 	}
 	p.logRequest(c, r, err)
+	if p.onRequest != nil {
+		p.onRequest(route, knownMethod(r.Method), c.status)
+	}
+}
+
+// knownMethod keeps callers from making up ever new methods, each of which would be remembered.
+func knownMethod(method string) string {
+	switch method {
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
+		return method
+	}
+	return "other"
 }
 
 // logRequest logs, once, what would change something.
 func (p *Plane) logRequest(c *caller, r *http.Request, err error) {
-	if c.logged || r.Method == http.MethodGet || r.Method == http.MethodHead {
+	if p.readOnly || c.logged || r.Method == http.MethodGet || r.Method == http.MethodHead {
 		return
 	}
 	c.logged = true
@@ -118,7 +150,8 @@ func (p *Plane) logRequest(c *caller, r *http.Request, err error) {
 		peerFrom(r.Context()).fields(), refused)...)
 }
 
-func (p *Plane) dispatch(c *caller, r *http.Request) error {
+// dispatch answers a request, and returns the path of its route.
+func (p *Plane) dispatch(c *caller, r *http.Request) (path string, err error) {
 	for _, route := range p.routes {
 		arg, ok := route.match(r.URL.Path)
 		if !ok {
@@ -129,19 +162,19 @@ func (p *Plane) dispatch(c *caller, r *http.Request) error {
 			answer, ok = route.methods[http.MethodGet]
 		}
 		if ok && route.lasts {
-			return p.stream(c, r, answer)
+			return route.path, p.stream(c, r, answer)
 		}
 		if ok {
-			return answer(c, r, arg)
+			return route.path, answer(c, r, arg)
 		}
 		allowed := strings.Join(slices.Sorted(maps.Keys(route.methods)), ", ")
 		c.Header().Set("Allow", allowed)
-		return &Problem{
+		return route.path, &Problem{
 			Type: ProblemMethod, Title: "Method not allowed", Status: http.StatusMethodNotAllowed,
 			Detail: shorten(r.Method) + " is not allowed here: want " + allowed,
 		}
 	}
-	return notFound("nothing is at %s", shorten(r.URL.Path))
+	return "", notFound("nothing is at %s", shorten(r.URL.Path))
 }
 
 func (r route) match(path string) (arg string, ok bool) {

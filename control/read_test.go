@@ -30,7 +30,7 @@ func TestStatusTellsAllThatHolds(t *testing.T) {
 		wantEqual(t, "status", st, Status{
 			State: "paused", PID: os.Getpid(), Version: "1.2.3", Started: began, UptimeSeconds: 90,
 			Listeners:   []Listener{{Address: "memory"}},
-			Connections: 1, Accepted: 2, Closed: map[string]uint64{"client-closed": 1}, BytesIn: 12, BytesOut: 12,
+			Connections: 1, Phases: map[string]int{"serving": 1}, Accepted: 2, Closed: map[string]uint64{"client-closed": 1}, BytesIn: 12, BytesOut: 12,
 			Holds: []Hold{{ID: "h1", Reason: "backup", Mode: "hold", Since: began.Add(90 * time.Second)}},
 		})
 
@@ -39,6 +39,7 @@ func TestStatusTellsAllThatHolds(t *testing.T) {
 		st = must[Status](t)(r.client.Status(t.Context()))
 		wantEqual(t, "state", st.State, "draining")
 		wantEqual(t, "holds", st.Holds, []Hold{})
+		wantEqual(t, "notices", st.Notices, Notices{Sent: 1})
 		wantEqual(t, "drain", st.Drain, &Drain{
 			Since: began.Add(90 * time.Second), Deadline: began.Add(150 * time.Second), Reason: "SIGTERM", Notified: 1,
 		})

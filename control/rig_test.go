@@ -92,7 +92,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 		t.Fatal(err)
 	}
 	r.srv = srv
-	r.plane = New(srv, Options{Version: "1.2.3", Logger: log})
+	r.plane = New(srv, Options{Version: "1.2.3", Logger: log, Metrics: http.HandlerFunc(someMetrics)})
 	r.plane.linger = patience // so that a busy machine cuts no answer short
 
 	actors := []actor{pair(ServerActor(srv, ln))}
@@ -117,6 +117,12 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 		<-r.ended
 	})
 	r.await(t, server.Running)
+}
+
+// someMetrics answers as metrics would.
+func someMetrics(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	_, _ = io.WriteString(w, "echod_holds 0\n")
 }
 
 // await waits for the server to be in state.

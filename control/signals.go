@@ -26,6 +26,8 @@ type Signals struct {
 	in     <-chan os.Signal
 	log    *zap.Logger
 	stacks io.Writer
+	// Seen, when not nil, is told the name of each signal that comes. Set it before Actor is called.
+	Seen   func(name string)
 	forced atomic.Pointer[os.Signal]
 }
 
@@ -68,6 +70,9 @@ func (s *Signals) Forced() os.Signal {
 }
 
 func (s *Signals) handle(sig os.Signal, asked int) {
+	if s.Seen != nil {
+		s.Seen(SignalName(sig))
+	}
 	name := zap.String("signal", SignalName(sig))
 	if sig != syscall.SIGHUP && asked >= 2 {
 		s.log.Warn("signal received again: closing everything now", name)

@@ -19,12 +19,20 @@ type Status struct {
 	UptimeSeconds float64           `json:"uptime_seconds"`
 	Listeners     []Listener        `json:"listeners"`
 	Connections   int               `json:"connections"`
+	Phases        map[string]int    `json:"phases"` // of the open connections; only those that there are
 	Accepted      uint64            `json:"accepted"`
 	Closed        map[string]uint64 `json:"closed"`
 	BytesIn       uint64            `json:"bytes_in"`
 	BytesOut      uint64            `json:"bytes_out"`
+	Notices       Notices           `json:"notices"`
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
+}
+
+// Notices counts the texts to clients since the start: of the drain, and of POST /v1/notify.
+type Notices struct {
+	Sent   uint64 `json:"sent"`
+	Failed uint64 `json:"failed"`
 }
 
 // Listener is an open listener; the accept queue is left out where the system does not tell.
@@ -47,11 +55,12 @@ type Hold struct {
 
 // Drain is the drain under way.
 type Drain struct {
-	Since        time.Time `json:"since"`
-	Deadline     time.Time `json:"deadline"`
-	Reason       string    `json:"reason"`
-	Notified     int       `json:"notified"`
-	NoticeFailed int       `json:"notice_failed"`
+	Since          time.Time  `json:"since"`
+	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // where there is a delay: new clients are served as usual until then
+	Deadline       time.Time  `json:"deadline"`
+	Reason         string     `json:"reason"`
+	Notified       int        `json:"notified"`
+	NoticeFailed   int        `json:"notice_failed"`
 }
 
 // Conn is an open connection.
@@ -135,8 +144,8 @@ func wireStatus(st server.Status, version string) Status {
 		State: st.State.String(), PID: os.Getpid(), Version: version,
 		Started: st.Started, UptimeSeconds: time.Since(st.Started).Seconds(),
 		Listeners:   []Listener{},
-		Connections: st.Connections, Accepted: st.Accepted, Closed: map[string]uint64{},
-		BytesIn: st.BytesIn, BytesOut: st.BytesOut,
+		Connections: st.Connections, Phases: map[string]int{}, Accepted: st.Accepted, Closed: map[string]uint64{},
+		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Notices: Notices{Sent: st.NoticesSent, Failed: st.NoticesFailed},
 		Holds: []Hold{},
 	}
 	for _, l := range st.Listeners {
@@ -145,6 +154,9 @@ func wireStatus(st server.Status, version string) Status {
 			wl.AcceptQueue, wl.AcceptQueueLimit = &l.AcceptQueue, &l.AcceptQueueLimit
 		}
 		out.Listeners = append(out.Listeners, wl)
+	}
+	for phase, n := range st.Phases {
+		out.Phases[phase.String()] = n
 	}
 	for why, n := range st.Closed {
 		out.Closed[why.String()] = n
@@ -171,7 +183,11 @@ func wireDrain(d *server.DrainInfo) *Drain {
 	if d == nil {
 		return nil
 	}
-	return &Drain{Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified, NoticeFailed: d.NoticeFailed}
+	out := &Drain{Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified, NoticeFailed: d.NoticeFailed}
+	if d.AcceptUntil.After(d.Since) {
+		out.AcceptingUntil = &d.AcceptUntil
+	}
+	return out
 }
 
 func wireConn(c server.ConnInfo) Conn {

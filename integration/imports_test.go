@@ -30,7 +30,8 @@ func TestImportsRunOneWay(t *testing.T) {
 		{"server", "../server/...", []string{"echod/server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
 		{"client", "../client/...", []string{"echod/client"}, nil},
 		{"control", "../control/...", []string{"echod/control", "echod/server"}, nil},
-		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/server"}, nil},
+		{"metrics", "../metrics/...", []string{"echod/metrics", "echod/server"}, nil},
+		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/metrics", "echod/server"}, nil},
 	}
 	for _, layer := range layers {
 		t.Run(layer.name, func(t *testing.T) {

@@ -23,8 +23,12 @@ type acceptor struct {
 	ln        net.Listener
 	waker     interface{ SetDeadline(time.Time) error } // nil when ln cannot be woken but by closing it
 	inherited bool
-	roused    bool          // Accept is kept from blocking; guarded by the lock of Server.book
 	backoff   time.Duration // zero while accepting works
+
+	// Guarded by the lock of Server.book.
+	roused bool   // Accept is kept from blocking
+	laps   uint64 // how often the loop has come round
+	atGate bool   // it waits with a connection at the gate
 }
 
 func newAcceptor(s *Server, ln net.Listener) *acceptor {
@@ -47,7 +51,7 @@ func (a *acceptor) wake(l *ledger) {
 	case a.waker != nil:
 		a.roused = true
 		_ = a.waker.SetDeadline(longAgo)
-	case l.state >= Draining:
+	case l.closing():
 		_ = a.ln.Close()
 	}
 }
@@ -71,7 +75,7 @@ func (a *acceptor) run() error {
 		case acceptRetryable(err):
 			a.backOff(err)
 		default:
-			if a.srv.isDraining() {
+			if a.srv.isClosing() {
 				return nil // closed by wake
 			}
 			return err
@@ -86,7 +90,7 @@ func (a *acceptor) woken(err error) bool {
 	return ok && ne.Timeout()
 }
 
-// awaitClearance waits until accepting leads somewhere. False means that a drain has begun.
+// awaitClearance waits until accepting leads somewhere. False means that a drain lets nobody in.
 func (a *acceptor) awaitClearance() bool {
 	var clear, draining bool
 	a.srv.book.With(func(l *ledger) { clear, draining = a.clearance(l) })
@@ -107,8 +111,9 @@ func (a *acceptor) awaitChange() (clear bool) {
 
 // clearance says whether accepting leads somewhere, and if so lets Accept block again.
 func (a *acceptor) clearance(l *ledger) (clear, draining bool) {
+	a.laps++
 	switch {
-	case l.state >= Draining:
+	case l.closing():
 		return false, true
 	case !a.srv.mayAccept(l):
 		return false, false
@@ -130,13 +135,28 @@ func (a *acceptor) take(nc net.Conn) {
 	c := newConn(s, nc)
 	var v verdict
 	var why Reason
+	unknown := s.opts.Identify != nil
 	s.book.With(func(l *ledger) {
 		l.open(c)
+		if unknown {
+			l.identifying++
+			l.tasks++
+			return
+		}
 		v, why = s.judge(l, c)
 	})
-	if v == wait {
-		v, why = s.awaitVerdict(c)
+	switch {
+	case unknown:
+		go a.enterIdentified(c)
+		return
+	case v == wait:
+		v, why = s.awaitVerdict(c, &a.atGate)
 	}
+	s.enter(c, v, why)
+}
+
+// enter does with a connection what the gate has said of it.
+func (s *Server) enter(c *Conn, v verdict, why Reason) {
 	switch v {
 	case admit:
 		if entry := s.log.Check(zap.InfoLevel, "connection opened"); entry != nil { // mostly sampled away under load

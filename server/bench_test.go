@@ -11,8 +11,7 @@ import (
 )
 
 // What one connection costs must not depend on how many others are open. Compare ns/conn between the sizes, or where
-// an operation is about one connection, ns/op. Where that is wall time of something that goes in turns, the rests are in it, which
-// a thousand connections may be too few for.
+// an operation is about one connection, ns/op.
 
 // BenchmarkEcho is a message's way there and back over the loopback, with the client's share.
 func BenchmarkEcho(b *testing.B) {

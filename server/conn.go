@@ -33,6 +33,8 @@ type Conn struct {
 	id     uint64
 	opened time.Time
 
+	client atomic.Pointer[net.TCPAddr] // what Options.Identify said; nil for nc's own
+
 	// Guarded by the lock of Server.book.
 	admitted, rejected bool
 	told               bool // the drain's notice is under way or was sent
@@ -110,8 +112,13 @@ func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 // LocalAddr is the server's address on this connection.
 func (c *Conn) LocalAddr() net.Addr { return c.nc.LocalAddr() }
 
-// RemoteAddr is the client's address.
-func (c *Conn) RemoteAddr() net.Addr { return c.nc.RemoteAddr() }
+// RemoteAddr is the client's address, as Options.Identify has it where that is set.
+func (c *Conn) RemoteAddr() net.Addr {
+	if client := c.client.Load(); client != nil {
+		return client
+	}
+	return c.nc.RemoteAddr()
+}
 
 // Read reads what the client sent. Once the connection is to end, it fails with the cause.
 func (c *Conn) Read(p []byte) (int, error) {

@@ -12,6 +12,8 @@ import (
 // drain is the end of a server's life under way. It is a part of the ledger.
 type drain struct {
 	since, deadline time.Time
+	acceptUntil     time.Time // not after the deadline
+	shut            bool      // accepting has come to its end
 	reason          string
 	telling         bool // notices go out: who is admitted from now on is told at once
 	expired         bool // the deadline has passed
@@ -25,13 +27,24 @@ type drain struct {
 }
 
 func (d *drain) info() DrainInfo {
-	return DrainInfo{Since: d.since, Deadline: d.deadline, Reason: d.reason, Notified: d.notified, NoticeFailed: d.noticeFailed}
+	return DrainInfo{
+		Since: d.since, Ended: d.ended, AcceptUntil: d.acceptUntil, Deadline: d.deadline, Reason: d.reason,
+		Notified: d.notified, NoticeFailed: d.noticeFailed,
+	}
 }
 
 func (d *drain) report() Report {
 	return Report{
 		DrainInfo: d.info(), Took: d.ended.Sub(d.since),
 		Left: d.left, Deadline: d.atDeadline, Forced: d.byForce, Rejected: d.rejected, Otherwise: d.otherwise, Stuck: d.stuck,
+	}
+}
+
+// shorten brings the deadline forward.
+func (d *drain) shorten(deadline time.Time) {
+	d.deadline = deadline
+	if deadline.Before(d.acceptUntil) {
+		d.acceptUntil = deadline
 	}
 }
 
@@ -45,7 +58,7 @@ func (d *drain) count(why Reason) {
 		d.atDeadline++
 	case Forced:
 		d.byForce++
-	case RejectedPaused, RejectedLimit, RejectedDraining:
+	case RejectedPaused, RejectedLimit, RejectedDraining, RejectedUnidentified:
 		d.rejected++
 	case ClientClosed, ClientReset, ClientLeft, HandlerDone:
 		d.left++
@@ -57,6 +70,8 @@ func (d *drain) count(why Reason) {
 // DrainInfo describes a drain under way, or finished.
 type DrainInfo struct {
 	Since        time.Time
+	Ended        time.Time // zero until it has
+	AcceptUntil  time.Time // new clients are served as usual until then; Since where there is no DrainDelay
 	Deadline     time.Time
 	Reason       string
 	Notified     int // clients whose notice the kernel took
@@ -75,17 +90,18 @@ type Report struct {
 	Stuck     int // handlers left behind, since they ignored their context
 }
 
-// Drain begins the server's end and returns at once: accepting stops for certain, then every client is
-// sent the notice, and has until the deadline; see Done and Shutdown for its end. A grace of zero
-// means Options.Grace, a negative one none.
+// Drain begins the server's end and returns at once: accepting stops for certain, after Options.DrainDelay, then every client is
+// sent the notice, and has until the deadline; see Done and Shutdown for its end. The deadline is as far off as the delay
+// and the grace together. A grace of zero means Options.Grace, a negative one none.
 //
 // A drain under way is shortened by a grace that ends before its deadline, and changed by nothing else;
 // a grace of zero leaves it alone. Drain reports whether it changed anything.
 func (s *Server) Drain(grace time.Duration, reason string) (changed bool) {
+	how := shorten
 	if grace == 0 {
-		return s.drainBy(time.Now().Add(max(0, s.opts.Grace)), reason, adopt)
+		grace, how = s.opts.Grace, adopt
 	}
-	return s.drainBy(time.Now().Add(max(0, grace)), reason, shorten)
+	return s.drainBy(time.Now().Add(s.opts.DrainDelay+max(0, grace)), reason, how)
 }
 
 // insistence says what becomes of a drain that is under way when another is asked for.
@@ -142,16 +158,20 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 		}
 		if l.drain == nil {
 			begun = true
-			l.drain = &drain{since: time.Now(), deadline: deadline, reason: reason}
+			now := time.Now()
+			l.drain = &drain{since: now, acceptUntil: now.Add(s.opts.DrainDelay), deadline: deadline, reason: reason}
+			l.drain.shorten(deadline)
 			l.setState(Draining) // before the holds go, or the server would seem to run in between
 			for len(l.holds) > 0 {
 				l.drop(0, &DrainingError{Deadline: deadline})
 			}
-			l.wakeAcceptors()
+			if !now.Before(l.drain.acceptUntil) {
+				l.stopAccepting()
+			}
 		}
 		if how >= shorten && !l.drain.expired && deadline.Before(l.drain.deadline) {
 			shortened = true
-			l.drain.deadline = deadline
+			l.drain.shorten(deadline)
 		}
 		if how == force && !l.drain.forced {
 			forced = true
@@ -165,6 +185,8 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 	switch {
 	case forced:
 		s.log.Warn("closing everything now")
+	case begun && s.opts.DrainDelay > 0:
+		s.log.Info("draining: accepting goes on for a while", append(fields, zap.Duration("accepting", s.opts.DrainDelay))...)
 	case begun:
 		s.log.Info("draining: no new connections, clients are being notified", fields...)
 	case shortened:
@@ -177,8 +199,36 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 // listener whose queue is long, whoever comes out of it later is told then.
 const acceptingStops = 250 * time.Millisecond
 
+// stopAccepting lets nobody new in any more. Under the lock of the book.
+func (l *ledger) stopAccepting() {
+	l.drain.shut = true
+	l.wakeAcceptors()
+}
+
+// closing says that nobody new is let in any more.
+func (l *ledger) closing() bool { return l.drain != nil && l.drain.shut }
+
+// awaitDelay goes on accepting for Options.DrainDelay.
+func (s *Server) awaitDelay() {
+	for {
+		var until time.Time
+		var done bool
+		s.book.With(func(l *ledger) {
+			until = l.drain.acceptUntil
+			if done = l.drain.shut || l.drain.forced || !time.Now().Before(until); done && !l.drain.shut {
+				l.stopAccepting()
+			}
+		})
+		if done {
+			return
+		}
+		s.awaitFor(time.Until(until), func(l *ledger) bool { return l.drain.forced || !l.drain.acceptUntil.Equal(until) })
+	}
+}
+
 // conductDrain leads the drain from its begin to the stop.
 func (s *Server) conductDrain() {
+	s.awaitDelay()
 	s.awaitFor(acceptingStops, func(l *ledger) bool { return len(l.acceptors) == 0 || l.drain.over() })
 	s.tellAll()
 	close(s.draining)
@@ -263,8 +313,10 @@ func (s *Server) tell(c *Conn, notice []byte, tooLate bool) {
 		s.book.With(func(l *ledger) {
 			if sent {
 				l.drain.notified++
+				l.noticesSent++
 			} else {
 				l.drain.noticeFailed++
+				l.noticesFailed++
 			}
 		})
 	}
@@ -356,8 +408,8 @@ func (s *Server) summarize(r Report) {
 		zap.Int("rejected", r.Rejected), zap.Int("closed_otherwise", r.Otherwise), zap.Int("handlers_left_behind", r.Stuck))
 }
 
-func (s *Server) isDraining() (yes bool) {
-	s.book.With(func(l *ledger) { yes = l.state >= Draining })
+func (s *Server) isClosing() (yes bool) {
+	s.book.With(func(l *ledger) { yes = l.closing() })
 	return yes
 }
 

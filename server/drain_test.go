@@ -147,8 +147,11 @@ func TestShutdownTakesTheDeadlineOfItsContext(t *testing.T) {
 			t.Errorf("Shutdown took %v, want %v: the grace, and the linger for one who does not leave", took, want)
 		}
 		wantEqual(t, "report", rep, Report{
-			DrainInfo: DrainInfo{Since: rep.Since, Deadline: rep.Since.Add(3 * time.Second), Reason: "upgrade", Notified: 2},
-			Took:      took, Left: 1, Deadline: 1,
+			DrainInfo: DrainInfo{
+				Since: rep.Since, Ended: rep.Since.Add(took), AcceptUntil: rep.Since, Deadline: rep.Since.Add(3 * time.Second),
+				Reason: "upgrade", Notified: 2,
+			},
+			Took: took, Left: 1, Deadline: 1,
 		})
 	})
 }

@@ -40,10 +40,11 @@ func (s *Server) judge(l *ledger, c *Conn) (verdict, Reason) {
 	return v, why
 }
 
-// awaitVerdict waits until the gate has made up its mind.
-func (s *Server) awaitVerdict(c *Conn) (v verdict, why Reason) {
+// awaitVerdict waits until the gate has made up its mind. Meanwhile waiting is true, under the lock of the book.
+func (s *Server) awaitVerdict(c *Conn, waiting *bool) (v verdict, why Reason) {
 	_ = s.book.Await(context.Background(), func(l *ledger) bool {
 		v, why = s.judge(l, c)
+		*waiting = v == wait
 		return v != wait
 	})
 	return v, why
@@ -53,7 +54,7 @@ func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
 	switch {
 	case c.ended():
 		return gone, 0
-	case l.state >= Draining:
+	case l.closing():
 		if l.drain.over() || filesShort(l) {
 			return refuse, RejectedDraining
 		}
@@ -76,7 +77,7 @@ func (s *Server) weigh(l *ledger, c *Conn) (verdict, Reason) {
 // mayAccept says whether taking a connection off the kernel's queue leads anywhere just now.
 func (s *Server) mayAccept(l *ledger) bool {
 	switch {
-	case l.state >= Draining:
+	case l.closing():
 		return true
 	case len(l.holds) > 0:
 		return l.rejectingPause()
@@ -86,7 +87,7 @@ func (s *Server) mayAccept(l *ledger) bool {
 }
 
 func (s *Server) full(l *ledger) bool {
-	return s.opts.MaxConns > 0 && l.admitted >= s.opts.MaxConns
+	return s.opts.MaxConns > 0 && l.admitted+l.identifying >= s.opts.MaxConns
 }
 
 // filesShort says that admitting still more, as a drain does, would eat up the reserve of files.

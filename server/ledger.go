@@ -15,16 +15,20 @@ type ledger struct {
 	holds    []*Hold
 	lastHold uint64
 
-	conns     table // open: from accept to close, whatever becomes of them
-	lastID    uint64
-	admitted  int      // of conns, those being served
-	perIP     ipCounts // of admitted; only kept where there is a limit
-	rejecting int      // of conns, those being told why they are not served
+	conns       table // open: from accept to close, whatever becomes of them
+	lastID      uint64
+	admitted    int      // of conns, those being served
+	perIP       ipCounts // of admitted; only kept where there is a limit
+	rejecting   int      // of conns, those being told why they are not served
+	identifying int      // of conns, those whose client is not known yet
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
 	bytesIn, bytesOut uint64 // of closed connections
-	recent            ring[ClosedConn]
+
+	noticesSent, noticesFailed uint64
+	transitions                [Stopped + 1]uint64 // into each state
+	recent                     ring[ClosedConn]
 
 	acceptors []*acceptor // those that let new connections in
 	tasks     int         // goroutines that accept, or work for a connection
@@ -51,6 +55,7 @@ func (l *ledger) setState(s State) {
 // announce publishes a change of the visible state since before.
 func (l *ledger) announce(before State) {
 	if now := l.status(); now != before {
+		l.transitions[now]++
 		l.publish(Event{Type: StateChanged, State: now})
 	}
 }

@@ -45,6 +45,10 @@ type Options struct {
 	// DefaultGrace; negative means none: clients are told and closed at once.
 	Grace time.Duration
 
+	// DrainDelay is how long a drain that has begun goes on accepting before it tells anybody; the grace begins after it. It is for
+	// load balancers, which take a while to notice that the server is not ready any more. Zero: not at all.
+	DrainDelay time.Duration
+
 	// MaxConns is how many connections are served at once. Zero, and any number above it, means as
 	// many as the process's limit on open files allows, less a reserve of up to 128 for listeners, the
 	// control plane, rejections and the drain. Where the system has no such limit, zero is unlimited.
@@ -60,6 +64,10 @@ type Options struct {
 	// StallTimeout closes a connection whose client has acknowledged nothing for so long while a write
 	// to it was blocked. Zero means DefaultStallTimeout; negative: never.
 	StallTimeout time.Duration
+
+	// Identify, when not nil, says who each client is before the connection comes to the gate. One that it fails for is closed without
+	// a word. Connections that are not identified yet count towards MaxConns.
+	Identify Identify
 
 	// OnClose, when not nil, is called once for every connection after it was closed, on that
 	// connection's goroutine; so it is called concurrently. A drain waits for it as for a handler: at the
@@ -82,6 +90,9 @@ func (o Options) resolve() (Options, error) {
 	}
 	if o.IdleTimeout < 0 {
 		bad("IdleTimeout", o.IdleTimeout)
+	}
+	if o.DrainDelay < 0 {
+		bad("DrainDelay", o.DrainDelay)
 	}
 	if o.AtLimit != Wait && o.AtLimit != Reject {
 		errs = append(errs, fmt.Errorf("option AtLimit: unknown value %d", o.AtLimit))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -27,6 +28,8 @@ type Server struct {
 	sweepCtx  context.Context // ends when the server has stopped
 	stopSweep context.CancelCauseFunc
 	sweeper   chan struct{} // closed when the sweeper has returned
+
+	probing atomic.Bool // a probe's goroutine is under way
 }
 
 // New makes a Server. The error names each option that makes no sense.

@@ -14,7 +14,7 @@ const (
 	Starting State = iota + 1 // made, and Serve not yet called
 	Running                   // accepting and serving
 	Paused                    // serving what it has, admitting nobody: at least one hold stands
-	Draining                  // told to stop: clients have been notified and have until the deadline
+	Draining                  // told to stop: clients are notified, after a delay if there is to be one, and have until the deadline
 	Stopped                   // every connection is closed
 )
 

@@ -17,12 +17,16 @@ type Status struct {
 	State             State
 	Started           time.Time
 	Listeners         []ListenerInfo
-	Connections       int    // open ones, in whatever phase
-	Accepted          uint64 // always Connections plus the sum over Closed
+	Connections       int           // open ones, in whatever phase
+	Phases            map[Phase]int // of these
+	Accepted          uint64        // always Connections plus the sum over Closed
 	Closed            map[Reason]uint64
 	BytesIn, BytesOut uint64 // of all connections, open and closed
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
+
+	NoticesSent, NoticesFailed uint64           // texts to clients, of a drain and of Notify: those that the kernel took, and did not
+	Transitions                map[State]uint64 // how often each state was entered
 }
 
 // ListenerInfo describes an open listener.
@@ -56,7 +60,7 @@ type ClosedConn struct {
 
 // Status returns the server's status.
 func (s *Server) Status() Status {
-	st := Status{Started: s.started, Closed: make(map[Reason]uint64)}
+	st := Status{Started: s.started, Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64)}
 	var listeners []net.Listener
 	var conns []*Conn
 	s.book.With(func(l *ledger) {
@@ -69,6 +73,12 @@ func (s *Server) Status() Status {
 			}
 		}
 		st.BytesIn, st.BytesOut = l.bytesIn, l.bytesOut
+		st.NoticesSent, st.NoticesFailed = l.noticesSent, l.noticesFailed
+		for state, n := range l.transitions {
+			if n > 0 {
+				st.Transitions[State(state)] = n
+			}
+		}
 		conns = l.conns.all()
 		for _, h := range l.holds {
 			st.Holds = append(st.Holds, h.info)
@@ -81,6 +91,7 @@ func (s *Server) Status() Status {
 		}
 	})
 	for c := range inTurns(conns, quietTurn) { // not under the lock: those that close meanwhile keep their figures
+		st.Phases[Phase(c.phase.Load())]++
 		st.BytesIn += c.BytesIn()
 		st.BytesOut += c.BytesOut()
 	}
@@ -193,6 +204,10 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 	_ = tally.Await(ctx, func(n *[2]int) bool { return n[0]+n[1] == len(conns) })
 	tally.With(func(n *[2]int) { sent = n[0] })
 	failed = len(conns) - sent
+	s.book.With(func(l *ledger) {
+		l.noticesSent += uint64(sent)
+		l.noticesFailed += uint64(failed)
+	})
 	s.log.Info("clients notified", zap.String("text", text), zap.Int("sent", sent), zap.Int("failed", failed))
 	return sent, failed, nil
 }

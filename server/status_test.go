@@ -8,9 +8,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/google/go-cmp/cmp/cmpopts"
-
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
@@ -24,7 +23,8 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		wantEqual(t, "status", r.Status(), Status{
 			State: Running, Started: began,
 			Listeners:   []ListenerInfo{{Address: r.ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}},
-			Connections: 1, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
+			Connections: 1, Phases: map[Phase]int{Serving: 1}, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
+			Transitions: map[State]uint64{Running: 1},
 		})
 		r.Drain(time.Minute, "TERM")
 		pass(acceptingStops)
@@ -32,7 +32,16 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		if st.State != Draining || st.Listeners != nil {
 			t.Errorf("status %+v, want draining without listeners", st)
 		}
-		wantEqual(t, "drain", st.Drain, &DrainInfo{Since: began, Deadline: began.Add(time.Minute), Reason: "TERM", Notified: 1})
+		wantEqual(t, "drain", st.Drain, &DrainInfo{
+			Since: began, AcceptUntil: began, Deadline: began.Add(time.Minute), Reason: "TERM", Notified: 1,
+		})
+		_, _, err := r.Notify(t.Context(), "hello")
+		if err != nil {
+			t.Fatal(err)
+		}
+		st = r.Status()
+		wantEqual(t, "notices", [2]uint64{st.NoticesSent, st.NoticesFailed}, [2]uint64{2, 0})
+		wantEqual(t, "transitions", st.Transitions, map[State]uint64{Running: 1, Draining: 1})
 	})
 }
 

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -16,18 +18,43 @@ const (
 	logThereafter = 100
 )
 
-// newLogger logs to stderr, in format "console" or "json"; empty means console on a terminal. The caller
-// closes the sink.
+// destination chooses the format where none is asked for, and where the log goes: to stderr, or to the journal by its socket.
+func destination(format, journal string) (chosen string, out io.Writer, err error) {
+	chosen = format
+	if format == "" {
+		switch {
+		case term.IsTerminal(int(os.Stderr.Fd())):
+			chosen = "console"
+		case underJournal():
+			chosen = "journal"
+		default:
+			chosen = "json"
+		}
+	}
+	if chosen != "journal" {
+		return chosen, os.Stderr, nil
+	}
+	conn, err := dialJournal(journal)
+	switch {
+	case err == nil:
+		return chosen, journalWriter{conn}, nil
+	case format == "":
+		return "json", os.Stderr, nil // which the journal reads too, such as from where its socket is not to be seen
+	default:
+		return "", nil, fmt.Errorf("--log-format journal: %w", err)
+	}
+}
+
+// newLogger logs in format "console", "json" or "journal"; empty means console on a terminal, journal where stderr leads there,
+// and else json. The caller closes the sink.
 func newLogger(level, format string) (*zap.Logger, *logSink, error) {
 	least, err := zapcore.ParseLevel(level)
 	if err != nil {
 		return nil, nil, usagef("--log-level %q: want debug, info, warn or error", level)
 	}
-	if format == "" {
-		format = "json"
-		if term.IsTerminal(int(os.Stderr.Fd())) {
-			format = "console"
-		}
+	format, out, err := destination(format, journalSocket)
+	if err != nil {
+		return nil, nil, err
 	}
 	var encoder zapcore.Encoder
 	switch format {
@@ -42,10 +69,15 @@ func newLogger(level, format string) (*zap.Logger, *logSink, error) {
 		config.EncodeTime = zapcore.TimeEncoderOfLayout("15:04:05.000")
 		config.ConsoleSeparator = "  "
 		encoder = zapcore.NewConsoleEncoder(config)
+	case "journal":
+		encoder = newJournalEncoder()
 	default:
-		return nil, nil, usagef("--log-format %q: want console or json", format)
+		return nil, nil, usagef("--log-format %q: want console, json or journal", format)
 	}
-	sink := newLogSink(os.Stderr, func(lines int64) []byte {
+	if format != "journal" && underJournal() {
+		encoder = prioritized{encoder}
+	}
+	sink := newLogSink(out, os.Stderr, func(lines int64) []byte {
 		line, err := encoder.Clone().EncodeEntry(
 			zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log lines dropped: their reader is too slow"},
 			[]zap.Field{zap.Int64("lines", lines)})

@@ -13,7 +13,7 @@ const (
 	stacksPatience = time.Second            // for a reader to take the stacks of all goroutines
 )
 
-// logSink writes to stderr without ever blocking its caller: behind stderr may be a terminal that was
+// logSink writes the log without ever blocking its caller: behind stderr may be a terminal that was
 // stopped with Ctrl-S, or a program that has stopped reading, and neither may stop the server. What finds
 // no room is dropped, and said to be once the reader goes on.
 //
@@ -21,6 +21,7 @@ const (
 // the process.
 type logSink struct {
 	out   io.Writer
+	raw   io.Writer                // stderr, for what is no entry of the log
 	lost  func(lines int64) []byte // gives the line that says so
 	queue chan logWrite
 	drops atomic.Int64
@@ -30,12 +31,13 @@ type logSink struct {
 
 type logWrite struct {
 	text    []byte
+	raw     bool
 	written chan struct{} // closed then; may be nil
 }
 
-func newLogSink(out io.Writer, lost func(lines int64) []byte) *logSink {
+func newLogSink(out, raw io.Writer, lost func(lines int64) []byte) *logSink {
 	s := &logSink{
-		out: out, lost: lost, queue: make(chan logWrite, logBacklog),
+		out: out, raw: raw, lost: lost, queue: make(chan logWrite, logBacklog),
 		quit: make(chan struct{}), done: make(chan struct{}),
 	}
 	go s.run()
@@ -77,7 +79,11 @@ func (s *logSink) run() {
 }
 
 func (s *logSink) write(w logWrite) {
-	_, _ = s.out.Write(w.text) // there is nowhere left to tell of an error
+	out := s.out
+	if w.raw {
+		out = s.raw
+	}
+	_, _ = out.Write(w.text) // there is nowhere left to tell of an error
 	if w.written != nil {
 		close(w.written)
 	}
@@ -95,12 +101,13 @@ func (s *logSink) close() {
 	}
 }
 
-// stacks writes to the sink, and waits for its reader to have taken it: the process is about to end.
+// stacks writes to stderr what is no entry of the log, after all that was logged before, and waits for its reader to have taken it: the
+// process is about to end.
 type stacks struct{ *logSink }
 
 func (s stacks) Write(p []byte) (int, error) {
 	written := make(chan struct{})
-	if s.put(logWrite{p, written}) {
+	if s.put(logWrite{text: p, raw: true, written: written}) {
 		select {
 		case <-written:
 		case <-time.After(stacksPatience):

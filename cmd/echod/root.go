@@ -44,6 +44,7 @@ Without a command it serves, as 'echod serve' does. Try it:
 	})
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) }
 	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newVersionCommand())
+	root.AddCommand(generators()...)
 	return root
 }
 
@@ -70,6 +71,7 @@ func fromEnvironment(cmd *cobra.Command) error {
 		}
 		if list, ok := f.Value.(pflag.SliceValue); ok {
 			err = list.Replace(strings.Split(value, ","))
+			f.Changed = true // pflag does so for the others only
 		} else if cmd.Flags().Set(f.Name, value) != nil {
 			err = fmt.Errorf("not what --%s takes", f.Name)
 		}

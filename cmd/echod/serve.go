@@ -2,10 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io/fs"
-	"net"
 	"os"
 	"os/signal"
 	"os/user"
@@ -19,6 +16,7 @@ import (
 	"go.uber.org/zap"
 
 	"echod/control"
+	"echod/metrics"
 	"echod/server"
 )
 
@@ -46,8 +44,15 @@ type serveFlags struct {
 	maxConnsPerIP int
 	idleTimeout   time.Duration
 	stallTimeout  time.Duration
+	drainDelay    time.Duration
+	stopTimeout   time.Duration
+	proxyProtocol []string
+	http          string
+	pprof         bool
 	logLevel      string
 	logFormat     string
+
+	listenGiven bool // and not the default
 }
 
 func newServeCommand(use string) *cobra.Command {
@@ -59,7 +64,10 @@ func newServeCommand(use string) *cobra.Command {
 
 ` + serveHelp,
 		Args: takes(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd.Context(), f) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.listenGiven = cmd.Flags().Changed("listen")
+			return serve(cmd.Context(), f)
+		},
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
@@ -68,6 +76,8 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.controlMode, "control-mode", "0600", "control socket's `mode`, in octal")
 	flags.StringVar(&f.controlGroup, "control-group", "", "control socket's `group`: a name or number")
 	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server\nstops")
+	flags.DurationVar(&f.drainDelay, "drain-delay", 0, "`time` for which new clients are still served once the\nserver is to stop, before --grace begins, and it is not\nready: for load balancers to notice")
+	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0, "`time` after which a supervisor kills a server that it\nstops; one that may take longer says so at start; 0 is\nnot known")
 	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason},\n{deadline} and Go escapes; sent as it is without \\n at its end;\nempty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
 	flags.Lookup("notice").DefValue = "" // shown above: pflag would quote it once more
 	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the\nopen files limit allows")
@@ -75,8 +85,11 @@ func newServeCommand(use string) *cobra.Command {
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY;\n0 is unlimited")
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed;\n0 is never")
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits\nfor it; 0 is for ever")
+	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil, "`ranges` of addresses of proxies, such as 10.0.0.0/8, that\nsay who their clients are by the PROXY protocol")
+	flags.StringVar(&f.http, "http", "", "`address` of /livez, /readyz, /metrics and /v1/status, which\nchange nothing; a port alone is on 127.0.0.1")
+	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof there too")
 	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or\nerror")
-	flags.StringVar(&f.logFormat, "log-format", "", "`format` of the log: console or json (default: console on a\nterminal, else json)")
+	flags.StringVar(&f.logFormat, "log-format", "", "`format` of the log: console, json or journal (default:\nconsole on a terminal, journal under systemd, else json)")
 	return cmd
 }
 
@@ -84,12 +97,18 @@ func newServeCommand(use string) *cobra.Command {
 func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	opts := server.Options{
 		Logger: log, Grace: f.grace, MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP,
-		IdleTimeout: f.idleTimeout, StallTimeout: f.stallTimeout,
+		IdleTimeout: f.idleTimeout, StallTimeout: f.stallTimeout, DrainDelay: f.drainDelay,
 	}
 	for _, d := range []struct {
 		flag  string
 		value time.Duration
-	}{{"grace", f.grace}, {"idle-timeout", f.idleTimeout}, {"stall-timeout", f.stallTimeout}} {
+	}{
+		{"grace", f.grace},
+		{"idle-timeout", f.idleTimeout},
+		{"stall-timeout", f.stallTimeout},
+		{"drain-delay", f.drainDelay},
+		{"stop-timeout", f.stopTimeout},
+	} {
 		if d.value < 0 {
 			return opts, usagef("--%s %s: must not be negative", d.flag, d.value)
 		}
@@ -122,6 +141,16 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 		return opts, usagef("--%w", err) // it begins with: notice
 	}
 	opts.Notice = notice
+	trusted, err := parseTrusted(f.proxyProtocol)
+	if err != nil {
+		return opts, err
+	}
+	if len(trusted) > 0 {
+		opts.Identify = proxied(trusted)
+	}
+	if f.pprof && f.http == "" {
+		return opts, usagef("--pprof: there is no --http for it to be served on")
+	}
 	return opts, nil
 }
 
@@ -164,33 +193,36 @@ func serve(ctx context.Context, f serveFlags) error {
 	if err != nil {
 		return err
 	}
+	shown := metrics.New(version)
+	opts.OnClose = shown.OnClose
 	srv, err := server.New(server.Echo, opts)
 	if err != nil {
 		return err
 	}
-	listeners, err := listen(ctx, f.listen)
+	shown.Watch(srv)
+	sockets, err := f.open(ctx, access, log)
 	if err != nil {
 		return err
 	}
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
-
-	if what := lacking(runtime.GOOS); what != nil {
-		log.Warn("not to be had on this system", zap.Strings("what", what))
-	}
+	f.warn(log)
 
 	var g run.Group
-	g.Add(control.ServerActor(srv, listeners...))
+	g.Add(control.ServerActor(srv, sockets.echo...))
 
 	signals := control.NewSignals(srv, notifySignals(), log, stacks{sink})
+	signals.Seen = shown.Signal
 	g.Add(signals.Actor())
 
-	if f.control != "off" {
-		socket, err := listenControl(ctx, f.control, access, log)
-		if err != nil {
-			closeAll(listeners)
-			return err
-		}
-		g.Add(control.New(srv, control.Options{Version: version, Logger: log}).Actor(socket))
+	planes := control.Options{Version: version, Logger: log, Metrics: shown, OnRequest: shown.Request, Pprof: f.pprof}
+	if sockets.control != nil {
+		g.Add(control.New(srv, planes).Actor(sockets.control))
+	}
+	if sockets.http != nil {
+		g.Add(control.NewWeb(srv, planes).Actor(sockets.http))
+	}
+	if s := newSupervised(srv, alive(srv, sockets.control), log); s != nil {
+		g.Add(s.actor())
 	}
 
 	if err := g.Run(); err != nil {
@@ -234,56 +266,14 @@ func notifySignals() <-chan os.Signal {
 	return in
 }
 
-func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {
-	for _, address := range addresses {
-		if _, _, err := net.SplitHostPort(address); err != nil {
-			return nil, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::]:9999", address)
-		}
+// warn says what will not be as one may expect.
+func (f serveFlags) warn(log *zap.Logger) {
+	if what := lacking(runtime.GOOS); what != nil {
+		log.Warn("not to be had on this system", zap.Strings("what", what))
 	}
-	var listeners []net.Listener
-	for _, address := range addresses {
-		ln, err := server.Listen(ctx, address)
-		if err != nil {
-			closeAll(listeners)
-			return nil, fmt.Errorf("--listen %s: %w", address, plain(err))
-		}
-		listeners = append(listeners, ln)
+	const end = 2 * time.Second // after its deadline a drain is over
+	if takes := f.drainDelay + f.grace + end; f.stopTimeout > 0 && takes > f.stopTimeout {
+		log.Warn("a drain may take longer than the supervisor waits: it would be killed halfway",
+			zap.Duration("drain", takes), zap.Duration("stop_timeout", f.stopTimeout))
 	}
-	return listeners, nil
-}
-
-// plain strips what the net package puts around an error: the message names the address already.
-func plain(err error) error {
-	if oe, ok := errors.AsType[*net.OpError](err); ok {
-		err = oe.Err
-	}
-	if se, ok := errors.AsType[*os.SyscallError](err); ok {
-		err = se.Err
-	}
-	return err
-}
-
-func closeAll(listeners []net.Listener) {
-	for _, ln := range listeners {
-		_ = ln.Close()
-	}
-}
-
-func listenControl(ctx context.Context, path string, access control.SocketOptions, log *zap.Logger) (net.Listener, error) {
-	if path == "" {
-		found, err := serverSocket()
-		if err != nil {
-			return nil, err
-		}
-		path = found
-	}
-	socket, err := control.Listen(ctx, path, access)
-	if errors.Is(err, control.ErrInUse) {
-		return nil, fmt.Errorf("%w: give this one a --control of its own, or --control off", err)
-	}
-	if err != nil {
-		return nil, err
-	}
-	log.Info("control socket open", zap.String("path", path))
-	return socket, nil
 }

@@ -1,0 +1,112 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/pires/go-proxyproto"
+
+	"echod/server"
+)
+
+// parseTrusted reads the ranges of addresses that a PROXY header is expected from.
+func parseTrusted(ranges []string) (trusted []netip.Prefix, err error) {
+	for _, text := range ranges {
+		prefix, err := netip.ParsePrefix(text)
+		if addr, failed := netip.ParseAddr(text); failed == nil {
+			prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+		}
+		if err != nil {
+			return nil, usagef("--proxy-protocol %q: want an address or a range such as 10.0.0.0/8", text)
+		}
+		trusted = append(trusted, prefix.Masked())
+	}
+	return trusted, nil
+}
+
+// proxied reads the PROXY header, of version 1 or 2, of connections that come from a trusted address. What others
+// send is theirs, whatever it looks like.
+func proxied(trusted []netip.Prefix) server.Identify {
+	return func(nc net.Conn) (*net.TCPAddr, error) {
+		from, err := netip.ParseAddrPort(nc.RemoteAddr().String())
+		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(from.Addr().Unmap()) }) {
+			return nil, nil
+		}
+		raw, err := readProxyHeader(nc)
+		if err != nil {
+			return nil, fmt.Errorf("reading the PROXY header: %w", err)
+		}
+		header, err := proxyproto.Read(bufio.NewReader(bytes.NewReader(raw)))
+		if err != nil {
+			return nil, fmt.Errorf("reading the PROXY header %.40q: %w", raw, err)
+		}
+		if header.Command.IsLocal() {
+			return nil, nil // the proxy's own connection, such as a health check
+		}
+		client, _ := header.SourceAddr.(*net.TCPAddr) // nil where the proxy says that it does not know
+		return client, nil
+	}
+}
+
+// Bounds and marks of the two versions, https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt.
+const (
+	markV1     = "PROXY "
+	markV2     = "\r\n\r\n\x00\r\nQUIT\n"
+	longestV1  = 107
+	fixedV2    = 16
+	longestTLV = 4096 // what proxies add to an address; the protocol would allow 65,535
+)
+
+var errNoHeader = errors.New("it is none")
+
+// readProxyHeader reads a header, and not a byte of what follows it.
+func readProxyHeader(r io.Reader) ([]byte, error) {
+	raw := make([]byte, len(markV1), fixedV2+longestTLV)
+	if _, err := io.ReadFull(r, raw); err != nil {
+		return nil, err
+	}
+	switch string(raw) {
+	case markV1:
+		return readToNewline(r, raw)
+	case markV2[:len(markV1)]:
+		return readV2(r, raw)
+	default:
+		return nil, fmt.Errorf("%w: it begins with %q", errNoHeader, raw)
+	}
+}
+
+func readToNewline(r io.Reader, raw []byte) ([]byte, error) {
+	for len(raw) < longestV1 {
+		next := raw[len(raw) : len(raw)+1]
+		if _, err := io.ReadFull(r, next); err != nil {
+			return nil, err
+		}
+		raw = raw[:len(raw)+1]
+		if next[0] == '\n' {
+			return raw, nil
+		}
+	}
+	return nil, fmt.Errorf("%w: the line does not end within %d bytes", errNoHeader, longestV1)
+}
+
+func readV2(r io.Reader, raw []byte) ([]byte, error) {
+	begun := len(raw)
+	raw = raw[:fixedV2]
+	if _, err := io.ReadFull(r, raw[begun:]); err != nil {
+		return nil, err
+	}
+	length := int(binary.BigEndian.Uint16(raw[fixedV2-2:]))
+	if string(raw[:len(markV2)]) != markV2 || length > longestTLV {
+		return nil, fmt.Errorf("%w: it begins with %q, of %d bytes more", errNoHeader, raw[:len(markV2)], length)
+	}
+	raw = raw[:fixedV2+length]
+	_, err := io.ReadFull(r, raw[fixedV2:])
+	return raw, err
+}

@@ -1,0 +1,97 @@
+package main
+
+import (
+	"encoding/hex"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+)
+
+const v2Mark = "0d0a0d0a000d0a515549540a"
+
+// fromProxy is a connection on which a proxy at an address has sent something.
+type fromProxy struct {
+	net.Conn
+	remote string
+	sent   *strings.Reader
+}
+
+func (c fromProxy) Read(p []byte) (int, error) { return c.sent.Read(p) }
+
+func (c fromProxy) RemoteAddr() net.Addr {
+	return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(c.remote))
+}
+
+func unhex(t *testing.T, text string) string {
+	t.Helper()
+	raw, err := hex.DecodeString(strings.ReplaceAll(text, " ", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(raw)
+}
+
+func TestProxyHeaderSaysWhoTheClientIs(t *testing.T) {
+	trusted, err := parseTrusted([]string{"10.0.0.0/8", "::1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	identify := proxied(trusted)
+	for name, c := range map[string]struct{ from, sent, client string }{
+		"v1":                                  {"10.1.2.3:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
+		"v1, IPv6":                            {"[::1]:4", "PROXY TCP6 2001:db8::9 ::1 5555 9999\r\n", "[2001:db8::9]:5555"},
+		"v1, unknown":                         {"10.1.2.3:4", "PROXY UNKNOWN\r\n", ""},
+		"v2":                                  {"10.1.2.3:4", unhex(t, v2Mark+"21 11 000c cb007109 0a000001 15b3 270f"), "203.0.113.9:5555"},
+		"v2 with a TLV":                       {"10.1.2.3:4", unhex(t, v2Mark+"21 11 0011 cb007109 0a000001 15b3 270f 04 0002 0000"), "203.0.113.9:5555"},
+		"v2, a check":                         {"10.1.2.3:4", unhex(t, v2Mark+"20 00 0000"), ""},
+		"v4 mapped in 6":                      {"[::ffff:10.1.2.3]:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
+		"from a stranger, to whom it is data": {"192.0.2.1:4", "", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			const data = "what follows is the client's"
+			nc := fromProxy{remote: c.from, sent: strings.NewReader(c.sent + data)}
+			client, err := identify(nc)
+			got := ""
+			if client != nil {
+				got = client.String()
+			}
+			if err != nil || got != c.client {
+				t.Errorf("client %q, error %v; want %q", got, err, c.client)
+			}
+			if rest, _ := io.ReadAll(nc); string(rest) != data {
+				t.Errorf("what is left is %q, want %q", rest, data)
+			}
+		})
+	}
+}
+
+func TestProxyHeaderThatIsNoneIsAnError(t *testing.T) {
+	identify := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	for name, sent := range map[string]string{
+		"nothing":          "",
+		"data":             "hello, world\n",
+		"cut":              "PROXY TCP4 203.0.113.9",
+		"endless":          "PROXY " + strings.Repeat("x", 200),
+		"no such family":   "PROXY UDP4 1.2.3.4 1.2.3.4 1 1\r\n",
+		"v2, cut":          unhex(t, v2Mark+"21 11 000c cb00"),
+		"v2, too long":     unhex(t, v2Mark+"21 11 ffff") + strings.Repeat("x", 70000),
+		"v2, not its mark": unhex(t, "0d0a0d0a000d0a515549540b 21 11 0000"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			client, err := identify(fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
+			if err == nil || client != nil || !strings.Contains(err.Error(), "PROXY header") {
+				t.Errorf("client %v, error %v; want an error that names the header", client, err)
+			}
+		})
+	}
+}
+
+func TestTrustedRangesAreChecked(t *testing.T) {
+	_, err := parseTrusted([]string{"10.0.0.0/8", "nowhere"})
+	if usage, ok := errors.AsType[usageError](err); !ok || !strings.Contains(usage.Error(), `"nowhere"`) {
+		t.Errorf("error %v, want a usage error that names the range", err)
+	}
+}

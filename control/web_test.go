@@ -1,0 +1,128 @@
+package control
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"echod/server"
+)
+
+// asked is what a plane answers to a request.
+func asked(t *testing.T, h http.Handler, method, path string) (status int, body string) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), method, path, nil))
+	return w.Code, w.Body.String()
+}
+
+func TestPausedAndDrainingAreAliveAndNotReady(t *testing.T) {
+	r := newRig(t, server.Options{})
+	web := NewWeb(r.srv, Options{})
+	want := func(path string, status int, parts ...string) {
+		t.Helper()
+		got, body := asked(t, web, http.MethodGet, path)
+		if got != status {
+			t.Errorf("%s: %d %q, want %d", path, got, body, status)
+		}
+		for _, part := range parts {
+			if !strings.Contains(body, part) {
+				t.Errorf("%s says %q, want %q in it", path, body, part)
+			}
+		}
+	}
+	want("/livez", 200, "running")
+	want("/readyz", 200, "ready")
+	h, err := r.srv.Pause(server.PauseOptions{Reason: "backup"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want("/livez", 200, "paused")
+	want("/readyz", 503, "paused", "h1", "backup")
+	h.Release()
+	want("/readyz", 200, "ready")
+	nc, err := r.dialEcho(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	if _, err := nc.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := nc.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	r.srv.Drain(time.Minute, "deploy")
+	want("/livez", 200, "draining")
+	want("/readyz", 503, "draining", "deploy", "until")
+}
+
+func TestWebChangesNothing(t *testing.T) {
+	r := newRig(t, server.Options{})
+	web := NewWeb(r.srv, Options{Metrics: http.NotFoundHandler()})
+	for _, path := range []string{"/livez", "/readyz", "/v1/status", "/metrics"} {
+		for _, method := range []string{http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodPatch} {
+			if status, body := asked(t, web, method, path); status != http.StatusMethodNotAllowed {
+				t.Errorf("%s %s: %d %q, want 405", method, path, status, body)
+			}
+		}
+	}
+	for _, path := range []string{"/v1/pause", "/v1/resume", "/v1/shutdown", "/v1/notify", "/v1/conns", "/v1/events", "/debug/pprof/"} {
+		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodDelete} {
+			if status, body := asked(t, web, method, path); status != http.StatusNotFound {
+				t.Errorf("%s %s: %d %q, want 404", method, path, status, body)
+			}
+		}
+	}
+}
+
+func TestPprofIsServedWhereItIsAskedFor(t *testing.T) {
+	r := newRig(t, server.Options{})
+	web := NewWeb(r.srv, Options{Pprof: true})
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/goroutine?debug=1", "/debug/pprof/cmdline"} {
+		if status, body := asked(t, web, http.MethodGet, path); status != http.StatusOK || body == "" {
+			t.Errorf("%s: %d, %d bytes", path, status, len(body))
+		}
+	}
+}
+
+// What callers make up is counted together, or they could make the server remember ever more.
+func TestRequestsAreToldByRouteAndCode(t *testing.T) {
+	r := newRig(t, server.Options{})
+	var mu sync.Mutex
+	seen := make(map[string]int)
+	plane := New(r.srv, Options{OnRequest: func(route, method string, code int) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen[method+" "+route+" "+http.StatusText(code)]++
+	}})
+	asked(t, plane, http.MethodGet, "/v1/status")
+	asked(t, plane, http.MethodGet, "/v1/status?x=1")
+	asked(t, plane, http.MethodDelete, "/v1/conns/17")
+	asked(t, plane, http.MethodPost, "/v1/status")
+	asked(t, plane, "BREW", "/v1/status")
+	asked(t, plane, http.MethodGet, "/nowhere/1")
+	asked(t, plane, http.MethodGet, "/nowhere/2")
+	for what, want := range map[string]int{
+		"GET /v1/status OK": 1, "GET /v1/status Bad Request": 1, "DELETE /v1/conns/* Not Found": 1,
+		"POST /v1/status Method Not Allowed": 1, "other /v1/status Method Not Allowed": 1, "GET  Not Found": 2,
+	} {
+		if seen[what] != want {
+			t.Errorf("%q was seen %d times, want %d; all: %v", what, seen[what], want, seen)
+		}
+	}
+}
+
+func TestMetricsAreOnTheControlPlaneToo(t *testing.T) {
+	r := newRig(t, server.Options{})
+	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("metrics")) })
+	if _, body := asked(t, New(r.srv, Options{Metrics: metrics}), http.MethodGet, "/metrics"); body != "metrics" {
+		t.Errorf("/metrics is %q", body)
+	}
+	if status, _ := asked(t, New(r.srv, Options{}), http.MethodGet, "/metrics"); status != http.StatusNotFound {
+		t.Errorf("without metrics: %d, want 404", status)
+	}
+}

@@ -1,0 +1,275 @@
+//go:build unix
+
+package integration
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"echod/control"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// web is the address of --http.
+func (e *echod) web() string {
+	e.t.Helper()
+	return e.awaitLog("http open").str("address")
+}
+
+// ask makes a request of one connection: over TCP, or over a Unix socket where address is a path.
+func ask(t testing.TB, method, address, path string) (status int, body string) {
+	t.Helper()
+	network := "tcp"
+	if strings.HasPrefix(address, "/") {
+		network = "unix"
+	}
+	client := &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, address)
+		},
+	}}
+	req, err := http.NewRequestWithContext(within(t, patience), method, "http://echod"+path, http.NoBody)
+	check(t, err)
+	resp, err := client.Do(req)
+	check(t, err)
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	check(t, err)
+	return resp.StatusCode, string(text)
+}
+
+// expectWeb checks the status and a part of the body.
+func (e *echod) expectWeb(path string, status int, part string) {
+	e.t.Helper()
+	got, body := ask(e.t, http.MethodGet, e.web(), path)
+	if got != status || !strings.Contains(body, part) {
+		e.t.Errorf("%s answers %d %q, want %d and %q in it", path, got, body, status, part)
+	}
+}
+
+func TestProbesFollowTheState(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0", "--grace", "20s")
+	if host, _, err := net.SplitHostPort(e.web()); err != nil || host != "127.0.0.1" {
+		t.Errorf("--http with a port alone is on %s (%v), want 127.0.0.1", e.web(), err)
+	}
+	p := e.served()
+	e.expectWeb("/livez", 200, "running")
+	e.expectWeb("/readyz", 200, "ready")
+	e.pause(control.PauseRequest{Reason: "backup"})
+	e.expectWeb("/livez", 200, "paused")
+	e.expectWeb("/readyz", 503, `"backup"`)
+	_, err := e.control.Resume(within(t, patience))
+	check(t, err)
+	e.expectWeb("/readyz", 200, "ready")
+	e.signal(syscall.SIGTERM)
+	check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	e.expectWeb("/livez", 200, "draining")
+	e.expectWeb("/readyz", 503, "draining (SIGTERM)")
+	check(t, p.leave())
+	e.wait(0)
+}
+
+// With a delay a load balancer has time to see that the server is not ready, and whom it still sends is served.
+func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
+	t.Parallel()
+	const delay, grace = 2 * time.Second, 20 * time.Second
+	e := start(t, "--http", "0", "--drain-delay", delay.String(), "--grace", grace.String())
+	old := e.served()
+	began := e.signal(syscall.SIGTERM)
+	e.awaitLog("draining: accepting goes on for a while")
+	e.expectWeb("/livez", 200, "draining")
+	e.expectWeb("/readyz", 503, "draining (SIGTERM)")
+	late := e.dial()
+	check(t, late.echo("late\n"))
+	check(t, old.echo("still here\n"))
+	drain := e.status().Drain
+	if drain == nil || drain.AcceptingUntil == nil {
+		t.Fatalf("the status does not say until when clients are accepted: %+v", drain)
+	}
+	if got := drain.AcceptingUntil.Sub(drain.Since); got != delay {
+		t.Errorf("clients are accepted for %v, want %v", got, delay)
+	}
+	if got := drain.Deadline.Sub(*drain.AcceptingUntil); got.Round(time.Second) != grace {
+		t.Errorf("the grace after the delay is %v, want %v", got, grace)
+	}
+	for _, p := range []*peer{old, late} {
+		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+		if waited := time.Since(began); waited < delay {
+			t.Errorf("clients were told after %v, before the delay was over", waited)
+		}
+		check(t, p.leave())
+	}
+	e.wait(0)
+	if p, err := connectSoon(e.addr); err == nil {
+		_ = p.Close()
+		t.Error("somebody is still served after the end")
+	}
+}
+
+// sample is the value of a metric, with its labels as they are shown.
+func sample(text, series string) string {
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(line, series+" "); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "none"
+}
+
+func TestMetricsAgreeWithWhatClientsDid(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0", "--max-conns-per-ip", "2", "--grace", "20s")
+	first, second := e.served(), e.served()
+	check(t, e.dial().expectRest("BUSY\n"))
+	check(t, first.leave())
+	check(t, first.Close())
+	e.awaitOpen(1)
+	e.pause(control.PauseRequest{})
+	waiting := e.dial()
+	defer waiting.Close()
+	for name, address := range map[string]string{"--http": e.web(), "the control socket": e.socket} {
+		status, text := ask(t, http.MethodGet, address, "/metrics")
+		if status != 200 {
+			t.Fatalf("/metrics on %s: %d", name, status)
+		}
+		for series, want := range map[string]string{
+			`echod_connections_accepted_total`:                                         "3",
+			`echod_connections{phase="serving"}`:                                       "1",
+			`echod_connections_closed_total{reason="client-closed"}`:                   "1",
+			`echod_connections_closed_total{reason="rejected-limit"}`:                  "1",
+			`echod_connections_rejected_total{reason="limit"}`:                         "1",
+			`echod_bytes_total{direction="in"}`:                                        "12",
+			`echod_bytes_total{direction="out"}`:                                       "17", // with BUSY
+			`echod_state{state="paused"}`:                                              "1",
+			`echod_state{state="running"}`:                                             "0",
+			`echod_holds`:                                                              "1",
+			`echod_connection_duration_seconds_count`:                                  "2",
+			`echod_signals_total{signal="SIGTERM"}`:                                    "none",
+			`echod_control_requests_total{code="201",method="POST",route="/v1/pause"}`: "1",
+		} {
+			if got := sample(text, series); got != want {
+				t.Errorf("on %s %s is %s, want %s", name, series, got, want)
+			}
+		}
+		st := e.status()
+		if st.Listeners[0].AcceptQueue != nil {
+			if got := sample(text, fmt.Sprintf(`echod_accept_queue_length{listener=%q}`, e.addr)); got != "1" {
+				t.Errorf("on %s the accept queue's length is %s, want 1", name, got)
+			}
+		}
+	}
+	e.signal(syscall.SIGTERM)
+	for _, p := range []*peer{second, waiting} {
+		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	}
+	_, text := ask(t, http.MethodGet, e.web(), "/metrics")
+	for series, want := range map[string]string{
+		`echod_signals_total{signal="SIGTERM"}`: "1",
+		`echod_notices_total{result="sent"}`:    "2",
+		`echod_state{state="draining"}`:         "1",
+	} {
+		if got := sample(text, series); got != want {
+			t.Errorf("in the drain %s is %s, want %s", series, got, want)
+		}
+	}
+	check(t, second.leave())
+	check(t, waiting.leave())
+	e.wait(0)
+}
+
+// Who reaches --http may look, and no more: all that the control socket can do is tried there.
+func TestNothingOnHTTPChangesAnything(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0")
+	p := e.served()
+	before := e.status()
+	methods := []string{http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete}
+	for _, path := range []string{
+		"/", "/livez", "/readyz", "/metrics", "/v1/status", "/v1/pause", "/v1/resume", "/v1/shutdown", "/v1/notify",
+		"/v1/conns?all=true", "/v1/conns/1", "/v1/holds/h1", "/debug/pprof/", "/debug/pprof/profile",
+	} {
+		for _, method := range methods {
+			status, body := ask(t, method, e.web(), path)
+			if status != http.StatusNotFound && status != http.StatusMethodNotAllowed {
+				t.Errorf("%s %s answers %d %q", method, path, status, body)
+			}
+		}
+	}
+	for _, path := range []string{"/v1/conns", "/v1/conns/closed", "/v1/events", "/v1/wait?state=paused", "/debug/pprof/"} {
+		e.expectWeb(path, http.StatusNotFound, "")
+	}
+	after := e.status()
+	before.UptimeSeconds, after.UptimeSeconds = 0, 0
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("the status has changed (-before +after):\n%s", diff)
+	}
+	check(t, p.echo("still here\n"))
+}
+
+func TestPprofOnlyWhereItIsAskedFor(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0", "--pprof")
+	e.expectWeb("/debug/pprof/goroutine?debug=1", 200, "goroutine profile")
+	got := run(t, commandOf(built(t, echodBinary), "--pprof"))
+	if got.code != 2 || !strings.Contains(got.stderr, "--http") {
+		t.Errorf("--pprof alone: exit code %d, %q; want 2 and a word on --http", got.code, got.stderr)
+	}
+}
+
+func TestPromtoolFindsNothingInTheMetrics(t *testing.T) {
+	t.Parallel()
+	promtool := require(t, "promtool")
+	e := start(t, "--http", "0")
+	p := e.served()
+	check(t, p.leave())
+	e.pause(control.PauseRequest{})
+	_, text := ask(t, http.MethodGet, e.web(), "/metrics")
+	cmd := commandOf(promtool, "check", "metrics")
+	cmd.Stdin = strings.NewReader(text)
+	if got := run(t, cmd); got.code != 0 || got.stdout+got.stderr != "" {
+		t.Errorf("exit code %d:\n%s%s", got.code, got.stdout, got.stderr)
+	}
+}
+
+func TestPromtoolAcceptsTheAlertRules(t *testing.T) {
+	t.Parallel()
+	promtool := require(t, "promtool")
+	for _, argv := range [][]string{
+		{promtool, "check", "rules", "../packaging/prometheus/alerts.yml"},
+		{promtool, "test", "rules", "../packaging/prometheus/alerts_test.yml"},
+	} {
+		if got := run(t, commandOf(argv...)); got.code != 0 {
+			t.Errorf("%s: exit code %d:\n%s%s", strings.Join(argv[1:], " "), got.code, got.stdout, got.stderr)
+		}
+	}
+}
+
+// Every series that an alert looks at has to be one that there is.
+func TestAlertsAreOnMetricsThatThereAre(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0")
+	_, text := ask(t, http.MethodGet, e.web(), "/metrics")
+	rules, err := os.ReadFile("../packaging/prometheus/alerts.yml")
+	check(t, err)
+	names := regexp.MustCompile(`\b(echod|process)_[a-z_]+`).FindAllString(string(rules), -1)
+	if len(names) == 0 {
+		t.Fatal("no metric found in the rules")
+	}
+	for _, name := range names {
+		if !strings.Contains(text, "# TYPE "+name+" ") {
+			t.Errorf("an alert is on %s, which there is not", name)
+		}
+	}
+}

@@ -1,0 +1,164 @@
+package metrics
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	"go.uber.org/goleak"
+
+	"echod/server"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// scrape returns what Prometheus would read.
+func scrape(t *testing.T, m *Metrics) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	m.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/metrics", nil))
+	if w.Code != 200 {
+		t.Fatalf("status %d: %s", w.Code, w.Body)
+	}
+	return w.Body.String()
+}
+
+// wantLines checks that each of the lines is in what Prometheus would read.
+func wantLines(t *testing.T, m *Metrics, lines ...string) {
+	t.Helper()
+	text := "\n" + scrape(t, m)
+	for _, line := range lines {
+		if strings.Contains(text, "\n"+line+"\n") {
+			continue
+		}
+		name, _, _ := strings.Cut(line, "{")
+		name, _, _ = strings.Cut(name, " ")
+		var found []string
+		for have := range strings.Lines(text) {
+			if strings.HasPrefix(have, name) {
+				found = append(found, strings.TrimSpace(have))
+			}
+		}
+		t.Errorf("there is no %q, but %q", line, found)
+	}
+}
+
+// serve runs an echo server that m shows.
+func serve(t *testing.T, m *Metrics, opts server.Options) (*server.Server, net.Addr) {
+	t.Helper()
+	opts.OnClose = m.OnClose
+	s, err := server.New(server.Echo, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Watch(s)
+	ln, err := server.Listen(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = s.Serve(ln)
+	}()
+	t.Cleanup(func() {
+		_ = s.Close()
+		<-done
+	})
+	if err := s.AwaitStatus(t.Context(), func(state server.State, _ int) bool { return state == server.Running }); err != nil {
+		t.Fatal(err)
+	}
+	return s, ln.Addr()
+}
+
+// client connects, and gets the echo of text.
+func client(t *testing.T, address net.Addr, text string) *net.TCPConn {
+	t.Helper()
+	nc, err := net.Dial("tcp", address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = nc.Close() })
+	if _, err := io.WriteString(nc, text); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(nc, make([]byte, len(text))); err != nil {
+		t.Fatal(err)
+	}
+	return nc.(*net.TCPConn)
+}
+
+func TestMetricsSayWhatTheClientsDid(t *testing.T) {
+	m := New("1.2.3")
+	s, address := serve(t, m, server.Options{MaxConnsPerIP: 2})
+	wantLines(t, m, `echod_build_info{version="1.2.3"} 1`, `echod_state{state="running"} 1`, `echod_state{state="paused"} 0`,
+		`echod_connections{phase="serving"} 0`, `echod_connections_closed_total{reason="killed"} 0`)
+
+	stays, leaves := client(t, address, "hello"), client(t, address, "hi")
+	busy, err := net.Dial("tcp", address.String()) // the third from this address
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(busy); string(got) != "BUSY\n" || err != nil {
+		t.Errorf("the third client got %q, %v", got, err)
+	}
+	_ = busy.Close()
+	_ = leaves.CloseWrite()
+	if _, err := io.ReadAll(leaves); err != nil {
+		t.Error(err)
+	}
+	if err := s.AwaitStatus(t.Context(), func(_ server.State, open int) bool { return open == 1 }); err != nil {
+		t.Fatal(err)
+	}
+	wantLines(t, m,
+		`echod_connections_accepted_total 3`, `echod_connections{phase="serving"} 1`,
+		`echod_connections_closed_total{reason="client-closed"} 1`, `echod_connections_closed_total{reason="rejected-limit"} 1`,
+		`echod_connections_rejected_total{reason="limit"} 1`, `echod_connections_rejected_total{reason="paused"} 0`,
+		`echod_bytes_total{direction="in"} 7`, `echod_bytes_total{direction="out"} 12`)
+
+	if _, _, err := s.Notify(t.Context(), "hello"); err != nil {
+		t.Fatal(err)
+	}
+	h, err := s.Pause(server.PauseOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantLines(t, m, `echod_notices_total{result="sent"} 1`, `echod_notices_total{result="failed"} 0`, `echod_holds 1`,
+		`echod_state{state="paused"} 1`, `echod_state_transitions_total{state="paused"} 1`, `echod_state_transitions_total{state="running"} 1`,
+		`echod_accept_queue_length{listener="`+address.String()+`"} 0`)
+	h.Release()
+
+	m.Signal("SIGTERM")
+	m.Request("/v1/status", "GET", 200)
+	m.Request("/v1/status", "GET", 200)
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := s.Shutdown(ctx, "x"); err != nil {
+		t.Fatal(err)
+	}
+	_ = stays
+	wantLines(t, m,
+		`echod_signals_total{signal="SIGTERM"} 1`, `echod_control_requests_total{code="200",method="GET",route="/v1/status"} 2`,
+		`echod_state{state="stopped"} 1`, `echod_state_transitions_total{state="draining"} 1`, `echod_drain_duration_seconds_count 1`,
+		`echod_connections_closed_total{reason="deadline"} 1`, `echod_notices_total{result="sent"} 2`,
+		`echod_connection_duration_seconds_count 3`)
+}
+
+func TestMetricsFollowPrometheusConventions(t *testing.T) {
+	m := New("1.2.3")
+	serve(t, m, server.Options{})
+	m.Signal("SIGTERM")
+	m.Request("/v1/status", "GET", 200)
+	problems, err := promlint.New(strings.NewReader(scrape(t, m))).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		t.Errorf("%s: %s", p.Metric, p.Text)
+	}
+}

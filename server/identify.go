@@ -1,0 +1,39 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Identify says who a client really is, where connections come through a proxy that tells, such as with the PROXY protocol. It
+// reads what the proxy sends ahead of the client's bytes from nc, and not a byte more. A nil address means the
+// connection's own. It is called on the connection's goroutine, and has to heed nc's deadline.
+type Identify func(nc net.Conn) (*net.TCPAddr, error)
+
+// identifyTimeout is how long a proxy may take to say who its client is: it sends that with the first segment.
+const identifyTimeout = 3 * time.Second
+
+// enterIdentified is the goroutine that takes a connection to the gate whose client is not known yet.
+func (a *acceptor) enterIdentified(c *Conn) {
+	s := a.srv
+	defer s.endTask()
+	_ = c.SetReadDeadline(time.Now().Add(identifyTimeout))
+	client, err := s.opts.Identify(c.nc)
+	_ = c.SetReadDeadline(time.Time{})
+	if client != nil {
+		c.client.Store(client)
+	}
+	if err != nil && !c.ended() {
+		s.log.Warn("client not identified", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
+		c.end(RejectedUnidentified, fmt.Errorf("%w: %w", errUnidentified, err))
+	}
+	s.book.With(func(l *ledger) { l.identifying-- })
+	v, why := s.awaitVerdict(c, new(bool))
+	s.enter(c, v, why)
+}
+
+var errUnidentified = errors.New("the client was not identified")

@@ -1,0 +1,129 @@
+package server
+
+import (
+	"errors"
+	"io"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// identifyByLine takes the first line for the client's address.
+func identifyByLine(nc net.Conn) (*net.TCPAddr, error) {
+	var line []byte
+	for b := make([]byte, 1); ; {
+		if _, err := io.ReadFull(nc, b); err != nil {
+			return nil, err
+		}
+		if b[0] == '\n' {
+			break
+		}
+		line = append(line, b[0])
+	}
+	if string(line) == "local" {
+		return nil, nil
+	}
+	ip := net.ParseIP(string(line))
+	if ip == nil {
+		return nil, errors.New("no address")
+	}
+	return &net.TCPAddr{IP: ip, Port: 7}, nil
+}
+
+func TestIdentifiedClientsAreListedAndLimitedByTheirOwnAddress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConnsPerIP: 1})
+		first := r.dial(t)
+		wantPhases(t, r.Server, Waiting)
+		first.send(t, "203.0.113.1\nhello\n")
+		first.has(t, "hello\n")
+		wantPhases(t, r.Server, Serving)
+		for info := range r.Conns() {
+			wantEqual(t, "remote", info.Remote.String(), "203.0.113.1:7")
+		}
+		again, other, local := r.dial(t), r.dial(t), r.dial(t)
+		again.send(t, "203.0.113.1\n")
+		again.ends(t, "BUSY\n")
+		other.send(t, "203.0.113.2\nhello\n")
+		other.has(t, "hello\n")
+		local.send(t, "local\nhello\n")
+		local.has(t, "hello\n")
+		first.leave(t)
+		back := r.dial(t)
+		back.send(t, "203.0.113.1\nagain\n")
+		back.has(t, "again\n")
+		closed := r.Closed()
+		wantEqual(t, "closed", closed[0].Remote.String(), "203.0.113.1:7")
+	})
+}
+
+func TestClientsThatAreNotIdentifiedAreClosed(t *testing.T) {
+	for name, sent := range map[string]string{"wrong": "nobody\n", "silent": ""} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, Echo, Options{Identify: identifyByLine})
+				c := r.dial(t)
+				c.send(t, sent)
+				pass(identifyTimeout)
+				c.ends(t, "")
+				wantClosed(t, r.Server, map[Reason]uint64{RejectedUnidentified: 1})
+				if n := len(r.messages("client not identified")); n != 1 {
+					t.Errorf("%d log lines, want 1", n)
+				}
+			})
+		})
+	}
+}
+
+func TestUnidentifiedClientsHoldUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		r.dial(t) // says nothing
+		c := r.dial(t)
+		c.send(t, "local\nhello\n")
+		c.has(t, "hello\n")
+	})
+}
+
+// They count, or so many could come that there are no files left.
+func TestUnidentifiedClientsCountTowardsTheLimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 2})
+		a, b, queued := r.dial(t), r.dial(t), r.dial(t)
+		wantState(t, r.Server, Running, 2)
+		a.send(t, "local\nx")
+		a.has(t, "x")
+		queued.send(t, "local\ny")
+		queued.has(t, "")
+		b.leave(t)
+		queued.has(t, "y")
+	})
+}
+
+func TestPauseHoldsIdentifiedClientsAtTheGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		c := r.dial(t)
+		h := r.pause(t, PauseOptions{})
+		c.send(t, "local\nx\n")
+		c.has(t, "")
+		wantPhases(t, r.Server, Waiting)
+		h.Release()
+		c.has(t, "x\n")
+	})
+}
+
+func TestDrainTellsWhoIsIdentifiedMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		c := r.dial(t)
+		r.Drain(2*time.Second, "x")
+		pass(acceptingStops)
+		c.send(t, "local\n")
+		c.has(t, "SHUTDOWN 2 x\n")
+		c.leave(t)
+		<-r.Done()
+		wantClosed(t, r.Server, map[Reason]uint64{ClientLeft: 1})
+	})
+}
