@@ -1,7 +1,7 @@
 # For GNU make, Go and git. Variables to set on the command line stand beside the target that reads them.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test lint fuzz bench bench-quick bench-go bench-test cover install clean help
+.PHONY: build run test lint fuzz bench bench-quick bench-go bench-test cover dist dist-check install clean help
 
 # The development tools have a module of their own, so that their dependencies never reach users.
 TOOL := go tool -modfile=tools/go.mod
@@ -115,6 +115,33 @@ cover: ## measure what all tests reach of server and control; fails under 85 % (
 	@go tool covdata percent -i=coverage | awk '{ print $$1, $$3 } $$3 ~ /%/ && $$3 + 0 < $(COVER_MIN) { low = 1 } \
 		END { if (low) { print "under $(COVER_MIN)%; see it with: go tool cover -html coverage/profile"; exit 1 } }'
 
+# The date of the last commit, and the version, are all that a build takes from the day and the machine: two builds of a commit
+# have the same bytes.
+EPOCH = $(shell git --git-dir=.git log -1 --format=%ct 2>/dev/null || echo 0)
+PACKAGE_VERSION = $(patsubst v%,%,$(if $(filter v0% v1% v2% 0% 1% 2%,$(and $(findstring .,$(VERSION)),$(VERSION))),$(VERSION),0.0.0-$(subst -,.,$(VERSION))))
+SYSTEMS = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
+STRIPPED = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+dist: ## build binaries for all systems, and .deb and .rpm packages, into dist/
+	rm -rf dist && mkdir -p dist/docs dist/package
+	@set -e; for system in $(SYSTEMS); do \
+		os=$${system%-*}; arch=$${system#*-}; ext=; [ $$os != windows ] || ext=.exe; echo "dist/echod-$$system$$ext"; \
+		CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build $(STRIPPED) -o "dist/echod-$$system$$ext" ./cmd/echod; done
+	SOURCE_DATE_EPOCH=$(EPOCH) go run -tags gendocs $(STRIPPED) ./cmd/echod gendocs dist/docs
+	gzip -9n dist/docs/man/*.1 && gzip -9nc CHANGELOG.md >dist/docs/CHANGELOG.md.gz
+	@printf 'echod (%s) unstable; urgency=medium\n\n  * See CHANGELOG.md.gz beside this file.\n\n -- %s  %s\n' \
+		'$(subst -,~,$(PACKAGE_VERSION))' "$$(sed -n 's/^maintainer: //p' packaging/nfpm.yaml)" "$$(LC_ALL=C date -u -R -d @$(EPOCH))" | \
+		gzip -9n >dist/docs/changelog.gz
+	@set -e; for arch in amd64 arm64; do cp dist/echod-linux-$$arch dist/package/echod; for kind in deb rpm; do \
+		ARCH=$$arch VERSION='$(PACKAGE_VERSION)' SOURCE_DATE_EPOCH=$(EPOCH) \
+			$(TOOL) nfpm package --config packaging/nfpm.yaml --packager $$kind --target dist/; done; done
+	rm -r dist/package && cd dist && sha256sum echod* >SHA256SUMS
+
+# What a packager would object to, and whether the same commit makes the same bytes again.
+dist-check: dist ## check the packages: lintian, mandoc, and that a second build has the same bytes
+	lintian --fail-on error dist/*.deb
+	@for page in dist/docs/man/*.gz; do gzip -dc "$$page" | mandoc -T lint || exit 1; done
+	mv dist/SHA256SUMS dist.first && $(MAKE) --no-print-directory dist && cmp dist.first dist/SHA256SUMS && rm dist.first
+
 # From the file and not from build: under sudo there may be no go, and nothing to build.
 PREFIX = /usr/local
 install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honours DESTDIR
@@ -122,7 +149,7 @@ install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honour
 	install -m 755 bin/echod '$(DESTDIR)$(PREFIX)/bin/echod'
 
 clean: ## remove what the other targets made
-	rm -rf bin coverage bench/out
+	rm -rf bin coverage bench/out dist
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

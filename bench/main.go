@@ -7,10 +7,8 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -49,7 +47,7 @@ type flags struct {
 func benchMain(ctx context.Context, args []string) error {
 	var f flags
 	set := flag.NewFlagSet("bench", flag.ExitOnError)
-	set.BoolVar(&f.quick, "quick", false, "take two minutes: two short rounds, pinned, memory of 1,000 connections only")
+	set.BoolVar(&f.quick, "quick", false, "take two minutes: one round, pinned, memory of 1,000 connections only")
 	set.StringVar(&f.only, "only", "", "measure only these `contenders`, such as echod;gnet")
 	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
 	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds, for another one than the usual")
@@ -65,9 +63,6 @@ func benchMain(ctx context.Context, args []string) error {
 	if f.render {
 		r, err := readResults(resultsFile(f.out))
 		if err != nil {
-			return err
-		}
-		if r.Notes, err = readNotes(f.out); err != nil {
 			return err
 		}
 		return write(r, f.out, os.Stdout)
@@ -89,16 +84,6 @@ func benchMain(ctx context.Context, args []string) error {
 func plotsDir(out string) string { return filepath.Join(out, "benchmarks") }
 
 func resultsFile(out string) string { return filepath.Join(plotsDir(out), "results.json") }
-
-// readNotes reads what somebody has written of the results: it becomes a part of the report that is made again, such as a
-// profile that shows why a goal was missed. A new run begins without.
-func readNotes(out string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(plotsDir(out), "notes.md"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
-	}
-	return string(text), err
-}
 
 func measureAll(ctx context.Context, f flags) (*results, error) {
 	s, err := f.suite()
@@ -146,7 +131,7 @@ func (f flags) suite() (*suite, error) {
 	}
 	if f.quick {
 		s.places = s.places[:1]
-		s.rounds = map[string]int{pinnedName: 2}
+		s.rounds = map[string]int{pinnedName: 1}
 		s.length = 400 * time.Millisecond
 		s.holding, s.holdRounds, s.crowd = []int{1000}, 1, 0
 	}

@@ -83,7 +83,7 @@ func (r *results) summarize(w io.Writer, report string) error {
 		return err
 	}
 	fmt.Fprintln(w)
-	if !r.Quick { // two short rounds prove nothing
+	if !r.Quick { // one short round proves nothing
 		for _, g := range r.Goals() {
 			fmt.Fprintf(w, "%-9s %s: %s (%s)\n", map[bool]string{true: "reached", false: "MISSED"}[g.Reached], g.What, g.Measured, g.Bound)
 		}

@@ -26,8 +26,6 @@ type results struct {
 	Drains     []load.Drained
 	Crowd      int
 	Beside     []besideRun
-
-	Notes string `json:"-"` // what somebody has to say of this run, see readNotes
 }
 
 // An entrant is a contender that took part.
