@@ -120,21 +120,24 @@ cover: ## measure what all tests reach of server and control; fails under 85 % (
 EPOCH = $(shell git --git-dir=.git log -1 --format=%ct 2>/dev/null || echo 0)
 PACKAGE_VERSION = $(patsubst v%,%,$(if $(filter v0% v1% v2% 0% 1% 2%,$(and $(findstring .,$(VERSION)),$(VERSION))),$(VERSION),0.0.0-$(subst -,.,$(VERSION))))
 SYSTEMS = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
+PACKAGES = deb rpm
+MAINTAINER = The echod authors <maintainers@echod.invalid>
 STRIPPED = -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
-dist: ## build binaries for all systems, and .deb and .rpm packages, into dist/
-	rm -rf dist && mkdir -p dist/docs dist/package
+DIST = dist
+dist: ## build binaries for all SYSTEMS, and .deb and .rpm packages, into dist/ (DIST=DIR; MAINTAINER='Name <address>')
+	rm -rf '$(DIST)' && mkdir -p '$(DIST)/docs' '$(DIST)/package'
 	@set -e; for system in $(SYSTEMS); do \
-		os=$${system%-*}; arch=$${system#*-}; ext=; [ $$os != windows ] || ext=.exe; echo "dist/echod-$$system$$ext"; \
-		CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build $(STRIPPED) -o "dist/echod-$$system$$ext" ./cmd/echod; done
-	SOURCE_DATE_EPOCH=$(EPOCH) go run -tags gendocs $(STRIPPED) ./cmd/echod gendocs dist/docs
-	gzip -9n dist/docs/man/*.1 && gzip -9nc CHANGELOG.md >dist/docs/CHANGELOG.md.gz
+		os=$${system%-*}; arch=$${system#*-}; ext=; [ $$os != windows ] || ext=.exe; echo "$(DIST)/echod-$$system$$ext"; \
+		CGO_ENABLED=0 GOOS=$$os GOARCH=$$arch go build $(STRIPPED) -o "$(DIST)/echod-$$system$$ext" ./cmd/echod; done
+	SOURCE_DATE_EPOCH=$(EPOCH) go run -tags gendocs $(STRIPPED) ./cmd/echod gendocs '$(DIST)/docs'
+	gzip -9n '$(DIST)'/docs/man/*.1 && gzip -9nc CHANGELOG.md >'$(DIST)/docs/CHANGELOG.md.gz'
 	@printf 'echod (%s) unstable; urgency=medium\n\n  * See CHANGELOG.md.gz beside this file.\n\n -- %s  %s\n' \
-		'$(subst -,~,$(PACKAGE_VERSION))' "$$(sed -n 's/^maintainer: //p' packaging/nfpm.yaml)" "$$(LC_ALL=C date -u -R -d @$(EPOCH))" | \
-		gzip -9n >dist/docs/changelog.gz
-	@set -e; for arch in amd64 arm64; do cp dist/echod-linux-$$arch dist/package/echod; for kind in deb rpm; do \
-		ARCH=$$arch VERSION='$(PACKAGE_VERSION)' SOURCE_DATE_EPOCH=$(EPOCH) \
-			$(TOOL) nfpm package --config packaging/nfpm.yaml --packager $$kind --target dist/; done; done
-	rm -r dist/package && cd dist && sha256sum echod* >SHA256SUMS
+		'$(subst -,~,$(PACKAGE_VERSION))' '$(MAINTAINER)' "$$(LC_ALL=C date -u -R -d @$(EPOCH))" | gzip -9n >'$(DIST)/docs/changelog.gz'
+	@set -e; for arch in $(patsubst linux-%,%,$(filter linux-%,$(SYSTEMS))); do \
+		cp "$(DIST)/echod-linux-$$arch" '$(DIST)/package/echod'; for kind in $(PACKAGES); do \
+		ARCH=$$arch DIST='$(DIST)' MAINTAINER='$(MAINTAINER)' VERSION='$(PACKAGE_VERSION)' SOURCE_DATE_EPOCH=$(EPOCH) \
+			$(TOOL) nfpm package --config packaging/nfpm.yaml --packager $$kind --target '$(DIST)/'; done; done
+	rm -r '$(DIST)/package' && cd '$(DIST)' && sha256sum echod* >SHA256SUMS
 
 # What a packager would object to, and whether the same commit makes the same bytes again.
 dist-check: dist ## check the packages: lintian, mandoc, and that a second build has the same bytes

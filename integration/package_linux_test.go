@@ -1,0 +1,160 @@
+package integration
+
+import (
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+
+	"echod/control"
+)
+
+// makePackage builds the .deb of a version as make dist does, and returns its path.
+func makePackage(t *testing.T, version string) string {
+	t.Helper()
+	require(t, "make")
+	dir := t.TempDir()
+	cmd := exec.Command("make", "-C", "..", "dist", "DIST="+dir, "VERSION="+version, "SYSTEMS=linux-"+runtime.GOARCH, "PACKAGES=deb")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("make dist: %v\n%s", err, out)
+	}
+	found, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	check(t, err)
+	if len(found) != 1 {
+		t.Fatalf("make dist has made the packages %q, want one", found)
+	}
+	return found[0]
+}
+
+// dpkg runs it beside systemd; it must succeed.
+func (s *systemd) dpkg(t *testing.T, args ...string) {
+	t.Helper()
+	if r := run(t, s.command(append([]string{"dpkg"}, args...)...)); r.code != 0 {
+		t.Fatalf("dpkg %s: %+v", strings.Join(args, " "), r)
+	}
+}
+
+// books are what dpkg, man and systemd itself keep.
+var books = regexp.MustCompile(`^/run/test/upper/(var/(lib/dpkg|log|cache/man)/|etc/\.pwd\.lock$)`)
+
+// written lists what there is besides the machine's own files.
+func (s *systemd) written(t *testing.T) (paths []string) {
+	t.Helper()
+	root := filepath.Join("/proc", s.pid, "root")
+	for _, dir := range []string{"run/test/upper", "run/echod", "etc/systemd/system", "usr/lib/systemd/system"} {
+		err := filepath.WalkDir(filepath.Join(root, dir), func(path string, d fs.DirEntry, err error) error {
+			name := strings.TrimPrefix(path, root)
+			switch {
+			case os.IsNotExist(err):
+				return nil
+			case err != nil:
+				return err
+			case !d.IsDir() && !books.MatchString(name):
+				paths = append(paths, name)
+			}
+			return nil
+		})
+		check(t, err)
+	}
+	return paths
+}
+
+// serving checks that both units are up, that clients are served, and that this version does it.
+func (s *systemd) serving(t *testing.T, version string) {
+	t.Helper()
+	r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service"))
+	if r.stdout != "active\nactive\n" {
+		t.Fatalf("socket and service are %q, want both active", r.stdout)
+	}
+	p := s.peer(t)
+	check(t, p.leave())
+	plane := control.NewClient(s.socket)
+	defer plane.Close()
+	st, err := plane.Status(within(t, patience))
+	check(t, err)
+	if st.Version != version {
+		t.Errorf("version %s serves, want %s", st.Version, version)
+	}
+}
+
+// The real package on a real systemd, through all of its life.
+func TestDebianPackage(t *testing.T) {
+	require(t, "dpkg")
+	s := startSystemd(t, nil)
+	first, second := makePackage(t, "1.0.0"), makePackage(t, "2.0.0")
+	before := s.written(t)
+
+	s.dpkg(t, "--install", first)
+	s.serving(t, "1.0.0")
+	for _, unit := range []string{"echod.socket", "echod.service"} {
+		if r := run(t, s.command("systemctl", "is-enabled", unit)); r.stdout != "enabled\n" {
+			t.Errorf("%s is %q, want enabled", unit, r.stdout)
+		}
+	}
+	for _, argv := range [][]string{{"echod", "version"}, {"echod", "ctl", "status"}, {"man", "--path", "echod-serve"}} {
+		if _, err := exec.LookPath(argv[0]); argv[0] == "man" && err != nil {
+			continue // minimal systems are without
+		}
+		if r := run(t, s.command(argv...)); r.code != 0 || r.stdout == "" {
+			t.Errorf("%q: %+v", argv, r)
+		}
+	}
+
+	// What an administrator has set survives, and is in force.
+	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
+	const changed = "ECHOD_GRACE=20s\n"
+	check(t, os.WriteFile(settings, []byte(changed), 0o644))
+	s.ctl(t, "restart", "echod.service")
+	s.restartUnderLoad(t, "dpkg", "--install", second)
+	s.serving(t, "2.0.0")
+	if got := readFile(t, settings); got != changed {
+		t.Errorf("the upgrade has made %q of /etc/default/echod", got)
+	}
+
+	p := s.peer(t)
+	wait := s.background(t, "dpkg", "--remove", "echod")
+	check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	check(t, p.echo("still here\n"))
+	check(t, p.leave())
+	if r := wait(); r.code != 0 {
+		t.Fatalf("dpkg --remove: %+v", r)
+	}
+	if p, err := connect(s.addr); err == nil {
+		_ = p.Close()
+		t.Error("somebody still listens after the removal")
+	}
+	if got := readFile(t, settings); got != changed {
+		t.Errorf("the removal has made %q of /etc/default/echod", got)
+	}
+
+	s.dpkg(t, "--install", second) // it comes back as it was
+	s.serving(t, "2.0.0")
+
+	s.dpkg(t, "--purge", "echod")
+	after := s.written(t)
+	if left := slices.DeleteFunc(after, func(path string) bool { return slices.Contains(before, path) }); len(left) > 0 {
+		t.Errorf("the purge has left %q", left)
+	}
+	if r := run(t, s.command("systemctl", "list-units", "--all", "--no-legend", "--plain", "echod*")); r.stdout != "" {
+		t.Errorf("systemd still knows %q", r.stdout)
+	}
+}
+
+// Who has disabled the service is not overruled by an upgrade.
+func TestDebianPackageHeedsTheAdministrator(t *testing.T) {
+	require(t, "dpkg")
+	s := startSystemd(t, nil)
+	pkg := makePackage(t, "1.0.0")
+	s.dpkg(t, "--install", pkg)
+	s.serving(t, "1.0.0")
+	s.ctl(t, "disable", "--now", "echod.socket", "echod.service")
+	s.dpkg(t, "--install", pkg)
+	if r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service")); r.stdout != "inactive\ninactive\n" {
+		t.Errorf("socket and service are %q, want both inactive", r.stdout)
+	}
+}

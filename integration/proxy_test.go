@@ -1,0 +1,155 @@
+//go:build unix
+
+package integration
+
+import (
+	"encoding/hex"
+	"net"
+	"strings"
+	"testing"
+)
+
+// The headers that proxies send, written by hand from the PROXY protocol's specification. Each names 203.0.113.9 or 2001:db8::9.
+var (
+	headerV1     = "PROXY TCP4 203.0.113.9 198.51.100.1 5555 9999\r\n"
+	headerV1IPv6 = "PROXY TCP6 2001:db8::9 2001:db8::1 5555 9999\r\n"
+	headerV2     = headerOf("21 11 000c cb007109 c6336401 15b3 270f")
+	headerV2IPv6 = headerOf("21 21 0024 20010db8000000000000000000000009 20010db8000000000000000000000001 15b3 270f")
+	// With a checksum's place and a name (types 3 and 2) behind the addresses, as HAProxy adds them on request.
+	headerV2More = headerOf("21 11 001b cb007109 c6336401 15b3 270f 04 0004 00000000 02 0005 6563686f64")
+	headerCheck  = headerOf("20 00 0000")
+)
+
+func headerOf(rest string) string {
+	raw, err := hex.DecodeString(strings.ReplaceAll("0d0a0d0a000d0a515549540a"+rest, " ", ""))
+	if err != nil {
+		panic(err)
+	}
+	return string(raw)
+}
+
+func TestProxyHeaderNamesTheClientEverywhere(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ header, client string }{
+		"version 1":               {headerV1, "203.0.113.9:5555"},
+		"version 1, IPv6":         {headerV1IPv6, "[2001:db8::9]:5555"},
+		"version 2":               {headerV2, "203.0.113.9:5555"},
+		"version 2, IPv6":         {headerV2IPv6, "[2001:db8::9]:5555"},
+		"version 2, and what not": {headerV2More, "203.0.113.9:5555"},
+		"unknown":                 {"PROXY UNKNOWN\r\n", ""},
+		"the proxy's own check":   {headerCheck, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e := start(t, "--proxy-protocol", "127.0.0.0/8")
+			p := e.dial()
+			check(t, p.send(c.header+"in one segment\n"))
+			check(t, p.expect("in one segment\n"))
+			check(t, p.echo("and later\n"))
+			client := c.client
+			if client == "" {
+				client = p.LocalAddr().String()
+			}
+			list, err := e.control.Conns(within(t, patience), -1, 0)
+			check(t, err)
+			if len(list.Connections) != 1 || list.Connections[0].Remote != client {
+				t.Errorf("the listing has %+v, want one connection of %s", list.Connections, client)
+			}
+			check(t, p.leave())
+			if got := e.awaitLog("connection closed").str("remote"); got != client {
+				t.Errorf("the log says %s has left, want %s", got, client)
+			}
+			const echoed = uint64(len("in one segment\nand later\n")) // the header is not the client's
+			if st := e.status(); st.BytesIn != echoed || st.BytesOut != echoed {
+				t.Errorf("%d bytes in, %d out, want %d", st.BytesIn, st.BytesOut, echoed)
+			}
+		})
+	}
+}
+
+func TestProxyHeaderInPiecesIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--proxy-protocol", "127.0.0.1")
+	for _, header := range []string{headerV1, headerV2More} {
+		p := e.dial()
+		for i := range header {
+			check(t, p.send(header[i:i+1]))
+		}
+		check(t, p.echo("hello\n"))
+		check(t, p.leave())
+	}
+	e.expectAccounts(map[string]uint64{"client-closed": 2})
+}
+
+func TestLimitPerAddressCountsTheProxysClients(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--proxy-protocol", "127.0.0.1", "--max-conns-per-ip", "1")
+	first, other, second := e.dial(), e.dial(), e.dial()
+	check(t, first.send(headerV1+"hello\n"))
+	check(t, first.expect("hello\n"))
+	check(t, other.send(headerV1IPv6+"hello\n"))
+	check(t, other.expect("hello\n"))
+	check(t, second.send(headerV2+"hello\n")) // the first one's address again
+	if err := second.expectRest("BUSY\n"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestWhoIsTrustedAndSendsNoHeaderIsTurnedAway(t *testing.T) {
+	t.Parallel()
+	for name, sent := range map[string]string{
+		"data":               "hello, world\n",
+		"a header that lies": "PROXY TCP4 nowhere 198.51.100.1 5555 9999\r\n",
+		"an endless header":  "PROXY " + strings.Repeat("x", 4096),
+		"half of one":        headerV2[:20], // and then nothing, until time is up
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e := start(t, "--proxy-protocol", "127.0.0.1")
+			p := e.dial()
+			check(t, p.send(sent))
+			if got, _ := p.rest(); got != "" {
+				t.Errorf("it was sent %q", got)
+			}
+			e.awaitLog("client not identified")
+			e.awaitOpen(0)
+			e.expectAccounts(map[string]uint64{"rejected-unidentified": 1})
+			check(t, e.proxied(headerV1).leave()) // the next one is served
+		})
+	}
+}
+
+// proxied is a peer that a proxy announces, and that is being served.
+func (e *echod) proxied(header string) *peer {
+	e.t.Helper()
+	p := e.dial()
+	check(e.t, p.send(header+"hello\n"))
+	check(e.t, p.expect("hello\n"))
+	return p
+}
+
+func TestHeaderOfAStrangerIsData(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--proxy-protocol", "10.0.0.0/8,192.168.0.1")
+	p := e.dial()
+	check(t, p.echo(headerV1))
+	list, err := e.control.Conns(within(t, patience), -1, 0)
+	check(t, err)
+	if want := p.LocalAddr().String(); len(list.Connections) != 1 || list.Connections[0].Remote != want {
+		t.Errorf("the listing has %+v, want one connection of %s", list.Connections, want)
+	}
+	check(t, p.leave())
+}
+
+// A server on both families sees the proxy by a mapped address.
+func TestProxyIsTrustedByItsMappedAddress(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--listen", "[::]:0", "--proxy-protocol", "127.0.0.1")
+	_, port, err := net.SplitHostPort(e.addr)
+	check(t, err)
+	p, err := connect(net.JoinHostPort("127.0.0.1", port))
+	check(t, err)
+	defer p.Close()
+	check(t, p.send(headerV1+"hello\n"))
+	check(t, p.expect("hello\n"))
+}
