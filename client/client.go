@@ -15,10 +15,8 @@ const defaultMaxLine = 64 << 10
 
 // Options says how a [Client] behaves. The zero value is usable.
 type Options struct {
-	// Dial makes a connection to the address given to Dial; nil means TCP. It
-	// is the place for TLS or Unix sockets. The connection's deadlines must
-	// work; half-closing needs it to have the method CloseWrite() error.
-	Dial func(ctx context.Context, address string) (net.Conn, error)
+	// Dial makes a connection to the address given to Dial; nil means TCP.
+	Dial DialFunc
 
 	// OnNotice, if not nil, is called with each notice, in order, by the
 	// goroutine that is in Receive, ReceiveLine, Echo or EchoLine. It must not
@@ -35,6 +33,11 @@ type Options struct {
 	// send again.
 	Reconnect *Backoff
 }
+
+// A DialFunc makes a connection to an address. It is the place for TLS or Unix
+// sockets. The connection's deadlines must work; half-closing needs it to have the
+// method CloseWrite() error.
+type DialFunc func(ctx context.Context, address string) (net.Conn, error)
 
 // A Client is a connection to an echo server; with Options.Reconnect, a sequence
 // of connections.

@@ -91,7 +91,7 @@ func (d *decoder) feed(p []byte) ([]Notice, error) {
 			continue
 		}
 		if !d.step(p[0]) {
-			return notices, d.corruption(p)
+			return notices, d.corrupted(p)
 		}
 		if p[0] == '\n' {
 			notices = append(notices, d.settle()...)
@@ -266,14 +266,15 @@ func (d *decoder) trim() {
 	d.sent.discard(min(d.taken, slices.MinFunc(d.readings, byPos).pos))
 }
 
-// corruption describes what came, of which the last part is p, instead of the
-// echo in the reading that had come furthest.
-func (d *decoder) corruption(p []byte) *CorruptionError {
+// corrupted believes the reading that had come furthest, and describes what came
+// instead of its echo, of which the last part is p.
+func (d *decoder) corrupted(p []byte) *CorruptionError {
 	got := p
 	if len(d.line) > 0 {
 		got = slices.Concat(d.line, p[1:])
 	}
 	pos := slices.MaxFunc(d.readings, byPos).pos
+	d.confirm(pos)
 	want := d.sent.between(pos, min(pos+maxShown, d.sent.end()))
 	return &CorruptionError{
 		Offset: pos,

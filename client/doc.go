@@ -24,6 +24,9 @@
 //   - Echo and EchoLine start one that sends while the caller's receives. It
 //     stops when all is sent, when receiving fails or with the context; Echo
 //     awaits it before it returns.
+//   - Stream starts one that owns the others of its iteration: one that ranges over
+//     the source, and for each place of a connection one that receives and one that
+//     sends. They end with the iteration, which awaits them.
 //   - When a context ends during a call, the context package runs a function that
 //     interrupts it; the call awaits that function.
 //

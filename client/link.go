@@ -94,6 +94,22 @@ func (l *link) receive(ctx context.Context, p []byte) (int, error) {
 	}
 }
 
+// advance waits for an echo, and returns how much has come.
+func (l *link) advance(ctx context.Context) (int, error) {
+	for {
+		l.mu.Lock()
+		n := len(l.dec.ready())
+		l.dec.take(n)
+		l.mu.Unlock()
+		if n > 0 {
+			return n, nil
+		}
+		if err := l.fill(ctx); err != nil {
+			return 0, err
+		}
+	}
+}
+
 // receiveLine waits for a whole line of at most limit bytes and returns it
 // without its newline. On an error it leaves what has come for the next call.
 func (l *link) receiveLine(ctx context.Context, limit int) (string, error) {
@@ -138,7 +154,8 @@ func (l *link) fill(ctx context.Context) error {
 	l.report(notices)
 	switch {
 	case err != nil:
-		return l.end(err)
+		l.end(err)
+		return nil // what has come before comes first
 	case readErr == nil:
 		return nil
 	}

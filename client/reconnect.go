@@ -26,6 +26,10 @@ type Backoff struct {
 	// Retries is how often to try again in a row without any byte being echoed.
 	// Zero means until the context ends.
 	Retries int
+
+	// MaxElapsed is how long to go on trying without any byte being echoed.
+	// Zero means until the context ends.
+	MaxElapsed time.Duration
 }
 
 // ceiling returns the bound of the wait that comes after n others.
@@ -50,7 +54,11 @@ func (b Backoff) ceiling(n int) time.Duration {
 type retry struct {
 	Backoff
 	waits int
+	since time.Time // the first of them; zero before
 }
+
+// reset is called when something was echoed.
+func (r *retry) reset() { r.waits, r.since = 0, time.Time{} }
 
 // wait waits for the next attempt, which has become necessary by err. Its own
 // error, when there is to be none, wraps err.
@@ -58,7 +66,18 @@ func (r *retry) wait(ctx context.Context, err error) error {
 	if r.Retries > 0 && r.waits >= r.Retries {
 		return fmt.Errorf("gave up after %d retries: %w", r.waits, err)
 	}
-	timer := time.NewTimer(rand.N(r.ceiling(r.waits) + 1))
+	if r.since.IsZero() {
+		r.since = time.Now()
+	}
+	delay := rand.N(r.ceiling(r.waits) + 1)
+	if r.MaxElapsed > 0 {
+		left := r.MaxElapsed - time.Since(r.since)
+		if left <= 0 {
+			return fmt.Errorf("gave up after %s: %w", r.MaxElapsed, err)
+		}
+		delay = min(delay, left) // for a last attempt
+	}
+	timer := time.NewTimer(delay)
 	defer timer.Stop()
 	r.waits++
 	select {
@@ -74,25 +93,32 @@ func (c *Client) retryable(ctx context.Context, err error) bool {
 	if c.opts.Reconnect == nil || ctx.Err() != nil || c.life.Err() != nil {
 		return false
 	}
-	if _, corrupt := errors.AsType[*CorruptionError](err); corrupt {
-		return false
-	}
-	_, malformed := errors.AsType[*net.AddrError](err)
-	return !malformed
+	_, corrupt := errors.AsType[*CorruptionError](err)
+	return !corrupt && !malformed(err)
+}
+
+// malformed reports whether err says that the address makes no sense, and never will.
+func malformed(err error) bool {
+	_, is := errors.AsType[*net.AddrError](err)
+	return is
 }
 
 func (c *Client) dial(ctx context.Context) (*link, error) {
-	conn, err := c.opts.Dial(ctx, c.address)
+	return dialLink(ctx, c.opts.Dial, c.address, c.opts.OnNotice)
+}
+
+func dialLink(ctx context.Context, dial DialFunc, address string, onNotice func(Notice)) (*link, error) {
+	conn, err := dial(ctx, address)
 	if err != nil {
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
 		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
-			err = op.Err // wrap names the address
+			err = op.Err // which leaves out the address, said here
 		}
-		return nil, c.wrap("connect to", err)
+		return nil, fmt.Errorf("connect to %s: %w", address, err)
 	}
-	return newLink(conn, c.opts.OnNotice), nil
+	return newLink(conn, onNotice), nil
 }
 
 // redial waits and dials until it has a connection in place of one that was lost,
@@ -125,7 +151,7 @@ func (c *Client) echoReconnecting(ctx context.Context, l *link, msg, out []byte)
 			return done, nil
 		}
 		if n > 0 {
-			r.waits = 0
+			r.reset()
 		}
 		again := c.retryable(ctx, err)
 		_ = l.close(errAbandoned)
