@@ -86,6 +86,7 @@ var (
 	errReturned = errors.New("the consumer of the results has returned")
 	errFinished = errors.New("everything has come back")
 	errStalled  = errors.New("nothing has come back in time")
+	errLeft     = errors.New("all that was sent has come back")
 )
 
 // Stream sends items over several connections at once, and returns what became of

@@ -14,11 +14,12 @@ type streamConn[K any] struct {
 	retry retry
 	seen  int64 // the stream's progress when retry began to count
 
-	mu     sync.Mutex  // guards what follows
-	due    []*entry[K] // what is sent, or about to be, and has not come back; the oldest first
-	sent   int64       // where the last of due ends
-	echoed int64       // how much has come back
-	since  time.Time   // when the first of due became the first, or a part of it came back
+	mu      sync.Mutex  // guards what follows
+	due     []*entry[K] // what is sent, or about to be, and has not come back; the oldest first
+	sent    int64       // where the last of due ends
+	echoed  int64       // how much has come back
+	since   time.Time   // when the first of due became the first, or a part of it came back
+	leaving bool        // nothing more is sent: it ends with the last of due
 }
 
 // run is the goroutine of a place: it makes connections while there is something to send.
@@ -90,7 +91,7 @@ func (c *streamConn[K]) serve(first *entry[K]) error {
 		c.due = []*entry[K]{first}
 		return err
 	}
-	c.sent, c.echoed = 0, 0
+	c.sent, c.echoed, c.leaving = 0, 0, false
 	sending, cancel := context.WithCancelCause(c.ctx)
 	var sender sync.WaitGroup
 	sender.Go(func() { c.send(sending, link, first, told) })
@@ -126,8 +127,21 @@ func (c *streamConn[K]) send(ctx context.Context, link *link, e *entry[K], told 
 			break // receive says why
 		}
 	}
-	if c.ctx.Err() != nil || link.closeWrite() != nil {
+	if c.ctx.Err() != nil {
 		_ = link.close(context.Cause(c.ctx))
+		return
+	}
+	_ = link.closeWrite() // which not all can
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leaving = true
+	c.leave(link)
+}
+
+// leave closes the connection when all that was to be sent has come back. Its caller holds mu.
+func (c *streamConn[K]) leave(link *link) {
+	if c.leaving && len(c.due) == 0 {
+		_ = link.close(errLeft)
 	}
 }
 
@@ -152,7 +166,7 @@ func (c *streamConn[K]) receive(link *link) error {
 		if err != nil {
 			return err
 		}
-		done = c.confirm(n, done[:0])
+		done = c.confirm(link, n, done[:0])
 		for _, e := range done {
 			c.complete(e, nil)
 		}
@@ -160,7 +174,7 @@ func (c *streamConn[K]) receive(link *link) error {
 }
 
 // confirm appends to done what has come back with the next n bytes.
-func (c *streamConn[K]) confirm(n int, done []*entry[K]) []*entry[K] {
+func (c *streamConn[K]) confirm(link *link, n int, done []*entry[K]) []*entry[K] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.since = time.Now()
@@ -170,6 +184,7 @@ func (c *streamConn[K]) confirm(n int, done []*entry[K]) []*entry[K] {
 		c.due[0] = nil
 		c.due = c.due[1:]
 	}
+	c.leave(link)
 	return done
 }
 

@@ -279,7 +279,7 @@ func TestStreamHeedsNotices(t *testing.T) {
 	var notices, reconnects atomic.Int64
 	address := listen(t, tells(30), tells(30), echoes)
 	o := collect(t, Stream(t.Context(), address, numbered(2000), StreamOptions{
-		Conns: 2, Reconnect: &Backoff{Min: time.Millisecond},
+		Conns: 1, Reconnect: &Backoff{Min: time.Millisecond},
 		OnNotice:    func(Notice) { notices.Add(1) },
 		OnReconnect: func(error) { reconnects.Add(1) },
 	}))
@@ -334,7 +334,11 @@ func TestStreamNeedsNoReconnectToFinishWhatIsDue(t *testing.T) {
 			_, _ = conn.Write(got[:n])
 			_, _ = io.Copy(io.Discard, conn)
 		}
-		o := collect(t, Stream(t.Context(), "memory", numbered(1000), StreamOptions{Conns: 2, InFlight: 100, Dial: locked(pipes(t, dies(3), late))}))
+		soon := func(conn net.Conn) { // once the other has something to send
+			time.Sleep(time.Millisecond)
+			dies(3)(conn)
+		}
+		o := collect(t, Stream(t.Context(), "memory", numbered(1000), StreamOptions{Conns: 2, InFlight: 100, Dial: locked(pipes(t, soon, late))}))
 		if o.err == nil || !strings.Contains(o.err.Error(), "stream to memory: server closed the connection") {
 			t.Errorf("the stream ends with %v", o.err)
 		}
