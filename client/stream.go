@@ -172,7 +172,7 @@ type stream[K any] struct {
 
 	// Each has room for all that may be in flight, so that nobody waits to send.
 	queue     chan *entry[K]
-	again     chan *entry[K] // to be sent once more, before what is in queue
+	again     chan *entry[K] // to be sent once more
 	completed chan *entry[K]
 
 	unfinished sync.WaitGroup // the entries that are not completed

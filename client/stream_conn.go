@@ -64,9 +64,6 @@ func (c *streamConn[K]) takeNow(stop <-chan struct{}) (e *entry[K], decided bool
 	select {
 	case e = <-c.again:
 		return e, true
-	default:
-	}
-	select {
 	case e = <-c.queue:
 		return e, true
 	default:

@@ -10,6 +10,7 @@ import (
 	"iter"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -402,19 +403,46 @@ func TestStreamGivesAnItemUp(t *testing.T) {
 	}
 }
 
+// A server that is gone says nothing about the item that it was sent last.
+func TestStreamBlamesNoItemForAServerThatIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		gone := func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) } // such as a proxy without a server
+		script := append(slices.Repeat([]behaviour{gone}, 50), echoes)
+		opts := StreamOptions{Conns: 1, Attempts: 3, Reconnect: &Backoff{}, Dial: pipes(t, script...)}
+		collect(t, Stream(t.Context(), "memory", numbered(100), opts)).wantAll(t, 100)
+	})
+}
+
+// A connection that the server does not end is ended when what was sent has come back.
+func TestStreamLeavesAServerThatDoesNotClose(t *testing.T) {
+	stays := func(conn net.Conn) {
+		_, _ = io.WriteString(conn, "SHUTDOWN 5 SIGTERM\n")
+		all, _ := io.ReadAll(conn) // to the half-close
+		_, _ = conn.Write(all)
+		<-t.Context().Done()
+	}
+	collect(t, Stream(t.Context(), listen(t, stays, echoes), numbered(1000), StreamOptions{
+		Conns: 1, Reconnect: &Backoff{Min: time.Millisecond},
+	})).wantAll(t, 1000)
+}
+
 func TestStreamGivesUp(t *testing.T) {
 	for name, c := range map[string]struct {
 		opts StreamOptions
 		want string
 	}{
-		"at once, without Reconnect": {StreamOptions{}, "connect to memory: connection refused"},
-		"after some retries":         {StreamOptions{Conns: 1, Reconnect: &Backoff{Retries: 3}}, "gave up after 3 retries: connect to memory: connection refused"},
-		"after some time":            {StreamOptions{Reconnect: &Backoff{MaxElapsed: time.Minute}}, "gave up after 1m0s: connect to memory: connection refused"},
+		"at once, without Reconnect":             {StreamOptions{}, "connect to memory: connection refused"},
+		"after some retries":                     {StreamOptions{Conns: 1, Reconnect: &Backoff{Retries: 3}}, "gave up after 3 retries: connect to memory: connection refused"},
+		"at once, where there is no sense in it": {StreamOptions{Dial: nowhere, Reconnect: &Backoff{}}, "connect to memory: address memory: missing port"},
+		"after some time":                        {StreamOptions{Reconnect: &Backoff{MaxElapsed: time.Minute}}, "gave up after 1m0s: connect to memory: connection refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				began := time.Now()
-				c.opts.InFlight, c.opts.Dial = 7, pipes(t)
+				c.opts.InFlight = 7
+				if c.opts.Dial == nil {
+					c.opts.Dial = pipes(t)
+				}
 				o := collect(t, Stream(t.Context(), "memory", numbered(1000), c.opts))
 				if o.err == nil || o.err.Error() != c.want || len(o.order) == 0 || len(o.order) != len(o.errs) {
 					t.Errorf("%d results, %d of them errors, at last: %v", len(o.order), len(o.errs), o.err)
@@ -425,6 +453,10 @@ func TestStreamGivesUp(t *testing.T) {
 			})
 		})
 	}
+}
+
+func nowhere(_ context.Context, address string) (net.Conn, error) {
+	return nil, &net.AddrError{Err: "missing port", Addr: address}
 }
 
 // Retries count from the last time that anything came back, over whichever connection.
@@ -458,6 +490,24 @@ func TestStreamGivesAStalledConnectionUp(t *testing.T) {
 		if len(reasons) != 1 || !errors.Is(reasons[0], errStalled) {
 			t.Errorf("reconnected for %v", reasons)
 		}
+	})
+}
+
+// What comes slowly is not stalled.
+func TestStreamIsPatientWithASlowConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow := func(conn net.Conn) {
+			buf := make([]byte, 1)
+			for {
+				if _, err := conn.Read(buf); err != nil {
+					return
+				}
+				time.Sleep(900 * time.Millisecond)
+				_, _ = conn.Write(buf)
+			}
+		}
+		opts := StreamOptions{Conns: 1, InFlight: 1, Dial: pipes(t, slow), StallTimeout: time.Second}
+		collect(t, Stream(t.Context(), "memory", numbered(10), opts)).wantAll(t, 10)
 	})
 }
 
