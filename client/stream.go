@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"sync"
 	"sync/atomic"
@@ -82,6 +83,10 @@ type Result[K any] struct {
 	Idle bool
 }
 
+// ErrUnfinished is wrapped by the errors of items that were taken, and had not come back
+// when the stream ended. They may be sent again.
+var ErrUnfinished = errors.New("the stream ended before its echo came")
+
 var (
 	errReturned = errors.New("the consumer of the results has returned")
 	errFinished = errors.New("everything has come back")
@@ -104,9 +109,9 @@ var (
 // half-closes, and with opts.Reconnect is made again.
 //
 // The iterator is for single use. The source is ranged over by a goroutine of Stream's,
-// which is awaited before the iteration ends, however it ends: a source that waits for
-// something must return when a context does that the caller ends, as that of
-// [FromChannel] does.
+// which is awaited before the iteration ends, however it ends. A source that waits for
+// something must heed a context of the caller's, as that of [FromChannel] does, and the caller
+// end it when the last error is yielded, or before breaking off.
 func Stream[K any](ctx context.Context, address string, items iter.Seq2[Item[K], error], opts StreamOptions) iter.Seq2[Result[K], error] {
 	return func(yield func(Result[K], error) bool) {
 		s := newStream[K](ctx, address, opts)
@@ -175,8 +180,12 @@ type stream[K any] struct {
 	again     chan *entry[K] // to be sent once more
 	completed chan *entry[K]
 
+	offering sync.Mutex // held while an entry is taken, which ends with intake
+	over     bool       // guarded by offering: nothing more is taken
+
 	unfinished sync.WaitGroup // the entries that are not completed
 	progress   atomic.Int64   // how many have come back
+	sourceErr  error          // set before ctx ends with errFinished
 	failure    error          // why not all was taken or sent; set before completed is closed
 	order      order[K]       // the consumer's
 }
@@ -208,13 +217,10 @@ func newStream[K any](ctx context.Context, address string, opts StreamOptions) *
 
 // run is the goroutine that starts the others and awaits them.
 func (s *stream[K]) run(items iter.Seq2[Item[K], error]) {
-	defer close(s.completed)
-	var sourceErr error
-	fed := make(chan struct{})
 	var feeder, conns sync.WaitGroup
+	defer feeder.Wait()
 	feeder.Go(func() {
-		sourceErr = s.feed(items)
-		close(fed)
+		s.sourceErr = s.feed(items)
 		s.unfinished.Wait()
 		s.end(errFinished)
 	})
@@ -222,16 +228,28 @@ func (s *stream[K]) run(items iter.Seq2[Item[K], error]) {
 		conns.Go(func() { (&streamConn[K]{stream: s}).run() })
 	}
 	conns.Wait()
-	<-fed
+	s.finish()
+}
+
+// finish completes what no connection will send, and ends the results. The source may still be waiting.
+func (s *stream[K]) finish() {
+	s.offering.Lock()
+	defer s.offering.Unlock()
+	s.over = true
 	for _, left := range []chan *entry[K]{s.again, s.queue} {
 		for len(left) > 0 {
-			s.complete(<-left, context.Cause(s.intake))
+			s.complete(<-left, s.unfinishedBy())
 		}
 	}
-	feeder.Wait()
 	if s.failure = context.Cause(s.intake); errors.Is(s.failure, errFinished) {
-		s.failure = sourceErr
+		s.failure = s.sourceErr
 	}
+	close(s.completed)
+}
+
+// unfinishedBy is the error of an entry that has not come back, nor will.
+func (s *stream[K]) unfinishedBy() error {
+	return fmt.Errorf("%w: %w", ErrUnfinished, context.Cause(s.intake))
 }
 
 // feed takes items from the source while there is room for them. It returns the source's error.
@@ -244,8 +262,9 @@ func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
 		if err != nil {
 			return err
 		}
-		s.unfinished.Add(1)
-		s.offer(&entry[K]{Item: item, index: index})
+		if !s.offer(&entry[K]{Item: item, index: index}) {
+			break
+		}
 		index++
 		if s.items.Acquire(s.intake, 1) != nil { // before the next is taken
 			break
@@ -254,19 +273,25 @@ func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
 	return nil
 }
 
-// offer hands an entry to a connection.
-func (s *stream[K]) offer(e *entry[K]) {
-	if len(e.Data) == 0 {
+// offer hands an entry to the connections. It reports false, and takes nothing, once all is over.
+func (s *stream[K]) offer(e *entry[K]) bool {
+	s.offering.Lock()
+	defer s.offering.Unlock()
+	if s.over {
+		return false
+	}
+	s.unfinished.Add(1)
+	e.weight = int64(min(len(e.Data), s.opts.InFlightBytes))
+	switch {
+	case e.weight == 0:
 		s.complete(e, nil)
-		return
+	case s.bytes.Acquire(s.intake, e.weight) != nil:
+		e.weight = 0
+		s.complete(e, s.unfinishedBy())
+	default:
+		s.queue <- e
 	}
-	weight := int64(min(len(e.Data), s.opts.InFlightBytes))
-	if s.bytes.Acquire(s.intake, weight) != nil {
-		s.complete(e, context.Cause(s.intake))
-		return
-	}
-	e.weight = weight
-	s.queue <- e
+	return true
 }
 
 // complete says what has become of an entry.

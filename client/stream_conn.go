@@ -197,7 +197,7 @@ func (c *streamConn[K]) handBack(err error) {
 	}
 	for _, e := range due {
 		if c.intake.Err() != nil {
-			c.complete(e, context.Cause(c.intake))
+			c.complete(e, c.unfinishedBy())
 		} else {
 			c.again <- e
 		}

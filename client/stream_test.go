@@ -527,6 +527,28 @@ func TestStreamIsPatientWithAnIdleConnection(t *testing.T) {
 	})
 }
 
+// The end of a stream does not wait for a source that waits: the caller ends that.
+func TestStreamEndsWhileItsSourceWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		items := make(chan Item[int], 1)
+		items <- Item[int]{0, []byte("line 0\n")}
+		var last error
+		for r, err := range Stream(t.Context(), "memory", FromChannel(ctx, items), StreamOptions{Dial: pipes(t)}) {
+			if err != nil {
+				last = err
+				cancel()
+			} else if !errors.Is(r.Err, ErrUnfinished) {
+				t.Errorf("item %d: %v", r.Key, r.Err)
+			}
+		}
+		if !errors.Is(last, errRefused) {
+			t.Errorf("the stream ends with %v", last)
+		}
+	})
+}
+
 func TestFromChannelEndsWithItsContext(t *testing.T) {
 	errStop := errors.New("stop")
 	synctest.Test(t, func(t *testing.T) {
