@@ -1,0 +1,230 @@
+package records
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"net/http"
+	"strconv"
+)
+
+const (
+	// defaultBlockSize is the zero value of Options.BlockSize: the buffer of
+	// io.Copy. A thousand blocks in flight are 32 MiB.
+	defaultBlockSize = 32 << 10
+
+	// defaultMaxRecord is the zero value of Options.MaxRecord.
+	defaultMaxRecord = 1 << 20
+)
+
+// Format says what a record is.
+type Format int
+
+// The formats.
+const (
+	Lines Format = iota + 1 // a line with its newline
+	CSV                     // a row, as JSON
+	Raw                     // a block of bytes
+)
+
+// String returns the format's name in lower case.
+func (f Format) String() string {
+	switch f {
+	case Lines:
+		return "lines"
+	case CSV:
+		return "csv"
+	case Raw:
+		return "raw"
+	default:
+		return "Format(" + strconv.Itoa(int(f)) + ")"
+	}
+}
+
+// Options says how a source is read. The zero value is usable.
+type Options struct {
+	Format Format // zero means Lines
+
+	NoHeader   bool // CSV: the first row is data
+	Delimiter  rune // CSV: between fields; zero means a comma
+	LazyQuotes bool // CSV: quotes may stand anywhere in fields, as csv.Reader has it
+
+	// BlockSize is the size of a Raw record, in bytes; the last may be shorter.
+	// Zero means 32 KiB.
+	BlockSize int
+
+	// MaxRecord is the length of the longest line, or row and what becomes of
+	// it, in bytes. Zero means 1 MiB. It bounds the memory of a Source.
+	MaxRecord int
+
+	// Verbatim leaves what is gzip or zstd as it is.
+	Verbatim bool
+
+	// HTTP requests URLs; nil means a client that gives up connecting after
+	// 10 s. With any client, a server from which nothing comes for a minute is
+	// given up, at the start or later.
+	HTTP *http.Client
+}
+
+// A Record is one line, row or block.
+type Record struct {
+	Number int64 // from 1 within its source, those that are an Error counted too
+	Line   int64 // of the source where the record begins, from 1; 0 for Raw
+
+	// Data is what is to be sent, and the receiver's own. It is the line as it
+	// stands in the source, the row as a line of JSON, or the block.
+	Data []byte
+
+	// Unended says that Data is the last line of a source that ends without a
+	// newline. It has none either, so what is sent behind it would join it.
+	Unended bool
+}
+
+// A Source is an input from which records are read, by one goroutine at a time.
+// Name, Size and Consumed may be called concurrently.
+type Source struct {
+	in     *input
+	read   func() (Record, error)
+	number int64
+	err    error // the end of the records: io.EOF, or why
+}
+
+// New makes a source of r, which it does not close; name is for errors.
+func New(r io.Reader, name string, opts Options) (*Source, error) {
+	return newSource(newInput(context.Background(), r, name), opts)
+}
+
+// newSource makes a source of in, which it closes on an error.
+func newSource(in *input, opts Options) (*Source, error) {
+	if opts.Format == 0 {
+		opts.Format = Lines
+	}
+	if opts.Delimiter == 0 {
+		opts.Delimiter = ','
+	}
+	if opts.BlockSize <= 0 {
+		opts.BlockSize = defaultBlockSize
+	}
+	if opts.MaxRecord <= 0 {
+		opts.MaxRecord = defaultMaxRecord
+	}
+	s := &Source{in: in}
+	s.read = func() (Record, error) { return s.begin(opts) }
+	switch {
+	case opts.Format < Lines || opts.Format > Raw:
+		return nil, errors.Join(fmt.Errorf("read %s: no such format: %v", in.name, opts.Format), in.close())
+	case !validDelimiter(opts.Delimiter):
+		return nil, errors.Join(fmt.Errorf("read %s: %q cannot be a delimiter", in.name, opts.Delimiter), in.close())
+	}
+	return s, nil
+}
+
+// begin reads the first record. What the input is like is seen only now, so that
+// opening does not wait for somebody to write it.
+func (s *Source) begin(opts Options) (Record, error) {
+	var r io.Reader = s.in
+	if !opts.Verbatim {
+		var err error
+		if r, err = unpack(s.in); err != nil {
+			return Record{}, err
+		}
+	}
+	switch opts.Format {
+	case CSV:
+		s.read = newRows(newWindow(r, opts.MaxRecord), opts).readRecord
+	case Raw:
+		s.read = func() (Record, error) { return readBlock(r, opts.BlockSize) }
+	default:
+		s.read = newWindow(r, opts.MaxRecord).readRecord
+	}
+	return s.read()
+}
+
+// All returns the records in their order. A malformed one comes as an *Error,
+// with an empty Record; any other error is the last, and comes after all records
+// before it. A loop that was left is gone on with by the next.
+func (s *Source) All() iter.Seq2[Record, error] {
+	return func(yield func(Record, error) bool) {
+		for s.err == nil {
+			record, err := s.next()
+			if err == io.EOF {
+				return
+			}
+			if !yield(record, err) {
+				return
+			}
+		}
+	}
+}
+
+// next reads a record, counts it, and completes its error.
+func (s *Source) next() (Record, error) {
+	record, err := Record{}, context.Cause(s.in.ctx)
+	if err == nil {
+		record, err = s.read()
+	}
+	malformed, ok := errors.AsType[*Error](err)
+	switch {
+	case err == nil:
+		s.number++
+		record.Number = s.number
+		return record, nil
+	case ok:
+		s.number++
+		malformed.Source, malformed.Number = s.in.name, s.number
+		return Record{}, malformed
+	case err != io.EOF:
+		err = fmt.Errorf("read %s: %w (records before: %d)", s.in.name, err, s.number)
+	}
+	s.err = err
+	return Record{}, err
+}
+
+// Name returns what the source is called in errors: the file's name, the URL
+// without what may be secret in it, or "standard input".
+func (s *Source) Name() string { return s.in.name }
+
+// Size returns the length of the input in bytes, packed as it is, if it is known:
+// of a regular file, and of a URL whose server tells it.
+func (s *Source) Size() (int64, bool) { return max(s.in.size, 0), s.in.size >= 0 }
+
+// Consumed returns how many bytes of the input, packed as it is, were read. That
+// is ahead of the records, by some buffers.
+func (s *Source) Consumed() int64 { return s.in.consumed.Load() }
+
+// Close closes the file or the connection that Open made. It must not be called
+// while another goroutine is in a loop. A second Close returns nil.
+func (s *Source) Close() error {
+	s.read = func() (Record, error) { return Record{}, fs.ErrClosed } // frees the buffers
+	return s.in.close()
+}
+
+// readRecord reads a line.
+func (w *window) readRecord() (Record, error) {
+	w.begin()
+	line, err := w.readLine()
+	if err == ErrTooLong {
+		return Record{}, w.tooLong()
+	} else if err != nil {
+		return Record{}, err
+	}
+	return Record{Line: w.first, Data: bytes.Clone(line), Unended: line[len(line)-1] != '\n'}, nil
+}
+
+// readBlock reads a block of that size, so that blocks are the same whenever a
+// source is read.
+func readBlock(r io.Reader, size int) (Record, error) {
+	block := make([]byte, size)
+	n, err := io.ReadFull(r, block)
+	if err == io.ErrUnexpectedEOF {
+		block, err = bytes.Clone(block[:n]), nil
+	}
+	if err != nil {
+		return Record{}, err
+	}
+	return Record{Data: block}, nil
+}
