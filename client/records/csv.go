@@ -5,6 +5,7 @@ import (
 	"encoding/csv"
 	"errors"
 	"fmt"
+	"slices"
 	"unicode/utf8"
 )
 
@@ -17,7 +18,8 @@ type rows struct {
 	csv  *csv.Reader
 	rest []byte // of the line that csv is reading
 
-	begun  bool    // the header was read, or there is none
+	begun  bool     // the header was read, or there is none
+	header []string // as it stands there
 	fields int     // in each row; 0 until the first was read
 	object *object // where JSON is made
 }
@@ -83,7 +85,7 @@ func (r *rows) readHeader() error {
 	} else if err != nil {
 		return err
 	}
-	r.begun, r.fields = true, len(names)
+	r.begun, r.fields, r.header = true, len(names), slices.Clone(names)
 	r.object.name(names)
 	return nil
 }

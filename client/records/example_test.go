@@ -28,10 +28,12 @@ func ExampleSource_All() {
 		}
 		fmt.Printf("%d: %s", record.Number, record.Data)
 	}
+	fmt.Println(source.Header())
 	// Output:
 	// 1: {"line":2,"name":"Ada","born":"1815"}
 	// people.csv:3:1: wrong number of fields: 1 instead of 2
 	// 3: {"line":4,"name":"Alan","born":"1912"}
+	// [name born]
 }
 
 // A name is a file's, a URL, or "-".

@@ -89,6 +89,7 @@ type Record struct {
 type Source struct {
 	in     *input
 	read   func() (Record, error)
+	rows   *rows // CSV, once it was begun
 	number int64
 	err    error // the end of the records: io.EOF, or why
 }
@@ -135,7 +136,8 @@ func (s *Source) begin(opts Options) (Record, error) {
 	}
 	switch opts.Format {
 	case CSV:
-		s.read = newRows(newWindow(r, opts.MaxRecord), opts).readRecord
+		s.rows = newRows(newWindow(r, opts.MaxRecord), opts)
+		s.read = s.rows.readRecord
 	case Raw:
 		s.read = func() (Record, error) { return readBlock(r, opts.BlockSize) }
 	default:
@@ -187,6 +189,15 @@ func (s *Source) next() (Record, error) {
 // Name returns what the source is called in errors: the file's name, the URL
 // without what may be secret in it, or "standard input".
 func (s *Source) Name() string { return s.in.name }
+
+// Header returns the first row of CSV as it stands in the source, once the first
+// record, or an *Error, has come. It is nil where there is none.
+func (s *Source) Header() []string {
+	if s.rows == nil {
+		return nil
+	}
+	return s.rows.header
+}
 
 // Size returns the length of the input in bytes, packed as it is, if it is known:
 // of a regular file, and of a URL whose server tells it.

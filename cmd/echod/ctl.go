@@ -2,15 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"strconv"
 	"strings"
-	"sync"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -66,30 +61,6 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 		out = io.Discard
 	}
 	return interruptible(cmd.Context(), func(ctx context.Context) error { return f(ctx, c, out) })
-}
-
-// interruptible calls f with a context that ends with SIGINT or SIGTERM, whose exit code is then that
-// of a process that the signal has ended.
-func interruptible(ctx context.Context, f func(context.Context) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	var watching sync.WaitGroup
-	watching.Go(func() {
-		select {
-		case sig := <-signals:
-			cancel(&exitError{exitSignal + signalNumber(sig), errors.New("interrupted")})
-		case <-ctx.Done():
-		}
-	})
-	defer watching.Wait()
-	defer signal.Stop(signals)
-	defer cancel(context.Canceled)
-	err := f(ctx)
-	if interrupted, ok := errors.AsType[*exitError](context.Cause(ctx)); ok && err != nil {
-		return interrupted
-	}
-	return err
 }
 
 // table writes rows in columns.

@@ -1,207 +1,345 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"os"
+	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"echod/client"
+	"echod/client/records"
+	"echod/cmd/echod/bulk"
 )
 
 func newSendCommand() *cobra.Command {
 	var s sender
 	cmd := &cobra.Command{
-		Use:   "send [TEXT...]",
-		Short: "Send a message, or standard input, and print what comes back",
-		Long: `Send a message, or standard input line by line, and print what comes back.
+		Use:   "send [TEXT... | --lines|--csv|--raw [FILE|URL|-]...]",
+		Short: "Send text, files, URLs or standard input, and write what comes back",
+		Long: `Send text, files, URLs or standard input, and write what comes back.
 
-What nc does, with understanding: the server's notices are said on stderr and never
-mixed up with the echo. When the server announces its end, what is under way is
-finished, and what was not sent is said; with --reconnect it is sent once the server, or its
-successor, is back.
+With TEXT it sends that, as a line. Without, it sends standard input line by line.
+With --lines, --csv or --raw the arguments are files, http:// and https:// URLs, or -
+for standard input; gzip and zstd are unpacked on the way. They are streamed, however
+long they are, over --conns connections at a time, and each echo is compared with
+what was sent. A row of CSV is sent as a line of JSON with its line number.
 
-Exit codes: 0 everything came back, 1 something did not, 2 usage.`,
+The server's notices are said on stderr and never mixed up with the echo. When the
+server announces its end, what is under way is finished; with --reconnect, which
+files and URLs imply, what has not come back is sent again once the server, or its
+successor, is back, and each record is written once.
+
+The first SIGINT or SIGTERM stops reading and finishes what is in flight, the second
+ends it. With --resume, the same command goes on from there.
+
+Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 		Example: `  echod send hello
-  echod send < file | cmp - file`,
-		RunE: func(cmd *cobra.Command, words []string) error {
+  echod send < file | cmp - file
+  echod send --csv --conns 16 --ordered --output echo.jsonl people.csv.gz
+  echod send --lines --failed again.txt --resume state.json *.log`,
+		RunE: func(cmd *cobra.Command, args []string) error {
 			s.in, s.out, s.err = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
-			return interruptible(cmd.Context(), func(ctx context.Context) error { return s.run(ctx, words) })
+			s.changed = cmd.Flags().Changed
+			return s.run(cmd.Context(), args)
 		},
 	}
-	cmd.Flags().StringVar(&s.address, "address", "127.0.0.1:9999", "server's `address`")
-	cmd.Flags().DurationVar(&s.timeout, "timeout", 10*time.Second, "`time` for connecting, and for TEXT to come back;\n0 is for ever")
-	cmd.Flags().BoolVar(&s.reconnect, "reconnect", false, "connect again, with growing pauses, when the server goes or is full")
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	flags.StringVar(&s.address, "address", "127.0.0.1:9999", "server's `address`")
+	flags.DurationVar(&s.timeout, "timeout", 10*time.Second, "`time` for connecting, and for TEXT to come back;\n0 is for ever")
+	flags.BoolVar(&s.reconnect, "reconnect", false, "connect again, with growing pauses, when the server goes or is full")
+	flags.DurationVar(&s.giveUp, "give-up", time.Minute, "with --reconnect: `time` without any echo after which it is\ngiven up; 0 is never")
+	flags.BoolVar(&s.lines, "lines", false, "send files and URLs line by line")
+	flags.BoolVar(&s.csv, "csv", false, "send files and URLs of CSV row by row, as JSON; the first row\nnames the columns")
+	flags.BoolVar(&s.raw, "raw", false, "send files and URLs in blocks, whatever is in them")
+	flags.BoolVar(&s.noHeader, "no-header", false, "CSV: the first row is data")
+	flags.StringVar(&s.delimiter, "delimiter", ",", "CSV: `character` between fields, such as ; or \\t")
+	flags.BoolVar(&s.lazyQuotes, "lazy-quotes", false, "CSV: quotes may stand within fields")
+	flags.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block")
+	flags.BoolVar(&s.verbatim, "verbatim", false, "do not unpack gzip and zstd")
+	flags.IntVar(&s.conns, "conns", 1, "`number` of connections; with several, records come back in\nany order")
+	flags.IntVar(&s.inFlight, "in-flight", 0, "`number` of records sent and not written yet, over all\nconnections (default: 64 for each)")
+	flags.BoolVar(&s.ordered, "ordered", false, "write records in the order in which they were read")
+	flags.Float64Var(&s.rate, "rate", 0, "most `records` in a second; 0 is as many as the server takes")
+	flags.BoolVar(&s.strict, "strict", false, "stop at the first malformed record")
+	flags.StringVar(&s.output, "output", "", "`file` for what comes back (default: standard output)")
+	flags.StringVar(&s.failed, "failed", "", "`file` for records that did not come back, to be sent again")
+	flags.StringVar(&s.resume, "resume", "", "`file` that says where to go on, written when not all was sent")
+	flags.BoolVar(&s.quiet, "quiet", false, "no progress, and no summary")
 	return cmd
 }
 
 // sender is one echod send.
 type sender struct {
-	address   string
-	timeout   time.Duration
-	reconnect bool
-	in        io.Reader
-	out, err  io.Writer
+	address         string
+	timeout, giveUp time.Duration
+	reconnect       bool
+	lines, csv, raw bool
+	noHeader        bool
+	delimiter       string
+	lazyQuotes      bool
+	blockSize       string
+	verbatim        bool
+	conns, inFlight int
+	ordered         bool
+	rate            float64
+	strict          bool
+	output          string
+	failed, resume  string
+	quiet           bool
+	changed         func(flag string) bool
+	in              io.Reader
+	out, err        io.Writer
 }
 
-func (s *sender) run(ctx context.Context, words []string) error {
-	if s.timeout < 0 {
-		return usagef("--timeout %s: must not be negative", s.timeout)
-	}
-	var ending atomic.Bool // the server has announced the connection's end
-	var c *client.Client
-	opts := client.Options{OnNotice: func(n client.Notice) {
-		fmt.Fprintf(s.err, "echod: %s\n", describeNotice(n))
-		if n.Ends() {
-			ending.Store(true)
-			if !s.reconnect {
-				_ = c.CloseWrite() // so that the echo comes to an end
-			}
+func (s *sender) run(ctx context.Context, args []string) error {
+	for _, d := range []struct {
+		flag  string
+		value time.Duration
+	}{{"timeout", s.timeout}, {"give-up", s.giveUp}} {
+		if d.value < 0 {
+			return usagef("--%s %s: must not be negative", d.flag, d.value)
 		}
-	}}
-	if s.reconnect {
-		opts.Reconnect = new(client.Backoff)
 	}
-	bounded, cancel := s.bounded(ctx)
-	defer cancel()
-	c, err := client.Dial(bounded, s.address, opts)
+	if len(args) == 0 || s.lines || s.csv || s.raw {
+		return s.sendRecords(ctx, args)
+	}
+	for _, flag := range []string{
+		"no-header", "delimiter", "lazy-quotes", "block-size", "verbatim", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
+	} {
+		if s.changed(flag) {
+			return usagef("--%s: arguments are text, unless --lines, --csv or --raw says that they are files", flag)
+		}
+	}
+	return interruptible(ctx, func(ctx context.Context) error { return s.sendText(ctx, args) })
+}
+
+// sendText sends one line.
+func (s *sender) sendText(ctx context.Context, words []string) error {
+	if s.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("nothing within %s", s.timeout))
+		defer cancel()
+	}
+	opts := client.Options{
+		OnNotice:  func(n client.Notice) { fmt.Fprintf(s.err, "echod: %s\n", bulk.Describe(n)) },
+		Reconnect: s.backoff(),
+	}
+	c, err := client.Dial(ctx, s.address, opts)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	switch {
-	case len(words) > 0:
-		echo, err := c.Echo(bounded, []byte(strings.Join(words, " ")+"\n"))
-		_, werr := s.out.Write(echo)
-		return errors.Join(err, werr)
-	case s.reconnect:
-		return s.echoEach(ctx, c)
-	default:
-		return s.stream(ctx, c, &ending)
-	}
+	echo, err := c.Echo(ctx, []byte(strings.Join(words, " ")+"\n"))
+	_, werr := s.out.Write(echo)
+	return errors.Join(err, werr)
 }
 
-func (s *sender) bounded(ctx context.Context) (context.Context, context.CancelFunc) {
+// dial connects within --timeout.
+func (s *sender) dial() client.DialFunc {
 	if s.timeout == 0 {
-		return ctx, func() {}
-	}
-	return context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("nothing within %s", s.timeout))
-}
-
-// sendPiece is how long a line may be, in bytes, before it is sent in pieces.
-const sendPiece = 64 << 10
-
-// pieces calls yield with each line of the input, newline included, until yield returns an error.
-func (s *sender) pieces(yield func([]byte) error) error {
-	lines := bufio.NewReaderSize(s.in, sendPiece)
-	for {
-		line, err := lines.ReadSlice('\n')
-		if len(line) > 0 {
-			if err := yield(line); err != nil {
-				return err
-			}
-		}
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil
-		case err != nil && !errors.Is(err, bufio.ErrBufferFull):
-			return fmt.Errorf("reading standard input: %w", err)
-		}
-	}
-}
-
-// echoEach sends one line after the other: the client takes each to its end, over as many connections
-// as that needs.
-func (s *sender) echoEach(ctx context.Context, c *client.Client) error {
-	return s.pieces(func(line []byte) error {
-		echo, err := c.Echo(ctx, line)
-		if _, werr := s.out.Write(echo); werr != nil {
-			return fmt.Errorf("writing what came back: %w", werr)
-		}
-		return err
-	})
-}
-
-var errEnding = errors.New("the server ends the connection")
-
-// stream sends the input while what comes back is printed.
-func (s *sender) stream(ctx context.Context, c *client.Client, ending *atomic.Bool) error {
-	fed := make(chan error, 1)
-	// Reading a terminal cannot be interrupted: when the connection ends first, this goroutine stays
-	// in its read until the process exits, right after.
-	go func() {
-		err := s.pieces(func(line []byte) error {
-			if ending.Load() {
-				return errEnding
-			}
-			return c.Send(ctx, line)
-		})
-		fed <- err // before the half-close, which makes receiving end
-		if err == nil {
-			_ = c.CloseWrite() // fails only when the connection is gone, which receiving tells
-		}
-	}()
-
-	received := s.printEchoes(ctx, c)
-	var input error
-	select {
-	case input = <-fed:
-	default:
-		input = errEnding // the connection has ended, and there is more to send
-	}
-	if errors.Is(received, io.EOF) && input == nil {
 		return nil
 	}
-	if ending.Load() && input != nil {
-		input = errEnding // whatever it was that went wrong on the way out
+	return func(ctx context.Context, address string) (net.Conn, error) {
+		ctx, cancel := context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("not within %s", s.timeout))
+		defer cancel()
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return conn, err
 	}
-	if input != nil && !isConnectionError(input) {
-		return input
-	}
-	if _, noticed := errors.AsType[*client.NoticeError](received); noticed && errors.Is(received, io.EOF) {
-		return fmt.Errorf("all that was sent has come back, but not all of the input was sent: %w", received)
-	}
-	return received
 }
 
-// printEchoes prints what comes back until the connection ends, and returns how.
-func (s *sender) printEchoes(ctx context.Context, c *client.Client) error {
-	buf := make([]byte, sendPiece)
-	for {
-		n, err := c.Receive(ctx, buf)
-		if _, werr := s.out.Write(buf[:n]); werr != nil {
-			_ = c.Close()
-			return fmt.Errorf("writing what came back: %w", werr)
+func (s *sender) backoff() *client.Backoff {
+	if !s.reconnect {
+		return nil
+	}
+	return &client.Backoff{MaxElapsed: s.giveUp}
+}
+
+// sendRecords sends the inputs that the arguments name, or standard input.
+func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
+	format, err := s.format()
+	if err != nil {
+		return err
+	}
+	plain := !s.lines && !s.csv && !s.raw // standard input, and nothing said about it
+	if len(inputs) == 0 {
+		inputs = []string{"-"}
+	}
+	if !plain && !s.changed("reconnect") {
+		s.reconnect = true
+	}
+	opts := bulk.Options{
+		Address: s.address, Inputs: inputs, Stdin: s.in, Records: format, Rate: s.rate, Strict: s.strict,
+		Stream: client.StreamOptions{
+			Dial: s.dial(), Conns: s.conns, InFlight: s.inFlight, Ordered: s.ordered || s.conns == 1, Reconnect: s.backoff(),
+		},
+	}
+	if err := s.openFiles(&opts); err != nil {
+		return err
+	}
+	opts.Display = s.display(plain)
+
+	summary, err := s.bulk(ctx, opts)
+	if s.output != "" {
+		err = errors.Join(err, opts.Out.(*os.File).Close())
+	}
+	if !plain && !s.quiet || summary.Missing() > 0 && err == nil {
+		fmt.Fprintf(s.err, "echod: %s\n", summary)
+	}
+	switch {
+	case err != nil && s.resume != "" && !errors.Is(err, bulk.ErrNotSaved):
+		return explain(fmt.Errorf("%w (the same command goes on from here: --resume %s)", err, s.resume))
+	case err != nil:
+		return explain(err)
+	case summary.Missing() > 0:
+		return &exitError{code: exitFailed} // all has been said
+	}
+	return nil
+}
+
+// explain says why not all of the input was sent, where it is the server's end.
+func explain(err error) error {
+	if _, ended := errors.AsType[*client.NoticeError](err); ended {
+		return fmt.Errorf("not all of the input was sent: %w", err)
+	}
+	if _, ended := errors.AsType[*client.EndError](err); ended {
+		return fmt.Errorf("not all of the input was sent: %w", err)
+	}
+	return err
+}
+
+// format is what the flags say about the inputs.
+func (s *sender) format() (records.Options, error) {
+	opts := records.Options{Format: records.Lines, NoHeader: s.noHeader, LazyQuotes: s.lazyQuotes, Verbatim: s.verbatim}
+	switch {
+	case s.lines && s.csv, s.csv && s.raw, s.raw && s.lines:
+		return opts, usagef("--lines, --csv and --raw: only one of them")
+	case s.csv:
+		opts.Format = records.CSV
+	case s.raw:
+		opts.Format = records.Raw
+	}
+	for flag, is := range map[string]bool{"no-header": s.csv, "delimiter": s.csv, "lazy-quotes": s.csv, "block-size": s.raw} {
+		if s.changed(flag) && !is {
+			return opts, usagef("--%s: only with %s", flag, map[bool]string{true: "--raw", false: "--csv"}[flag == "block-size"])
 		}
+	}
+	delimiter := s.delimiter
+	if delimiter == `\t` {
+		delimiter = "\t"
+	}
+	r, size := utf8.DecodeRuneInString(delimiter)
+	if size != len(delimiter) || size == 0 || slices.Contains([]rune{'"', '\r', '\n', utf8.RuneError}, r) {
+		return opts, usagef("--delimiter %q: want one character", s.delimiter)
+	}
+	opts.Delimiter = r
+	const largest = 16 << 20
+	block, err := humanize.ParseBytes(s.blockSize)
+	if err != nil || block == 0 || block > largest {
+		return opts, usagef("--block-size %q: want a size up to 16MiB, such as 64KiB", s.blockSize)
+	}
+	opts.BlockSize = int(block)
+	for flag, n := range map[string]int{"conns": s.conns, "in-flight": s.inFlight} {
+		if n < 0 || n == 0 && flag == "conns" || n > 100_000 {
+			return opts, usagef("--%s %d: want a number from 1 to 100,000", flag, n)
+		}
+	}
+	if s.rate < 0 {
+		return opts, usagef("--rate %v: must not be negative", s.rate)
+	}
+	return opts, nil
+}
+
+// openFiles opens what is written to, and looks whether what is read is there, before anything is sent.
+func (s *sender) openFiles(opts *bulk.Options) error {
+	var read []os.FileInfo
+	for _, name := range opts.Inputs {
+		if name == "-" || strings.Contains(name, "://") {
+			continue
+		}
+		info, err := os.Stat(name)
+		if failed, is := errors.AsType[*os.PathError](err); is {
+			return fmt.Errorf("read %s: %w", name, failed.Err)
+		}
+		read = append(read, info)
+	}
+	for _, path := range []string{s.output, s.failed, s.resume} {
+		info, err := os.Stat(path)
+		if err == nil && slices.ContainsFunc(read, func(in os.FileInfo) bool { return os.SameFile(in, info) }) {
+			return usagef("%s is to be read, and not to be written to", path)
+		}
+	}
+	goOn := false
+	if s.resume != "" {
+		var err error
+		if opts.State, err = bulk.OpenState(s.resume, opts.Inputs, opts.Records.Format); err != nil {
+			return err
+		}
+		goOn = opts.State.GoesOn()
+	}
+	opts.Out = s.out
+	if s.output != "" {
+		file, err := bulk.Create(s.output, goOn)
 		if err != nil {
 			return err
 		}
+		opts.Out = file
 	}
+	if s.failed != "" {
+		var err error
+		if opts.Failed, err = bulk.NewFailed(s.failed, opts.Records, goOn); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// isConnectionError says that sending failed for a reason that receiving tells better.
-func isConnectionError(err error) bool {
-	_, noticed := errors.AsType[*client.NoticeError](err)
-	_, ended := errors.AsType[*client.EndError](err)
-	return noticed || ended || errors.Is(err, errEnding)
+// display is how a run is told about: in bars on a terminal, else in lines.
+func (s *sender) display(plain bool) bulk.Display {
+	if plain || s.quiet {
+		return bulk.Events(s.err)
+	}
+	if file, ok := s.err.(*os.File); ok {
+		if _, rows, err := term.GetSize(int(file.Fd())); err == nil {
+			return bulk.Bars(s.err, rows)
+		}
+	}
+	const every = 5 * time.Second
+	return bulk.Lines(s.err, every)
 }
 
-// describeNotice says a notice in words.
-func describeNotice(n client.Notice) string {
-	switch n.Kind {
-	case client.Shutdown:
-		return fmt.Sprintf("the server stops in %s: %s", n.Grace, n.Text)
-	case client.Paused:
-		return "the server is paused"
-	case client.Busy:
-		return "the server is at its limit"
-	default:
-		return "notice: " + n.Text
+// bulk runs it. The first signal stops reading, the second ends it.
+func (s *sender) bulk(ctx context.Context, opts bulk.Options) (summary bulk.Summary, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop, stopReading := context.WithCancelCause(ctx)
+	var caught *exitError
+	end := onInterrupt(func(e *exitError) {
+		if stop.Err() == nil {
+			caught = e
+			opts.Display.Say("finishing what is in flight; once more ends it")
+			stopReading(e)
+		} else {
+			cancel(e)
+		}
+	})
+	summary, err = bulk.Run(ctx, stop, opts)
+	end()
+	if caught != nil && err != nil {
+		return summary, &exitError{caught.code, err}
 	}
+	return summary, err
 }

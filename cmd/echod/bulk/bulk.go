@@ -1,0 +1,166 @@
+// Package bulk is the work of "echod send": it streams the records of files, URLs and standard input through a
+// server, writes what comes back, and keeps book of what does not.
+//
+// Its goroutines: those of client.Stream, one of which reads the inputs; one that reads standard input, which
+// cannot be interrupted and stays in its read when all else ends first; and one that draws the progress, which [Run] awaits.
+package bulk
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"echod/client"
+	"echod/client/records"
+)
+
+// Options says what is sent, and what becomes of it.
+type Options struct {
+	Address string
+	Inputs  []string // as records.Open takes them
+	Stdin   io.Reader
+	Records records.Options
+	Stream  client.StreamOptions
+
+	Rate   float64 // the most records in a second; 0 is as many as the server takes
+	Strict bool    // stop at the first malformed record
+
+	Out    io.Writer // what came back
+	Failed *Failed   // what did not, to be sent again; nil: it is only counted
+	State  *State    // where to go on another time; nil: nowhere
+
+	Display Display
+}
+
+// ErrStopped says that there was more to send when the run was stopped.
+var ErrStopped = errors.New("stopped before the end")
+
+var errStrict = errors.New("stopped at a malformed record")
+
+// Run sends everything. When stop ends it reads no more, and finishes what is in flight; when ctx ends it ends. The error
+// says why not all was read, or written; what was sent and did not come back is in the summary alone.
+func Run(ctx, stop context.Context, opts Options) (Summary, error) {
+	reading, cancel := context.WithCancelCause(stop)
+	defer cancel(nil)
+	r := &run{opts: opts, reading: reading, cancel: cancel, tally: newTally(opts.Inputs), out: bufio.NewWriterSize(opts.Out, 64<<10)}
+	if opts.Rate > 0 {
+		burst := max(1, int(opts.Rate/100)) // a wait takes its time, too: at the most a hundred in a second
+		r.limiter = rate.NewLimiter(rate.Limit(opts.Rate), burst)
+	}
+	opts.Stream.OnNotice = r.notice
+	opts.Stream.OnReconnect = func(error) { r.tally.reconnects.Add(1) }
+
+	shown := opts.Display.show(r.tally)
+	began := time.Now()
+	err := r.stream(ctx, opts.Stream)
+	if stop.Err() != nil && errors.Is(err, context.Cause(stop)) {
+		err = ErrStopped
+	}
+	err = errors.Join(err, r.out.Flush(), opts.Failed.close(), opts.State.save(err == nil))
+	shown()
+	return r.tally.summary(time.Since(began)), err
+}
+
+// run is one Run.
+type run struct {
+	opts    Options
+	reading context.Context // ends when no more is to be read
+	cancel  context.CancelCauseFunc
+	limiter *rate.Limiter // nil: none
+	tally   *tally
+	header  []string // of the inputs so far, if they have one
+	out     *bufio.Writer
+	midLine bool // the last that was written has no newline
+}
+
+// stream handles what becomes of each record, and returns why there are no more.
+func (r *run) stream(ctx context.Context, opts client.StreamOptions) error {
+	var last error
+	for result, err := range client.Stream(ctx, r.opts.Address, r.items, opts) {
+		if err == nil {
+			err = r.handle(result)
+		}
+		if err != nil && last == nil {
+			last = err
+			r.cancel(err) // the stream may be waiting for the input
+		}
+	}
+	return last
+}
+
+func (r *run) handle(result client.Result[key]) error {
+	k := result.Key
+	r.tally.resent.Add(int64(max(result.Sent-1, 0)))
+	r.opts.State.settle(k, errors.Is(result.Err, client.ErrUnfinished))
+	switch {
+	case k.malformed != nil:
+		r.tally.malformed.Add(1)
+		r.say(k.malformed)
+		return r.opts.Failed.addMalformed(r.tally.header(k), k.malformed)
+	case errors.Is(result.Err, client.ErrUnfinished):
+		r.tally.unfinished.Add(1)
+		if r.opts.State != nil {
+			return nil // which has it
+		}
+		return r.opts.Failed.add(r.tally.header(k), result.Data)
+	case result.Err != nil:
+		r.tally.failed.Add(1)
+		r.say(fmt.Errorf("%s: %w", r.tally.place(k), result.Err))
+		return r.opts.Failed.add(r.tally.header(k), result.Data)
+	}
+	r.tally.came(k.input, len(result.Data))
+	return r.write(result)
+}
+
+// write writes what has come back. Records stay apart, also behind a last line without a newline.
+func (r *run) write(result client.Result[key]) error {
+	if r.midLine {
+		_ = r.out.WriteByte('\n') // the error stays
+	}
+	_, err := r.out.Write(result.Data)
+	r.midLine = r.opts.Records.Format != records.Raw && result.Data[len(result.Data)-1] != '\n'
+	if err == nil && result.Idle {
+		err = r.out.Flush()
+	}
+	if err != nil {
+		return fmt.Errorf("writing what came back: %w", err)
+	}
+	return nil
+}
+
+// say tells of a failure, of the first ones only.
+func (r *run) say(err error) {
+	const most = 10
+	switch n := r.tally.said.Add(1); {
+	case n <= most:
+		r.opts.Display.Say(err.Error())
+	case n == most+1:
+		r.opts.Display.Say("more failures are only counted")
+	}
+}
+
+// notice tells of a notice, which comes over each connection, once.
+func (r *run) notice(n client.Notice) {
+	if r.tally.newNotice(n) {
+		r.opts.Display.Say(Describe(n))
+	}
+}
+
+// Describe says a notice in words.
+func Describe(n client.Notice) string {
+	switch n.Kind {
+	case client.Shutdown:
+		return fmt.Sprintf("the server stops in %s: %s", n.Grace, n.Text)
+	case client.Paused:
+		return "the server is paused"
+	case client.Busy:
+		return "the server is at its limit"
+	default:
+		return "notice: " + n.Text
+	}
+}
