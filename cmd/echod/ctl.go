@@ -68,12 +68,12 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 	return interruptible(cmd.Context(), func(ctx context.Context) error { return f(ctx, c, out) })
 }
 
-// interruptible calls f with a context that ends with SIGINT or SIGTERM, whose exit code is then that
+// interruptible calls f with a context that ends with SIGINT, SIGTERM or one of the others, whose exit code is then that
 // of a process that the signal has ended.
-func interruptible(ctx context.Context, f func(context.Context) error) error {
+func interruptible(ctx context.Context, f func(context.Context) error, others ...os.Signal) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	signals := make(chan os.Signal, 1)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(signals, append(others, os.Interrupt, syscall.SIGTERM)...)
 	var watching sync.WaitGroup
 	watching.Go(func() {
 		select {
