@@ -36,6 +36,9 @@ func NewClient(path string) *Client {
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
+// Path is the control socket's.
+func (c *Client) Path() string { return c.path }
+
 // Close closes the connections that are kept for further calls.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 

@@ -31,7 +31,8 @@ func TestStatusTellsAllThatHolds(t *testing.T) {
 			State: "paused", PID: os.Getpid(), Version: "1.2.3", Started: began, UptimeSeconds: 90,
 			Listeners:   []Listener{{Address: "memory"}},
 			Connections: 1, Phases: map[string]int{"serving": 1}, Accepted: 2, Closed: map[string]uint64{"client-closed": 1}, BytesIn: 12, BytesOut: 12,
-			Holds: []Hold{{ID: "h1", Reason: "backup", Mode: "hold", Since: began.Add(90 * time.Second)}},
+			Holds:        []Hold{{ID: "h1", Reason: "backup", Mode: "hold", Since: began.Add(90 * time.Second)}},
+			GraceSeconds: 60,
 		})
 
 		r.srv.Drain(0, "SIGTERM")

@@ -27,6 +27,10 @@ type Status struct {
 	Notices       Notices           `json:"notices"`
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
+
+	// Of a drain that names no grace itself: what clients have, and for how long new ones are served before it.
+	GraceSeconds      float64 `json:"grace_seconds"`
+	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
 }
 
 // Notices counts the texts to clients since the start: of the drain, and of POST /v1/notify.
@@ -146,7 +150,7 @@ func wireStatus(st server.Status, version string) Status {
 		Listeners:   []Listener{},
 		Connections: st.Connections, Phases: map[string]int{}, Accepted: st.Accepted, Closed: map[string]uint64{},
 		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Notices: Notices{Sent: st.NoticesSent, Failed: st.NoticesFailed},
-		Holds: []Hold{},
+		Holds: []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
 	}
 	for _, l := range st.Listeners {
 		wl := Listener{Address: l.Address.String()}

@@ -112,6 +112,18 @@ func check(t testing.TB, err error) {
 	}
 }
 
+const pollEvery = 20 * time.Millisecond
+
+// poll waits for what another program does, and tells nobody.
+func poll(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}
+
 // each runs f for 0 to n-1 at the same time, awaits them all, and reports their errors.
 func each(t testing.TB, n int, f func(i int) error) {
 	t.Helper()

@@ -25,6 +25,8 @@ type Status struct {
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
 
+	Grace, DrainDelay time.Duration // of a drain that names no grace itself, as in Options; no grace is zero
+
 	NoticesSent, NoticesFailed uint64           // texts to clients, of a drain and of Notify: those that the kernel took, and did not
 	Transitions                map[State]uint64 // how often each state was entered
 }
@@ -60,7 +62,10 @@ type ClosedConn struct {
 
 // Status returns the server's status.
 func (s *Server) Status() Status {
-	st := Status{Started: s.started, Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64)}
+	st := Status{
+		Started: s.started, Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64),
+		Grace: max(0, s.opts.Grace), DrainDelay: s.opts.DrainDelay,
+	}
 	var listeners []net.Listener
 	var conns []*Conn
 	s.book.With(func(l *ledger) {

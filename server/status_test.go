@@ -25,6 +25,7 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 			Listeners:   []ListenerInfo{{Address: r.ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}},
 			Connections: 1, Phases: map[Phase]int{Serving: 1}, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
 			Transitions: map[State]uint64{Running: 1},
+			Grace:       DefaultGrace,
 		})
 		r.Drain(time.Minute, "TERM")
 		pass(acceptingStops)

@@ -9,10 +9,10 @@ import (
 	"syscall"
 )
 
-// onInterrupt calls f with each SIGINT and SIGTERM, as the exit that the signal asks for, until end is called.
-func onInterrupt(f func(*exitError)) (end func()) {
+// onInterrupt calls f with each SIGINT, SIGTERM and one of the others, as the exit that the signal asks for, until end is called.
+func onInterrupt(f func(*exitError), others ...os.Signal) (end func()) {
 	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	signal.Notify(signals, append(others, os.Interrupt, syscall.SIGTERM)...)
 	done := make(chan struct{})
 	var watching sync.WaitGroup
 	watching.Go(func() {
@@ -32,12 +32,12 @@ func onInterrupt(f func(*exitError)) (end func()) {
 	}
 }
 
-// interruptible calls f with a context that ends with SIGINT or SIGTERM, whose exit code is then that
+// interruptible calls f with a context that ends with SIGINT, SIGTERM or one of the others, whose exit code is then that
 // of a process that the signal has ended.
-func interruptible(ctx context.Context, f func(context.Context) error) error {
+func interruptible(ctx context.Context, f func(context.Context) error, others ...os.Signal) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(context.Canceled)
-	end := onInterrupt(func(e *exitError) { cancel(e) })
+	end := onInterrupt(func(e *exitError) { cancel(e) }, others...)
 	err := f(ctx)
 	end()
 	if interrupted, ok := errors.AsType[*exitError](context.Cause(ctx)); ok && err != nil {

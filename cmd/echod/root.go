@@ -22,6 +22,7 @@ Without a command it serves, as 'echod serve' does. Try it:
   echod                        the server; another terminal, then:
   nc 127.0.0.1 9999            a client
   echod ctl status             what it is doing
+  echod top                    the same, as it changes
   echod ctl pause -- COMMAND   admit nobody while COMMAND runs
 
 ` + serveHelp
@@ -43,13 +44,13 @@ Without a command it serves, as 'echod serve' does. Try it:
 		return usageError{errors.New(text)}
 	})
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) }
-	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newTopCommand(), newVersionCommand())
 	root.AddCommand(generators()...)
 	return root
 }
 
 // variable names the environment variable that stands in for a flag: ECHOD_FLAG for the server's, and
-// ECHOD_CTL_FLAG and ECHOD_SEND_FLAG for those of the commands that often share its environment.
+// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the commands that often share its environment.
 func variable(cmd *cobra.Command, flag string) string {
 	path := strings.Fields(cmd.CommandPath())
 	name := "echod-"
