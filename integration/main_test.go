@@ -39,17 +39,19 @@ var builds = sync.OnceValue(func() string {
 })
 
 // echodBinary is the path of the real thing, built once.
-var echodBinary = sync.OnceValues(func() (string, error) { return build("echod", "../cmd/echod") })
+var echodBinary = sync.OnceValues(func() (string, error) { return build("echod", "../cmd/echod", raceEnabled) })
+
+// leanBinary is the same without the race detector, for where it matters how much it takes.
+var leanBinary = sync.OnceValues(func() (string, error) { return build("echod-lean", "../cmd/echod", false) })
 
 // embedBinary is the path of a program that embeds the library, with handlers that misbehave on request.
-var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed") })
+var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed", raceEnabled) })
 
-// build builds as the tests were built: with the race detector where they have it, and for coverage data where
-// GOCOVERDIR says to collect it.
-func build(name, pkg string) (string, error) {
+// build builds with the race detector, or without, and for coverage data where GOCOVERDIR says to collect it.
+func build(name, pkg string, race bool) (string, error) {
 	path := filepath.Join(builds(), name)
 	args := []string{"build", "-buildvcs=false", "-o", path}
-	if raceEnabled {
+	if race {
 		args = append(args, "-race")
 	}
 	if os.Getenv("GOCOVERDIR") != "" {

@@ -20,8 +20,8 @@ type rows struct {
 
 	begun  bool     // the header was read, or there is none
 	header []string // as it stands there
-	fields int     // in each row; 0 until the first was read
-	object *object // where JSON is made
+	fields int      // in each row; 0 until the first was read
+	object *object  // where JSON is made
 }
 
 func newRows(w *window, opts Options) *rows {

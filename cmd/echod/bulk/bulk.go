@@ -61,7 +61,10 @@ func Run(ctx, stop context.Context, opts Options) (Summary, error) {
 	if stop.Err() != nil && errors.Is(err, context.Cause(stop)) {
 		err = ErrStopped
 	}
-	err = errors.Join(err, r.out.Flush(), opts.Failed.close(), opts.State.save(err == nil))
+	if flushed := r.flush(); err == nil { // else it is the same, or follows from it
+		err = flushed
+	}
+	err = errors.Join(err, opts.Failed.close(), opts.State.save(err == nil))
 	shown()
 	return r.tally.summary(time.Since(began)), err
 }
@@ -76,6 +79,8 @@ type run struct {
 	header  []string // of the inputs so far, if they have one
 	out     *bufio.Writer
 	midLine bool // the last that was written has no newline
+
+	unflushed []key // what is in out, or may be
 }
 
 // stream handles what becomes of each record, and returns why there are no more.
@@ -96,9 +101,9 @@ func (r *run) stream(ctx context.Context, opts client.StreamOptions) error {
 func (r *run) handle(result client.Result[key]) error {
 	k := result.Key
 	r.tally.resent.Add(int64(max(result.Sent-1, 0)))
-	r.opts.State.settle(k, errors.Is(result.Err, client.ErrUnfinished))
 	switch {
 	case k.malformed != nil:
+		r.opts.State.settle(k)
 		r.tally.malformed.Add(1)
 		r.say(k.malformed)
 		return r.opts.Failed.addMalformed(r.tally.header(k), k.malformed)
@@ -109,6 +114,7 @@ func (r *run) handle(result client.Result[key]) error {
 		}
 		return r.opts.Failed.add(r.tally.header(k), result.Data)
 	case result.Err != nil:
+		r.opts.State.settle(k)
 		r.tally.failed.Add(1)
 		r.say(fmt.Errorf("%s: %w", r.tally.place(k), result.Err))
 		return r.opts.Failed.add(r.tally.header(k), result.Data)
@@ -122,14 +128,24 @@ func (r *run) write(result client.Result[key]) error {
 	if r.midLine {
 		_ = r.out.WriteByte('\n') // the error stays
 	}
-	_, err := r.out.Write(result.Data)
+	_, _ = r.out.Write(result.Data)
 	r.midLine = r.opts.Records.Format != records.Raw && result.Data[len(result.Data)-1] != '\n'
-	if err == nil && result.Idle {
-		err = r.out.Flush()
+	r.unflushed = append(r.unflushed, result.Key)
+	if result.Idle || r.out.Buffered() > r.out.Size()/2 || len(r.unflushed) >= mostUnflushed {
+		return r.flush()
 	}
-	if err != nil {
+	return nil
+}
+
+const mostUnflushed = 1000
+
+// flush writes what is buffered. Only then those records are settled: what cannot be written is sent another time.
+func (r *run) flush() error {
+	if err := r.out.Flush(); err != nil {
 		return fmt.Errorf("writing what came back: %w", err)
 	}
+	r.opts.State.settle(r.unflushed...)
+	r.unflushed = r.unflushed[:0]
 	return nil
 }
 

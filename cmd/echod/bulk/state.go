@@ -127,14 +127,16 @@ func (s *State) take(k key) {
 	s.open[k.input][k.number] = true
 }
 
-// settle notes that a record needs not be sent another time, unless it is unfinished.
-func (s *State) settle(k key, unfinished bool) {
-	if s == nil || unfinished {
+// settle notes that records need not be sent another time.
+func (s *State) settle(keys ...key) {
+	if s == nil {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.open[k.input], k.number)
+	for _, k := range keys {
+		delete(s.open[k.input], k.number)
+	}
 }
 
 // read notes that an input was read to its end.
