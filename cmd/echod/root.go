@@ -43,7 +43,7 @@ Without a command it serves, as 'echod serve' does. Try it:
 		return usageError{errors.New(text)}
 	})
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) }
-	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newLoadCommand(), newPingCommand(), newVersionCommand())
 	root.AddCommand(generators()...)
 	return root
 }
