@@ -44,7 +44,8 @@ Without a command it serves, as 'echod serve' does. Try it:
 		return usageError{errors.New(text)}
 	})
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return fromEnvironment(cmd) }
-	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newSendCommand(), newTopCommand(), newVersionCommand())
+	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newTopCommand())
+	root.AddCommand(newSendCommand(), newLoadCommand(), newPingCommand(), newVersionCommand())
 	root.AddCommand(generators()...)
 	return root
 }

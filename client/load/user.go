@@ -1,0 +1,302 @@
+package load
+
+import (
+	"context"
+	"errors"
+	"io"
+	"syscall"
+	"time"
+
+	"echod/client"
+)
+
+// maxUnwritten is how much may wait for room in a connection, in bytes, before no
+// more messages are made.
+const maxUnwritten = 256 << 10
+
+// A phase is what a user is doing.
+type phase int
+
+const (
+	absent  phase = iota + 1 // waits until it is to connect
+	dialing                  // connects
+	serving                  // sends and receives
+	leaving                  // sends nothing new, waits for what is under way
+	closing                  // has half-closed, reads to the end
+	gone                     // comes back no more
+)
+
+// A cause is why a user leaves a connection.
+type cause int
+
+const (
+	byNotice cause = iota + 1
+	byChurn
+	byEnd // of the run
+)
+
+// A user is one of the run's clients: it has one connection at a time, and makes
+// another when that ends. It belongs to its loop.
+type user struct {
+	loop  *loop
+	slot  int // among the loop's users
+	index int // among all
+
+	phase       phase
+	wake        time.Duration           // when to go on: to connect, to leave, to wait no longer
+	cause       cause                   // while leaving and closing
+	waits       int                     // for the backoff, since something came back
+	made        int                     // connections so far
+	stopDialing context.CancelCauseFunc // while dialing
+
+	// The present connection.
+	socket   socket
+	check    *checker
+	written  int64 // bytes
+	counted  int64 // messages that are counted as sent
+	overdue  int   // messages under way that are late
+	echoed   bool  // something has come back
+	notice   *client.Notice
+	rejected bool // by a notice, before anything had come back
+
+	// The open model: messages [taken, fallen) of its schedule are due and not
+	// taken, besides those that are to be sent again.
+	taken, fallen int64
+	again         []time.Duration
+	dirty         bool // in the loop's list
+
+	// Time without service.
+	without time.Duration // so far
+	outage  time.Duration // since when there is one
+	inOut   bool
+}
+
+// waiting reports whether something is due that no connection has taken.
+func (u *user) waiting() bool { return len(u.again) > 0 || u.taken < u.fallen }
+
+// send begins as many messages as may be under way and are due, and writes.
+func (u *user) send(now time.Duration) {
+	if u.phase != serving {
+		u.write(now)
+		return
+	}
+	opts := &u.loop.run.opts
+	room := opts.Pipeline - (u.check.outstanding() - u.overdue)
+	for ; room > 0 && len(u.check.unwritten(u.written)) < maxUnwritten; room-- {
+		due, ok := u.next(now)
+		if !ok {
+			break
+		}
+		u.check.begin(due)
+	}
+	u.write(now)
+	if u.phase == serving && u.loop.ending && !u.waiting() {
+		u.leave(byEnd, now)
+	}
+}
+
+// next takes the next message that is due.
+func (u *user) next(now time.Duration) (due time.Duration, ok bool) {
+	l := u.loop
+	switch {
+	case len(u.again) > 0:
+		due, u.again = u.again[0], u.again[1:]
+		return due, true
+	case l.run.opts.Rate > 0:
+		if u.taken == u.fallen {
+			return 0, false
+		}
+		u.taken++
+		return l.run.schedule.due(u.index, u.taken-1), true
+	}
+	return now, !l.ending
+}
+
+// write writes what is to be sent, as far as there is room.
+func (u *user) write(now time.Duration) {
+	p := u.check.unwritten(u.written)
+	if len(p) == 0 {
+		return
+	}
+	n, err := u.socket.write(p)
+	u.written += int64(n)
+	size := int64(u.loop.run.opts.Size)
+	begun := (u.written + size - 1) / size
+	u.loop.tally.Echoes.Sent += begun - u.counted
+	u.counted = begun
+	if err != nil && !errors.Is(err, errWouldBlock) {
+		return // reading tells why, after what came before
+	}
+	if err := u.socket.awaitRoom(n < len(p)); err != nil {
+		u.ended(err, now)
+	}
+}
+
+// ready reads what has come, and writes what there is room for.
+func (u *user) ready(now time.Duration) {
+	if u.socket == nil {
+		return // it has ended since it was said to be ready
+	}
+	l := u.loop
+	n, ago, err := u.socket.read(l.buf)
+	if n > 0 {
+		before := l.tally.Echoes.Returned
+		u.check.feed(l.buf[:n], now-ago)
+		if l.tally.Echoes.Returned > before {
+			u.echoed, u.waits, u.overdue = true, 0, 0
+			u.served(now - ago)
+		}
+		if u.notice != nil && u.phase == serving {
+			u.serviceGone(now)
+			u.leave(byNotice, now)
+		}
+	}
+	if err != nil && !errors.Is(err, errWouldBlock) {
+		u.ended(err, now)
+		return
+	}
+	u.send(now)
+	u.halfClose(now)
+}
+
+// told takes a notice.
+func (u *user) told(n client.Notice) {
+	t := u.loop.tally
+	switch n.Kind {
+	case client.Shutdown:
+		t.Notices.Shutdown++
+	case client.Paused:
+		t.Notices.Paused++
+	case client.Busy:
+		t.Notices.Busy++
+	case client.Message:
+		t.Notices.Messages++
+	}
+	if n.Ends() {
+		u.notice = &n
+		if !u.echoed && n.Grace == 0 && !u.rejected {
+			u.rejected = true
+			t.Connects.TurnedAway++
+		}
+	}
+}
+
+// leave stops sending. What has not been written is sent over the next connection.
+func (u *user) leave(why cause, now time.Duration) {
+	u.cause, u.phase, u.wake = why, leaving, now+u.loop.run.opts.DrainWait
+	u.takeBack()
+	u.halfClose(now)
+}
+
+// takeBack makes what has not been written due again.
+func (u *user) takeBack() {
+	dues := u.check.retract(u.written)
+	if u.loop.run.opts.Rate > 0 {
+		u.again = append(append([]time.Duration(nil), dues...), u.again...)
+	}
+}
+
+// halfClose does so when it leaves and nothing is under way any more.
+func (u *user) halfClose(now time.Duration) {
+	if u.phase != leaving || u.check.outstanding() > 0 && !u.rejected {
+		return
+	}
+	if err := u.socket.closeWrite(); errors.Is(err, errWouldBlock) {
+		return // it comes back when all is written
+	}
+	u.phase, u.wake = closing, now+u.loop.run.opts.DrainWait
+}
+
+// tick does what has become due by itself.
+func (u *user) tick(now time.Duration) {
+	if u.phase == serving && u.check.outstanding() > u.overdue {
+		if n := u.check.overdue(now); n > u.overdue {
+			u.overdue = n
+			u.send(now)
+		}
+	}
+	if now < u.wake {
+		return
+	}
+	switch u.phase {
+	case absent:
+		u.connect()
+	case serving:
+		u.leave(byChurn, now)
+	case leaving, closing:
+		u.ended(errPatience, now)
+	}
+}
+
+var errPatience = errors.New("the echo of what was sent has not come, or no end of stream")
+
+// ended says that the connection has, and how.
+func (u *user) ended(err error, now time.Duration) {
+	t, opts := u.loop.tally, &u.loop.run.opts
+	u.socket.close()
+	u.socket = nil
+	u.takeBack()
+	dues := u.check.due[u.check.dueHead:]
+	complete := u.check.outstanding() == 0
+	missing := u.check.end()
+	if u.rejected {
+		t.Echoes.TurnedAway += missing
+		if opts.Rate > 0 {
+			u.again = append(append([]time.Duration(nil), dues...), u.again...)
+		}
+	} else {
+		t.Echoes.Lost += missing
+	}
+	own := u.phase == closing && u.cause != byNotice
+	switch {
+	case u.notice != nil:
+		t.Ends.Noticed++
+		if complete && (errors.Is(err, io.EOF) || u.phase == closing) && !u.rejected {
+			t.Notices.Heeded++
+		}
+	case own:
+		t.Ends.Left++
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		t.Ends.Reset++
+	case errors.Is(err, io.EOF):
+		t.Ends.Closed++
+	default:
+		t.Ends.Failed++
+	}
+	if !own {
+		u.serviceGone(now)
+	}
+	if own && u.cause == byChurn {
+		u.phase, u.wake = absent, now
+		u.settle()
+		return
+	}
+	u.comeBack(now)
+}
+
+// serviceGone begins an outage, unless there is one.
+func (u *user) serviceGone(since time.Duration) {
+	if !u.inOut {
+		u.outage, u.inOut = since, true
+	}
+}
+
+// served ends an outage: something has come back over a connection of which
+// nothing bad is known.
+func (u *user) served(now time.Duration) {
+	if u.inOut && u.phase == serving && u.notice == nil {
+		u.without += now - u.outage
+		u.inOut = false
+	}
+}
+
+// finish ends what there still is, at the end of the run's patience.
+func (u *user) finish(now time.Duration) {
+	if u.socket != nil {
+		u.ended(errPatience, now)
+	}
+	u.loop.tally.Echoes.Unsent += int64(len(u.again)) + u.fallen - u.taken
+	if end := u.loop.endedAt; u.inOut && end > u.outage {
+		u.without += end - u.outage
+	}
+}

@@ -1,0 +1,110 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	humanize "github.com/dustin/go-humanize"
+
+	"echod/client/load"
+)
+
+// writeReport prints a report for people.
+func writeReport(out io.Writer, r *load.Report, why []string) error {
+	var b strings.Builder
+	what := fmt.Sprintf("%d messages of %d bytes under way on each\n(closed model: a stall holds up the load itself, and most of its waits are not seen)", r.Pipeline, r.Size)
+	if r.Rate > 0 {
+		what = fmt.Sprintf("%s messages of %d bytes a second\n(open model: latency counts from when each was due)", humanize.Commaf(r.Rate), r.Size)
+	}
+	fmt.Fprintf(&b, "%s for %s: %s, %s\n\n", r.Address, seconds(r.Lasted), many(r.Conns, "connection"), what)
+
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	row := func(name string, cells ...string) { fmt.Fprintf(w, "%s\t%s\n", name, strings.Join(cells, ", ")) }
+	n := func(n int64, what string) string { return humanize.Comma(n) + " " + what }
+	c, e, not, end := r.Connects, r.Echoes, r.Notices, r.Ends
+	row("connects", append([]string{n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"), n(c.Reset, "reset"), n(c.TimedOut, "timed out")},
+		some(c.Failed, "failed otherwise", c.TurnedAway, "turned away")...)...)
+	row("echoes", append([]string{n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"), n(e.Lost, "lost"), n(e.Corrupted, "corrupted")},
+		some(e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
+	row("order", n(e.Duplicated, "duplicated"), n(e.Reordered, "out of order"), n(e.Foreign, "misdelivered"))
+	row("throughput", humanize.Comma(int64(r.PerSecond))+" echoes/s")
+	row("notices", append([]string{n(not.Seen(), "seen"), n(not.Heeded, "heeded")},
+		some(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages, "NOTICE")...)...)
+	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed by the server"), n(end.Reset, "reset"), n(end.Failed, "otherwise"))
+	row("reconnects", humanize.Comma(r.Reconnects))
+	row("without service", n(int64(r.Outage.Clients), "of "+many(r.Conns, "client")), "median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
+	_ = w.Flush()
+
+	b.WriteByte('\n')
+	w = tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "latency\tp50\tp90\tp99\tp99.9\tp99.99\tmax\t")
+	for _, line := range []struct {
+		name string
+		load.Latency
+	}{{"connect", r.Connect}, {"echo", r.Echo}} {
+		fmt.Fprintf(w, "%s\t", line.name)
+		for _, v := range []float64{line.P50, line.P90, line.P99, line.P999, line.P9999, line.Max} {
+			fmt.Fprintf(w, "%s\t", latency(v))
+		}
+		fmt.Fprintln(w)
+	}
+	_ = w.Flush()
+	for _, text := range r.Errors {
+		fmt.Fprintf(&b, "\nerror: %s", text)
+	}
+	if len(why) == 0 {
+		fmt.Fprintf(&b, "\nAll that was sent has come back, once and in order.\n")
+	} else {
+		fmt.Fprintf(&b, "\n")
+	}
+	if _, err := io.WriteString(out, b.String()); err != nil {
+		return fmt.Errorf("writing the report: %w", err)
+	}
+	return nil
+}
+
+// many is count with commas.
+func many(n int, noun string) string {
+	if n == 1 {
+		return count(n, noun)
+	}
+	return humanize.Comma(int64(n)) + " " + noun + "s"
+}
+
+// some says those counts that are not zero, each before its name.
+func some(pairs ...any) []string {
+	var said []string
+	for i := 0; i < len(pairs); i += 2 {
+		if n := pairs[i].(int64); n > 0 {
+			said = append(said, humanize.Comma(n)+" "+pairs[i+1].(string))
+		}
+	}
+	return said
+}
+
+// latency shows seconds to three digits.
+func latency(s float64) string {
+	switch {
+	case s == 0:
+		return "-"
+	case s < 1e-3:
+		return digits(s*1e6) + " µs"
+	case s < 1:
+		return digits(s*1e3) + " ms"
+	default:
+		return digits(s) + " s"
+	}
+}
+
+func digits(v float64) string {
+	switch {
+	case v < 10:
+		return fmt.Sprintf("%.2f", v)
+	case v < 100:
+		return fmt.Sprintf("%.1f", v)
+	default:
+		return fmt.Sprintf("%.0f", v)
+	}
+}

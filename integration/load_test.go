@@ -1,0 +1,273 @@
+//go:build unix
+
+package integration
+
+import (
+	"bytes"
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"echod/client/load"
+)
+
+// loading is an echod load under way.
+type loading struct {
+	t              testing.TB
+	cmd            *exec.Cmd
+	stdout, stderr bytes.Buffer
+}
+
+func startLoad(t testing.TB, address string, args ...string) *loading {
+	t.Helper()
+	l := &loading{t: t, cmd: exec.Command(built(t, echodBinary), append([]string{"load", "--address", address}, args...)...)}
+	l.cmd.Stdout, l.cmd.Stderr, l.cmd.Env = &l.stdout, &l.stderr, environment()
+	check(t, l.cmd.Start())
+	overdue := time.AfterFunc(2*patience, func() { _ = l.cmd.Process.Kill() })
+	t.Cleanup(func() {
+		if overdue.Stop() && l.cmd.ProcessState == nil {
+			_ = l.cmd.Process.Kill()
+			_ = l.cmd.Wait()
+		}
+	})
+	return l
+}
+
+// verdict is a report with what is wrong.
+type verdict struct {
+	load.Report
+	Failed []string `json:"failed"`
+}
+
+// report waits for the end of a run with --json, and checks its exit code.
+func (l *loading) report(code int) verdict {
+	l.t.Helper()
+	_ = l.cmd.Wait()
+	if got := exitCode(l.cmd.ProcessState); got != code {
+		l.t.Fatalf("exit code %d, want %d: %s\n%s", got, code, l.stderr.String(), l.stdout.String())
+	}
+	var v verdict
+	if err := json.Unmarshal(l.stdout.Bytes(), &v); err != nil {
+		l.t.Fatalf("%v\n%s", err, l.stdout.String())
+	}
+	return v
+}
+
+func TestLoadReportsAndWritesItsFiles(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	plot, table, log := filepath.Join(dir, "p.svg"), filepath.Join(dir, "h.hgrm"), filepath.Join(dir, "h.hlog")
+	flags := []string{"load", "--address", e.addr, "--conns", "4", "--rate", "500", "--duration", "1s"}
+	got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--plot", plot, "--hdr", table, "--max-lost", "0", "--max-refused", "0")...)...))
+	if got.code != 0 || got.stderr != "" {
+		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
+	}
+	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost", "All that was sent has come back", "p99.99"} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("the report lacks %q:\n%s", want, got.stdout)
+		}
+	}
+	if got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--json", "--hdr", log)...)...)); got.code != 0 || got.stderr != "" {
+		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
+	}
+
+	drawn, err := os.ReadFile(plot)
+	check(t, err)
+	for dec := xml.NewDecoder(bytes.NewReader(drawn)); ; {
+		if _, err := dec.Token(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("the picture is no XML: %v", err)
+		}
+	}
+	percentiles, err := os.ReadFile(table)
+	check(t, err)
+	if !strings.Contains(string(percentiles), "1/(1-Percentile)") || !strings.Contains(string(percentiles), "500") {
+		t.Errorf("the table of percentiles:\n%s", percentiles)
+	}
+	written, err := os.ReadFile(log)
+	check(t, err)
+	h, err := hdrhistogram.NewHistogramLogReader(bytes.NewReader(written)).NextIntervalHistogram()
+	check(t, err)
+	if h.TotalCount() != 500 {
+		t.Errorf("the histogram log has %d echoes, want 500", h.TotalCount())
+	}
+}
+
+// TestLoadSeesWhatAStallInflicts: an open model counts from when each message was due, so that a server that stops for a
+// second shows a second, though hardly anything would be sent meanwhile by clients that wait.
+func TestLoadSeesWhatAStallInflicts(t *testing.T) {
+	for _, pipeline := range []string{"0", "1"} { // 0 is the default; with 1, what is due waits to be sent
+		t.Run("pipeline "+pipeline, func(t *testing.T) {
+			t.Parallel()
+			e := start(t)
+			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s", "--drain-wait", "20s",
+				"--pipeline", pipeline, "--json")
+			e.awaitOpen(8)
+			for e.status().BytesIn < 50_000 { // a third of a second
+				time.Sleep(10 * time.Millisecond)
+			}
+			e.signal(syscall.SIGSTOP)
+			time.Sleep(time.Second)
+			e.signal(syscall.SIGCONT)
+			v := l.report(0)
+			if v.Echoes.Sent != 8000 || v.Echoes.Returned != 8000 || v.Echoes.Lost != 0 {
+				t.Errorf("%+v: want 8000 sent and returned", v.Echoes)
+			}
+			if v.Echo.P999 < 0.5 || v.Echo.P999 > 5 {
+				t.Errorf("p99.9 is %v s, want about a second", v.Echo.P999)
+			}
+			if v.Echo.P90 < 0.2 { // a quarter of the messages fell due during the stall
+				t.Errorf("p90 is %v s, though a quarter of the messages had to wait", v.Echo.P90)
+			}
+		})
+	}
+}
+
+// TestLoadInterruptedIsJudged: Ctrl-C ends the run, and does not hide what was wrong with it.
+func TestLoadInterruptedIsJudged(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--json", "--max-p999", "1ns")
+	for e.status().BytesOut < 1000 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	check(t, l.cmd.Process.Signal(syscall.SIGINT))
+	if v := l.report(1); v.Echoes.Sent != v.Echoes.Returned || len(v.Failed) != 1 || !strings.Contains(l.stderr.String(), v.Failed[0]) {
+		t.Errorf("%+v, failed %q, stderr %q", v.Echoes, v.Failed, l.stderr.String())
+	}
+}
+
+// TestLoadSeesARestartThatLosesNothing: clients heed the notice and connect to the successor.
+func TestLoadSeesARestartThatLosesNothing(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--grace", "20s")
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json", "--max-disconnects", "0", "--timeout", "20s")
+	e.awaitOpen(16)
+	for e.status().BytesIn < 50_000 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	e.signal(syscall.SIGTERM)
+	e.wait(0)
+	start(t, "--listen", e.addr)
+	v := l.report(0)
+	if v.Echoes.Sent != 8000 || v.Echoes.Returned != 8000 {
+		t.Errorf("%+v: want 8000 sent and returned", v.Echoes)
+	}
+	if v.Notices.Shutdown != 16 || v.Notices.Heeded != 16 || v.Ends.Noticed != 16 || v.Reconnects != 16 || v.Outage.Clients != 16 {
+		t.Errorf("notices %+v, ends %+v, %d reconnects, outage %+v: want 16 of each", v.Notices, v.Ends, v.Reconnects, v.Outage)
+	}
+}
+
+// TestLoadSeesAKill: what was under way is lost, and said.
+func TestLoadSeesAKill(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "20000", "--duration", "3s", "--json", "--max-disconnects", "3")
+	e.awaitOpen(16)
+	e.signal(syscall.SIGSTOP) // so that something is under way for certain
+	time.Sleep(200 * time.Millisecond)
+	e.signal(syscall.SIGKILL)
+	e.wait(128 + int(syscall.SIGKILL))
+	start(t, "--listen", e.addr)
+	v := l.report(1)
+	if v.Echoes.Lost == 0 || v.Echoes.Sent != v.Echoes.Returned+v.Echoes.Lost || v.Echoes.Corrupted != 0 {
+		t.Errorf("%+v: want some lost, and the rest returned", v.Echoes)
+	}
+	if v.Ends.Unannounced() != 16 || v.Reconnects != 16 {
+		t.Errorf("ends %+v, %d reconnects: want 16", v.Ends, v.Reconnects)
+	}
+	said := strings.Join(v.Failed, "; ")
+	if !strings.Contains(said, "lost") || !strings.Contains(said, "without a notice: 16, more than 3") {
+		t.Errorf("failed for %q", said)
+	}
+	if !strings.Contains(l.stderr.String(), said) {
+		t.Errorf("stderr says %q, want %q", l.stderr.String(), said)
+	}
+}
+
+// TestLoadOnARollingRestartBehindHAProxy: a whole rollout, and nothing refused, reset or lost.
+func TestLoadOnARollingRestartBehindHAProxy(t *testing.T) {
+	f := startFleet(t)
+	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json", "--max-refused", "0", "--max-disconnects", "0")
+	for f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections < 20 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	for i := range f.nodes {
+		f.nodes[i].signal(syscall.SIGTERM)
+		f.nodes[i].wait(0)
+		f.startNode(i)
+		f.awaitServing()
+		time.Sleep(time.Second) // for HAProxy to see that it is back, before the next one goes
+	}
+	check(t, l.cmd.Process.Signal(syscall.SIGINT))
+	v := l.report(0)
+	if v.Notices.Heeded < 20 || v.Echoes.Sent != v.Echoes.Returned || v.Echoes.Sent == 0 {
+		t.Errorf("%+v, %+v", v.Notices, v.Echoes)
+	}
+	t.Logf("%+v %+v without service %+v", v.Echoes, v.Notices, v.Outage)
+}
+
+// TestLoadAgainstAnotherServer: any echo server will do.
+func TestLoadAgainstAnotherServer(t *testing.T) {
+	t.Parallel()
+	socat := require(t, "socat")
+	port := freePorts(t, 1)[0]
+	server := commandOf(socat, "TCP-LISTEN:"+port+",bind=127.0.0.1,reuseaddr,fork", "PIPE")
+	check(t, server.Start())
+	t.Cleanup(func() {
+		_ = server.Process.Kill()
+		_ = server.Wait()
+	})
+	v := startLoad(t, "127.0.0.1:"+port, "--conns", "5", "--rate", "500", "--duration", "1s", "--json", "--size", "100", "--drain-wait", "20s").report(0)
+	if v.Echoes.Sent != 500 || v.Echoes.Returned != 500 {
+		t.Errorf("%+v", v.Echoes)
+	}
+}
+
+func TestLoadEndsEarlyWithItsReport(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	term, _ := openTerminal(t)
+	term.types(`$ECHOD load --address ` + e.addr + ` --conns 3 --rate 100 --duration 1h; echo "code=$?"` + "\n")
+	term.awaits(`of 1h0m0s  3 open  1\d\d/s`) // the live line
+	term.types(ctrlC)
+	term.awaits(`All that was sent has come back, once and in order`)
+	term.awaits(`(?m)^code=0$`)
+	e.awaitOpen(0)
+	e.expectAccounts(map[string]uint64{"client-closed": 3})
+}
+
+func TestLoadUsage(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ flags, want string }{
+		{"--conns 0", "--conns 0: at least 1"},
+		{"--size 10", "at least 38"},
+		{"--rate -1", "from 0 to 10000000"},
+		{"--pipeline -1", "must not be negative"},
+		{"--duration 0s", "--duration 0s: must be more than nothing"},
+		{"--max-p99 fast", "invalid argument"},
+		{"somewhere", "unknown command"},
+		{"--plot /no/such/place/p.svg", "no such file or directory"},
+	} {
+		got := run(t, commandOf(append([]string{built(t, echodBinary), "load", "--address", "127.0.0.1:1"}, strings.Fields(tt.flags)...)...))
+		want := 2
+		if strings.HasPrefix(tt.flags, "--plot") {
+			want = 1
+		}
+		if got.code != want || !strings.Contains(got.stderr, tt.want) || got.stdout != "" {
+			t.Errorf("%s: code %d, stderr %q, stdout %q; want code %d and %q", tt.flags, got.code, got.stderr, got.stdout, want, tt.want)
+		}
+	}
+}
