@@ -28,7 +28,8 @@ func TestImportsRunOneWay(t *testing.T) {
 		modules []string // exactly what it reaches of others; nil: any
 	}{
 		{"server", "../server/...", []string{"echod/server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
-		{"client", "../client/...", []string{"echod/client"}, nil},
+		{"client", "../client", []string{"echod/client"}, []string{"golang.org/x/sync"}},
+		{"load", "../client/load", []string{"echod/client"}, nil},
 		{"records", "../client/records", []string{"echod/client/records"}, []string{"github.com/klauspost/compress"}},
 		{"control", "../control/...", []string{"echod/control", "echod/server"}, nil},
 		{"metrics", "../metrics/...", []string{"echod/metrics", "echod/server"}, nil},

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"strings"
 	"sync"
 	"time"
 
@@ -174,13 +175,10 @@ func (d *drawing) add(name string, place int, progress func() (read, size int64,
 // pace says how fast it goes, how long it may take, and what has not gone well.
 func (d *drawing) pace() string {
 	since := time.Since(d.began)
-	text := fmt.Sprintf(" %s/s", humanize.Comma(int64(float64(d.tally.records())/since.Seconds())))
+	parts := []string{fmt.Sprintf(" %s/s", humanize.Comma(int64(float64(d.tally.records())/since.Seconds())))}
 	read, size, known := d.tally.consumed()
 	if left, ok := timeLeft(since, read, size); known && ok && read < size {
-		text += "  " + left + " left"
+		parts = append(parts, left+" left")
 	}
-	for _, trouble := range d.tally.troubles() {
-		text += "  " + trouble
-	}
-	return text
+	return strings.Join(append(parts, d.tally.troubles()...), "  ")
 }

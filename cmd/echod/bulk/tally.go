@@ -128,8 +128,12 @@ func (s Summary) String() string {
 		n    int64
 		what string
 	}{
-		{s.Malformed, "malformed"}, {s.Failed, "failed"}, {s.Unfinished, "not finished"}, {s.Skipped, "done before"},
-		{s.Reconnects, "reconnects"}, {s.Resent, "sent again"},
+		{s.Malformed, "malformed"},
+		{s.Failed, "failed"},
+		{s.Unfinished, "not finished"},
+		{s.Skipped, "done before"},
+		{s.Reconnects, "reconnects"},
+		{s.Resent, "sent again"},
 	} {
 		if more.n > 0 {
 			fmt.Fprintf(&b, "; %s %s", humanize.Comma(more.n), more.what)
