@@ -38,11 +38,12 @@ Exit codes: 0 every echo came back, 1 one did not, 2 usage.`,
 		},
 	}
 	f := cmd.Flags()
+	f.SortFlags = false
 	f.StringVar(&p.address, "address", "127.0.0.1:9999", "server's `address`")
-	f.IntVar(&p.count, "count", 1, "how many pings; 0 is until Ctrl-C")
+	f.IntVar(&p.count, "count", 1, "`number` of pings; 0 is until Ctrl-C")
 	f.DurationVar(&p.interval, "interval", time.Second, "`time` from one to the next")
 	f.DurationVar(&p.timeout, "timeout", 5*time.Second, "`time` for a ping to be back")
-	f.IntVar(&p.size, "size", 64, "of the message, in bytes, its newline included")
+	f.IntVar(&p.size, "size", 64, "`bytes` of the message, its newline included")
 	f.BoolVar(&p.quiet, "quiet", false, "print nothing but why a ping has failed, on stderr")
 	return cmd
 }

@@ -1,5 +1,0 @@
-//go:build unix && !linux
-
-package integration
-
-const memoryInKiB = false
