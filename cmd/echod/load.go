@@ -60,7 +60,7 @@ bound (--max-...) is broken, 2 usage.`,
 	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` under way on a connection (default %d, and\n%d with --rate: what is due beyond it waits, and the wait\ncounts)", load.DefaultPipeline, load.DefaultBound))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened, evenly (default all\nat once)")
 	f.DurationVar(&o.Churn, "churn", 0, "`time` after which, give or take a half, a connection is\nclosed in order and made anew (default never)")
-	f.BoolVar(&l.reconnect, "reconnect", true, "connect again, with growing, random pauses of up to 2s, when\na connection ends or none can be made; with\n--reconnect=false only what --churn closes is made again")
+	f.BoolVar(&l.reconnect, "reconnect", true, "connect again, with growing, random pauses of up to 2s, when\na connection ends or none can be made; if false, only\nwhat --churn closes is made again")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo counts as late")
 	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` at the end for what is under way; what has not come\nthen is lost")
