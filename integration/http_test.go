@@ -8,8 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -252,24 +250,6 @@ func TestPromtoolAcceptsTheAlertRules(t *testing.T) {
 	} {
 		if got := run(t, commandOf(argv...)); got.code != 0 {
 			t.Errorf("%s: exit code %d:\n%s%s", strings.Join(argv[1:], " "), got.code, got.stdout, got.stderr)
-		}
-	}
-}
-
-// Every series that an alert looks at has to be one that there is.
-func TestAlertsAreOnMetricsThatThereAre(t *testing.T) {
-	t.Parallel()
-	e := start(t, "--http", "0")
-	_, text := ask(t, http.MethodGet, e.web(), "/metrics")
-	rules, err := os.ReadFile("../packaging/prometheus/alerts.yml")
-	check(t, err)
-	names := regexp.MustCompile(`\b(echod|process)_[a-z_]+`).FindAllString(string(rules), -1)
-	if len(names) == 0 {
-		t.Fatal("no metric found in the rules")
-	}
-	for _, name := range names {
-		if !strings.Contains(text, "# TYPE "+name+" ") {
-			t.Errorf("an alert is on %s, which there is not", name)
 		}
 	}
 }
