@@ -134,3 +134,15 @@ func each(t testing.TB, n int, f func(i int) error) {
 		t.Fatalf("%d of %d have failed", failed, n)
 	}
 }
+
+const pollEvery = 20 * time.Millisecond
+
+// poll waits for what another program does, and tells nobody.
+func poll(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+	}
+}

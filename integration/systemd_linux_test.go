@@ -178,18 +178,6 @@ func removeCgroup(t *testing.T, dir string) {
 	}
 }
 
-const pollEvery = 20 * time.Millisecond
-
-// poll waits for what another program does, and tells nobody.
-func poll(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
-		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-	}
-}
-
 // command is a command that runs beside systemd.
 func (s *systemd) command(argv ...string) *exec.Cmd {
 	cmd := commandOf(append([]string{"nsenter", "-t", s.pid, "-a"}, argv...)...)
