@@ -80,7 +80,9 @@ func (f figures) with(more figures) figures {
 	return all
 }
 
-func closedFor(reason string) string { return fmt.Sprintf("echod_connections_closed_total{reason=%q}", reason) }
+func closedFor(reason string) string {
+	return fmt.Sprintf("echod_connections_closed_total{reason=%q}", reason)
+}
 
 func openAs(phase string) string { return fmt.Sprintf("echod_connections{phase=%q}", phase) }
 
