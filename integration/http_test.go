@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -113,6 +114,32 @@ func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
 		_ = p.Close()
 		t.Error("somebody is still served after the end")
 	}
+}
+
+// figures are the samples of a scrape, by series.
+type figures map[string]float64
+
+func figuresOf(t testing.TB, text string) figures {
+	t.Helper()
+	all := make(figures)
+	for line := range strings.Lines(text) {
+		if series, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && series != "#" {
+			v, err := strconv.ParseFloat(value, 64)
+			check(t, err)
+			all[series] = v
+		}
+	}
+	return all
+}
+
+// scrape is what Prometheus would read.
+func (e *echod) scrape() figures {
+	e.t.Helper()
+	status, text := ask(e.t, http.MethodGet, e.web(), "/metrics")
+	if status != http.StatusOK {
+		e.t.Fatalf("/metrics: %d", status)
+	}
+	return figuresOf(e.t, text)
 }
 
 // Who reaches --http may look, and no more: all that the control socket can do is tried there.

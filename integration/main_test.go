@@ -135,6 +135,13 @@ func each(t testing.TB, n int, f func(i int) error) {
 	}
 }
 
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	check(t, err)
+	return string(text)
+}
+
 const pollEvery = 20 * time.Millisecond
 
 // poll waits for what another program does, and tells nobody.

@@ -18,32 +18,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// figures are the samples of a scrape, by series.
-type figures map[string]float64
-
-func figuresOf(t testing.TB, text string) figures {
-	t.Helper()
-	all := make(figures)
-	for line := range strings.Lines(text) {
-		if series, value, ok := strings.Cut(strings.TrimSpace(line), " "); ok && series != "#" {
-			v, err := strconv.ParseFloat(value, 64)
-			check(t, err)
-			all[series] = v
-		}
-	}
-	return all
-}
-
-// scrape is what Prometheus would read.
-func (e *echod) scrape() figures {
-	e.t.Helper()
-	status, text := ask(e.t, http.MethodGet, e.web(), "/metrics")
-	if status != http.StatusOK {
-		e.t.Fatalf("/metrics: %d", status)
-	}
-	return figuresOf(e.t, text)
-}
-
 // counted are the figures that are not zero, without those that no client brings about.
 func (f figures) counted() figures {
 	counted := maps.Clone(f)
