@@ -3,6 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"echod/control"
 )
@@ -31,6 +34,8 @@ func TestSystemd(t *testing.T) {
 	t.Run("CrashRefusesNobody", s.testCrash)
 	t.Run("JournalHasFields", s.testJournal)
 	t.Run("DrainOutlastsTheStopTimeout", s.testStopTimeout)
+	t.Run("ForceIsNoFailure", s.testForce)
+	t.Run("SettingsAreInForce", s.testSettings)
 	if len(s.entries(t, "MESSAGE=WARNING: DATA RACE")) > 0 {
 		t.Error("the race detector has found something")
 	}
@@ -88,6 +93,13 @@ func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 	}
 	defer clients.Wait()
 	defer stop.Store(true)
+	plane := control.NewClient(s.socket)
+	defer plane.Close()
+	poll(t, "all of them to be served", func() bool { // or none may be there to be told
+		st, err := plane.Status(within(t, patience))
+		check(t, err)
+		return st.Connections == 1+len(staying)
+	})
 
 	wait := s.background(t, argv...)
 	check(t, holder.expect("SHUTDOWN 20 SIGTERM\n"))
@@ -232,6 +244,111 @@ func (s *systemd) testStopTimeout(t *testing.T) {
 	if why := s.property(t, "Result"); why != "success" {
 		t.Errorf("the result is %s, want success", why)
 	}
+}
+
+// Who stops it by force gets what they want: systemd takes that for success, and does not start it anew.
+func (s *systemd) testForce(t *testing.T) {
+	for _, sig := range []string{"INT", "QUIT", "TERM"} {
+		s.fresh(t)
+		restarts := s.restarts(t)
+		p := s.peer(t)
+		s.ctl(t, "kill", "--kill-whom=main", "-s", sig, "echod.service")
+		check(t, p.expect("SHUTDOWN 20 SIG"+sig+"\n"))
+		s.ctl(t, "kill", "--kill-whom=main", "-s", sig, "echod.service")
+		s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "inactive" || state == "failed" })
+		if state, why := s.property(t, "ActiveState"), s.property(t, "Result"); state != "inactive" || why != "success" || s.restarts(t) != restarts {
+			t.Errorf("after SIG%s twice the service is %s, its result %s, with %d restarts", sig, state, why, s.restarts(t)-restarts)
+		}
+	}
+}
+
+// What /etc/default/echod says is heeded, and the process has the files that the unit gives it.
+func (s *systemd) testSettings(t *testing.T) {
+	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
+	check(t, os.WriteFile(settings, []byte("ECHOD_GRACE=33s\n"), 0o644))
+	defer func() { check(t, os.Remove(settings)) }()
+	s.fresh(t)
+	limit, err := strconv.ParseUint(s.property(t, "LimitNOFILE"), 10, 64)
+	check(t, err)
+	var ours unix.Rlimit // systemd has no more to give than this machine has
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &ours))
+	want := strconv.FormatUint(min(limit, ours.Max), 10)
+	p := s.peer(t)
+	limits := run(t, s.command("cat", "/proc/"+s.property(t, "MainPID")+"/limits")).stdout
+	if !regexp.MustCompile(`Max open files\s+` + want + `\s+` + want + `\s`).MatchString(limits) {
+		t.Errorf("the unit says LimitNOFILE=%d, and the process has\n%s", limit, limits)
+	}
+	wait := s.background(t, "systemctl", "stop", "echod.service")
+	check(t, p.expect("SHUTDOWN 33 SIGTERM\n"))
+	check(t, p.leave())
+	wait()
+}
+
+// setting is what a unit sets something to, once.
+func setting(t *testing.T, unit, name string) string {
+	t.Helper()
+	found := regexp.MustCompile(`(?m)^`+name+`=(.*)$`).FindAllStringSubmatch(unit, -1)
+	if len(found) != 1 {
+		t.Fatalf("the unit sets %s %d times, want once", name, len(found))
+	}
+	return found[0][1]
+}
+
+func seconds(t *testing.T, span string) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(span) // as Go and systemd both write it
+	check(t, err)
+	return d
+}
+
+func TestUnitsFitWhatEchodDoes(t *testing.T) {
+	t.Parallel()
+	unit := readFile(t, "../packaging/systemd/echod.service")
+	stop := setting(t, unit, "TimeoutStopSec")
+	if told := setting(t, unit, "Environment=ECHOD_STOP_TIMEOUT"); told != stop {
+		t.Errorf("echod is told that it has %s to stop, and has %s", told, stop)
+	}
+	if seconds(t, stop) < time.Minute {
+		t.Errorf("a stop may take %s: that is short for a drain", stop)
+	}
+	// A probe may take 3 s, and is made every half of the interval.
+	if watchdog := seconds(t, setting(t, unit, "WatchdogSec")); watchdog < 2*3*time.Second || watchdog > 30*time.Second {
+		t.Errorf("the watchdog bites after %v: too soon for a slow machine, or too late for clients", watchdog)
+	}
+	if n, err := strconv.Atoi(setting(t, unit, "LimitNOFILE")); err != nil || n < 1<<15 {
+		t.Errorf("there may be %d open files (%v): a file for each connection", n, err)
+	}
+	for _, name := range []string{"NotifyAccess", "RuntimeDirectory", "EnvironmentFile"} {
+		setting(t, unit, name)
+	}
+}
+
+// Every setting that the file for administrators shows is one that there is.
+func TestDefaultsNameRealFlags(t *testing.T) {
+	t.Parallel()
+	help := run(t, commandOf(built(t, echodBinary), "serve", "--help")).stdout
+	named := regexp.MustCompile(`\bECHOD_([A-Z_]+)`).FindAllStringSubmatch(readFile(t, "../packaging/default"), -1)
+	if len(named) < 4 {
+		t.Errorf("only %q are shown", named)
+	}
+	for _, n := range named {
+		flag := "--" + strings.ReplaceAll(strings.ToLower(n[1]), "_", "-")
+		if !strings.Contains(help, " "+flag+" ") {
+			t.Errorf("%s is shown, and there is no %s", n[0], flag)
+		}
+	}
+	// And taken as it is, it is one that echod starts with.
+	cmd := commandOf(built(t, echodBinary), "serve", "--listen", "127.0.0.1:0", "--control", filepath.Join(shortDir(t), "c"))
+	cmd.Env = environment("ECHOD_LOG_FORMAT=json")
+	for _, line := range regexp.MustCompile(`(?m)^#?(ECHOD_[A-Z_]+=.*)$`).FindAllStringSubmatch(readFile(t, "../packaging/default"), -1) {
+		variable := line[1]
+		if strings.HasPrefix(variable, "ECHOD_HTTP=") {
+			variable = "ECHOD_HTTP=" + freePorts(t, 1)[0] // that one may be taken here
+		}
+		cmd.Env = append(cmd.Env, variable)
+	}
+	e := launch(t, cmd, cmd.Args[len(cmd.Args)-1])
+	check(t, e.served().leave())
 }
 
 // maxExposure is what systemd may think of the service: 0 is nothing, 10 is everything.
