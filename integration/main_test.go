@@ -142,6 +142,14 @@ func readFile(t testing.TB, path string) string {
 	return string(text)
 }
 
+// seconds reads a span of time as systemd, Kubernetes and Go all write it, such as 90s.
+func seconds(t testing.TB, span string) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(span)
+	check(t, err)
+	return d
+}
+
 const pollEvery = 20 * time.Millisecond
 
 // poll waits for what another program does, and tells nobody.

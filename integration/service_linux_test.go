@@ -294,13 +294,6 @@ func setting(t *testing.T, unit, name string) string {
 	return found[0][1]
 }
 
-func seconds(t *testing.T, span string) time.Duration {
-	t.Helper()
-	d, err := time.ParseDuration(span) // as Go and systemd both write it
-	check(t, err)
-	return d
-}
-
 func TestUnitsFitWhatEchodDoes(t *testing.T) {
 	t.Parallel()
 	unit := readFile(t, "../packaging/systemd/echod.service")
