@@ -71,6 +71,15 @@ func (s *systemd) testStop(t *testing.T) {
 	if state, why := s.property(t, "ActiveState"), s.property(t, "Result"); state != "inactive" || why != "success" {
 		t.Errorf("the service is %s, its result %s; want inactive, success", state, why)
 	}
+
+	// The next client starts it anew, unless the socket has been closed too.
+	check(t, s.peer(t).leave())
+	s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
+	s.ctl(t, "stop", "echod.socket", "echod.service")
+	if p, err := connectSoon(s.addr); err == nil {
+		_ = p.Close()
+		t.Error("somebody listens though the socket and the service are stopped")
+	}
 }
 
 func (s *systemd) testRestart(t *testing.T) {
