@@ -13,7 +13,7 @@ VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/nul
 build: ## build bin/echod
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o bin/echod ./cmd/echod
 
-bin/echod: go.mod go.sum $(shell find cmd server control client -type f 2>/dev/null)
+bin/echod: go.mod go.sum $(shell find . -name '*.go' ! -name '*_test.go' ! -path './bench/*' ! -path './integration/*')
 	@$(MAKE) --no-print-directory build
 
 run: build ## build and run bin/echod; ARGS='--listen :7' are its arguments
@@ -118,7 +118,11 @@ cover: ## measure what all tests reach of server and control; fails under 85 % (
 # The date of the last commit, and the version, are all that a build takes from the day and the machine: two builds of a commit
 # have the same bytes.
 EPOCH = $(shell git --git-dir=.git log -1 --format=%ct 2>/dev/null || echo 0)
-PACKAGE_VERSION = $(patsubst v%,%,$(if $(filter v0% v1% v2% 0% 1% 2%,$(and $(findstring .,$(VERSION)),$(VERSION))),$(VERSION),0.0.0-$(subst -,.,$(VERSION))))
+# What git describes, as packages sort it: v3 is 3.0.0, two commits later is 3.0.0+2.gHASH, which is newer, and v3.0.0-rc.1 is older. Without
+# a tag it is 0.0.0+HASH.
+PACKAGE_VERSION = $(shell echo '$(VERSION)' | sed -E \
+	-e 's/^v([0-9]+)(-|$$)/\1.0.0\2/; s/^v([0-9]+\.[0-9]+)(-|$$)/\1.0\2/; s/^v([0-9])/\1/; s/-([0-9]+)-(g[0-9a-f]+)/+\1.\2/' \
+	-e '/^[0-9]+\.[0-9]+\.[0-9]+([-+]|$$)/!s/^/0.0.0+/; s/(\+.*)-dirty$$/\1.dirty/; s/-dirty$$/+dirty/')
 SYSTEMS = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64
 PACKAGES = deb rpm
 MAINTAINER = The echod authors <maintainers@echod.invalid>
@@ -143,7 +147,14 @@ dist: ## build binaries for all SYSTEMS, and .deb and .rpm packages, into dist/ 
 dist-check: dist ## check the packages: lintian, mandoc, and that a second build has the same bytes
 	lintian --fail-on error dist/*.deb
 	@for page in dist/docs/man/*.gz; do gzip -dc "$$page" | mandoc -T lint || exit 1; done
-	mv dist/SHA256SUMS dist.first && $(MAKE) --no-print-directory dist && cmp dist.first dist/SHA256SUMS && rm dist.first
+	@set -e; elsewhere=$$(mktemp -d); trap 'chmod -R u+w "$$elsewhere"; rm -rf "$$elsewhere"' EXIT; \
+	echo "== the same in a copy elsewhere, and a binary with nothing from the cache"; \
+	tar -cf - --exclude=./.git --exclude=./bin --exclude=./dist . | tar -xf - -C "$$elsewhere"; \
+	$(MAKE) --no-print-directory -C "$$elsewhere" dist VERSION='$(VERSION)' EPOCH='$(EPOCH)'; \
+	cmp dist/SHA256SUMS "$$elsewhere/dist/SHA256SUMS"; \
+	cd "$$elsewhere"; system=$(firstword $(SYSTEMS)); \
+	CGO_ENABLED=0 GOOS=$${system%-*} GOARCH=$${system#*-} GOCACHE="$$elsewhere/cache" go build $(STRIPPED) -o again ./cmd/echod; \
+	cmp again "dist/echod-$$system"
 
 # From the file and not from build: under sudo there may be no go, and nothing to build.
 PREFIX = /usr/local

@@ -207,20 +207,13 @@ func TestBulkNamesMalformedRows(t *testing.T) {
 			t.Errorf("stderr lacks %q:\n%s", want, got.stderr)
 		}
 	}
-	if kept, want := readText(t, failed), "a,b\n3\n5,x\"y\n"; kept != want {
+	if kept, want := readFile(t, failed), "a,b\n3\n5,x\"y\n"; kept != want {
 		t.Errorf("the failed are %q, want %q", kept, want)
 	}
 	got = e.bulk("--csv", "--strict", table)
 	if want := `{"line":2,"a":"1","b":"2"}` + "\n"; got.stdout != want || got.code != 1 || !strings.Contains(got.stderr, "stopped at a malformed record") {
 		t.Errorf("--strict: got %+v, want %q and code 1", got, want)
 	}
-}
-
-func readText(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	check(t, err)
-	return string(text)
 }
 
 // corrupting is an echo server that changes lines with the word "bad" while bad is set.
@@ -275,7 +268,7 @@ func TestBulkKeepsWhatFailed(t *testing.T) {
 			if got.code != 1 || !strings.Contains(got.stderr, "echo differs") {
 				t.Errorf("got %+v, want code 1 and what differs", got)
 			}
-			if kept := readText(t, failed); kept != c.kept {
+			if kept := readFile(t, failed); kept != c.kept {
 				t.Errorf("the failed are %q, want %q", kept, c.kept)
 			}
 			bad.Store(false)
@@ -318,7 +311,7 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 	if strings.Contains(stderr.String(), "not finished") {
 		t.Errorf("what was in flight was not finished: %s", stderr.String())
 	}
-	half := strings.Count(readText(t, out), "\n")
+	half := strings.Count(readFile(t, out), "\n")
 	if half == 0 || half == rows {
 		t.Fatalf("%d of %d rows were written when it was interrupted", half, rows)
 	}
@@ -374,7 +367,7 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 			Missing []int
 		}
 	}
-	check(t, json.Unmarshal([]byte(readText(t, state)), &saved))
+	check(t, json.Unmarshal([]byte(readFile(t, state)), &saved))
 	if len(saved.Inputs) != 1 || saved.Inputs[0].Records != 10 || len(saved.Inputs[0].Missing) != 10 {
 		t.Errorf("the state is %+v, want 10 records, all of them missing", saved)
 	}
@@ -384,7 +377,7 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 	if got := e.bulk(args...); got.code != 0 {
 		t.Errorf("going on: %+v", got)
 	}
-	if n := strings.Count(readText(t, out), "a line\n"); n != 1000 {
+	if n := strings.Count(readFile(t, out), "a line\n"); n != 1000 {
 		t.Errorf("%d lines were written, want 1000", n)
 	}
 }
@@ -414,7 +407,7 @@ func TestBulkGivesUp(t *testing.T) {
 	if got.code != 1 || !strings.Contains(got.stderr, "gave up after 300ms: connect to 127.0.0.1:") || !strings.Contains(got.stderr, "2 not finished") {
 		t.Errorf("got %+v", got)
 	}
-	if kept := readText(t, failed); kept != "one\ntwo\n" {
+	if kept := readFile(t, failed); kept != "one\ntwo\n" {
 		t.Errorf("the failed are %q", kept)
 	}
 }
@@ -456,7 +449,7 @@ func TestBulkSaysWhatIsWrong(t *testing.T) {
 			}
 		})
 	}
-	if readText(t, table) != "a,b\n1,2\n" {
+	if readFile(t, table) != "a,b\n1,2\n" {
 		t.Error("an input was written to")
 	}
 }

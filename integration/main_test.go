@@ -114,18 +114,6 @@ func check(t testing.TB, err error) {
 	}
 }
 
-const pollEvery = 20 * time.Millisecond
-
-// poll waits for what another program does, and tells nobody.
-func poll(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
-		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-	}
-}
-
 // each runs f for 0 to n-1 at the same time, awaits them all, and reports their errors.
 func each(t testing.TB, n int, f func(i int) error) {
 	t.Helper()
@@ -146,5 +134,32 @@ func each(t testing.TB, n int, f func(i int) error) {
 	}
 	if failed > 0 {
 		t.Fatalf("%d of %d have failed", failed, n)
+	}
+}
+
+func readFile(t testing.TB, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	check(t, err)
+	return string(text)
+}
+
+// seconds reads a span of time as systemd, Kubernetes and Go all write it, such as 90s.
+func seconds(t testing.TB, span string) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(span)
+	check(t, err)
+	return d
+}
+
+const pollEvery = 20 * time.Millisecond
+
+// poll waits for what another program does, and tells nobody.
+func poll(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
+		if time.Now().After(end) {
+			t.Fatalf("waited in vain for %s", what)
+		}
 	}
 }

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -29,6 +30,45 @@ func makePackage(t *testing.T, version string) string {
 		t.Fatalf("make dist has made the packages %q, want one", found)
 	}
 	return found[0]
+}
+
+// Versions as git describes them, each older than the next, for dpkg and for rpm.
+func TestPackageVersionsSort(t *testing.T) {
+	t.Parallel()
+	require(t, "make")
+	dpkg := require(t, "dpkg")
+	last := ""
+	for _, c := range []struct{ described, version string }{
+		{"abc1234", "0.0.0+abc1234"},
+		{"v0.1.0", "0.1.0"},
+		{"v0.1.0-3-gabc1234", "0.1.0+3.gabc1234"},
+		{"v0.1.0-3-gabc1234-dirty", "0.1.0+3.gabc1234.dirty"},
+		{"v0.1.0-12-g0123456", "0.1.0+12.g0123456"},
+		{"v0.1.1", "0.1.1"},
+		{"v3.0.0-rc.1", "3.0.0-rc.1"},
+		{"v3.0.0-rc.1-1-gabc1234", "3.0.0-rc.1+1.gabc1234"},
+		{"v3", "3.0.0"},
+		{"v3.0.0-dirty", "3.0.0+dirty"},
+		{"v12.0.0", "12.0.0"},
+	} {
+		r := run(t, commandOf("make", "-s", "-C", "..", "--eval", "show: ; @echo $(PACKAGE_VERSION)", "show", "VERSION="+c.described))
+		if got := strings.TrimSpace(r.stdout); got != c.version {
+			t.Errorf("%s makes a package of version %q %s, want %s", c.described, got, r.stderr, c.version)
+		}
+		version := strings.ReplaceAll(c.version, "-", "~") // as nfpm writes it
+		if last != "" {
+			if r := run(t, commandOf(dpkg, "--compare-versions", last, "lt", version)); r.code != 0 {
+				t.Errorf("dpkg does not take %s for older than %s", last, version)
+			}
+			if rpm, err := exec.LookPath("rpm"); err == nil { // no other test needs it
+				compare := fmt.Sprintf(`%%{lua:print(rpm.vercmp("%s","%s"))}`, last, version)
+				if r := run(t, commandOf(rpm, "--eval", compare)); strings.TrimSpace(r.stdout) != "-1" {
+					t.Errorf("rpm does not take %s for older than %s: %+v", last, version, r)
+				}
+			}
+		}
+		last = version
+	}
 }
 
 // dpkg runs it beside systemd; it must succeed.
@@ -86,11 +126,12 @@ func (s *systemd) serving(t *testing.T, version string) {
 func TestDebianPackage(t *testing.T) {
 	require(t, "dpkg")
 	s := startSystemd(t, nil)
-	first, second := makePackage(t, "1.0.0"), makePackage(t, "2.0.0")
+	const newer = "v3.0.0-2-gabc1234" // two commits later
+	first, second := makePackage(t, "v3.0.0"), makePackage(t, newer)
 	before := s.written(t)
 
 	s.dpkg(t, "--install", first)
-	s.serving(t, "1.0.0")
+	s.serving(t, "v3.0.0")
 	for _, unit := range []string{"echod.socket", "echod.service"} {
 		if r := run(t, s.command("systemctl", "is-enabled", unit)); r.stdout != "enabled\n" {
 			t.Errorf("%s is %q, want enabled", unit, r.stdout)
@@ -110,8 +151,8 @@ func TestDebianPackage(t *testing.T) {
 	const changed = "ECHOD_GRACE=20s\n"
 	check(t, os.WriteFile(settings, []byte(changed), 0o644))
 	s.ctl(t, "restart", "echod.service")
-	s.restartUnderLoad(t, "dpkg", "--install", second)
-	s.serving(t, "2.0.0")
+	s.restartUnderLoad(t, "dpkg", "--refuse-downgrade", "--install", second)
+	s.serving(t, newer)
 	if got := readFile(t, settings); got != changed {
 		t.Errorf("the upgrade has made %q of /etc/default/echod", got)
 	}
@@ -133,7 +174,7 @@ func TestDebianPackage(t *testing.T) {
 	}
 
 	s.dpkg(t, "--install", second) // it comes back as it was
-	s.serving(t, "2.0.0")
+	s.serving(t, newer)
 
 	s.dpkg(t, "--purge", "echod")
 	after := s.written(t)

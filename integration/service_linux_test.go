@@ -3,6 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"echod/control"
 )
@@ -31,6 +34,8 @@ func TestSystemd(t *testing.T) {
 	t.Run("CrashRefusesNobody", s.testCrash)
 	t.Run("JournalHasFields", s.testJournal)
 	t.Run("DrainOutlastsTheStopTimeout", s.testStopTimeout)
+	t.Run("ForceIsNoFailure", s.testForce)
+	t.Run("SettingsAreInForce", s.testSettings)
 	if len(s.entries(t, "MESSAGE=WARNING: DATA RACE")) > 0 {
 		t.Error("the race detector has found something")
 	}
@@ -66,6 +71,15 @@ func (s *systemd) testStop(t *testing.T) {
 	if state, why := s.property(t, "ActiveState"), s.property(t, "Result"); state != "inactive" || why != "success" {
 		t.Errorf("the service is %s, its result %s; want inactive, success", state, why)
 	}
+
+	// The next client starts it anew, unless the socket has been closed too.
+	check(t, s.peer(t).leave())
+	s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
+	s.ctl(t, "stop", "echod.socket", "echod.service")
+	if p, err := connectSoon(s.addr); err == nil {
+		_ = p.Close()
+		t.Error("somebody listens though the socket and the service are stopped")
+	}
 }
 
 func (s *systemd) testRestart(t *testing.T) {
@@ -88,6 +102,13 @@ func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 	}
 	defer clients.Wait()
 	defer stop.Store(true)
+	plane := control.NewClient(s.socket)
+	defer plane.Close()
+	poll(t, "all of them to be served", func() bool { // or none may be there to be told
+		st, err := plane.Status(within(t, patience))
+		check(t, err)
+		return st.Connections == 1+len(staying)
+	})
 
 	wait := s.background(t, argv...)
 	check(t, holder.expect("SHUTDOWN 20 SIGTERM\n"))
@@ -234,26 +255,40 @@ func (s *systemd) testStopTimeout(t *testing.T) {
 	}
 }
 
-// maxExposure is what systemd may think of the service: 0 is nothing, 10 is everything.
-const maxExposure = "15" // tenths
+// Who stops it by force gets what they want: systemd takes that for success, and does not start it anew.
+func (s *systemd) testForce(t *testing.T) {
+	for _, sig := range []string{"INT", "QUIT", "TERM"} {
+		s.fresh(t)
+		restarts := s.restarts(t)
+		p := s.peer(t)
+		s.ctl(t, "kill", "--kill-whom=main", "-s", sig, "echod.service")
+		check(t, p.expect("SHUTDOWN 20 SIG"+sig+"\n"))
+		s.ctl(t, "kill", "--kill-whom=main", "-s", sig, "echod.service")
+		s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "inactive" || state == "failed" })
+		if state, why := s.property(t, "ActiveState"), s.property(t, "Result"); state != "inactive" || why != "success" || s.restarts(t) != restarts {
+			t.Errorf("after SIG%s twice the service is %s, its result %s, with %d restarts", sig, state, why, s.restarts(t)-restarts)
+		}
+	}
+}
 
-func TestSystemdUnitsAreTightAndSound(t *testing.T) {
-	analyze := require(t, "systemd-analyze")
-	r := run(t, commandOf(analyze, "security", "--offline=true", "--threshold="+maxExposure, "--no-pager", "../packaging/systemd/echod.service"))
-	overall := regexp.MustCompile(`Overall exposure level.*`).FindString(r.stdout)
-	if r.code != 0 || overall == "" {
-		t.Errorf("systemd-analyze security: %d\n%s%s", r.code, r.stdout, r.stderr)
+// What /etc/default/echod says is heeded, and the process has the files that the unit gives it.
+func (s *systemd) testSettings(t *testing.T) {
+	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
+	check(t, os.WriteFile(settings, []byte("ECHOD_GRACE=33s\n"), 0o644))
+	defer func() { check(t, os.Remove(settings)) }()
+	s.fresh(t)
+	limit, err := strconv.ParseUint(s.property(t, "LimitNOFILE"), 10, 64)
+	check(t, err)
+	var ours unix.Rlimit // systemd has no more to give than this machine has
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &ours))
+	want := strconv.FormatUint(min(limit, ours.Max), 10)
+	p := s.peer(t)
+	limits := run(t, s.command("cat", "/proc/"+s.property(t, "MainPID")+"/limits")).stdout
+	if !regexp.MustCompile(`Max open files\s+` + want + `\s+` + want + `\s`).MatchString(limits) {
+		t.Errorf("the unit says LimitNOFILE=%d, and the process has\n%s", limit, limits)
 	}
-	t.Log(overall)
-
-	s := &systemd{units: t.TempDir()}
-	for _, name := range []string{"echod.service", "echod.socket"} {
-		text := readFile(t, filepath.Join("../packaging/systemd", name))
-		// It is not installed where this runs.
-		s.write(t, name, strings.ReplaceAll(text, "/usr/bin/echod", built(t, echodBinary)))
-	}
-	verify := commandOf(analyze, "verify", "--man=no", filepath.Join(s.units, "echod.service"), filepath.Join(s.units, "echod.socket"))
-	if r := run(t, verify); r.code != 0 || r.stdout+r.stderr != "" {
-		t.Errorf("systemd-analyze verify: %d\n%s%s", r.code, r.stdout, r.stderr)
-	}
+	wait := s.background(t, "systemctl", "stop", "echod.service")
+	check(t, p.expect("SHUTDOWN 33 SIGTERM\n"))
+	check(t, p.leave())
+	wait()
 }

@@ -123,13 +123,6 @@ func startSystemd(t *testing.T, units map[string]string) *systemd {
 	return s
 }
 
-func readFile(t *testing.T, path string) string {
-	t.Helper()
-	text, err := os.ReadFile(path)
-	check(t, err)
-	return string(text)
-}
-
 func (s *systemd) write(t *testing.T, name, text string) {
 	t.Helper()
 	path := filepath.Join(s.units, name)

@@ -7,7 +7,7 @@ import (
 )
 
 // collector reads a server's own figures at each scrape: they are of one instant, and agree with one another.
-type collector struct{ srv *server.Server }
+type collector struct{ status func() server.Status }
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("echod_"+name, help, labels, nil)
@@ -18,6 +18,7 @@ var (
 	transitionsDesc = desc("state_transitions_total", "How often each state was entered.", "state")
 	holdsDesc       = desc("holds", "Holds that stand: the server is paused while there is one.")
 	connsDesc       = desc("connections", "Open connections, by phase.", "phase")
+	connsLimitDesc  = desc("connections_limit", "How many connections are served at once. Absent where it is unlimited.")
 	acceptedDesc    = desc("connections_accepted_total", "Connections accepted, those that were turned away included.")
 	closedDesc      = desc("connections_closed_total", "Connections closed, by reason.", "reason")
 	rejectedDesc    = desc("connections_rejected_total", "Connections turned away, by reason. They count as closed too.", "reason")
@@ -39,8 +40,8 @@ var rejections = map[string]server.Reason{
 // Describe is prometheus.Collector's.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		stateDesc, transitionsDesc, holdsDesc, connsDesc, acceptedDesc, closedDesc, rejectedDesc,
-		bytesDesc, noticesDesc, queueDesc, limitDesc, drainDesc,
+		stateDesc, transitionsDesc, holdsDesc, connsDesc, connsLimitDesc, acceptedDesc, closedDesc,
+		rejectedDesc, bytesDesc, noticesDesc, queueDesc, limitDesc, drainDesc,
 	} {
 		ch <- d
 	}
@@ -48,7 +49,7 @@ func (c collector) Describe(ch chan<- *prometheus.Desc) {
 
 // Collect is prometheus.Collector's.
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	st := c.srv.Status()
+	st := c.status()
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
@@ -68,6 +69,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(holdsDesc, float64(len(st.Holds)))
 	for phase := server.Waiting; phase <= server.Closing; phase++ {
 		gauge(connsDesc, float64(st.Phases[phase]), phase.String())
+	}
+	if st.MaxConns > 0 {
+		gauge(connsLimitDesc, float64(st.MaxConns))
 	}
 	counter(acceptedDesc, st.Accepted)
 	for _, why := range server.Reasons() { // all of them, or a rate would miss the first of each

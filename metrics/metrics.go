@@ -54,7 +54,7 @@ var (
 )
 
 // Watch shows srv. It is for one server, once.
-func (m *Metrics) Watch(srv *server.Server) { m.registry.MustRegister(collector{srv}) }
+func (m *Metrics) Watch(srv *server.Server) { m.registry.MustRegister(collector{srv.Status}) }
 
 // OnClose counts a closed connection; it is for server.Options.
 func (m *Metrics) OnClose(c server.ClosedConn) { m.durations.Observe(c.Closed.Sub(c.Opened).Seconds()) }

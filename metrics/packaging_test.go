@@ -2,45 +2,185 @@ package metrics
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
 	"echod/server"
 )
 
-// What the dashboard and the alert rules ask for has to be there, under the name that it has.
-func TestDashboardAndAlertsAskForWhatThereIs(t *testing.T) {
-	m := New("1.2.3")
-	serve(t, m, server.Options{})
-	m.Signal("SIGTERM")
-	m.Request("/v1/status", "GET", 200)
-	text := scrape(t, m)
-	name := regexp.MustCompile(`\b(?:echod|process|go)_[a-z_]+\b`)
-	for _, path := range []string{"../packaging/grafana/echod.json", "../packaging/prometheus/alerts.yml"} {
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
+// series are those of a scrape: by name, the values that each label has. Prometheus itself adds job and instance.
+type series map[string]map[string][]string
+
+var (
+	sampleLine = regexp.MustCompile(`(?m)^([a-z_]+)(?:\{(.*)\})? \S+$`)
+	matcher    = regexp.MustCompile(`([a-z_]+)\s*(=~|=|!=|!~)\s*"([^"]*)"`)
+	selector   = regexp.MustCompile(`\b((?:echod|process|go)_[a-z_]+)(?:\{([^}]*)\})?`)
+	grouping   = regexp.MustCompile(`\b(?:by|without)\s*\(([^)]*)\)`)
+	shown      = regexp.MustCompile(`\{\{\s*(?:\$labels\.)?([a-z_]+)\s*\}\}`)
+)
+
+func seriesOf(text string) series {
+	all := make(series)
+	for _, sample := range sampleLine.FindAllStringSubmatch(text, -1) {
+		labels := all[sample[1]]
+		if labels == nil {
+			labels = map[string][]string{"job": nil, "instance": nil}
+			all[sample[1]] = labels
 		}
-		names := name.FindAllString(string(raw), -1)
-		if len(names) == 0 {
-			t.Errorf("%s asks for nothing", path)
+		for _, label := range matcher.FindAllStringSubmatch(sample[2], -1) {
+			labels[label[1]] = append(labels[label[1]], label[3])
 		}
-		for _, n := range names {
-			if !strings.Contains(text, "\n"+n+" ") && !strings.Contains(text, "\n"+n+"{") {
-				t.Errorf("%s asks for %s, which there is not", path, n)
+	}
+	return all
+}
+
+// check says what a query asks for, or shows with its answer, that there is not.
+func (all series) check(query, legend string) (problems []string) {
+	var labels []string // of all that is asked for
+	found := selector.FindAllStringSubmatch(query, -1)
+	if len(found) == 0 && !strings.Contains(query, "up{") {
+		problems = append(problems, "no metric")
+	}
+	for _, sel := range found {
+		name := sel[1]
+		have, ok := all[name]
+		if !ok {
+			problems = append(problems, name)
+			continue
+		}
+		for label := range have {
+			labels = append(labels, label)
+		}
+		for _, m := range matcher.FindAllStringSubmatch(sel[2], -1) {
+			label, values := m[1], strings.Split(m[3], "|")
+			if _, ok := have[label]; !ok {
+				problems = append(problems, name+"{"+label+"}")
+			} else if label != "job" && label != "instance" { // whose values are Prometheus's
+				for _, v := range values {
+					if !slices.Contains(have[label], v) {
+						problems = append(problems, fmt.Sprintf("%s{%s=%q}", name, label, v))
+					}
+				}
 			}
 		}
 	}
+	wanted := shown.FindAllStringSubmatch(legend, -1)
+	for _, g := range grouping.FindAllStringSubmatch(query, -1) {
+		for label := range strings.SplitSeq(g[1], ",") {
+			if label = strings.TrimSpace(label); !slices.Contains(labels, label) {
+				problems = append(problems, "by "+label)
+			}
+		}
+	}
+	if by := regexp.MustCompile(`\bby\s*\(([^)]*)\)`).FindStringSubmatch(query); by != nil {
+		labels = strings.Split(strings.ReplaceAll(by[1], " ", ""), ",") // what is left of them
+	} else if strings.HasPrefix(query, "sum (") || strings.HasPrefix(query, "min (") {
+		labels = nil
+	}
+	for _, l := range wanted {
+		if !slices.Contains(labels, l[1]) && !strings.Contains(query, "up{") {
+			problems = append(problems, "{{"+l[1]+"}}")
+		}
+	}
+	return problems
+}
+
+// scraped are the series of a server that has been through some things.
+func scraped(t *testing.T) series {
+	t.Helper()
+	m := New("1.2.3")
+	serve(t, m, server.Options{MaxConns: 10})
+	m.Signal("SIGTERM")
+	m.Request("/v1/status", "GET", 200)
+	return seriesOf(scrape(t, m))
+}
+
+// Whatever the dashboard asks for has to be there: the metric, its labels, and their values.
+func TestDashboardAsksForWhatThereIs(t *testing.T) {
+	all := scraped(t)
 	raw, err := os.ReadFile("../packaging/grafana/echod.json")
 	if err != nil {
 		t.Fatal(err)
 	}
+	type query struct{ Expr, LegendFormat string }
 	var dashboard struct {
-		Panels []struct{ Title string }
+		Panels []struct {
+			Title   string
+			Targets []query
+		}
+		Annotations struct{ List []query }
+		Templating  struct {
+			List []struct{ Name, Type, Query string }
+		}
 	}
 	if err := json.Unmarshal(raw, &dashboard); err != nil || len(dashboard.Panels) == 0 {
-		t.Errorf("%d panels, error %v", len(dashboard.Panels), err)
+		t.Fatalf("%d panels, error %v", len(dashboard.Panels), err)
+	}
+	for _, p := range dashboard.Panels {
+		if len(p.Targets) == 0 {
+			t.Errorf("panel %q asks for nothing", p.Title)
+		}
+		for _, q := range p.Targets {
+			if problems := all.check(q.Expr, q.LegendFormat); problems != nil {
+				t.Errorf("panel %q asks for %q, which there is not: %s", p.Title, problems, q.Expr)
+			}
+		}
+	}
+	for _, q := range dashboard.Annotations.List {
+		if problems := all.check(q.Expr, ""); problems != nil {
+			t.Errorf("an annotation asks for %q, which there is not: %s", problems, q.Expr)
+		}
+	}
+	for _, v := range dashboard.Templating.List {
+		if problems := all.check(v.Query, ""); v.Type == "query" && problems != nil {
+			t.Errorf("variable %s asks for %q, which there is not: %s", v.Name, problems, v.Query)
+		}
+	}
+}
+
+// The alert rules likewise; and their tests have to be on series with just the labels that there are, or they prove nothing.
+func TestAlertsAskForWhatThereIs(t *testing.T) {
+	all := scraped(t)
+	rules, err := os.ReadFile("../packaging/prometheus/alerts.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	alerts := regexp.MustCompile(`(?s)- alert: (\w+)\n\s+expr: ([^\n]*)\n(.*?)(?:\n\n|$)`).FindAllStringSubmatch(string(rules), -1)
+	if len(alerts) != strings.Count(string(rules), "- alert:") {
+		t.Fatalf("%d alerts are understood, of %d", len(alerts), strings.Count(string(rules), "- alert:"))
+	}
+	for _, a := range alerts {
+		if problems := all.check(a[2], a[3]); problems != nil {
+			t.Errorf("%s asks for %q, which there is not: %s", a[1], problems, a[2])
+		}
+	}
+	tests, err := os.ReadFile("../packaging/prometheus/alerts_test.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	given := regexp.MustCompile(`series: '([a-z_]+)\{([^}]*)\}'`).FindAllStringSubmatch(string(tests), -1)
+	if len(given) != strings.Count(string(tests), "series: '") {
+		t.Fatalf("%d series are understood, of %d", len(given), strings.Count(string(tests), "series: '"))
+	}
+	for _, g := range given {
+		var labels []string
+		for _, m := range matcher.FindAllStringSubmatch(g[2], -1) {
+			labels = append(labels, m[1])
+		}
+		want := []string{"instance", "job"}
+		for label := range all[g[1]] {
+			if !slices.Contains(want, label) {
+				want = append(want, label)
+			}
+		}
+		slices.Sort(labels)
+		slices.Sort(want)
+		if !slices.Equal(labels, want) {
+			t.Errorf("a test has %s with the labels %q, there are %q", g[1], labels, want)
+		}
 	}
 }

@@ -19,6 +19,7 @@ type Status struct {
 	Listeners         []ListenerInfo
 	Connections       int           // open ones, in whatever phase
 	Phases            map[Phase]int // of these
+	MaxConns          int           // how many are served at once, with what Options.MaxConns left open filled in; zero is unlimited
 	Accepted          uint64        // always Connections plus the sum over Closed
 	Closed            map[Reason]uint64
 	BytesIn, BytesOut uint64 // of all connections, open and closed
@@ -63,8 +64,8 @@ type ClosedConn struct {
 // Status returns the server's status.
 func (s *Server) Status() Status {
 	st := Status{
-		Started: s.started, Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64),
-		Grace: max(0, s.opts.Grace), DrainDelay: s.opts.DrainDelay,
+		Started: s.started, MaxConns: s.opts.MaxConns, Grace: max(0, s.opts.Grace), DrainDelay: s.opts.DrainDelay,
+		Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64),
 	}
 	var listeners []net.Listener
 	var conns []*Conn

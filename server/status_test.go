@@ -15,7 +15,7 @@ import (
 func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		r := newRig(t, Echo, Options{})
+		r := newRig(t, Echo, Options{MaxConns: 7})
 		a, b := r.dial(t), r.dial(t)
 		a.send(t, "abc")
 		a.leave(t)
@@ -23,7 +23,7 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		wantEqual(t, "status", r.Status(), Status{
 			State: Running, Started: began,
 			Listeners:   []ListenerInfo{{Address: r.ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}},
-			Connections: 1, Phases: map[Phase]int{Serving: 1}, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
+			Connections: 1, Phases: map[Phase]int{Serving: 1}, MaxConns: 7, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
 			Transitions: map[State]uint64{Running: 1},
 			Grace:       DefaultGrace,
 		})

@@ -3,22 +3,17 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/cobra/doc"
 )
 
-// generators are the commands that only a build for making packages has: what they need would add a megabyte to the
-// program.
+// generators are the commands that only a build for making packages has.
 func generators() []*cobra.Command {
 	return []*cobra.Command{{
 		Use:    "gendocs DIRECTORY",
@@ -37,7 +32,6 @@ func generate(root *cobra.Command, dir string) error {
 		return fmt.Errorf("SOURCE_DATE_EPOCH: %w", err)
 	}
 	date := time.Unix(seconds, 0).UTC()
-	root.DisableAutoGenTag = true
 	man := filepath.Join(dir, "man")
 	if err := os.MkdirAll(man, 0o755); err != nil {
 		return err
@@ -67,32 +61,10 @@ func generate(root *cobra.Command, dir string) error {
 
 // writeMan writes the page of a command and of those below it.
 func writeMan(cmd *cobra.Command, dir string, date time.Time) error {
-	for _, below := range cmd.Commands() {
-		if below.IsAvailableCommand() && below.Name() != "completion" {
-			if err := writeMan(below, dir, date); err != nil {
-				return err
-			}
+	for _, below := range documented(cmd) {
+		if err := writeMan(below, dir, date); err != nil {
+			return err
 		}
 	}
-	name := strings.ReplaceAll(cmd.CommandPath(), " ", "-")
-	var page bytes.Buffer
-	header := &doc.GenManHeader{Title: strings.ToUpper(name), Section: "1", Source: "echod " + version, Manual: "echod", Date: &date}
-	if err := doc.GenMan(cmd, header, &page); err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, name+".1"), tidy(page.Bytes(), date), 0o644)
-}
-
-var (
-	title  = regexp.MustCompile(`(?m)^(\.TH "[^"]*" "1" )"[^"]*"`)
-	long   = regexp.MustCompile(`(?m)^([^.\\ ].{40,76}) ([^ ].*)$`)
-	option = regexp.MustCompile(`\.PP\n(\\fB-[^\n]*)\n\t`)
-)
-
-// tidy mends what mandoc(1) objects to: dates without a day, options that are set off by tabs, and long lines.
-func tidy(page []byte, date time.Time) []byte {
-	page = title.ReplaceAll(page, []byte(`${1}"`+date.Format(time.DateOnly)+`"`))
-	page = option.ReplaceAll(page, []byte(".TP\n${1}\n"))
-	page = bytes.ReplaceAll(page, []byte("\t"), []byte("    "))
-	return long.ReplaceAll(page, []byte("${1}\n${2}"))
+	return os.WriteFile(filepath.Join(dir, pageName(cmd)+".1"), manPage(cmd, date), 0o644)
 }

@@ -1,0 +1,214 @@
+//go:build unix
+
+package integration
+
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// sources are the files of this repository that have such a name's end.
+func sources(t *testing.T, ext string) (paths []string) {
+	t.Helper()
+	check(t, filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (strings.HasPrefix(d.Name(), ".") && d.Name() != ".." || d.Name() == "dist" || d.Name() == "out") {
+			return fs.SkipDir
+		}
+		if strings.HasSuffix(path, ext) {
+			paths = append(paths, path)
+		}
+		return err
+	}))
+	return paths
+}
+
+var (
+	code    = regexp.MustCompile("(?ms)^```.*?^```$")
+	heading = regexp.MustCompile(`(?m)^#+ +(.+)$`)
+	links   = regexp.MustCompile(`\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"`)
+)
+
+// anchors are the places in a page that a link can point at, named as GitHub does.
+func anchors(page string) (names []string) {
+	for _, h := range heading.FindAllStringSubmatch(code.ReplaceAllString(page, ""), -1) {
+		name := strings.ToLower(strings.TrimSpace(h[1]))
+		name = regexp.MustCompile(`[^\p{L}\p{N}_ -]`).ReplaceAllString(name, "")
+		names = append(names, strings.ReplaceAll(name, " ", "-"))
+	}
+	return names
+}
+
+func TestLinksInTheDocsLeadSomewhere(t *testing.T) {
+	t.Parallel()
+	found := 0
+	for _, path := range sources(t, ".md") {
+		text := readFile(t, path)
+		for _, m := range links.FindAllStringSubmatch(code.ReplaceAllString(text, ""), -1) {
+			link := m[1] + m[2]
+			if strings.Contains(link, "://") {
+				continue
+			}
+			found++
+			file, anchor, _ := strings.Cut(link, "#")
+			target := path
+			if file != "" {
+				target = filepath.Join(filepath.Dir(path), file)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s links to %s, which there is not", path, link)
+			} else if anchor != "" && !slices.Contains(anchors(readFile(t, target)), anchor) {
+				t.Errorf("%s links to %s: %s has only the anchors %q", path, link, target, anchors(readFile(t, target)))
+			}
+		}
+	}
+	if found < 10 {
+		t.Errorf("only %d links were found", found)
+	}
+}
+
+// logged are the messages in the code, by level. What comes after a colon explains them.
+func logged(t *testing.T) map[string]string {
+	t.Helper()
+	messages := make(map[string]string)
+	for _, path := range sources(t, ".go") {
+		if dir := strings.Split(filepath.ToSlash(path), "/")[1]; strings.HasSuffix(path, "_test.go") || dir != "server" && dir != "control" && dir != "cmd" {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+		check(t, err)
+		ast.Inspect(file, func(n ast.Node) bool {
+			level, text := logLine(n)
+			switch text := text.(type) {
+			case nil:
+			case *ast.BasicLit:
+				message, err := strconv.Unquote(text.Value)
+				check(t, err)
+				message, _, _ = strings.Cut(message, ":")
+				if had, ok := messages[message]; ok && had != level {
+					level = had + ", " + level
+				}
+				messages[message] = level
+			default:
+				t.Errorf("%s logs what is not a plain text", path)
+			}
+			return true
+		})
+	}
+	return messages
+}
+
+// logLine gives what a node logs: log.Info("text"), log.Check(zap.InfoLevel, "text"), or an entry that is written as it is.
+func logLine(n ast.Node) (level string, text ast.Expr) {
+	levelOf := func(x ast.Expr) string { // zap.InfoLevel
+		return strings.ToLower(strings.TrimSuffix(x.(*ast.SelectorExpr).Sel.Name, "Level"))
+	}
+	switch n := n.(type) {
+	case *ast.CallExpr:
+		method, ok := n.Fun.(*ast.SelectorExpr)
+		if !ok || !isLogger(method.X) {
+			return "", nil
+		}
+		switch method.Sel.Name {
+		case "Debug", "Info", "Warn", "Error":
+			return strings.ToLower(method.Sel.Name), n.Args[0]
+		case "Check":
+			return levelOf(n.Args[0]), n.Args[1]
+		}
+	case *ast.CompositeLit:
+		if name, ok := n.Type.(*ast.SelectorExpr); !ok || name.Sel.Name != "Entry" {
+			return "", nil
+		}
+		for _, e := range n.Elts {
+			switch field := e.(*ast.KeyValueExpr); field.Key.(*ast.Ident).Name {
+			case "Level":
+				level = levelOf(field.Value)
+			case "Message":
+				text = field.Value
+			}
+		}
+	}
+	return level, text
+}
+
+// isLogger says whether an expression looks like a logger: log, s.log, a.srv.log, o.Logger.
+func isLogger(x ast.Expr) bool {
+	name := ""
+	switch x := x.(type) {
+	case *ast.Ident:
+		name = x.Name
+	case *ast.SelectorExpr:
+		name = x.Sel.Name
+	}
+	return name == "log" || name == "Logger"
+}
+
+// Whoever finds a line in the log finds it in the page on operations too, with its level.
+func TestEveryLogMessageIsExplained(t *testing.T) {
+	t.Parallel()
+	page := readFile(t, "../docs/operations.md")
+	_, page, ok := strings.Cut(page, "| message | level | |\n")
+	if !ok {
+		t.Fatal("there is no table of messages")
+	}
+	table, _, _ := strings.Cut(page, "\n\n")
+	explained := make(map[string]string)
+	for row := range strings.Lines(table) {
+		cells := strings.Split(row, " | ")
+		for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cells[0], -1) {
+			explained[m[1]] = cells[1]
+		}
+	}
+	messages := logged(t)
+	if len(messages) < 20 {
+		t.Fatalf("only %d messages were found", len(messages))
+	}
+	for _, m := range slices.Sorted(maps.Keys(messages)) {
+		if level, ok := explained[m]; !ok {
+			t.Errorf("%q (%s) is not explained", m, messages[m])
+		} else if level != messages[m] {
+			t.Errorf("%q is of level %s, explained as %s", m, messages[m], level)
+		}
+	}
+	for _, m := range slices.Sorted(maps.Keys(explained)) {
+		if _, ok := messages[m]; !ok {
+			t.Errorf("%q is explained, and never logged", m)
+		}
+	}
+}
+
+// The tables of reasons and metrics have to be complete, too.
+func TestEveryReasonAndMetricIsExplained(t *testing.T) {
+	t.Parallel()
+	page := readFile(t, "../docs/operations.md")
+	e := start(t, "--http", "0")
+	got := e.scrape()
+	got["echod_signals_total"], got["echod_control_requests_total"] = 0, 0 // there once there was one
+	for series := range got {
+		name, labels, _ := strings.Cut(series, "{")
+		if reason, ok := strings.CutPrefix(labels, `reason="`); ok && name == "echod_connections_closed_total" {
+			if reason = strings.TrimSuffix(reason, `"}`); !strings.Contains(page, fmt.Sprintf("`%s`", reason)) {
+				t.Errorf("the reason %s is not explained", reason)
+			}
+		}
+		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
+		if strings.HasPrefix(name, "echod_") && !regexp.MustCompile("`"+name+"[`{]").MatchString(page) {
+			t.Errorf("the metric %s is not explained", name)
+		}
+	}
+	for _, m := range regexp.MustCompile("`(echod_[a-z_]+)").FindAllStringSubmatch(page, -1) {
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(got)), func(series string) bool { return strings.HasPrefix(series, m[1]) }) {
+			t.Errorf("the metric %s is explained, and there is none", m[1])
+		}
+	}
+}
