@@ -29,6 +29,7 @@ const probeTimeout = 3 * time.Second
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
+	p.http.SetKeepAlivesEnabled(false) // or so many idle callers could keep probes out for long
 	get := func(e endpoint) map[string]endpoint { return map[string]endpoint{http.MethodGet: e} }
 	p.routes = []route{
 		{"/livez", get(p.getLive), false},
@@ -37,7 +38,6 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 	}
 	p.serveMetrics(opts.Metrics)
 	if opts.Pprof {
-		p.http.WriteTimeout = 0 // a profile takes as long as it is asked for
 		p.routes = append(p.routes,
 			route{"/debug/pprof/", get(handled(pprof.Index)), false},
 			route{"/debug/pprof/cmdline", get(handled(pprof.Cmdline)), false},
