@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -31,9 +32,20 @@ func (a *acceptor) enterIdentified(c *Conn) {
 		s.log.Warn("client not identified", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
 		c.end(RejectedUnidentified, fmt.Errorf("%w: %w", errUnidentified, err))
 	}
-	s.book.With(func(l *ledger) { l.identifying-- })
-	v, why := s.awaitVerdict(c, new(bool))
+	v, why := s.awaitVerdictIdentified(c)
 	s.enter(c, v, why)
+}
+
+// awaitVerdictIdentified is awaitVerdict for a connection that has had a place since it was accepted, and keeps it while it waits.
+func (s *Server) awaitVerdictIdentified(c *Conn) (v verdict, why Reason) {
+	_ = s.book.Await(context.Background(), func(l *ledger) bool {
+		l.identifying--
+		if v, why = s.judge(l, c); v == wait {
+			l.identifying++
+		}
+		return v != wait
+	})
+	return v, why
 }
 
 var errUnidentified = errors.New("the client was not identified")

@@ -101,6 +101,67 @@ func TestUnidentifiedClientsCountTowardsTheLimit(t *testing.T) {
 	})
 }
 
+// Whoever is to be turned away is identified first, which takes a file for as long as it takes the proxy.
+func TestG11UnidentifiedClientsLeaveFilesForOthers(t *testing.T) {
+	for name, full := range map[string]func(*testing.T, *rig) (empty func()){
+		"at the limit": func(t *testing.T, r *rig) func() {
+			c := r.dial(t)
+			c.send(t, "local\nx")
+			c.has(t, "x")
+			return func() { c.leave(t) }
+		},
+		"during a pause": func(t *testing.T, r *rig) func() {
+			h := r.pause(t, PauseOptions{Mode: RejectNew})
+			return func() { h.Release() }
+		},
+		"during a drain": func(t *testing.T, r *rig) func() {
+			r.dial(t)
+			r.Drain(time.Hour, "x")
+			return func() {}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 1, AtLimit: Reject})
+				empty := full(t, r)
+				const most = 1 + maxRejecting
+				var silent []*client
+				for range most + 20 {
+					if nc, err := r.ln.dialFrom("198.51.100.1"); err == nil {
+						silent = append(silent, &client{fakeConn: nc})
+					}
+				}
+				synctest.Wait()
+				wantEqual(t, "open at once", r.Status().Connections, most)
+				empty()
+				pass(2 * identifyTimeout)
+				if n := r.Status().Accepted; n < most+20 {
+					t.Errorf("%d were accepted in the end, want all %d", n, most+20)
+				}
+				for _, c := range silent {
+					_ = c.Close()
+				}
+			})
+		})
+	}
+}
+
+// A place is an identified client's own from accept to close, also while he waits at the gate.
+func TestIdentifiedClientsKeepTheirPlaceAtTheGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 1})
+		c := r.dial(t)
+		h := r.pause(t, PauseOptions{})
+		c.send(t, "local\n")
+		h.Release()
+		queued := r.dial(t)
+		wantState(t, r.Server, Running, 1)
+		c.leave(t)
+		queued.send(t, "local\nx")
+		queued.has(t, "x")
+	})
+}
+
 func TestPauseHoldsIdentifiedClientsAtTheGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{Identify: identifyByLine})

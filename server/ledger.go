@@ -20,7 +20,7 @@ type ledger struct {
 	admitted    int      // of conns, those being served
 	perIP       ipCounts // of admitted; only kept where there is a limit
 	rejecting   int      // of conns, those being told why they are not served
-	identifying int      // of conns, those whose client is not known yet
+	identifying int      // of conns, those whose client is not known yet, or waits at the gate since
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
