@@ -110,14 +110,11 @@ func filesShort(l *ledger) bool {
 
 // holding says that new connections are to wait for the end of a pause.
 func (l *ledger) holding() bool {
-	return l.state < Draining && len(l.holds) > 0 && !l.rejectingPause()
+	return len(l.holds) > 0 && !l.rejectingPause()
 }
 
 // rejectingPause says that a pause stands and turns clients away: the stricter mode counts.
 func (l *ledger) rejectingPause() bool {
-	if l.state >= Draining {
-		return false
-	}
 	for _, h := range l.holds {
 		if h.info.Mode == RejectNew {
 			return true
