@@ -143,6 +143,7 @@ func (a *acceptor) take(nc net.Conn) {
 			l.tasks++
 			return
 		}
+		l.announceOpened(c)
 		v, why = s.judge(l, c)
 	})
 	switch {

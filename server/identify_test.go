@@ -1,12 +1,16 @@
 package server
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // identifyByLine takes the first line for the client's address.
@@ -74,6 +78,55 @@ func TestClientsThatAreNotIdentifiedAreClosed(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A health check may only connect, and close or reset; that is nothing to warn of.
+func TestWhoGoesBeforeHeIsIdentifiedIsNoFault(t *testing.T) {
+	for name, tt := range map[string]struct {
+		leave func(*client)
+		want  Reason
+	}{
+		"close": {func(c *client) { _ = c.Close() }, ClientClosed},
+		"reset": {func(c *client) { c.Reset() }, ClientReset},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, Echo, Options{Identify: identifyByLine})
+				tt.leave(r.dial(t))
+				pass(lingerTimeout)
+				wantClosed(t, r.Server, map[Reason]uint64{tt.want: 1})
+				if n := r.logs.FilterLevelExact(zap.WarnLevel).Len(); n != 0 {
+					t.Errorf("%d warnings, want none", n)
+				}
+			})
+		})
+	}
+}
+
+func TestEventsNameTheIdentifiedClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		sub := r.Subscribe()
+		defer sub.Close()
+		known, unknown := r.dial(t), r.dial(t)
+		known.send(t, "203.0.113.1\n")
+		known.leave(t)
+		unknown.send(t, "nobody\n")
+		unknown.ends(t, "")
+		var got []string
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		for e := range sub.Events(ctx) {
+			switch e.Type {
+			case ConnOpened:
+				got = append(got, fmt.Sprint("opened ", e.Conn.ID, " ", e.Conn.Remote))
+			case ConnClosed:
+				got = append(got, fmt.Sprint("closed ", e.Closed.ID, " ", e.Closed.Remote))
+			}
+		}
+		proxy := unknown.LocalAddr().String()
+		wantEqual(t, "events", got, []string{"opened 1 203.0.113.1:7", "closed 1 203.0.113.1:7", "opened 2 " + proxy, "closed 2 " + proxy})
+	})
 }
 
 func TestUnidentifiedClientsHoldUpNobody(t *testing.T) {
