@@ -24,6 +24,8 @@ type Status struct {
 	BytesIn, BytesOut uint64 // of all connections, open and closed
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
+	Full              bool       // no place is left of Options.MaxConns: new clients get what AtLimit says
+	AtLimit           AtLimit
 
 	NoticesSent, NoticesFailed uint64           // texts to clients, of a drain and of Notify: those that the kernel took, and did not
 	Transitions                map[State]uint64 // how often each state was entered
@@ -63,8 +65,10 @@ func (s *Server) Status() Status {
 	st := Status{Started: s.started, Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64)}
 	var listeners []net.Listener
 	var conns []*Conn
+	st.AtLimit = s.opts.AtLimit
 	s.book.With(func(l *ledger) {
 		st.State = l.status()
+		st.Full = s.full(l)
 		st.Connections = l.conns.len()
 		st.Accepted = l.accepted
 		for why, n := range l.closed {
