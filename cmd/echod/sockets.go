@@ -70,15 +70,16 @@ func (s sockets) close() {
 
 // listenHTTP listens for probes and Prometheus: on this machine alone, unless an address says otherwise.
 func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+	full := address
 	if !strings.Contains(address, ":") {
-		address = ":" + address
+		full = ":" + address
 	}
-	host, port, err := net.SplitHostPort(address)
+	host, port, err := net.SplitHostPort(full)
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return nil, usagef("--http %q: want a port such as 9090, or an address such as 0.0.0.0:9090", strings.TrimPrefix(address, ":"))
+		return nil, usagef("--http %q: want a port such as 9090, or an address such as 0.0.0.0:9090", address)
 	}
 	if host == "" {
 		host = "127.0.0.1"
