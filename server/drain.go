@@ -438,11 +438,6 @@ func (s *Server) forced() (yes bool) {
 	return yes
 }
 
-func (s *Server) drainOver() (yes bool) {
-	s.book.With(func(l *ledger) { yes = l.drain.over() })
-	return yes
-}
-
 // drainInfo describes the drain, which must have begun.
 func (s *Server) drainInfo() (d DrainInfo) {
 	s.book.With(func(l *ledger) { d = l.drain.info() })
