@@ -59,6 +59,9 @@ func (c *caller) end() {
 	}
 }
 
+// Unwrap is http.ResponseController's: a profile takes as long as it is asked for, and moves the deadline of its answer.
+func (c *caller) Unwrap() http.ResponseWriter { return c.ResponseWriter }
+
 // Header is http.ResponseWriter's.
 func (c *caller) Header() http.Header {
 	if c.conn != nil {

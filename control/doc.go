@@ -16,7 +16,7 @@
 // # Goroutines
 //
 //   - Each actor runs on a goroutine of the run group, which starts it, interrupts it and waits for it.
-//   - The control plane has a goroutine for each of its connections, 48 at the most, started by
+//   - The control plane has a goroutine for each of its connections, 48 at the most, and for that of each probe, started by
 //     net/http. When the server has stopped, the control plane's interrupt waits for them a moment, and
 //     then closes what is left.
 //   - A pause while connected has one more, which waits for its caller's end. The request's own closes

@@ -8,7 +8,10 @@ import (
 )
 
 // peer is who is at the other end of a control connection. The zero value is unknown.
-type peer struct{ uid, pid int }
+type peer struct {
+	uid, pid int
+	probe    bool // it is the plane itself
+}
 
 func (p peer) fields() []zap.Field {
 	if p.pid == 0 {
@@ -21,8 +24,11 @@ type peerKey struct{}
 
 // withPeer is http.Server's ConnContext.
 func withPeer(ctx context.Context, c net.Conn) context.Context {
-	if limited, ok := c.(*limitedConn); ok {
-		c = limited.Conn
+	switch outer := c.(type) {
+	case probeConn:
+		return context.WithValue(ctx, peerKey{}, peer{probe: true})
+	case *limitedConn:
+		c = outer.Conn
 	}
 	unixConn, ok := c.(*net.UnixConn)
 	if !ok {

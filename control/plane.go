@@ -35,7 +35,7 @@ type Options struct {
 	Logger  *zap.Logger // nil logs nothing
 	// Metrics answers GET /metrics; nil: there is no such path.
 	Metrics http.Handler
-	// OnRequest is told of every answer: the path of the route, empty where there is none such; the method, and the status code.
+	// OnRequest is told of every answer, but for those to Probe: the path of the route, empty where there is none such; the method, and the status code.
 	// It is called concurrently; nil is not called.
 	OnRequest func(route, method string, code int)
 	// Pprof adds /debug/pprof/ to a plane made by NewWeb.
@@ -52,7 +52,8 @@ type Plane struct {
 	routes  []route
 	streams chan struct{} // one token for each stream
 	http    *http.Server
-	linger  time.Duration // for answers under way when the server has stopped
+	door    *limitedListener // where Actor serves; nil before
+	linger  time.Duration    // for answers under way when the server has stopped
 
 	onRequest func(route, method string, code int)
 	readOnly  bool // nothing here changes anything
@@ -120,7 +121,7 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.problemOf(err).write(c)
 	}
 	p.logRequest(c, r, err)
-	if p.onRequest != nil {
+	if p.onRequest != nil && !peerFrom(r.Context()).probe {
 		p.onRequest(route, knownMethod(r.Method), c.status)
 	}
 }
@@ -216,8 +217,9 @@ func answer(w http.ResponseWriter, status int, v any) error {
 // stopped, so that it can be asked about the drain to the end. Where it cannot, it returns at once, for
 // its error to be the group's, and the group's interrupts begin the drain.
 func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
+	p.door = limit(ln, maxConnections)
 	execute = func() error {
-		err := p.http.Serve(limit(ln, maxConnections))
+		err := p.http.Serve(p.door)
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}

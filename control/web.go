@@ -20,7 +20,7 @@ const probeTimeout = 3 * time.Second
 // be reached by more than the control socket.
 //
 //	/livez      200 while the accept loops and the books work, also when paused or draining; else 503
-//	/readyz     200 while new clients are served; else 503
+//	/readyz     200 while new clients are served, or wait at the connection limit; else, also where that turns them away, 503
 //	/v1/status  as on the control socket
 //	/metrics    opts.Metrics
 //	/debug/pprof/  with opts.Pprof
@@ -29,6 +29,7 @@ const probeTimeout = 3 * time.Second
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
+	p.http.SetKeepAlivesEnabled(false) // or so many idle callers could keep probes out for long
 	get := func(e endpoint) map[string]endpoint { return map[string]endpoint{http.MethodGet: e} }
 	p.routes = []route{
 		{"/livez", get(p.getLive), false},
@@ -37,7 +38,6 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 	}
 	p.serveMetrics(opts.Metrics)
 	if opts.Pprof {
-		p.http.WriteTimeout = 0 // a profile takes as long as it is asked for
 		p.routes = append(p.routes,
 			route{"/debug/pprof/", get(handled(pprof.Index)), false},
 			route{"/debug/pprof/cmdline", get(handled(pprof.Cmdline)), false},
@@ -78,10 +78,17 @@ func (p *Plane) getLive(w *caller, r *http.Request, _ string) error {
 
 func (p *Plane) getReady(w *caller, _ *http.Request, _ string) error {
 	st := p.srv.Status()
-	if st.State == server.Running {
-		return say(w, http.StatusOK, "ready: "+plural(st.Connections, "connection"))
+	open := plural(st.Connections, "connection")
+	switch {
+	case st.State != server.Running:
+		return say(w, http.StatusServiceUnavailable, unready(st))
+	case st.Full && st.AtLimit == server.Reject:
+		return say(w, http.StatusServiceUnavailable, "not ready: full, with "+open)
+	case st.Full:
+		return say(w, http.StatusOK, "ready: full, with "+open+": new clients wait for a place")
+	default:
+		return say(w, http.StatusOK, "ready: "+open)
 	}
-	return say(w, http.StatusServiceUnavailable, unready(st))
 }
 
 // unready says why a server is not ready.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"echod/server"
@@ -58,6 +59,71 @@ func TestPausedAndDrainingAreAliveAndNotReady(t *testing.T) {
 	r.srv.Drain(time.Minute, "deploy")
 	want("/livez", 200, "draining")
 	want("/readyz", 503, "draining", "deploy", "until")
+}
+
+func TestStartingAndStoppedAreNotReady(t *testing.T) {
+	srv, err := server.New(server.Echo, server.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := NewWeb(srv, Options{})
+	for _, state := range []string{"starting", "stopped"} {
+		if status, body := asked(t, web, http.MethodGet, "/readyz"); status != http.StatusServiceUnavailable || body != "not ready: "+state+"\n" && state == "starting" {
+			t.Errorf("/readyz while %s: %d %q, want 503", state, status, body)
+		}
+		if status, body := asked(t, web, http.MethodGet, "/livez"); status != http.StatusOK || body != "alive: "+state+"\n" {
+			t.Errorf("/livez while %s: %d %q, want 200", state, status, body)
+		}
+		_ = srv.Close()
+	}
+}
+
+func TestAtTheLimitReadinessSaysWhatNewClientsGet(t *testing.T) {
+	for name, tt := range map[string]struct {
+		atLimit server.AtLimit
+		status  int
+		body    string
+	}{
+		"wait":   {server.Wait, 200, "ready: full, with 1 connection: new clients wait for a place\n"},
+		"reject": {server.Reject, 503, "not ready: full, with 1 connection\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, server.Options{MaxConns: 1, AtLimit: tt.atLimit})
+			web := NewWeb(r.srv, Options{})
+			c := r.echoClient(t)
+			if status, body := asked(t, web, http.MethodGet, "/readyz"); status != tt.status || body != tt.body {
+				t.Errorf("/readyz at the limit: %d %q, want %d %q", status, body, tt.status, tt.body)
+			}
+			_ = c.Close()
+			r.awaitConns(t, 0)
+			if status, body := asked(t, web, http.MethodGet, "/readyz"); status != 200 || body != "ready: 0 connections\n" {
+				t.Errorf("/readyz after that: %d %q, want 200", status, body)
+			}
+		})
+	}
+}
+
+// That is tried, and not concluded from an answer's being given.
+func TestLivezProbesTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		srv, err := server.New(server.Echo, server.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln := deafListener{newPipeListener(), make(chan struct{})}
+		var serving sync.WaitGroup
+		serving.Go(func() { _ = srv.Serve(ln) })
+		<-ln.entered
+		began := time.Now()
+		status, body := asked(t, NewWeb(srv, Options{}), http.MethodGet, "/livez")
+		if status != http.StatusServiceUnavailable || !strings.Contains(body, "accepting from memory is stuck") {
+			t.Errorf("/livez of a server whose accept loop is stuck: %d %q, want 503", status, body)
+		}
+		wantEqual(t, "time for the proof", time.Since(began), probeTimeout)
+		_ = ln.Close()
+		_ = srv.Close()
+		serving.Wait()
+	})
 }
 
 func TestWebChangesNothing(t *testing.T) {

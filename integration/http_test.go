@@ -4,9 +4,11 @@ package integration
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -92,6 +94,9 @@ func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
 	late := e.dial()
 	check(t, late.echo("late\n"))
 	check(t, old.echo("still here\n"))
+	if got := e.ctl("status"); !regexp.MustCompile(`\naccepting +for another [\d.]+m?s\n`).MatchString(got.stdout) {
+		t.Errorf("ctl status does not say for how long clients are accepted: %+v", got)
+	}
 	drain := e.status().Drain
 	if drain == nil || drain.AcceptingUntil == nil {
 		t.Fatalf("the status does not say until when clients are accepted: %+v", drain)
@@ -183,6 +188,29 @@ func TestPprofOnlyWhereItIsAskedFor(t *testing.T) {
 	if got.code != 2 || !strings.Contains(got.stderr, "--http") {
 		t.Errorf("--pprof alone: exit code %d, %q; want 2 and a word on --http", got.code, got.stderr)
 	}
+}
+
+func TestHTTPAddressesThatAreNoneAreUsageErrors(t *testing.T) {
+	t.Parallel()
+	for _, wrong := range []string{"127.0.0.1", "70000", "0.0.0.0:70000", ":", "127.0.0.1:http", "::1"} {
+		got := run(t, commandOf(built(t, echodBinary), "--listen", "127.0.0.1:0", "--control", "off", "--http", wrong))
+		if got.code != 2 || !strings.Contains(got.stderr, fmt.Sprintf("--http %q: want a port such as 9090", wrong)) {
+			t.Errorf("--http %s: exit code %d, %q; want 2 and what it wants", wrong, got.code, got.stderr)
+		}
+	}
+}
+
+// At its limit a server that turns clients away is to be sent none.
+func TestFullAndRejectingIsNotReady(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0", "--max-conns", "1", "--at-limit", "reject")
+	p := e.served()
+	e.expectWeb("/readyz", 503, "full")
+	e.expectWeb("/livez", 200, "running")
+	check(t, e.dial().expectRest("BUSY\n"))
+	check(t, p.leave())
+	e.awaitOpen(0)
+	e.expectWeb("/readyz", 200, "ready")
 }
 
 func TestPromtoolFindsNothingInTheMetrics(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"echod/control"
 )
@@ -236,4 +237,38 @@ func TestPauseWithATimeToLiveEndsByItself(t *testing.T) {
 	if after := released.time.Sub(hold.Since); after < 200_000_000 {
 		t.Errorf("released after %s", after)
 	}
+}
+
+// TestG2ADrainsDelayDoesNotBreakAPause: a restart in the middle of somebody's backup lets nobody in before the delay is over, and
+// then who waits is told with the others.
+func TestG2ADrainsDelayDoesNotBreakAPause(t *testing.T) {
+	t.Parallel()
+	const delay = 2 * time.Second
+	e := start(t, "--drain-delay", delay.String(), "--grace", "20s")
+	served := e.served()
+	e.pause(control.PauseRequest{Reason: "backup"})
+	waiting := e.dial()
+	check(t, waiting.send("waiting\n"))
+	began := e.signal(syscall.SIGTERM)
+	e.awaitLog("draining: accepting goes on for a while")
+	check(t, served.echo("I notice nothing\n"))
+	if st := e.status(); st.State != "draining" || len(st.Holds) != 1 || st.Accepted != 1 {
+		t.Errorf("in the delay it is %s with %d holds, and has accepted %d; want draining, 1 and 1", st.State, len(st.Holds), st.Accepted)
+	}
+	var lines [2]string // in either order
+	for i := range lines {
+		line, err := waiting.in.ReadString('\n')
+		check(t, err)
+		lines[i] = line
+		if waited := time.Since(began); waited < delay {
+			t.Errorf("%q came %s after the signal, in the middle of the pause", line, waited)
+		}
+	}
+	if slices.Sort(lines[:]); lines != [2]string{"SHUTDOWN 20 SIGTERM\n", "waiting\n"} {
+		t.Errorf("who has waited was sent %q", lines)
+	}
+	check(t, served.expect("SHUTDOWN 20 SIGTERM\n"))
+	check(t, waiting.leave())
+	check(t, served.leave())
+	e.wait(0)
 }

@@ -119,6 +119,37 @@ func TestWhoIsTrustedAndSendsNoHeaderIsTurnedAway(t *testing.T) {
 	}
 }
 
+// TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket: more of them than the process can have files, where who comes too
+// late is to be told so.
+func TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket(t *testing.T) {
+	const files = 300
+	e := startAs(t, fewFiles(t, files), "--proxy-protocol", "127.0.0.1", "--at-limit", "reject")
+	for range 2 * files {
+		p, err := connect(e.addr)
+		check(t, err)
+		defer p.Close()
+	}
+	for range 20 {
+		if st := e.status(); st.Connections >= files-64 {
+			t.Fatalf("%d connections are open, of %d files", st.Connections, files)
+		}
+	}
+	if lines := e.log.find("accepting is held up"); len(lines) > 0 {
+		t.Errorf("it ran out of files: %s", lines[0].text)
+	}
+}
+
+func TestWhoOnlyConnectsIsNothingToWarnOf(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--proxy-protocol", "127.0.0.1")
+	check(t, e.dial().Close())
+	e.awaitLog("connection closed", "reason", "client-closed")
+	e.expectAccounts(map[string]uint64{"client-closed": 1})
+	if lines := e.log.find("client not identified"); len(lines) > 0 {
+		t.Errorf("the log has %s", lines[0].text)
+	}
+}
+
 // proxied is a peer that a proxy announces, and that is being served.
 func (e *echod) proxied(header string) *peer {
 	e.t.Helper()

@@ -24,6 +24,9 @@ func TestSystemd(t *testing.T) {
 	s := startSystemd(t, map[string]string{
 		"echod.service": readFile(t, "../packaging/systemd/echod.service"),
 		"echod.socket":  readFile(t, "../packaging/systemd/echod.socket"),
+		// With a mode that keeps the service itself out.
+		"echod-control.socket":                readFile(t, "../packaging/systemd/echod-control.socket"),
+		"echod-control.socket.d/10-test.conf": "[Socket]\nSocketMode=0600\n",
 		"echod.service.d/10-test.conf": "[Service]\nExecStart=\nExecStart=/run/test/echod serve\nWatchdogSec=2s\nTimeoutAbortSec=1s\n" +
 			"Environment=ECHOD_GRACE=20s GORACE=atexit_sleep_ms=0\n",
 	})
@@ -31,7 +34,9 @@ func TestSystemd(t *testing.T) {
 	t.Run("StopIsADrain", s.testStop)
 	t.Run("RestartRefusesNobody", s.testRestart)
 	t.Run("WatchdogEndsAStoppedProcess", s.testWatchdog)
+	t.Run("WatchdogEndsAWedgedProcess", s.testWedge)
 	t.Run("CrashRefusesNobody", s.testCrash)
+	t.Run("ControlSocketOfASocketUnit", s.testControlSocket)
 	t.Run("JournalHasFields", s.testJournal)
 	t.Run("DrainOutlastsTheStopTimeout", s.testStopTimeout)
 	t.Run("ForceIsNoFailure", s.testForce)

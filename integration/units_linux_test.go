@@ -82,13 +82,14 @@ func TestSystemdUnitsAreTightAndSound(t *testing.T) {
 	t.Log(overall)
 
 	s := &systemd{units: t.TempDir()}
-	for _, name := range []string{"echod.service", "echod.socket"} {
+	verify := []string{analyze, "verify", "--man=no"}
+	for _, name := range []string{"echod.service", "echod.socket", "echod-control.socket"} {
 		text := readFile(t, filepath.Join("../packaging/systemd", name))
+		verify = append(verify, filepath.Join(s.units, name))
 		// It is not installed where this runs.
 		s.write(t, name, strings.ReplaceAll(text, "/usr/bin/echod", built(t, echodBinary)))
 	}
-	verify := commandOf(analyze, "verify", "--man=no", filepath.Join(s.units, "echod.service"), filepath.Join(s.units, "echod.socket"))
-	if r := run(t, verify); r.code != 0 || r.stdout+r.stderr != "" {
+	if r := run(t, commandOf(verify...)); r.code != 0 || r.stdout+r.stderr != "" {
 		t.Errorf("systemd-analyze verify: %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
 }

@@ -143,6 +143,7 @@ func (a *acceptor) take(nc net.Conn) {
 			l.tasks++
 			return
 		}
+		l.announceOpened(c)
 		v, why = s.judge(l, c)
 	})
 	switch {
@@ -216,7 +217,7 @@ func (a *acceptor) empty() {
 	}
 	shut := dropHandshakes(a.ln) == nil
 	for taken := 0; shut || taken < emptyAtMost; {
-		if a.srv.drainOver() {
+		if !a.awaitRoom() {
 			return
 		}
 		_ = a.waker.SetDeadline(time.Now().Add(handshakeWait))
@@ -234,6 +235,16 @@ func (a *acceptor) empty() {
 			return
 		}
 	}
+}
+
+// awaitRoom waits until one more from the queue leaves files for others. False means that the drain is over.
+func (a *acceptor) awaitRoom() bool {
+	var over bool
+	_ = a.srv.book.Await(context.Background(), func(l *ledger) bool {
+		over = l.drain.over()
+		return over || !a.srv.crowded(l)
+	})
+	return !over
 }
 
 // stopped books, once, that this listener lets nobody new in.

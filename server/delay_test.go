@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,15 +62,86 @@ func TestDrainDelayKeepsToLimits(t *testing.T) {
 	})
 }
 
-func TestDrainDelayResumesAPausedServer(t *testing.T) {
+func TestG2ADrainsDelayDoesNotBreakAPause(t *testing.T) {
+	for name, tt := range map[string]struct {
+		mode PauseMode
+		gets string // what a newcomer does at once
+	}{"hold": {HoldNew, ""}, "reject": {RejectNew, "PAUSED\n"}} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
+				served := r.dial(t)
+				h := r.pause(t, PauseOptions{Mode: tt.mode})
+				r.Drain(0, "TERM")
+				wantState(t, r.Server, Draining, 1)
+				queued := r.dial(t)
+				queued.send(t, "x\n")
+				queued.has(t, tt.gets)
+				pass(3*time.Second - 1)
+				queued.has(t, "")
+				wantEqual(t, "holds", len(r.Status().Holds), 1)
+				wantErr(t, "while it stands", h.Cause(), nil)
+				served.send(t, "y\n")
+				served.has(t, "y\n")
+				pass(1 + acceptingStops)
+				if tt.mode == HoldNew {
+					queued.has(t, "x\nSHUTDOWN 5 TERM\n")
+				}
+				served.has(t, "SHUTDOWN 5 TERM\n")
+				if _, ok := errors.AsType[*DrainingError](h.Cause()); !ok {
+					t.Errorf("the hold has ended by %v, want a *DrainingError", h.Cause())
+				}
+			})
+		})
+	}
+}
+
+// Whoever has paused the server may be done before the delay is over.
+func TestPauseThatEndsInADrainsDelayLetsClientsIn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
-		r.pause(t, PauseOptions{})
-		queued := r.dial(t)
+		h := r.pause(t, PauseOptions{})
+		r.pause(t, PauseOptions{TTL: 2 * time.Second})
 		r.Drain(0, "TERM")
+		queued := r.dial(t)
 		queued.send(t, "x\n")
+		pass(time.Second)
+		h.Release()
+		pass(time.Second - 1)
+		queued.has(t, "")
+		pass(1)
 		queued.has(t, "x\n")
 	})
+}
+
+func TestForceEndsAPauseInADrainsDelay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, Echo, Options{DrainDelay: time.Hour})
+		h := r.pause(t, PauseOptions{})
+		r.Drain(0, "TERM")
+		r.Force("x")
+		<-h.Done()
+		<-r.Done()
+	})
+}
+
+// What is asked for is the grace, and the delay is over only once.
+func TestDrainIsShortenedToTheGraceAskedFor(t *testing.T) {
+	for name, after := range map[string]time.Duration{"in its delay": time.Second, "after its delay": 5 * time.Second} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const delay = 4 * time.Second
+				r := newRig(t, Echo, Options{DrainDelay: delay, Grace: time.Minute})
+				r.dial(t)
+				began := time.Now()
+				r.Drain(0, "TERM")
+				pass(after)
+				wantEqual(t, "changed", r.Drain(2*time.Second, "ctl"), true)
+				wantEqual(t, "deadline", r.Status().Drain.Deadline, began.Add(max(delay, after)+2*time.Second))
+				wantEqual(t, "changed", r.Drain(3*time.Second, "ctl"), false)
+			})
+		})
+	}
 }
 
 func TestForceAndAShorterGraceCutTheDrainDelay(t *testing.T) {
@@ -78,7 +150,7 @@ func TestForceAndAShorterGraceCutTheDrainDelay(t *testing.T) {
 		want time.Duration
 	}{
 		"force":           {func(s *Server) { s.Force("x") }, time.Second},
-		"a shorter drain": {func(s *Server) { s.drainBy(time.Now().Add(time.Second), "x", shorten) }, 2 * time.Second},
+		"a shorter drain": {func(s *Server) { s.drainBy(at(time.Now().Add(time.Second)), "x", shorten) }, 2 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -94,14 +94,19 @@ type Report struct {
 // sent the notice, and has until the deadline; see Done and Shutdown for its end. The deadline is as far off as the delay
 // and the grace together. A grace of zero means Options.Grace, a negative one none.
 //
-// A drain under way is shortened by a grace that ends before its deadline, and changed by nothing else;
-// a grace of zero leaves it alone. Drain reports whether it changed anything.
+// A drain under way is shortened by a grace that ends before its deadline, counted from now or, if that is not yet over, from
+// the end of the delay, and changed by nothing else; a grace of zero leaves it alone. Drain reports whether it changed anything.
 func (s *Server) Drain(grace time.Duration, reason string) (changed bool) {
 	how := shorten
 	if grace == 0 {
 		grace, how = s.opts.Grace, adopt
 	}
-	return s.drainBy(time.Now().Add(s.opts.DrainDelay+max(0, grace)), reason, how)
+	return s.drainBy(func(begin time.Time) time.Time { return begin.Add(max(0, grace)) }, reason, how)
+}
+
+// at is a deadline for drainBy that does not depend on when the grace begins.
+func at(deadline time.Time) func(time.Time) time.Time {
+	return func(time.Time) time.Time { return deadline }
 }
 
 // insistence says what becomes of a drain that is under way when another is asked for.
@@ -118,7 +123,7 @@ const (
 // deadline passes, the rest is closed by force, and the error is the cause.
 func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
 	if deadline, ok := ctx.Deadline(); ok {
-		s.drainBy(deadline, reason, shorten)
+		s.drainBy(at(deadline), reason, shorten)
 	} else {
 		s.Drain(0, reason)
 	}
@@ -128,7 +133,7 @@ func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
 	case <-ctx.Done():
 		if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			err = context.Cause(ctx)
-			s.drainBy(time.Now(), reason, force)
+			s.drainBy(at(time.Now()), reason, force)
 		}
 		<-s.stopped
 	}
@@ -138,33 +143,37 @@ func (s *Server) Shutdown(ctx context.Context, reason string) (Report, error) {
 // Close closes everything now: no notice, no grace. It returns when that is done, after a moment at the
 // most, also where handlers ignore their context.
 func (s *Server) Close() error {
-	s.drainBy(time.Now(), "close", force)
+	s.drainBy(at(time.Now()), "close", force)
 	<-s.stopped
 	return nil
 }
 
 // Force is Close without waiting for its end. It reports whether it changed anything; reason counts
 // only where no drain is under way.
-func (s *Server) Force(reason string) (changed bool) { return s.drainBy(time.Now(), reason, force) }
+func (s *Server) Force(reason string) (changed bool) { return s.drainBy(at(time.Now()), reason, force) }
 
-func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (changed bool) {
+// drainBy begins a drain, or changes the one under way. Its deadline is told when the grace begins.
+func (s *Server) drainBy(by func(begin time.Time) time.Time, reason string, how insistence) (changed bool) {
 	if err := CheckText(reason); err != nil {
 		reason = fmt.Sprintf("%.40q", reason)
 	}
 	var begun, shortened, forced bool
+	var deadline time.Time
 	s.book.With(func(l *ledger) {
 		if l.state == Stopped {
 			return
 		}
+		now := time.Now()
+		if l.drain != nil {
+			deadline = by(later(now, l.drain.acceptUntil))
+		}
 		if l.drain == nil {
 			begun = true
-			now := time.Now()
-			l.drain = &drain{since: now, acceptUntil: now.Add(s.opts.DrainDelay), deadline: deadline, reason: reason}
+			acceptUntil := now.Add(s.opts.DrainDelay)
+			deadline = by(acceptUntil)
+			l.drain = &drain{since: now, acceptUntil: acceptUntil, deadline: deadline, reason: reason}
 			l.drain.shorten(deadline)
 			l.setState(Draining) // before the holds go, or the server would seem to run in between
-			for len(l.holds) > 0 {
-				l.drop(0, &DrainingError{Deadline: deadline})
-			}
 			if !now.Before(l.drain.acceptUntil) {
 				l.stopAccepting()
 			}
@@ -199,10 +208,21 @@ func (s *Server) drainBy(deadline time.Time, reason string, how insistence) (cha
 // listener whose queue is long, whoever comes out of it later is told then.
 const acceptingStops = 250 * time.Millisecond
 
-// stopAccepting lets nobody new in any more. Under the lock of the book.
+// stopAccepting lets nobody new in any more. A pause ends with it and not before, or those who are kept waiting would be served
+// during a drain's delay, in the middle of what somebody has paused the server for. Under the lock of the book.
 func (l *ledger) stopAccepting() {
 	l.drain.shut = true
+	for len(l.holds) > 0 {
+		l.drop(0, &DrainingError{Deadline: l.drain.deadline})
+	}
 	l.wakeAcceptors()
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // closing says that nobody new is let in any more.
@@ -415,11 +435,6 @@ func (s *Server) isClosing() (yes bool) {
 
 func (s *Server) forced() (yes bool) {
 	s.book.With(func(l *ledger) { yes = l.drain.forced })
-	return yes
-}
-
-func (s *Server) drainOver() (yes bool) {
-	s.book.With(func(l *ledger) { yes = l.drain.over() })
 	return yes
 }
 

@@ -79,11 +79,23 @@ func (s *Server) mayAccept(l *ledger) bool {
 	switch {
 	case l.closing():
 		return true
+	case s.crowded(l):
+		return false
 	case len(l.holds) > 0:
 		return l.rejectingPause()
 	default:
 		return !s.full(l) || s.opts.AtLimit == Reject
 	}
+}
+
+// crowded says that of those who are to be turned away so many are under way that more would eat up the reserve of files. Only
+// where it takes time to learn who they are: others are dismissed at once.
+func (s *Server) crowded(l *ledger) bool {
+	if s.opts.Identify == nil || !s.full(l) {
+		return false
+	}
+	within := max(0, s.opts.MaxConns-l.admitted)
+	return l.identifying-within+l.rejecting >= maxRejecting
 }
 
 func (s *Server) full(l *ledger) bool {
@@ -98,14 +110,11 @@ func filesShort(l *ledger) bool {
 
 // holding says that new connections are to wait for the end of a pause.
 func (l *ledger) holding() bool {
-	return l.state < Draining && len(l.holds) > 0 && !l.rejectingPause()
+	return len(l.holds) > 0 && !l.rejectingPause()
 }
 
 // rejectingPause says that a pause stands and turns clients away: the stricter mode counts.
 func (l *ledger) rejectingPause() bool {
-	if l.state >= Draining {
-		return false
-	}
 	for _, h := range l.holds {
 		if h.info.Mode == RejectNew {
 			return true

@@ -20,7 +20,7 @@ type ledger struct {
 	admitted    int      // of conns, those being served
 	perIP       ipCounts // of admitted; only kept where there is a limit
 	rejecting   int      // of conns, those being told why they are not served
-	identifying int      // of conns, those whose client is not known yet
+	identifying int      // of conns, those whose client is not known yet, or waits at the gate since
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
@@ -60,13 +60,17 @@ func (l *ledger) announce(before State) {
 	}
 }
 
-// open puts a just accepted connection on the books.
+// open puts a just accepted connection on the books. Once it is known whose it is, announceOpened follows.
 func (l *ledger) open(c *Conn) {
 	l.lastID++
 	c.id = l.lastID
 	l.conns.add(c)
 	l.accepted++
-	if len(l.subscribers) > 0 {
+}
+
+// announceOpened tells the world of an open connection.
+func (l *ledger) announceOpened(c *Conn) {
+	if len(l.subscribers) > 0 && l.conns.get(c.id) == c { // it may have been left behind, and said to be closed
 		l.publish(Event{Type: ConnOpened, Conn: new(c.Info())})
 	}
 }

@@ -46,7 +46,8 @@ type Options struct {
 	Grace time.Duration
 
 	// DrainDelay is how long a drain that has begun goes on accepting before it tells anybody; the grace begins after it. It is for
-	// load balancers, which take a while to notice that the server is not ready any more. Zero: not at all.
+	// load balancers, which take a while to notice that the server is not ready any more. A pause that stands goes on meanwhile, and
+	// ends with it at the latest. Zero: not at all.
 	DrainDelay time.Duration
 
 	// MaxConns is how many connections are served at once. Zero, and any number above it, means as

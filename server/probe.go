@@ -4,23 +4,34 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 )
+
+// drainOverdue is how long after its deadline a drain that has not ended is taken for stuck: promised are two seconds, and
+// machines are busy.
+const drainOverdue = 5 * time.Second
 
 // ErrWedged says that the server does not do what it has to any more, and will not by itself.
 var ErrWedged = errors.New("the server is wedged")
 
 // Probe returns nil when the server is alive: its books can be had, and each accept loop comes round, which is tried,
-// and not concluded from whether anybody connects. A server that is paused, full, draining or stopped is alive. The error,
-// once ctx ends, wraps ErrWedged and says what is stuck.
+// and not concluded from whether anybody connects. A server that is paused, full, draining or stopped is alive; one whose drain has
+// not ended some seconds after its deadline is not. The error, which comes once ctx ends where it takes time to tell, wraps
+// ErrWedged and says what is stuck.
 func (s *Server) Probe(ctx context.Context) error {
-	if !s.probing.CompareAndSwap(false, true) {
+	select {
+	case s.probing <- struct{}{}:
+	case <-ctx.Done():
 		return s.wedged(ctx, "an earlier probe still waits for the books")
 	}
-	laps := make(chan map[*acceptor]uint64, 1)
-	go s.rouseAll(laps)
+	roused := make(chan rousing, 1)
+	go s.rouseAll(roused)
 	select {
-	case before := <-laps:
-		return s.awaitLaps(ctx, before)
+	case r := <-roused:
+		if r.late > drainOverdue {
+			return fmt.Errorf("%w: the drain has not ended %s after its deadline", ErrWedged, r.late.Round(time.Second))
+		}
+		return s.awaitLaps(ctx, r.before)
 	case <-ctx.Done():
 		return s.wedged(ctx, "the books are not to be had")
 	}
@@ -30,23 +41,32 @@ func (s *Server) wedged(ctx context.Context, what string) error {
 	return fmt.Errorf("%w: %s (%w)", ErrWedged, what, context.Cause(ctx))
 }
 
+// rousing is what a probe finds in the books.
+type rousing struct {
+	before map[*acceptor]uint64 // laps of the accept loops that were made to come round
+	late   time.Duration        // since the deadline of a drain under way
+}
+
 // rouseAll makes each accept loop come round. It is the goroutine of a probe, and outlives that where the books
 // are stuck; there is never more than one.
-func (s *Server) rouseAll(laps chan<- map[*acceptor]uint64) {
-	defer s.probing.Store(false)
-	before := make(map[*acceptor]uint64)
+func (s *Server) rouseAll(roused chan<- rousing) {
+	defer func() { <-s.probing }()
+	r := rousing{before: make(map[*acceptor]uint64)}
 	s.book.With(func(l *ledger) {
+		if l.state == Draining {
+			r.late = time.Since(l.drain.deadline)
+		}
 		if l.closing() {
 			return // the accept queue is being emptied, which a deadline would end
 		}
 		for _, a := range l.acceptors {
 			if a.waker != nil && !a.atGate {
-				before[a] = a.laps
+				r.before[a] = a.laps
 				a.wake(l)
 			}
 		}
 	})
-	laps <- before
+	roused <- r
 }
 
 // awaitLaps waits until the accept loops have come round, or ended.

@@ -2,10 +2,16 @@ package server
 
 import (
 	"context"
+	"errors"
 	"net"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 )
 
 // probe asks for a proof within a second.
@@ -81,12 +87,57 @@ func TestProbeSaysThatTheBooksAreStuck(t *testing.T) {
 		cancel()
 	}
 	close(release)
-	for s.probing.Load() { // its goroutine ends with the lock
-		time.Sleep(time.Millisecond)
-	}
 	if err := probe(t, s); err != nil {
 		t.Errorf("after that: %v", err)
 	}
+}
+
+// Probes that coincide wait for one another: a load balancer asks while the watchdog does.
+func TestProbesAtTheSameTimeAllFindTheServerAlive(t *testing.T) {
+	s, _ := serveTCP(t, Echo, Options{})
+	errs := make([]error, 16)
+	var probes sync.WaitGroup
+	for i := range errs {
+		probes.Go(func() {
+			for n := 0; n < 200 && errs[i] == nil; n++ {
+				errs[i] = s.Probe(t.Context())
+			}
+		})
+	}
+	probes.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Error(err)
+	}
+}
+
+// A log that blocks holds up whoever conducts the drain.
+func TestProbeFindsADrainThatDoesNotEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		core, _ := observer.New(zap.InfoLevel)
+		log := zap.New(core, zap.Hooks(func(e zapcore.Entry) error {
+			if e.Message == "draining" {
+				<-release
+			}
+			return nil
+		}))
+		r := newRig(t, Echo, Options{Logger: log})
+		r.dial(t)
+		r.Drain(time.Second, "x")
+		pass(time.Second + drainOverdue)
+		if err := probe(t, r.Server); err != nil {
+			t.Errorf("in good time: %v", err)
+		}
+		pass(time.Second)
+		err := probe(t, r.Server)
+		wantErr(t, "Probe", err, ErrWedged)
+		wantErrText(t, "Probe", err, "the drain has not ended 6s after its deadline")
+		close(release)
+		<-r.Done()
+		if err := probe(t, r.Server); err != nil {
+			t.Errorf("after its end: %v", err)
+		}
+	})
 }
 
 // A probe wakes the accept loop by a deadline, and must not cost a client his connection.

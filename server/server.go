@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -29,7 +28,7 @@ type Server struct {
 	stopSweep context.CancelCauseFunc
 	sweeper   chan struct{} // closed when the sweeper has returned
 
-	probing atomic.Bool // a probe's goroutine is under way
+	probing chan struct{} // of size one, and full while a probe's goroutine is under way
 }
 
 // New makes a Server. The error names each option that makes no sense.
@@ -49,6 +48,7 @@ func New(h Handler, opts Options) (*Server, error) {
 		draining: make(chan struct{}),
 		stopped:  make(chan struct{}),
 		sweeper:  make(chan struct{}),
+		probing:  make(chan struct{}, 1),
 	}
 	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
 	s.book.With(func(l *ledger) {

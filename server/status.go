@@ -25,6 +25,8 @@ type Status struct {
 	BytesIn, BytesOut uint64 // of all connections, open and closed
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
+	Full              bool       // no place is left of Options.MaxConns: new clients get what AtLimit says
+	AtLimit           AtLimit
 
 	Grace, DrainDelay time.Duration // of a drain that names no grace itself, as in Options; no grace is zero
 
@@ -69,8 +71,10 @@ func (s *Server) Status() Status {
 	}
 	var listeners []net.Listener
 	var conns []*Conn
+	st.AtLimit = s.opts.AtLimit
 	s.book.With(func(l *ledger) {
 		st.State = l.status()
+		st.Full = s.full(l)
 		st.Connections = l.conns.len()
 		st.Accepted = l.accepted
 		for why, n := range l.closed {

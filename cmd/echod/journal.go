@@ -25,9 +25,16 @@ func underJournal() bool {
 	return err == nil && os.Getenv("JOURNAL_STREAM") == deviceAndInode(info)
 }
 
-// dialJournal opens the way for entries with fields.
-func dialJournal(socket string) (*net.UnixConn, error) {
-	return net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+// openJournal opens the way for entries with fields, if there is one.
+func openJournal(socket string) (journalWriter, error) {
+	to := &net.UnixAddr{Name: socket, Net: "unixgram"}
+	there, err := net.DialUnix("unixgram", nil, to)
+	if err != nil {
+		return journalWriter{}, err
+	}
+	_ = there.Close()
+	from, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
+	return journalWriter{from, to}, err
 }
 
 // priorities are syslog's, as sd-daemon(3) has them.
@@ -151,11 +158,11 @@ func quoteIfNeeded(value string) string {
 	return value
 }
 
-// journalWriter sends each write as an entry. One that is too large, or comes when the journal is being
-// restarted, is lost: a log never holds up the server.
-type journalWriter struct{ conn *net.UnixConn }
-
-func (w journalWriter) Write(p []byte) (int, error) {
-	_, err := w.conn.Write(p)
-	return len(p), err
+// journalWriter sends each write as an entry, to whoever has the journal's socket then: a journal that is started anew has another
+// one. What comes when there is none is lost, since a log never holds up the server.
+type journalWriter struct {
+	from *net.UnixConn
+	to   *net.UnixAddr
 }
+
+func (w journalWriter) Write(p []byte) (int, error) { return w.from.WriteToUnix(p, w.to) }

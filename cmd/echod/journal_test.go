@@ -4,6 +4,12 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -53,6 +59,56 @@ func TestJournalEntriesHaveFieldsAndLevels(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Whoever restarts systemd-journald.socket makes a new socket in the place of the old one.
+func TestJournalThatIsStartedAnewGetsTheEntriesThatFollow(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is no journal here")
+	}
+	path := filepath.Join(t.TempDir(), "socket")
+	journal := func() *net.UnixConn {
+		conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return conn
+	}
+	receives := func(conn *net.UnixConn, want string) {
+		t.Helper()
+		_ = conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+		text := make([]byte, 100)
+		n, err := conn.Read(text)
+		if got := string(text[:n]); err != nil || got != want {
+			t.Errorf("the journal has received %q, %v; want %q", got, err, want)
+		}
+	}
+	first := journal()
+	writer, err := openJournal(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer writer.from.Close()
+	sink := newLogSink(writer, io.Discard, func(lines int64) []byte { return fmt.Appendf(nil, "%d lost", lines) })
+	_, _ = sink.Write([]byte("one"))
+	receives(first, "one")
+	_ = first.Close()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = sink.Write([]byte("two"))
+	_, _ = sink.Write([]byte("three"))
+	for end := time.Now().Add(10 * time.Second); sink.drops.Load() < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("what could not be given to the journal is not counted")
+		}
+	}
+	second := journal()
+	_, _ = sink.Write([]byte("four"))
+	receives(second, "four")
+	receives(second, "2 lost")
+	sink.close()
 }
 
 func TestJournalEntriesAreBounded(t *testing.T) {

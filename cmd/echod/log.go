@@ -34,10 +34,10 @@ func destination(format, journal string) (chosen string, out io.Writer, err erro
 	if chosen != "journal" {
 		return chosen, os.Stderr, nil
 	}
-	conn, err := dialJournal(journal)
+	out, err = openJournal(journal)
 	switch {
 	case err == nil:
-		return chosen, journalWriter{conn}, nil
+		return chosen, out, nil
 	case format == "":
 		return "json", os.Stderr, nil // which the journal reads too, such as from where its socket is not to be seen
 	default:
@@ -79,7 +79,7 @@ func newLogger(level, format string) (*zap.Logger, *logSink, error) {
 	}
 	sink := newLogSink(out, os.Stderr, func(lines int64) []byte {
 		line, err := encoder.Clone().EncodeEntry(
-			zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log lines dropped: their reader is too slow"},
+			zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log lines dropped: their reader was too slow, or away"},
 			[]zap.Field{zap.Int64("lines", lines)})
 		if err != nil {
 			return nil

@@ -15,7 +15,7 @@ const (
 
 // logSink writes the log without ever blocking its caller: behind stderr may be a terminal that was
 // stopped with Ctrl-S, or a program that has stopped reading, and neither may stop the server. What finds
-// no room is dropped, and said to be once the reader goes on.
+// no room is dropped, and said to be once the reader goes on; so is what it could not be given.
 //
 // Its goroutine is started by newLogSink and ends with close. Where stderr still blocks then, it ends with
 // the process.
@@ -83,12 +83,16 @@ func (s *logSink) write(w logWrite) {
 	if w.raw {
 		out = s.raw
 	}
-	_, _ = out.Write(w.text) // there is nowhere left to tell of an error
+	if _, err := out.Write(w.text); err != nil {
+		s.drops.Add(1)
+	}
 	if w.written != nil {
 		close(w.written)
 	}
 	if n := s.drops.Swap(0); n > 0 {
-		_, _ = s.out.Write(s.lost(n))
+		if _, err := s.out.Write(s.lost(n)); err != nil {
+			s.drops.Add(n) // there is nowhere left to tell of an error
+		}
 	}
 }
 

@@ -118,7 +118,7 @@ func TestLogGoesToTheJournalWhereStderrDoes(t *testing.T) {
 			}
 			w, direct := out.(journalWriter)
 			if direct {
-				defer w.conn.Close()
+				defer w.from.Close()
 			}
 			if got := (want{format, direct}); got != c.want {
 				t.Errorf("format and way are %v, want %v", got, c.want)

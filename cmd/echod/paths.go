@@ -15,6 +15,9 @@ import (
 
 const socketName = "control.sock"
 
+// unitSocket is where echod-control.socket listens.
+const unitSocket = "/run/echod-control.sock"
+
 // runtimeDirectory is the directory that systemd made for the service; empty without one.
 func runtimeDirectory() string {
 	first, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":")
@@ -61,11 +64,12 @@ func clientSocket() (string, error) {
 	private := privateDirectory()
 	var places []string
 	for _, dir := range []string{runtimeDirectory(), userDirectory(), private, "/run/echod"} {
-		if dir == "" {
-			continue
+		if dir != "" {
+			places = append(places, filepath.Join(dir, socketName))
 		}
-		path := filepath.Join(dir, socketName)
-		places = append(places, path)
+	}
+	places = append(places, unitSocket)
+	for _, path := range places {
 		c, err := net.Dial("unix", path)
 		if errors.Is(err, fs.ErrPermission) {
 			return "", &control.UnreachableError{Path: path, Err: err}
@@ -74,9 +78,9 @@ func clientSocket() (string, error) {
 			continue
 		}
 		_ = c.Close()
-		if dir == private {
-			if err := checkPrivate(dir); err != nil {
-				return "", &exitError{exitUnreachable, fmt.Errorf("control socket directory %s is not to be trusted: %w", dir, err)}
+		if filepath.Dir(path) == private {
+			if err := checkPrivate(private); err != nil {
+				return "", &exitError{exitUnreachable, fmt.Errorf("control socket directory %s is not to be trusted: %w", private, err)}
 			}
 		}
 		return path, nil

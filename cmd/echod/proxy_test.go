@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -35,7 +36,7 @@ func unhex(t *testing.T, text string) string {
 }
 
 func TestProxyHeaderSaysWhoTheClientIs(t *testing.T) {
-	trusted, err := parseTrusted([]string{"10.0.0.0/8", "::1"})
+	trusted, err := parseTrusted([]string{"10.0.0.0/8", " ::1", "::ffff:192.0.2.8 ", "::ffff:192.168.0.0/112", "fe80::/10"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -47,6 +48,13 @@ func TestProxyHeaderSaysWhoTheClientIs(t *testing.T) {
 		"v2":                                  {"10.1.2.3:4", unhex(t, v2Mark+"21 11 000c cb007109 0a000001 15b3 270f"), "203.0.113.9:5555"},
 		"v2 with a TLV":                       {"10.1.2.3:4", unhex(t, v2Mark+"21 11 0011 cb007109 0a000001 15b3 270f 04 0002 0000"), "203.0.113.9:5555"},
 		"v2, a check":                         {"10.1.2.3:4", unhex(t, v2Mark+"20 00 0000"), ""},
+		"v2 of no family":                     {"10.1.2.3:4", unhex(t, v2Mark+"21 00 0000"), ""},
+		"v2 of no family, with bytes":         {"10.1.2.3:4", unhex(t, v2Mark+"21 00 0003 010203"), ""},
+		"v2 of Unix sockets":                  {"10.1.2.3:4", unhex(t, v2Mark+"21 31 00d8") + strings.Repeat("\x00", 0xd8), ""},
+		"trusted by a mapped address":         {"192.0.2.8:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
+		"trusted by a mapped range":           {"192.168.255.1:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
+		"outside of a mapped range":           {"192.169.0.1:4", "", ""},
+		"of a zone":                           {"[fe80::1%eth0]:4", "PROXY TCP6 2001:db8::9 ::1 5555 9999\r\n", "[2001:db8::9]:5555"},
 		"v4 mapped in 6":                      {"[::ffff:10.1.2.3]:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
 		"from a stranger, to whom it is data": {"192.0.2.1:4", "", ""},
 	} {
@@ -90,8 +98,26 @@ func TestProxyHeaderThatIsNoneIsAnError(t *testing.T) {
 }
 
 func TestTrustedRangesAreChecked(t *testing.T) {
-	_, err := parseTrusted([]string{"10.0.0.0/8", "nowhere"})
-	if usage, ok := errors.AsType[usageError](err); !ok || !strings.Contains(usage.Error(), `"nowhere"`) {
-		t.Errorf("error %v, want a usage error that names the range", err)
+	for _, wrong := range []string{"nowhere", "", "10.0.0.0/33", "fe80::1%eth0", "fe80::%eth0/10", "::ffff:0.0.0.0/95"} {
+		_, err := parseTrusted([]string{"10.0.0.0/8", wrong})
+		if usage, ok := errors.AsType[usageError](err); !ok || !strings.Contains(usage.Error(), fmt.Sprintf("%q", wrong)) {
+			t.Errorf("%q: error %v, want a usage error that names the range", wrong, err)
+		}
 	}
+}
+
+// Who only connects is told from who sends something wrong.
+func TestEndOfStreamBeforeAHeaderIsToldApart(t *testing.T) {
+	identify := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	for sent, bare := range map[string]bool{"": true, "PRO": false, "PROXY ": false, "PROXY TCP4 1": false, v2Start(t): false} {
+		_, err := identify(fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
+		if errors.Is(err, io.EOF) != bare || !bare && !strings.HasSuffix(err.Error(), "the connection has ended within it") {
+			t.Errorf("%q: error %v", sent, err)
+		}
+	}
+}
+
+func v2Start(t *testing.T) string {
+	t.Helper()
+	return unhex(t, v2Mark)[:6]
 }

@@ -72,7 +72,7 @@ func newServeCommand(use string) *cobra.Command {
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"}, "`address` to serve on, such as :9999 or [::]:9999; may be\nrepeated")
-	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off\n(default: $RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private\ntemporary directory)")
+	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off\n(default: what a socket unit hands over, else\n$RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private\ntemporary directory)")
 	flags.StringVar(&f.controlMode, "control-mode", "0600", "control socket's `mode`, in octal")
 	flags.StringVar(&f.controlGroup, "control-group", "", "control socket's `group`: a name or number")
 	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server\nstops")
@@ -215,13 +215,16 @@ func serve(ctx context.Context, f serveFlags) error {
 	g.Add(signals.Actor())
 
 	planes := control.Options{Version: version, Logger: log, Metrics: shown, OnRequest: shown.Request, Pprof: f.pprof}
+	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
-		g.Add(control.New(srv, planes).Actor(sockets.control))
+		plane := control.New(srv, planes)
+		g.Add(plane.Actor(sockets.control))
+		probes = append(probes, plane.Probe)
 	}
 	if sockets.http != nil {
 		g.Add(control.NewWeb(srv, planes).Actor(sockets.http))
 	}
-	if s := newSupervised(srv, alive(srv, sockets.control), log); s != nil {
+	if s := newSupervised(srv, log, probes...); s != nil {
 		g.Add(s.actor())
 	}
 
@@ -273,7 +276,11 @@ func (f serveFlags) warn(log *zap.Logger) {
 	}
 	const end = 2 * time.Second // after its deadline a drain is over
 	if takes := f.drainDelay + f.grace + end; f.stopTimeout > 0 && takes > f.stopTimeout {
-		log.Warn("a drain may take longer than the supervisor waits: it would be killed halfway",
-			zap.Duration("drain", takes), zap.Duration("stop_timeout", f.stopTimeout))
+		then := "it is killed halfway"
+		if underSystemd() {
+			then = "systemd is asked for more time"
+		}
+		log.Warn("a drain may take longer than the supervisor waits", zap.Duration("drain", takes),
+			zap.Duration("stop_timeout", f.stopTimeout), zap.String("then", then))
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/http"
 	"os"
+	"strconv"
 	"strings"
 
 	"go.uber.org/zap"
@@ -23,7 +23,8 @@ type sockets struct {
 }
 
 // open opens what the flags ask for, and takes over what systemd has opened: that is served on instead of
-// the default address and the default control socket.
+// the default address and the default control socket. Other addresses are served on as well; there can be only one control
+// socket, so that another --control is an error.
 func (f serveFlags) open(ctx context.Context, access control.SocketOptions, log *zap.Logger) (s sockets, err error) {
 	defer func() {
 		if err != nil {
@@ -43,9 +44,11 @@ func (f serveFlags) open(ctx context.Context, access control.SocketOptions, log 
 		s.echo = append(s.echo, more...)
 	}
 	switch {
-	case f.control == "off" && s.control != nil:
-		return s, errors.New("--control off: systemd has handed over a control socket: leave it out of the socket unit")
-	case f.control != "off" && s.control == nil:
+	case s.control != nil && f.control != "" && f.control != s.control.Addr().String():
+		return s, fmt.Errorf("--control %s: systemd has handed over a control socket, %s: leave out one of the two", f.control, s.control.Addr())
+	case s.control != nil:
+		log.Info("control socket open", zap.Stringer("path", s.control.Addr()))
+	case f.control != "off":
 		if s.control, err = listenControl(ctx, f.control, access, log); err != nil {
 			return s, err
 		}
@@ -67,11 +70,15 @@ func (s sockets) close() {
 
 // listenHTTP listens for probes and Prometheus: on this machine alone, unless an address says otherwise.
 func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+	full := address
 	if !strings.Contains(address, ":") {
-		address = ":" + address
+		full = ":" + address
 	}
-	host, port, err := net.SplitHostPort(address)
-	if err != nil || port == "" {
+	host, port, err := net.SplitHostPort(full)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
 		return nil, usagef("--http %q: want a port such as 9090, or an address such as 0.0.0.0:9090", address)
 	}
 	if host == "" {
@@ -84,37 +91,6 @@ func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Liste
 	}
 	log.Info("http open", zap.Stringer("address", ln.Addr()))
 	return ln, nil
-}
-
-// alive makes the proof for the watchdog: the server's own, and that the control plane answers.
-func alive(srv *server.Server, plane net.Listener) func(context.Context) error {
-	var client *http.Client
-	if plane != nil {
-		client = &http.Client{Transport: &http.Transport{
-			DisableKeepAlives: true,
-			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return new(net.Dialer).DialContext(ctx, plane.Addr().Network(), plane.Addr().String())
-			},
-		}}
-	}
-	return func(ctx context.Context) error {
-		if err := srv.Probe(ctx); err != nil || client == nil {
-			return err
-		}
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://echod/v1/status", nil)
-		if err != nil {
-			return err
-		}
-		answer, err := client.Do(request)
-		if err != nil {
-			return fmt.Errorf("asking the control plane: %w", err)
-		}
-		defer answer.Body.Close()
-		if answer.StatusCode != http.StatusOK {
-			return fmt.Errorf("asking the control plane: %s", answer.Status)
-		}
-		return nil
-	}
 }
 
 func listen(ctx context.Context, addresses []string) ([]net.Listener, error) {

@@ -66,21 +66,24 @@ func (in inherited) close() {
 
 // supervised tells systemd what the server does, see sd_notify(3).
 type supervised struct {
-	srv   *server.Server
-	probe func(context.Context) error // of the server and its control plane
-	log   *zap.Logger
-	tell  func(state string) // sd_notify
+	srv    *server.Server
+	probes []func(context.Context) error // of the server and its control plane
+	log    *zap.Logger
+	tell   func(state string) // sd_notify
 }
 
 // statusEvery is how often the status is brought up to date.
 const statusEvery = time.Second
 
-// newSupervised returns nil where nobody supervises.
-func newSupervised(srv *server.Server, probe func(context.Context) error, log *zap.Logger) *supervised {
-	if os.Getenv("NOTIFY_SOCKET") == "" {
+// underSystemd says that systemd, or what takes its place, wants to be told.
+func underSystemd() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
+// newSupervised returns nil where nobody supervises. The server is alive while all probes say so.
+func newSupervised(srv *server.Server, log *zap.Logger, probes ...func(context.Context) error) *supervised {
+	if !underSystemd() {
 		return nil
 	}
-	return &supervised{srv: srv, probe: probe, log: log, tell: func(state string) {
+	return &supervised{srv: srv, probes: probes, log: log, tell: func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
 			log.Warn("telling systemd", zap.String("state", state), zap.Error(err))
 		}
@@ -112,10 +115,8 @@ func (s *supervised) actor() (execute func() error, interrupt func(error)) {
 
 // announce says READY once the server and its control plane answer, and then what they do.
 func (s *supervised) announce(ctx context.Context) {
-	for s.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.Starting }) != nil || s.probe(ctx) != nil {
-		if ctx.Err() != nil {
-			return
-		}
+	if !s.awaitReady(ctx) {
+		return
 	}
 	s.tell(daemon.SdNotifyReady)
 	for last := ""; ctx.Err() == nil; {
@@ -131,6 +132,31 @@ func (s *supervised) announce(ctx context.Context) {
 	}
 }
 
+// readyTry is how long a probe may take before the server is ready.
+const readyTry = 5 * time.Second
+
+// awaitReady waits until the server serves, and its probes say that it is alive.
+func (s *supervised) awaitReady(ctx context.Context) bool {
+	if s.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.Starting }) != nil {
+		return false
+	}
+	for {
+		err := s.probeFor(ctx, readyTry)
+		switch {
+		case err == nil:
+			return true
+		case ctx.Err() != nil:
+			return false
+		}
+		s.log.Warn("not ready yet", zap.Error(err))
+		select {
+		case <-time.After(statusEvery):
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
 // awaitChange waits for another state, for a while.
 func (s *supervised) awaitChange(ctx context.Context, state server.State) {
 	ctx, cancel := context.WithTimeoutCause(ctx, statusEvery, errSupervisionOver)
@@ -141,12 +167,15 @@ func (s *supervised) awaitChange(ctx context.Context, state server.State) {
 // drainMargin is how much longer than its deadline a drain may take, with something to spare on a busy machine.
 const drainMargin = 10 * time.Second
 
-// extend asks for the time that the drain still takes, whatever the unit's stop timeout is.
+// extend asks for the time that the drain still takes, whatever the unit's stop timeout is. One that is stuck gets no more.
 func (s *supervised) extend(st server.Status) {
 	if st.Drain == nil || st.State == server.Stopped {
 		return
 	}
-	left := max(0, time.Until(st.Drain.Deadline)) + drainMargin
+	left := time.Until(st.Drain.Deadline) + drainMargin
+	if left <= 0 {
+		return
+	}
 	s.tell(daemon.SdNotifyStopping + "\nEXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10))
 }
 
@@ -172,7 +201,12 @@ var errProbeSlow = errors.New("the probe took too long")
 func (s *supervised) probeFor(ctx context.Context, d time.Duration) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, d, errProbeSlow)
 	defer cancel()
-	return s.probe(ctx)
+	for _, probe := range s.probes {
+		if err := probe(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // statusLine is what systemctl status shows.

@@ -10,6 +10,7 @@ for unit in echod.socket echod.service; do
 		deb-systemd-helper update-state $unit >/dev/null
 	fi
 done
+deb-systemd-helper update-state echod-control.socket >/dev/null # which is there for who wants it
 [ -d /run/systemd/system ] || exit 0
 systemctl --system daemon-reload
 deb-systemd-invoke start echod.socket || true # refused where the service runs without it

@@ -2,9 +2,9 @@
 # After removing, systemd forgets the units; on purge their being enabled is forgotten, too.
 set -e
 if [ "$1" = purge ]; then
-	deb-systemd-helper purge echod.socket echod.service >/dev/null
+	deb-systemd-helper purge echod.socket echod-control.socket echod.service >/dev/null
 fi
 if [ -d /run/systemd/system ]; then
 	systemctl --system daemon-reload
-	systemctl reset-failed echod.socket echod.service 2>/dev/null || true
+	systemctl reset-failed echod.socket echod-control.socket echod.service 2>/dev/null || true
 fi

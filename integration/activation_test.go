@@ -1,0 +1,108 @@
+//go:build unix
+
+package integration
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"echod/control"
+)
+
+// handedOver is a socket that a supervisor hands over, as systemd does: see sd_listen_fds(3).
+type handedOver struct {
+	name string
+	ln   interface{ File() (*os.File, error) }
+}
+
+// activated is the command that runs a server with these sockets.
+func activated(t *testing.T, sockets []handedOver, flags ...string) *exec.Cmd {
+	t.Helper()
+	names := make([]string, len(sockets))
+	args := append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`, built(t, echodBinary), "serve", "--log-format", "json"}, flags...)
+	cmd := exec.Command(require(t, "sh"), args...)
+	for i, s := range sockets {
+		names[i] = s.name
+		file, err := s.ln.File()
+		check(t, err)
+		t.Cleanup(func() { _ = file.Close() })
+		cmd.ExtraFiles = append(cmd.ExtraFiles, file)
+	}
+	cmd.Env = environment(fmt.Sprintf("LISTEN_FDS=%d", len(sockets)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+	return cmd
+}
+
+func tcpSocket(t *testing.T) *net.TCPListener {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	t.Cleanup(func() { _ = ln.Close() })
+	return ln.(*net.TCPListener)
+}
+
+func unixSocket(t *testing.T) (ln *net.UnixListener, path string) {
+	t.Helper()
+	path = filepath.Join(shortDir(t), "c")
+	listener, err := net.Listen("unix", path)
+	check(t, err)
+	t.Cleanup(func() { _ = listener.Close() })
+	return listener.(*net.UnixListener), path
+}
+
+func TestSocketsThatAreHandedOverAreServedByTheirNames(t *testing.T) {
+	t.Parallel()
+	for name, flags := range map[string][]string{"by default": nil, "with its path": {"--control"}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			one, two := tcpSocket(t), tcpSocket(t)
+			plane, path := unixSocket(t)
+			if flags != nil {
+				flags = append(flags, path)
+			}
+			e := launch(t, activated(t, []handedOver{{"echo", one}, {"control", plane}, {"echo", two}}, flags...), path)
+			e.awaitLog("control socket open", "path", path)
+			for _, ln := range []*net.TCPListener{one, two} {
+				p, err := connect(ln.Addr().String())
+				check(t, err)
+				defer p.Close()
+				check(t, p.echo("hello\n"))
+			}
+			if st := e.status(); st.PID != e.pid || len(st.Listeners) != 2 || st.Accepted != 2 {
+				t.Errorf("the control socket says %+v", st)
+			}
+			_, err := e.control.Shutdown(within(t, patience), control.ShutdownRequest{Now: true})
+			check(t, err)
+			e.wait(0)
+		})
+	}
+}
+
+func TestSocketsThatMeanNothingAreAnError(t *testing.T) {
+	t.Parallel()
+	echo, other := tcpSocket(t), tcpSocket(t)
+	plane, path := unixSocket(t)
+	second, _ := unixSocket(t)
+	for name, c := range map[string]struct {
+		sockets []handedOver
+		flags   []string
+		want    string
+	}{
+		"another name":         {[]handedOver{{"echo", echo}, {"http", other}}, nil, `systemd's socket "http", ` + other.Addr().String() + `: want FileDescriptorName=echo or control`},
+		"a control over TCP":   {[]handedOver{{"control", other}}, nil, "there can be one, a Unix socket"},
+		"two controls":         {[]handedOver{{"control", plane}, {"control", second}}, nil, "there can be one, a Unix socket"},
+		"another control path": {[]handedOver{{"control", plane}}, []string{"--control", "/elsewhere"}, "--control /elsewhere: systemd has handed over a control socket, " + path + ": leave out one of the two"},
+		"control off":          {[]handedOver{{"control", plane}}, []string{"--control", "off"}, "--control off: systemd has handed over a control socket, " + path + ": leave out one of the two"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			if got := run(t, activated(t, c.sockets, c.flags...)); got.code != 1 || !strings.Contains(got.stderr, c.want) {
+				t.Errorf("exit code %d, %q; want 1, and %q in it", got.code, got.stderr, c.want)
+			}
+		})
+	}
+}
