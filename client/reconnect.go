@@ -53,18 +53,25 @@ func (b Backoff) ceiling(n int) time.Duration {
 // A retry counts the waits in a row.
 type retry struct {
 	Backoff
-	waits int
-	since time.Time // the first of them; zero before
+	waits int       // they grow by this
+	tries int       // what Retries bounds
+	since time.Time // what MaxElapsed bounds; zero before the first
 }
 
 // reset is called when something was echoed.
-func (r *retry) reset() { r.waits, r.since = 0, time.Time{} }
+func (r *retry) reset() {
+	r.waits = 0
+	r.hope()
+}
+
+// hope is called when something was echoed elsewhere: it makes sense to go on trying, and none to do so more often.
+func (r *retry) hope() { r.tries, r.since = 0, time.Time{} }
 
 // wait waits for the next attempt, which has become necessary by err. Its own
 // error, when there is to be none, wraps err.
 func (r *retry) wait(ctx context.Context, err error) error {
-	if r.Retries > 0 && r.waits >= r.Retries {
-		return fmt.Errorf("gave up after %d retries: %w", r.waits, err)
+	if r.Retries > 0 && r.tries >= r.Retries {
+		return fmt.Errorf("gave up after %d retries: %w", r.tries, err)
 	}
 	if r.since.IsZero() {
 		r.since = time.Now()
@@ -80,6 +87,7 @@ func (r *retry) wait(ctx context.Context, err error) error {
 	timer := time.NewTimer(delay)
 	defer timer.Stop()
 	r.waits++
+	r.tries++
 	select {
 	case <-timer.C:
 		return nil

@@ -32,7 +32,8 @@ type StreamOptions struct {
 	Conns int
 
 	// InFlight bounds the items that have been taken from the source and whose
-	// result has not been handled by the consumer. Zero means 64 for each connection.
+	// result has not been handled by the consumer. A connection has its share of
+	// them under way at the most. Zero means 64 for each connection.
 	InFlight int
 
 	// InFlightBytes bounds the bytes of those items; a single item may be
@@ -108,7 +109,7 @@ var (
 // When the server announces its end, each connection finishes what is outstanding,
 // half-closes, and with opts.Reconnect is made again.
 //
-// The iterator is for single use. The source is ranged over by a goroutine of Stream's,
+// The iterator is for single use. A panic of the source ends the program. The source is ranged over by a goroutine of Stream's,
 // which is awaited before the iteration ends, however it ends. A source that waits for
 // something must heed a context of the caller's, as that of [FromChannel] does, and the caller
 // end it when the last error is yielded, or before breaking off.
@@ -121,7 +122,7 @@ func Stream[K any](ctx context.Context, address string, items iter.Seq2[Item[K],
 		defer s.end(errReturned)
 		for e := range s.completed {
 			for e = s.order.put(e); e != nil; e = s.order.next() {
-				if !yield(Result[K]{Item: e.Item, Err: e.err, Sent: e.sent, Idle: len(s.completed) == 0}, nil) {
+				if !yield(Result[K]{Item: e.Item, Err: e.err, Sent: e.sent, Idle: len(s.completed) == 0 && !s.order.ready()}, nil) {
 					return
 				}
 				s.release(e)
@@ -225,7 +226,7 @@ func (s *stream[K]) run(items iter.Seq2[Item[K], error]) {
 		s.end(errFinished)
 	})
 	for range s.opts.Conns {
-		conns.Go(func() { (&streamConn[K]{stream: s}).run() })
+		conns.Go(func() { (&streamConn[K]{stream: s, room: make(chan struct{}, 1)}).run() })
 	}
 	conns.Wait()
 	s.finish()
@@ -324,9 +325,12 @@ func (o *order[K]) put(e *entry[K]) *entry[K] {
 	return o.next()
 }
 
+// ready reports whether next has one.
+func (o *order[K]) ready() bool { return o.waiting != nil && o.waiting[o.place(o.due)] != nil }
+
 // next returns another one whose turn it is, or nil.
 func (o *order[K]) next() *entry[K] {
-	if o.waiting == nil || o.waiting[o.place(o.due)] == nil {
+	if !o.ready() {
 		return nil
 	}
 	e := o.waiting[o.place(o.due)]

@@ -12,7 +12,8 @@ import (
 type streamConn[K any] struct {
 	*stream[K]
 	retry retry
-	seen  int64 // the stream's progress when retry began to count
+	seen  int64         // the stream's progress when retry began to count
+	room  chan struct{} // holds something when due has become shorter
 
 	mu      sync.Mutex  // guards what follows
 	due     []*entry[K] // what is sent, or about to be, and has not come back; the oldest first
@@ -74,6 +75,7 @@ func (c *streamConn[K]) takeNow(stop <-chan struct{}) (e *entry[K], decided bool
 // serve makes a connection, sends first and what else there is over it until it ends,
 // and returns why. It leaves in due what has not come back.
 func (c *streamConn[K]) serve(first *entry[K]) error {
+	c.sent, c.echoed, c.leaving = 0, 0, false
 	told := make(chan struct{})
 	stop := sync.OnceFunc(func() { close(told) })
 	link, err := dialLink(c.intake, c.opts.Dial, c.address, func(n Notice) {
@@ -88,7 +90,6 @@ func (c *streamConn[K]) serve(first *entry[K]) error {
 		c.due = []*entry[K]{first}
 		return err
 	}
-	c.sent, c.echoed, c.leaving = 0, 0, false
 	sending, cancel := context.WithCancelCause(c.ctx)
 	var sender sync.WaitGroup
 	sender.Go(func() { c.send(sending, link, first, told) })
@@ -104,18 +105,17 @@ func (c *streamConn[K]) serve(first *entry[K]) error {
 
 // send sends until the server announces the connection's end, or all is over.
 func (c *streamConn[K]) send(ctx context.Context, link *link, e *entry[K], told <-chan struct{}) {
-	share := max(c.opts.InFlight/c.opts.Conns, 1) // and the rest for the other connections
 	var buf []byte
-	for ; e != nil; e = c.take(told) {
-		c.expect(e)
+	for ; e != nil; e = c.takeWithRoom(told) {
+		free := c.expect(e)
 		data := e.Data
 		if len(data) < chunkSize {
 			buf = append(buf[:0], data...)
-			for n := 1; n < share && len(buf) < chunkSize; n++ {
+			for free > 0 && len(buf) < chunkSize {
 				if e, _ = c.takeNow(told); e == nil {
 					break
 				}
-				c.expect(e)
+				free = c.expect(e)
 				buf = append(buf, e.Data...)
 			}
 			data = buf
@@ -135,6 +135,33 @@ func (c *streamConn[K]) send(ctx context.Context, link *link, e *entry[K], told 
 	c.leave(link)
 }
 
+// takeWithRoom is take, once no more are due than this connection's share. A connection that does not answer must
+// not take up what others could send.
+func (c *streamConn[K]) takeWithRoom(told <-chan struct{}) *entry[K] {
+	for c.free() <= 0 {
+		select {
+		case <-c.room:
+		case <-told:
+			return nil
+		case <-c.intake.Done():
+			return nil
+		}
+	}
+	return c.take(told)
+}
+
+// free returns how many more may be due.
+func (c *streamConn[K]) free() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.freeLocked()
+}
+
+func (c *streamConn[K]) freeLocked() int {
+	share := max(c.opts.InFlight/c.opts.Conns, 1)
+	return share - len(c.due)
+}
+
 // leave closes the connection when all that was to be sent has come back. Its caller holds mu.
 func (c *streamConn[K]) leave(link *link) {
 	if c.leaving && len(c.due) == 0 {
@@ -142,8 +169,8 @@ func (c *streamConn[K]) leave(link *link) {
 	}
 }
 
-// expect notes that an entry is about to be sent.
-func (c *streamConn[K]) expect(e *entry[K]) {
+// expect notes that an entry is about to be sent, and returns how many more may be due.
+func (c *streamConn[K]) expect(e *entry[K]) (free int) {
 	e.sent++
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -153,6 +180,7 @@ func (c *streamConn[K]) expect(e *entry[K]) {
 	c.sent += int64(len(e.Data))
 	e.end = c.sent
 	c.due = append(c.due, e)
+	return c.freeLocked()
 }
 
 // receive completes what comes back, until the connection ends. It returns why that is.
@@ -182,6 +210,12 @@ func (c *streamConn[K]) confirm(link *link, n int, done []*entry[K]) []*entry[K]
 		c.due = c.due[1:]
 	}
 	c.leave(link)
+	if len(done) > 0 {
+		select {
+		case c.room <- struct{}{}:
+		default:
+		}
+	}
 	return done
 }
 
@@ -189,7 +223,7 @@ func (c *streamConn[K]) confirm(link *link, n int, done []*entry[K]) []*entry[K]
 func (c *streamConn[K]) handBack(err error) {
 	due := c.due
 	c.due = nil
-	if len(due) > 0 && due[0].sent > 0 {
+	if len(due) > 0 && c.sent > 0 {
 		if err := c.blame(due[0], err); err != nil {
 			c.complete(due[0], err)
 			due = due[1:]
@@ -209,6 +243,9 @@ func (c *streamConn[K]) handBack(err error) {
 func (c *streamConn[K]) blame(e *entry[K], err error) error {
 	if corruption, is := errors.AsType[*CorruptionError](err); is && len(corruption.Want) > 0 {
 		return corruption // else it came unasked, before that
+	}
+	if _, told := errors.AsType[*NoticeError](err); told {
+		return nil // the server has its own reasons to end it
 	}
 	if e.grows(c.progress.Load()) >= c.opts.Attempts {
 		return fmt.Errorf("gave up after %d connections: %w", c.opts.Attempts, err)
@@ -238,6 +275,9 @@ func (c *streamConn[K]) backOff(err error) {
 	}
 	if now := c.progress.Load(); now != c.seen {
 		c.seen = now
+		c.retry.hope()
+	}
+	if c.echoed > 0 {
 		c.retry.reset()
 	}
 	c.retry.Backoff = *c.opts.Reconnect

@@ -407,7 +407,7 @@ func TestStreamGivesAnItemUp(t *testing.T) {
 func TestStreamBlamesNoItemForAServerThatIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		gone := func(conn net.Conn) { _, _ = conn.Read(make([]byte, 1)) } // such as a proxy without a server
-		script := append(slices.Repeat([]behaviour{gone}, 50), echoes)
+		script := slices.Concat([]behaviour{dies(10)}, slices.Repeat([]behaviour{gone}, 50), []behaviour{echoes})
 		opts := StreamOptions{Conns: 1, Attempts: 3, Reconnect: &Backoff{}, Dial: pipes(t, script...)}
 		collect(t, Stream(t.Context(), "memory", numbered(100), opts)).wantAll(t, 100)
 	})
@@ -422,8 +422,108 @@ func TestStreamLeavesAServerThatDoesNotClose(t *testing.T) {
 		<-t.Context().Done()
 	}
 	collect(t, Stream(t.Context(), listen(t, stays, echoes), numbered(1000), StreamOptions{
-		Conns: 1, Reconnect: &Backoff{Min: time.Millisecond},
+		Conns: 1, Reconnect: &Backoff{Min: time.Millisecond}, StallTimeout: -1,
 	})).wantAll(t, 1000)
+}
+
+// A server that is full for all but one connection costs no item anything.
+func TestStreamBlamesNoItemForAServerThatIsFull(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var first atomic.Bool
+		serving, full := pipes(t, jittery), pipes(t, slices.Repeat([]behaviour{says("BUSY\n")}, 10_000)...)
+		tries := 0
+		dial := locked(func(ctx context.Context, address string) (net.Conn, error) {
+			if first.CompareAndSwap(false, true) {
+				return serving(ctx, address)
+			}
+			tries++
+			return full(ctx, address)
+		})
+		const n = 10_000 // 50 s for one connection
+		opts := StreamOptions{Dial: dial, Conns: 8, Reconnect: &Backoff{Max: 4 * time.Second, MaxElapsed: time.Minute}}
+		collect(t, Stream(t.Context(), "memory", numbered(n), opts)).wantAll(t, n)
+		if most := 7 * 50; tries > most { // each waits for 2 s in the mean, once its waits have grown
+			t.Errorf("%d attempts to connect, want at most %d", tries, most)
+		}
+	})
+}
+
+// A connection that does not answer has its share, and no more: the others go on.
+func TestStreamGoesOnBesideAConnectionThatDoesNotAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent := func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
+		const n, inFlight = 2000, 40
+		began, prompt := time.Now(), 0
+		opts := StreamOptions{
+			Conns: 4, InFlight: inFlight, StallTimeout: time.Hour, Reconnect: &Backoff{},
+			Dial: locked(pipes(t, silent, echoes, echoes, echoes, echoes)),
+		}
+		for r, err := range Stream(t.Context(), "memory", numbered(n), opts) {
+			if err != nil || r.Err != nil {
+				t.Fatal(r.Err, err)
+			}
+			if time.Since(began) < time.Hour {
+				prompt++
+			}
+		}
+		if prompt != n-inFlight/4 {
+			t.Errorf("%d of %d items came back before the silent connection was given up, want all but %d", prompt, n, inFlight/4)
+		}
+	})
+}
+
+// Every connection that was made is closed.
+func TestStreamClosesItsConnections(t *testing.T) {
+	var made, closed atomic.Int64
+	address := listen(t, tells(30), dies(3), echoes)
+	dial := func(ctx context.Context, address string) (net.Conn, error) {
+		conn, err := dialTCP(ctx, address)
+		if err != nil {
+			return nil, err
+		}
+		made.Add(1)
+		return counted{conn.(*net.TCPConn), sync.OnceFunc(func() { closed.Add(1) })}, nil
+	}
+	opts := StreamOptions{Conns: 3, Dial: dial, Reconnect: &Backoff{Min: time.Millisecond}}
+	collect(t, Stream(t.Context(), address, numbered(2000), opts)).wantAll(t, 2000)
+	if made.Load() < 3 || made.Load() != closed.Load() {
+		t.Errorf("%d connections were made, %d closed", made.Load(), closed.Load())
+	}
+}
+
+type counted struct {
+	*net.TCPConn
+	closed func()
+}
+
+func (c counted) Close() error {
+	c.closed()
+	return c.TCPConn.Close()
+}
+
+// Who writes results can tell when to flush.
+func TestStreamSaysWhenNothingMoreIsReady(t *testing.T) {
+	for _, ordered := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			const n = 10
+			atOnce := func(conn net.Conn) {
+				all := make([]byte, n*len("line 0\n"))
+				_, _ = io.ReadFull(conn, all)
+				_, _ = conn.Write(all)
+				_, _ = io.Copy(io.Discard, conn)
+			}
+			i := 0
+			for r, err := range Stream(t.Context(), "memory", numbered(n), StreamOptions{Conns: 1, Ordered: ordered, Dial: pipes(t, atOnce)}) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait() // all have come
+				if i++; i > 1 && r.Idle != (i == n) {
+					t.Errorf("result %d of %d is said to be idle: %v", i, n, r.Idle)
+				}
+			}
+		})
+	}
 }
 
 func TestStreamGivesUp(t *testing.T) {
@@ -522,7 +622,18 @@ func TestStreamIsPatientWithAnIdleConnection(t *testing.T) {
 				}
 			}
 		}
-		opts := StreamOptions{Conns: 1, Dial: pipes(t, echoes), StallTimeout: time.Second}
+		slow := func(conn net.Conn) {
+			lines := bufio.NewReader(conn)
+			for {
+				line, err := lines.ReadString('\n')
+				if err != nil {
+					return
+				}
+				time.Sleep(900 * time.Millisecond)
+				_, _ = io.WriteString(conn, line)
+			}
+		}
+		opts := StreamOptions{Conns: 1, Dial: pipes(t, slow), StallTimeout: time.Second}
 		collect(t, Stream(t.Context(), "memory", source, opts)).wantAll(t, 3)
 	})
 }
@@ -538,6 +649,8 @@ func TestStreamEndsWhileItsSourceWaits(t *testing.T) {
 		for r, err := range Stream(t.Context(), "memory", FromChannel(ctx, items), StreamOptions{Dial: pipes(t)}) {
 			if err != nil {
 				last = err
+				items <- Item[int]{1, []byte("line 1\n")} // too late: nobody takes it
+				synctest.Wait()
 				cancel()
 			} else if !errors.Is(r.Err, ErrUnfinished) {
 				t.Errorf("item %d: %v", r.Key, r.Err)
