@@ -430,7 +430,7 @@ func TestStreamLeavesAServerThatDoesNotClose(t *testing.T) {
 func TestStreamBlamesNoItemForAServerThatIsFull(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var first atomic.Bool
-		serving, full := pipes(t, jittery), pipes(t, slices.Repeat([]behaviour{says("BUSY\n")}, 10_000)...)
+		serving, full := pipes(t, jittery), pipes(t, slices.Repeat([]behaviour{after(0, "BUSY\n")}, 10_000)...)
 		tries := 0
 		dial := locked(func(ctx context.Context, address string) (net.Conn, error) {
 			if first.CompareAndSwap(false, true) {
