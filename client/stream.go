@@ -45,9 +45,9 @@ type StreamOptions struct {
 	Ordered bool
 
 	// Reconnect, if not nil, makes a connection that ends be made again, and what
-	// had not come back be sent again. Its limits count from the last time that
-	// anything came back on any connection. If it is nil, the first connection
-	// that ends, ends the stream.
+	// had not come back be sent again. Its waits grow while nothing comes back over
+	// the connection itself; its limits count from the last time that anything came back
+	// over any. If it is nil, the first connection that ends, ends the stream.
 	Reconnect *Backoff
 
 	// StallTimeout is how long an item's echo may take, when it is the next that is
