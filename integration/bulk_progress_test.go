@@ -31,6 +31,20 @@ func TestBulkDrawsBarsOnATerminal(t *testing.T) {
 	term.awaits(`3,000 of 3,001 records came back`)
 }
 
+// Where the echo goes to the terminal itself, bars would be drawn over it.
+func TestBulkDrawsNoBarsOverTheEcho(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	input := filepath.Join(t.TempDir(), "in")
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 1000)), 0o600))
+	term, _ := openTerminal(t)
+	term.types(fmt.Sprintf("$ECHOD send --address %s --lines --rate 1000 %s; echo \"code=$?\"\n", e.addr, input))
+	term.awaits(`(?m)^code=0$`)
+	if strings.Contains(term.screen(), "in [") {
+		t.Error("there are bars")
+	}
+}
+
 // Without a terminal there is a line from time to time.
 func TestBulkTellsItsProgressInLines(t *testing.T) {
 	t.Parallel()

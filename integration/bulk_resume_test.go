@@ -4,7 +4,6 @@ package integration
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -28,27 +27,17 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 	dir := t.TempDir()
 	out, state := filepath.Join(dir, "out"), filepath.Join(dir, "state.json")
 	args := []string{"--csv", "--conns", "4", "--ordered", "--output", out, "--resume", state, table}
-	slow := e.sendCommand(append([]string{"--rate", "1000"}, args...)...)
-	slow.Env = environment()
-	var stderr bytes.Buffer
-	slow.Stderr = &stderr
-	check(t, slow.Start())
-	poll(t, "some to be written", func() bool {
-		info, err := os.Stat(out)
-		return err == nil && info.Size() > 0
-	})
-	check(t, slow.Process.Signal(syscall.SIGINT))
-	_ = slow.Wait()
-	if code := exitCode(slow.ProcessState); code != 130 {
-		t.Errorf("code %d, want 130: %s", code, stderr.String())
+	slow := e.interrupted(syscall.SIGINT, out, args...)
+	if slow.code != 130 {
+		t.Errorf("code %d, want 130: %s", slow.code, slow.stderr)
 	}
 	for _, want := range []string{"finishing what is in flight", "--resume " + state} {
-		if !strings.Contains(stderr.String(), want) {
-			t.Errorf("stderr lacks %q: %s", want, stderr.String())
+		if !strings.Contains(slow.stderr, want) {
+			t.Errorf("stderr lacks %q: %s", want, slow.stderr)
 		}
 	}
-	if strings.Contains(stderr.String(), "not finished") {
-		t.Errorf("what was in flight was not finished: %s", stderr.String())
+	if strings.Contains(slow.stderr, "not finished") {
+		t.Errorf("what was in flight was not finished: %s", slow.stderr)
 	}
 	half := strings.Count(readFile(t, out), "\n")
 	if half == 0 || half == rows {
@@ -81,7 +70,8 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 	dir := t.TempDir()
 	input, out, state := filepath.Join(dir, "in"), filepath.Join(dir, "out"), filepath.Join(dir, "state")
 	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 1000)), 0o600))
-	args := []string{"--lines", "--in-flight", "10", "--output", out, "--resume", state, input}
+	failed := filepath.Join(dir, "failed")
+	args := []string{"--lines", "--in-flight", "10", "--failed", failed, "--output", out, "--resume", state, input}
 	cmd := e.sendCommand(args...)
 	cmd.Env = environment()
 	stderr, err := cmd.StderrPipe()
@@ -97,7 +87,7 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
 	rest, _ := io.ReadAll(said)
 	_ = cmd.Wait()
-	if code := exitCode(cmd.ProcessState); code != 143 || !strings.Contains(string(rest), "10 not finished") {
+	if code := exitCode(cmd.ProcessState); code != 143 || !strings.Contains(string(rest), "10 not finished") || strings.Contains(string(rest), "gave up") {
 		t.Errorf("code %d, want 143: %s", code, rest)
 	}
 	var saved struct {
@@ -109,6 +99,9 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 	check(t, json.Unmarshal([]byte(readFile(t, state)), &saved))
 	if len(saved.Inputs) != 1 || saved.Inputs[0].Records != 10 || len(saved.Inputs[0].Missing) != 10 {
 		t.Errorf("the state is %+v, want 10 records, all of them missing", saved)
+	}
+	if _, err := os.Stat(failed); !os.IsNotExist(err) {
+		t.Errorf("what is in the state is in the failed, too: %v", err)
 	}
 	if got := e.ctl("resume"); got.code != 0 {
 		t.Fatal(got)
@@ -133,6 +126,16 @@ func TestBulkGivesUp(t *testing.T) {
 	}
 	if kept := readFile(t, failed); kept != "one\ntwo\n" {
 		t.Errorf("the failed are %q", kept)
+	}
+	if !strings.Contains(got.stderr, "connection refused: connecting again, for at most 300ms without an echo\n") || strings.Count(got.stderr, "connecting again") != 1 {
+		t.Errorf("it does not say once why it connects again: %s", got.stderr)
+	}
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 1000)), 0o600))
+	got = echodRun(t, "send", "--timeout", "1ns", "--lines", "--give-up", "100ms", input)
+	for _, want := range []string{"64 not finished", "not all of the input was read", "not within 1ns", "a run with --resume FILE can be gone on with"} {
+		if !strings.Contains(got.stderr, want) {
+			t.Errorf("stderr lacks %q: %s", want, got.stderr)
+		}
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -61,6 +62,7 @@ func TestBulkReadsFilesURLsAndStandardInput(t *testing.T) {
 		"blocks":         {[]string{"--raw", "--block-size", "2B", "--conns", "3", "--ordered", dir + "/plain"}, "", text},
 		"packed blocks":  {[]string{"--raw", "--verbatim", dir + "/text.gz"}, "", zipped.String()},
 		"csv":            {[]string{"--csv", "--delimiter", ";"}, "a;b\n1;2\n", `{"line":2,"a":"1","b":"2"}` + "\n"},
+		"lazy quotes":    {[]string{"--csv", "--lazy-quotes"}, "a\nx\"y\n", `{"line":2,"a":"x\"y"}` + "\n"},
 		"no header":      {[]string{"--csv", "--no-header"}, "1,2\n", `{"line":1,"fields":["1","2"]}` + "\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -71,6 +73,21 @@ func TestBulkReadsFilesURLsAndStandardInput(t *testing.T) {
 				t.Errorf("got %+v, want %q and a summary", got, c.want)
 			}
 		})
+	}
+}
+
+// With a rate there is a record at a time, and each connection waits for one.
+func TestBulkUsesItsConnections(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	const conns = 12
+	cmd := e.sendCommand("--lines", "--rate", "1000", "--conns", strconv.Itoa(conns))
+	cmd.Stdin = strings.NewReader(strings.Repeat("a line\n", 1000))
+	if got := run(t, cmd); got.code != 0 {
+		t.Error(got)
+	}
+	if n := e.status().Accepted; n != conns {
+		t.Errorf("%d connections were made, want %d", n, conns)
 	}
 }
 

@@ -42,8 +42,9 @@ server announces its end, what is under way is finished; with --reconnect, which
 files and URLs imply, what has not come back is sent again once the server, or its
 successor, is back, and each record is written once.
 
-The first SIGINT or SIGTERM stops reading and finishes what is in flight, the second
-ends it. With --resume, the same command goes on from there.
+The first SIGINT, SIGTERM or SIGHUP stops reading and finishes what is in flight, the
+second ends it. With --resume, the same command goes on from there, also after SIGKILL
+or a full disk: what --output and --failed had got beyond that is cut off.
 
 Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 		Example: `  echod send hello
@@ -68,8 +69,8 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	flags.BoolVar(&s.noHeader, "no-header", false, "CSV: the first row is data")
 	flags.StringVar(&s.delimiter, "delimiter", ",", "CSV: `character` between fields, such as ; or \\t")
 	flags.BoolVar(&s.lazyQuotes, "lazy-quotes", false, "CSV: quotes may stand within fields")
-	flags.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block")
-	flags.StringVar(&s.maxRecord, "max-record", "1MiB", "`size` of the longest line or row; each connection may take\nas much memory a few times over, as with --block-size")
+	flags.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block, up to 16MiB; some 15 of them are in\nmemory")
+	flags.StringVar(&s.maxRecord, "max-record", "1MiB", "`size` of the longest line or row, up to 16MiB; several as long\nmay be in memory for each connection")
 	flags.BoolVar(&s.verbatim, "verbatim", false, "do not unpack gzip and zstd")
 	flags.IntVar(&s.conns, "conns", 1, "`number` of connections; with several, records come back in\nany order")
 	flags.IntVar(&s.inFlight, "in-flight", 0, "`number` of records sent and not written yet, over all\nconnections (default: 64 for each); they are kept in memory,\nup to 4 MiB of them")

@@ -202,9 +202,13 @@ func (r *run) notice(n client.Notice) {
 	}
 }
 
-// reconnect tells why connections are made again. That comes from each of them, and again and again while the server is away.
+// reconnect tells why connections are made again, unless a notice has told it. That comes from each of them, and again and again while
+// the server is away.
 func (r *run) reconnect(reason error) {
 	r.tally.reconnects.Add(1)
+	if _, told := errors.AsType[*client.NoticeError](reason); told {
+		return
+	}
 	if op, is := errors.AsType[*net.OpError](reason); is && op.Op != "dial" {
 		reason = op.Err // without the ports, which are others each time
 	}

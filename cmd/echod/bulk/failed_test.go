@@ -12,11 +12,16 @@ import (
 
 // What fails of CSV is a row again, whatever is in it.
 func TestFailedRowsAreRowsAgain(t *testing.T) {
-	table := "a;line;a\n1;\"x;\"\"y\"\"\nz\";\n"
-	for name, opts := range map[string]records.Options{
-		"header":    {Format: records.CSV, Delimiter: ';'},
-		"no header": {Format: records.CSV, Delimiter: ';', NoHeader: true},
+	const several, one = "a;line;a\n1;\"x;\"\"y\"\"\nz\";\n", "a\n\"\"\nx\n"
+	for name, c := range map[string]struct {
+		opts  records.Options
+		table string
+	}{
+		"header":               {records.Options{Format: records.CSV, Delimiter: ';'}, several},
+		"no header":            {records.Options{Format: records.CSV, Delimiter: ';', NoHeader: true}, several},
+		"one field, and empty": {records.Options{Format: records.CSV, Delimiter: ';'}, one},
 	} {
+		opts, table := c.opts, c.table
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "failed")
 			failed, err := OpenFailed(path, opts)

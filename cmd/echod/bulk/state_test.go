@@ -1,6 +1,7 @@
 package bulk
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -93,15 +94,21 @@ func TestStateIsAboutItsInputs(t *testing.T) {
 			t.Errorf("another %s: %v, want %q", name, err, c.want)
 		}
 	}
-	for _, text := range []string{"two\n", "one and two\n"} { // the first of the same size
-		if err := os.WriteFile(input, []byte(text), 0o600); err != nil {
+	modified := s.now.Inputs[0].Modified
+	for _, c := range []struct {
+		text     string
+		modified time.Time
+		want     string
+	}{
+		{"one\n", modified, ""},
+		{"two\n", modified.Add(time.Hour), input + " has changed since: it is of "},
+		{"one and two\n", modified, input + " has changed since: it has 12 bytes, and had 4"},
+	} {
+		if err := errors.Join(os.WriteFile(input, []byte(c.text), 0o600), os.Chtimes(input, time.Time{}, c.modified)); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Chtimes(input, time.Time{}, time.Now().Add(time.Hour)); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := OpenState(path, []string{input, url + secret}, was); err == nil || !strings.Contains(err.Error(), input+" has changed since") {
-			t.Errorf("with %q: %v", text, err)
+		if _, err := OpenState(path, []string{input, url + secret}, was); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("with %q of %v: %v, want %q", c.text, c.modified, err, c.want)
 		}
 	}
 }

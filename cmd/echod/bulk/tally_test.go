@@ -2,12 +2,14 @@ package bulk
 
 import (
 	"bytes"
+	"io"
 	"net"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/mattn/go-runewidth"
+	"github.com/vbauerster/mpb/v8"
 
 	"echod/client"
 	"echod/client/records"
@@ -61,6 +63,23 @@ func TestProgressOfWhatIsDoneAlready(t *testing.T) {
 	} else if _, _, known := tally.position(); known {
 		t.Error("the length of what is not open is known")
 	}
+}
+
+// No more bars are drawn than fit: that of what is done makes room.
+func TestBarsAreAsManyAsFit(t *testing.T) {
+	empty := file(t, "in", "")
+	d := &drawing{tally: newTally([]string{empty, empty, empty}), most: Bars(io.Discard, 5).(*bars).most, p: mpb.New(mpb.WithOutput(io.Discard))}
+	d.update()
+	if d.most != 2 || len(d.bars) != 2 {
+		t.Errorf("%d bars of at most %d on five rows, want 2", len(d.bars), d.most)
+	}
+	d.tally.inputs[0].done.Store(true)
+	d.update()
+	if len(d.bars) != 2 || d.bars[0].input != &d.tally.inputs[1] || d.bars[1].input != &d.tally.inputs[2] {
+		t.Errorf("%d bars, want those of the second and the third input", len(d.bars))
+	}
+	d.finish()
+	d.p.Wait()
 }
 
 func TestBarsHaveTitlesOfOneLine(t *testing.T) {
