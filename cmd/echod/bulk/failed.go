@@ -126,8 +126,9 @@ func (f *Failed) close() error {
 	if f == nil {
 		return nil
 	}
-	end, err := f.to.file.Seek(0, io.SeekEnd)
-	if err = f.wrap(f.to.close()); err == nil && f.to.regular && end == 0 {
+	end, _ := f.to.file.Seek(0, io.SeekEnd) // of a regular file
+	err := f.wrap(f.to.close())
+	if err == nil && f.to.regular && end == 0 {
 		err = os.Remove(f.to.file.Name())
 	}
 	return err
