@@ -163,7 +163,7 @@ func (d *drawing) add(name string, place int, position func() (end, size int64, 
 				if !known {
 					return " " + humanize.Bytes(uint64(end))
 				}
-				return fmt.Sprintf(" %3d %% of %s", end*100/max(size, 1), humanize.Bytes(uint64(size)))
+				return fmt.Sprintf(" %3d %% of %s", percent(end, size), humanize.Bytes(uint64(size)))
 			}, decor.WCSyncSpaceR),
 			decor.Any(func(decor.Statistics) string { return done() }, decor.WCSyncSpace),
 			decor.Any(func(decor.Statistics) string {

@@ -85,8 +85,8 @@ func repeat(every time.Duration, f func(since time.Duration)) (end func()) {
 func (t *tally) progress(since time.Duration) string {
 	parts := []string{fmt.Sprintf("%s, %s back", plural(t.records(), "record"), humanize.Bytes(uint64(t.bytes.Load())))}
 	end, size, known := t.position()
-	if known && size > 0 {
-		parts = append(parts, fmt.Sprintf("%d %% of %s done", end*100/size, humanize.Bytes(uint64(size))))
+	if known {
+		parts = append(parts, fmt.Sprintf("%d %% of %s done", percent(end, size), humanize.Bytes(uint64(size))))
 	} else {
 		parts = append(parts, humanize.Bytes(uint64(end))+" done")
 	}
@@ -95,6 +95,14 @@ func (t *tally) progress(since time.Duration) string {
 		parts = append(parts, left+" left")
 	}
 	return strings.Join(append(parts, t.troubles()...), ", ")
+}
+
+// percent is how much of an input is done. Of an empty one that is all.
+func percent(end, size int64) int64 {
+	if size == 0 {
+		return 100
+	}
+	return end * 100 / size
 }
 
 // troubles says what has not gone well.
