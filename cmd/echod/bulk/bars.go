@@ -179,8 +179,7 @@ func (d *drawing) add(name string, place int, position func() (end, size int64, 
 func (d *drawing) pace() string {
 	since := time.Since(d.began)
 	parts := []string{fmt.Sprintf(" %s/s", humanize.Comma(int64(float64(d.tally.records())/since.Seconds())))}
-	end, size, known := d.tally.position()
-	if left, ok := timeLeft(since, end, size); known && ok {
+	if left, ok := d.tally.timeLeft(since); ok {
 		parts = append(parts, left+" left")
 	}
 	return strings.Join(append(parts, d.tally.troubles()...), "  ")

@@ -91,7 +91,7 @@ func (t *tally) progress(since time.Duration) string {
 		parts = append(parts, humanize.Bytes(uint64(end))+" done")
 	}
 	parts = append(parts, humanize.Comma(int64(float64(t.records())/since.Seconds()))+"/s")
-	if left, ok := timeLeft(since, end, size); known && ok {
+	if left, ok := t.timeLeft(since); ok {
 		parts = append(parts, left+" left")
 	}
 	return strings.Join(append(parts, t.troubles()...), ", ")
@@ -117,8 +117,12 @@ func (t *tally) troubles() (parts []string) {
 }
 
 // timeLeft is how long the rest will take if it goes on like this.
-func timeLeft(since time.Duration, end, size int64) (text string, ok bool) {
-	if end <= 0 || end >= size {
+func (t *tally) timeLeft(since time.Duration) (text string, ok bool) {
+	end, size, known := t.position()
+	for i := range t.inputs { // which has taken no time
+		end, size = end-t.inputs[i].before.Load(), size-t.inputs[i].before.Load()
+	}
+	if !known || end <= 0 || end >= size {
 		return "", false
 	}
 	left := time.Duration(float64(since) * float64(size-end) / float64(end))

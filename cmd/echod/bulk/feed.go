@@ -38,6 +38,7 @@ func (r *run) items(yield func(client.Item[key], error) bool) {
 func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool, err error) {
 	in := &r.tally.inputs[i]
 	if r.opts.State.complete(i) {
+		in.before.Store(max(in.file, 0))
 		in.done.Store(true)
 		return true, nil
 	}
@@ -75,6 +76,7 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 		in.taken.Add(1)
 		if r.opts.State.has(k) {
 			r.tally.skipped.Add(1)
+			in.before.Store(k.end)
 			in.settled(k)
 			continue
 		}

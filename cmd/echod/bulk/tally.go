@@ -42,6 +42,7 @@ type inputTally struct {
 	taken  atomic.Int64                   // records
 	closed atomic.Int64                   // those of them of which it is known what has become
 	end    atomic.Int64                   // of the last of these, in the input
+	before atomic.Int64                   // as end, of what an earlier run has done
 	source atomic.Pointer[records.Source] // nil before it is opened
 	done   atomic.Bool                    // it was read to its end
 }

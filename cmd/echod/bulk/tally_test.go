@@ -47,6 +47,10 @@ func TestProgressIsWhatIsDone(t *testing.T) {
 	if text := tally.progress(time.Second); !strings.Contains(text, "50 % of 10 B done") || !strings.Contains(text, "1s left") {
 		t.Errorf("the progress is %q", text)
 	}
+	in.before.Store(4)
+	if left, ok := tally.timeLeft(time.Second); !ok || left != "5s" {
+		t.Errorf("%s left after a byte of six in a second, want 5s", left)
+	}
 	in.settled(key{input: 1, end: 9})
 	expect("when all is done, whatever is behind it", 10, 10)
 }
