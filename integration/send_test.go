@@ -87,6 +87,7 @@ func TestSendStandardInput(t *testing.T) {
 		"nothing":                 "",
 		"what looks like notices": "SHUTDOWN 5 SIGTERM\nPAUSED\nBUSY\nNOTICE hi\n",
 		"any bytes":               string(noise),
+		"a long line":             strings.Repeat("x", 3<<20) + "\nshort\n",
 	} {
 		for _, flags := range [][]string{nil, {"--reconnect"}} {
 			t.Run(name+strings.Join(flags, ""), func(t *testing.T) {

@@ -1,6 +1,7 @@
 package records
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,7 +36,7 @@ func openURL(ctx context.Context, rawURL string, client *http.Client) (*input, e
 		return nil, errors.Join(fmt.Errorf("read %s: %w", name, err), d.Close())
 	}
 	in := newInput(ctx, d, name)
-	in.size, in.close = d.size, d.Close
+	in.size, in.close, in.validator = d.size, d.Close, d.validator
 	return in, nil
 }
 
@@ -67,9 +68,10 @@ type download struct {
 	cancel context.CancelCauseFunc
 	stall  *time.Timer // cancels; stopped while nothing is waited for
 
-	body io.ReadCloser // nil before the answer
-	size int64         // -1 means unknown
-	got  int64
+	body      io.ReadCloser // nil before the answer
+	size      int64         // -1 means unknown
+	validator string
+	got       int64
 }
 
 // start requests u, and returns once the answer has begun.
@@ -86,6 +88,7 @@ func (d *download) start(u *url.URL) error {
 		return d.explain(err)
 	}
 	d.body, d.size = answer.Body, answer.ContentLength
+	d.validator = cmp.Or(answer.Header.Get("ETag"), answer.Header.Get("Last-Modified"))
 	if answer.StatusCode != http.StatusOK {
 		return fmt.Errorf("%d %s", answer.StatusCode, http.StatusText(answer.StatusCode))
 	}

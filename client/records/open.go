@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net/url"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -22,10 +23,10 @@ import (
 func Open(ctx context.Context, name string, stdin io.Reader, opts Options) (*Source, error) {
 	var in *input
 	var err error
-	switch scheme, _, _ := strings.Cut(strings.ToLower(name), "://"); {
+	switch {
 	case name == "-":
-		in = newInput(ctx, stdin, "standard input")
-	case scheme == "http", scheme == "https":
+		in = newInput(ctx, stdin, PublicName(name))
+	case isURL(name):
 		in, err = openURL(ctx, name, opts.HTTP)
 	default:
 		in, err = openFile(ctx, name)
@@ -36,6 +37,26 @@ func Open(ctx context.Context, name string, stdin io.Reader, opts Options) (*Sou
 	return newSource(in, opts)
 }
 
+// PublicName returns what Open calls the source of that name in errors, once it is open.
+func PublicName(name string) string {
+	switch {
+	case name == "-":
+		return "standard input"
+	case !isURL(name):
+		return name
+	}
+	u, err := url.Parse(name)
+	if err != nil {
+		return "URL" // nobody knows what in it is secret
+	}
+	return publicName(u)
+}
+
+func isURL(name string) bool {
+	scheme, _, _ := strings.Cut(strings.ToLower(name), "://")
+	return scheme == "http" || scheme == "https"
+}
+
 // An input is where the bytes come from, before they are unpacked.
 type input struct {
 	name  string
@@ -43,6 +64,8 @@ type input struct {
 	r     io.Reader
 	size  int64        // -1 means unknown
 	close func() error // may be called again
+
+	validator string // of a URL's answer
 
 	err      error // of r; it stays
 	consumed atomic.Int64

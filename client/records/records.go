@@ -10,6 +10,7 @@ import (
 	"iter"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 )
 
 const (
@@ -61,6 +62,10 @@ type Options struct {
 	// it, in bytes. Zero means 1 MiB. It bounds the memory of a Source.
 	MaxRecord int
 
+	// Pieces makes several records of a line longer than MaxRecord, which is an
+	// Error otherwise. All but the last have no newline, and belong together.
+	Pieces bool
+
 	// Verbatim leaves what is gzip or zstd as it is.
 	Verbatim bool
 
@@ -85,13 +90,16 @@ type Record struct {
 }
 
 // A Source is an input from which records are read, by one goroutine at a time.
-// Name, Size and Consumed may be called concurrently.
+// Name, Size, Consumed and Validator may be called concurrently.
 type Source struct {
 	in     *input
 	read   func() (Record, error)
 	rows   *rows // CSV, once it was begun
 	number int64
 	err    error // the end of the records: io.EOF, or why
+
+	ahead    []interface{ Buffered() int } // what was read of in, and is in no record yet
+	consumed atomic.Int64
 }
 
 // New makes a source of r, which it does not close; name is for errors.
@@ -133,15 +141,20 @@ func (s *Source) begin(opts Options) (Record, error) {
 		if r, err = unpack(s.in); err != nil {
 			return Record{}, err
 		}
+		s.ahead = append(s.ahead, r.(interface{ Buffered() int }))
 	}
-	switch opts.Format {
-	case CSV:
-		s.rows = newRows(newWindow(r, opts.MaxRecord), opts)
-		s.read = s.rows.readRecord
-	case Raw:
+	if opts.Format == Raw {
 		s.read = func() (Record, error) { return readBlock(r, opts.BlockSize) }
-	default:
-		s.read = newWindow(r, opts.MaxRecord).readRecord
+		return s.read()
+	}
+	w := newWindow(r, opts.MaxRecord)
+	s.read = func() (Record, error) { return w.readRecord(opts.Pieces) }
+	if opts.Format == CSV {
+		s.rows = newRows(w, opts)
+		s.read = s.rows.readRecord
+	}
+	if _, packed := r.(*unpacker); !packed { // else its bytes are others
+		s.ahead = append(s.ahead, w)
 	}
 	return s.read()
 }
@@ -169,6 +182,7 @@ func (s *Source) next() (Record, error) {
 	if err == nil {
 		record, err = s.read()
 	}
+	s.consume(err)
 	malformed, ok := errors.AsType[*Error](err)
 	switch {
 	case err == nil:
@@ -203,9 +217,24 @@ func (s *Source) Header() []string {
 // of a regular file, and of a URL whose server tells it.
 func (s *Source) Size() (int64, bool) { return max(s.in.size, 0), s.in.size >= 0 }
 
-// Consumed returns how many bytes of the input, packed as it is, were read. That
-// is ahead of the records, by some buffers.
-func (s *Source) Consumed() int64 { return s.in.consumed.Load() }
+// Consumed returns how many bytes of the input, packed as it is, it took to get the
+// records so far; of packed input that is ahead of them, by some buffers.
+func (s *Source) Consumed() int64 { return s.consumed.Load() }
+
+// consume notes where a record, or with another error than its own the input, ends.
+func (s *Source) consume(err error) {
+	n := s.in.consumed.Load()
+	if _, malformed := errors.AsType[*Error](err); err == nil || malformed {
+		for _, buffer := range s.ahead {
+			n -= int64(buffer.Buffered())
+		}
+	}
+	s.consumed.Store(n)
+}
+
+// Validator returns what the server of a URL says to tell one version of it from
+// another: the ETag, or the time of the last change. It is empty for all else.
+func (s *Source) Validator() string { return s.in.validator }
 
 // Close closes the file or the connection that Open made. It must not be called
 // while another goroutine is in a loop. A second Close returns nil.
@@ -214,13 +243,16 @@ func (s *Source) Close() error {
 	return s.in.close()
 }
 
-// readRecord reads a line.
-func (w *window) readRecord() (Record, error) {
+// readRecord reads a line, or a piece of it.
+func (w *window) readRecord(pieces bool) (Record, error) {
 	w.begin()
 	line, err := w.readLine()
-	if err == ErrTooLong {
+	switch {
+	case err == ErrTooLong && pieces:
+		return Record{Line: w.first, Data: bytes.Clone(w.cut())}, nil
+	case err == ErrTooLong:
 		return Record{}, w.tooLong()
-	} else if err != nil {
+	case err != nil:
 		return Record{}, err
 	}
 	return Record{Line: w.first, Data: bytes.Clone(line), Unended: line[len(line)-1] != '\n'}, nil

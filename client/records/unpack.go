@@ -103,6 +103,9 @@ func (u *unpacker) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Buffered is how much was read and not unpacked.
+func (u *unpacker) Buffered() int { return u.packed.Buffered() }
+
 func (u *unpacker) explain(err error) error {
 	at := u.in.consumed.Load() - int64(u.packed.Buffered())
 	switch {

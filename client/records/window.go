@@ -69,6 +69,17 @@ func (w *window) readLine() ([]byte, error) {
 	}
 }
 
+// cut hands out the beginning of a line that is too long, and leaves the rest of it for
+// the next.
+func (w *window) cut() []byte {
+	piece := w.buf[w.next:][:w.max]
+	w.next += w.max
+	return piece
+}
+
+// Buffered is how much was read beyond what was handed out.
+func (w *window) Buffered() int { return len(w.buf) - w.next }
+
 // fill reads once, behind the record, which it moves to the front.
 func (w *window) fill() {
 	w.buf = w.buf[:copy(w.buf, w.buf[w.start:])]

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"echod/cmd/echod/bulk"
 	"echod/control"
 )
 
@@ -51,7 +52,11 @@ func report(cmd *cobra.Command, err error) int {
 	if isExit && exit.err == nil {
 		return exit.code
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "echod: %v\n", err)
+	lines := strings.Split(err.Error(), "\n")
+	for i, line := range lines {
+		lines[i] = bulk.Printable(line)
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "echod: %s\n", strings.Join(lines, "\n"))
 	if _, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(cmd.ErrOrStderr(), "Try '%s --help'.\n", cmd.CommandPath())
 		if strings.HasPrefix(cmd.CommandPath(), "echod ctl") {

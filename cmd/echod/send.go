@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -39,8 +42,9 @@ server announces its end, what is under way is finished; with --reconnect, which
 files and URLs imply, what has not come back is sent again once the server, or its
 successor, is back, and each record is written once.
 
-The first SIGINT or SIGTERM stops reading and finishes what is in flight, the second
-ends it. With --resume, the same command goes on from there.
+The first SIGINT, SIGTERM or SIGHUP stops reading and finishes what is in flight, the
+second ends it. With --resume, the same command goes on from there, also after SIGKILL
+or a full disk: what --output and --failed had got beyond that is cut off.
 
 Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 		Example: `  echod send hello
@@ -65,16 +69,17 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	flags.BoolVar(&s.noHeader, "no-header", false, "CSV: the first row is data")
 	flags.StringVar(&s.delimiter, "delimiter", ",", "CSV: `character` between fields, such as ; or \\t")
 	flags.BoolVar(&s.lazyQuotes, "lazy-quotes", false, "CSV: quotes may stand within fields")
-	flags.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block")
+	flags.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block, up to 16MiB; some 15 of them are in\nmemory")
+	flags.StringVar(&s.maxRecord, "max-record", "1MiB", "`size` of the longest line or row, up to 16MiB; several as long\nmay be in memory for each connection")
 	flags.BoolVar(&s.verbatim, "verbatim", false, "do not unpack gzip and zstd")
 	flags.IntVar(&s.conns, "conns", 1, "`number` of connections; with several, records come back in\nany order")
-	flags.IntVar(&s.inFlight, "in-flight", 0, "`number` of records sent and not written yet, over all\nconnections (default: 64 for each)")
+	flags.IntVar(&s.inFlight, "in-flight", 0, "`number` of records sent and not written yet, over all\nconnections (default: 64 for each); they are kept in memory,\nup to 4 MiB of them")
 	flags.BoolVar(&s.ordered, "ordered", false, "write records in the order in which they were read")
 	flags.Float64Var(&s.rate, "rate", 0, "most `records` in a second; 0 is as many as the server takes")
 	flags.BoolVar(&s.strict, "strict", false, "stop at the first malformed record")
 	flags.StringVar(&s.output, "output", "", "`file` for what comes back (default: standard output)")
-	flags.StringVar(&s.failed, "failed", "", "`file` for records that did not come back, to be sent again")
-	flags.StringVar(&s.resume, "resume", "", "`file` that says where to go on, written when not all was sent")
+	flags.StringVar(&s.failed, "failed", "", "`file` for records that did not come back, to be sent again;\nrows of CSV are written anew")
+	flags.StringVar(&s.resume, "resume", "", "`file` that says where to go on, removed once all was sent")
 	flags.BoolVar(&s.quiet, "quiet", false, "no progress, and no summary")
 	return cmd
 }
@@ -89,6 +94,7 @@ type sender struct {
 	delimiter       string
 	lazyQuotes      bool
 	blockSize       string
+	maxRecord       string
 	verbatim        bool
 	conns, inFlight int
 	ordered         bool
@@ -115,7 +121,7 @@ func (s *sender) run(ctx context.Context, args []string) error {
 		return s.sendRecords(ctx, args)
 	}
 	for _, flag := range []string{
-		"no-header", "delimiter", "lazy-quotes", "block-size", "verbatim", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
+		"no-header", "delimiter", "lazy-quotes", "block-size", "max-record", "verbatim", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
 	} {
 		if s.changed(flag) {
 			return usagef("--%s: arguments are text, unless --lines, --csv or --raw says that they are files", flag)
@@ -132,7 +138,7 @@ func (s *sender) sendText(ctx context.Context, words []string) error {
 		defer cancel()
 	}
 	opts := client.Options{
-		OnNotice:  func(n client.Notice) { fmt.Fprintf(s.err, "echod: %s\n", bulk.Describe(n)) },
+		OnNotice:  func(n client.Notice) { fmt.Fprintf(s.err, "echod: %s\n", bulk.Printable(bulk.Describe(n))) },
 		Reconnect: s.backoff(),
 	}
 	c, err := client.Dial(ctx, s.address, opts)
@@ -181,10 +187,12 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 	if !plain && !s.changed("reconnect") {
 		s.reconnect = true
 	}
+	ordered := s.ordered || s.conns == 1
+	format.Pieces = plain && ordered && s.failed == "" // which come back as the line that they were
 	opts := bulk.Options{
 		Address: s.address, Inputs: inputs, Stdin: s.in, Records: format, Rate: s.rate, Strict: s.strict,
 		Stream: client.StreamOptions{
-			Dial: s.dial(), Conns: s.conns, InFlight: s.inFlight, Ordered: s.ordered || s.conns == 1, Reconnect: s.backoff(),
+			Dial: s.dial(), Conns: s.conns, InFlight: s.inFlight, Ordered: ordered, Reconnect: s.backoff(),
 		},
 	}
 	if err := s.openFiles(&opts); err != nil {
@@ -192,16 +200,18 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 	}
 	opts.Display = s.display(plain)
 
-	summary, err := s.bulk(ctx, opts)
-	if s.output != "" {
-		err = errors.Join(err, opts.Out.(*os.File).Close())
+	if !plain {
+		signal.Ignore(syscall.SIGPIPE) // a reader that has gone is an error as others are
 	}
+	summary, err := s.bulk(ctx, opts)
 	if !plain && !s.quiet || summary.Missing() > 0 && err == nil {
 		fmt.Fprintf(s.err, "echod: %s\n", summary)
 	}
 	switch {
 	case err != nil && s.resume != "" && !errors.Is(err, bulk.ErrNotSaved):
 		return explain(fmt.Errorf("%w (the same command goes on from here: --resume %s)", err, s.resume))
+	case err != nil && summary.Unread && !plain && s.resume == "":
+		return explain(fmt.Errorf("%w (a run with --resume FILE can be gone on with)", err))
 	case err != nil:
 		return explain(err)
 	case summary.Missing() > 0:
@@ -246,73 +256,38 @@ func (s *sender) format() (records.Options, error) {
 		return opts, usagef("--delimiter %q: want one character", s.delimiter)
 	}
 	opts.Delimiter = r
-	const largest = 16 << 20
-	block, err := humanize.ParseBytes(s.blockSize)
-	if err != nil || block == 0 || block > largest {
-		return opts, usagef("--block-size %q: want a size up to 16MiB, such as 64KiB", s.blockSize)
+	for _, c := range []struct {
+		flag, size string
+		to         *int
+	}{{"block-size", s.blockSize, &opts.BlockSize}, {"max-record", s.maxRecord, &opts.MaxRecord}} {
+		const largest = 16 << 20
+		n, err := humanize.ParseBytes(c.size)
+		if err != nil || n == 0 || n > largest {
+			return opts, usagef("--%s %q: want a size up to 16MiB, such as 64KiB", c.flag, c.size)
+		}
+		*c.to = int(n)
 	}
-	opts.BlockSize = int(block)
 	for flag, n := range map[string]int{"conns": s.conns, "in-flight": s.inFlight} {
-		if n < 0 || n == 0 && flag == "conns" || n > 100_000 {
+		if (n < 1 || n > 100_000) && (flag == "conns" || s.changed(flag)) {
 			return opts, usagef("--%s %d: want a number from 1 to 100,000", flag, n)
 		}
 	}
-	if s.rate < 0 {
-		return opts, usagef("--rate %v: must not be negative", s.rate)
+	if !(s.rate >= 0) || math.IsInf(s.rate, 1) {
+		return opts, usagef("--rate %v: want a number of records, or 0", s.rate)
 	}
 	return opts, nil
 }
 
-// openFiles opens what is written to, and looks whether what is read is there, before anything is sent.
-func (s *sender) openFiles(opts *bulk.Options) error {
-	var read []os.FileInfo
-	for _, name := range opts.Inputs {
-		if name == "-" || strings.Contains(name, "://") {
-			continue
-		}
-		info, err := os.Stat(name)
-		if failed, is := errors.AsType[*os.PathError](err); is {
-			return fmt.Errorf("read %s: %w", name, failed.Err)
-		}
-		read = append(read, info)
-	}
-	for _, path := range []string{s.output, s.failed, s.resume} {
-		info, err := os.Stat(path)
-		if err == nil && slices.ContainsFunc(read, func(in os.FileInfo) bool { return os.SameFile(in, info) }) {
-			return usagef("%s is to be read, and not to be written to", path)
-		}
-	}
-	goOn := false
-	if s.resume != "" {
-		var err error
-		if opts.State, err = bulk.OpenState(s.resume, opts.Inputs, opts.Records.Format); err != nil {
-			return err
-		}
-		goOn = opts.State.GoesOn()
-	}
-	opts.Out = s.out
-	if s.output != "" {
-		file, err := bulk.Create(s.output, goOn)
-		if err != nil {
-			return err
-		}
-		opts.Out = file
-	}
-	if s.failed != "" {
-		var err error
-		if opts.Failed, err = bulk.NewFailed(s.failed, opts.Records, goOn); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// display is how a run is told about: in bars on a terminal, else in lines.
+// display is how a run is told about: in bars on a terminal that is theirs, else in lines.
 func (s *sender) display(plain bool) bulk.Display {
 	if plain || s.quiet {
 		return bulk.Events(s.err)
 	}
-	if file, ok := s.err.(*os.File); ok {
+	isTerminal := func(w io.Writer) bool {
+		file, ok := w.(*os.File)
+		return ok && term.IsTerminal(int(file.Fd()))
+	}
+	if file, ok := s.err.(*os.File); ok && (s.output != "" || !isTerminal(s.out)) { // else the echo would be drawn over
 		if _, rows, err := term.GetSize(int(file.Fd())); err == nil {
 			return bulk.Bars(s.err, rows)
 		}
@@ -321,11 +296,15 @@ func (s *sender) display(plain bool) bulk.Display {
 	return bulk.Lines(s.err, every)
 }
 
-// bulk runs it. The first signal stops reading, the second ends it.
+// bulk runs it. The first signal stops reading, the second ends it. A terminal that is closed sends one, too, unless nohup has it ignored.
 func (s *sender) bulk(ctx context.Context, opts bulk.Options) (summary bulk.Summary, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop, stopReading := context.WithCancelCause(ctx)
+	var hangup []os.Signal
+	if !signal.Ignored(syscall.SIGHUP) {
+		hangup = append(hangup, syscall.SIGHUP)
+	}
 	var caught *exitError
 	end := onInterrupt(func(e *exitError) {
 		if stop.Err() == nil {
@@ -335,7 +314,7 @@ func (s *sender) bulk(ctx context.Context, opts bulk.Options) (summary bulk.Summ
 		} else {
 			cancel(e)
 		}
-	})
+	}, hangup...)
 	summary, err = bulk.Run(ctx, stop, opts)
 	end()
 	if caught != nil && err != nil {

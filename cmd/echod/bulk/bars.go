@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"github.com/mattn/go-runewidth"
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 )
@@ -40,7 +41,7 @@ func (b *bars) Say(text string) {
 		b.events.Say(text)
 		return
 	}
-	_, _ = fmt.Fprintf(b.progress, "echod: %s\n", text)
+	_, _ = fmt.Fprintf(b.progress, "echod: %s\n", Printable(text))
 }
 
 func (b *bars) set(p *mpb.Progress) {
@@ -94,19 +95,19 @@ type inputBar struct {
 func (d *drawing) update() {
 	for d.next < len(d.tally.inputs) && d.room() {
 		in := &d.tally.inputs[d.next]
-		d.bars = append(d.bars, inputBar{d.add(path.Base(in.name), d.next, in.progress, func() string {
+		d.bars = append(d.bars, inputBar{d.add(title(in.name), d.next, in.position, func() string {
 			return plural(in.came.Load(), "record")
 		}), in})
 		d.next++
 	}
 	if d.total == nil && len(d.tally.inputs) > 1 {
-		d.total = d.add("total", len(d.tally.inputs), d.tally.consumed, d.all)
+		d.total = d.add("total", len(d.tally.inputs), d.tally.position, d.all)
 	}
 	for _, bar := range d.bars {
-		move(bar.Bar, bar.input.progress)
+		move(bar.Bar, bar.input.position)
 	}
 	if d.total != nil {
-		move(d.total, d.tally.consumed)
+		move(d.total, d.tally.position)
 	}
 }
 
@@ -116,7 +117,7 @@ func (d *drawing) room() bool {
 		return true
 	}
 	for i, bar := range d.bars {
-		if bar.input.done.Load() {
+		if bar.input.isDone() {
 			bar.Abort(true)
 			d.bars = append(d.bars[:i], d.bars[i+1:]...)
 			return true
@@ -125,12 +126,17 @@ func (d *drawing) room() bool {
 	return false
 }
 
-func move(bar *mpb.Bar, progress func() (read, size int64, known bool)) {
-	read, size, known := progress()
+func move(bar *mpb.Bar, position func() (end, size int64, known bool)) {
+	end, size, known := position()
 	if known {
 		bar.SetTotal(size, false)
 	}
-	bar.SetCurrent(read)
+	bar.SetCurrent(end)
+}
+
+// title is the end of an input's name, in a line.
+func title(name string) string {
+	return runewidth.Truncate(Printable(strings.ReplaceAll(path.Base(name), "\t", " ")), maxName, "…")
 }
 
 // finish leaves the bars on the screen as they are.
@@ -146,21 +152,18 @@ func (d *drawing) finish() {
 func (d *drawing) all() string { return plural(d.tally.records(), "record") }
 
 // add makes a bar. Where the length is not known there is nothing to fill it with.
-func (d *drawing) add(name string, place int, progress func() (read, size int64, known bool), done func() string) *mpb.Bar {
+func (d *drawing) add(name string, place int, position func() (end, size int64, known bool), done func() string) *mpb.Bar {
 	last := len(d.tally.inputs) == 1 || place == len(d.tally.inputs) // the one that tells how it goes on the whole
-	if len(name) > maxName {
-		name = name[:maxName-1] + "…"
-	}
 	return d.p.New(0, mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding(" ").Rbound("]"),
 		mpb.BarPriority(place),
 		mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR)),
 		mpb.AppendDecorators(
 			decor.Any(func(decor.Statistics) string {
-				read, size, known := progress()
+				end, size, known := position()
 				if !known {
-					return " " + humanize.Bytes(uint64(read))
+					return " " + humanize.Bytes(uint64(end))
 				}
-				return fmt.Sprintf(" %3d %% of %s", read*100/max(size, 1), humanize.Bytes(uint64(size)))
+				return fmt.Sprintf(" %3d %% of %s", percent(end, size), humanize.Bytes(uint64(size)))
 			}, decor.WCSyncSpaceR),
 			decor.Any(func(decor.Statistics) string { return done() }, decor.WCSyncSpace),
 			decor.Any(func(decor.Statistics) string {
@@ -176,8 +179,7 @@ func (d *drawing) add(name string, place int, progress func() (read, size int64,
 func (d *drawing) pace() string {
 	since := time.Since(d.began)
 	parts := []string{fmt.Sprintf(" %s/s", humanize.Comma(int64(float64(d.tally.records())/since.Seconds())))}
-	read, size, known := d.tally.consumed()
-	if left, ok := timeLeft(since, read, size); known && ok && read < size {
+	if left, ok := d.tally.timeLeft(since); ok {
 		parts = append(parts, left+" left")
 	}
 	return strings.Join(append(parts, d.tally.troubles()...), "  ")

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/dustin/go-humanize"
 )
@@ -30,7 +31,18 @@ type events struct {
 func (e *events) Say(text string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	fmt.Fprintf(e.w, "echod: %s\n", text)
+	fmt.Fprintf(e.w, "echod: %s\n", Printable(text))
+}
+
+// Printable makes text of others, such as the name of a file, fit for a terminal: what could move the cursor, change colours or
+// end the line becomes U+FFFD. A tab stays.
+func Printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) && r != '\t' {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, text)
 }
 
 func (e *events) show(*tally) (end func()) { return func() {} }
@@ -72,17 +84,25 @@ func repeat(every time.Duration, f func(since time.Duration)) (end func()) {
 // progress says in words how far a run has come.
 func (t *tally) progress(since time.Duration) string {
 	parts := []string{fmt.Sprintf("%s, %s back", plural(t.records(), "record"), humanize.Bytes(uint64(t.bytes.Load())))}
-	read, size, known := t.consumed()
-	if known && size > 0 {
-		parts = append(parts, fmt.Sprintf("%d %% of %s read", read*100/size, humanize.Bytes(uint64(size))))
+	end, size, known := t.position()
+	if known {
+		parts = append(parts, fmt.Sprintf("%d %% of %s done", percent(end, size), humanize.Bytes(uint64(size))))
 	} else {
-		parts = append(parts, humanize.Bytes(uint64(read))+" read")
+		parts = append(parts, humanize.Bytes(uint64(end))+" done")
 	}
 	parts = append(parts, humanize.Comma(int64(float64(t.records())/since.Seconds()))+"/s")
-	if left, ok := timeLeft(since, read, size); known && ok {
+	if left, ok := t.timeLeft(since); ok {
 		parts = append(parts, left+" left")
 	}
 	return strings.Join(append(parts, t.troubles()...), ", ")
+}
+
+// percent is how much of an input is done. Of an empty one that is all.
+func percent(end, size int64) int64 {
+	if size == 0 {
+		return 100
+	}
+	return end * 100 / size
 }
 
 // troubles says what has not gone well.
@@ -97,36 +117,38 @@ func (t *tally) troubles() (parts []string) {
 }
 
 // timeLeft is how long the rest will take if it goes on like this.
-func timeLeft(since time.Duration, read, size int64) (text string, ok bool) {
-	if read <= 0 || read > size {
+func (t *tally) timeLeft(since time.Duration) (text string, ok bool) {
+	end, size, known := t.position()
+	for i := range t.inputs { // which has taken no time
+		end, size = end-t.inputs[i].before.Load(), size-t.inputs[i].before.Load()
+	}
+	if !known || end <= 0 || end >= size {
 		return "", false
 	}
-	left := time.Duration(float64(since) * float64(size-read) / float64(read))
+	left := time.Duration(float64(since) * float64(size-end) / float64(end))
 	return left.Round(time.Second).String(), true
 }
 
-// consumed is how much of the inputs was read, and how long they are. That is known once all are open, or are files.
-func (t *tally) consumed() (read, size int64, known bool) {
+// position is how far the inputs are done, and how long they are. That is known once all are open, or are files.
+func (t *tally) position() (end, size int64, known bool) {
 	known = true
 	for i := range t.inputs {
-		in := &t.inputs[i]
-		r, s, ok := in.progress()
-		read, size, known = read+r, size+s, known && ok
+		e, s, ok := t.inputs[i].position()
+		end, size, known = end+e, size+s, known && ok
 	}
-	return read, size, known
+	return end, size, known
 }
 
-// progress is how much of an input was read, and how long it is.
-func (in *inputTally) progress() (read, size int64, known bool) {
-	source := in.source.Load()
-	if source == nil {
-		size = sizeOf(in.name)
-		return 0, size, size > 0
+// position is how far an input is done, and how long it is.
+func (in *inputTally) position() (end, size int64, known bool) {
+	size, known = max(in.file, 0), in.file >= 0
+	if source := in.source.Load(); source != nil {
+		size, known = source.Size()
 	}
-	size, known = source.Size()
-	read = source.Consumed()
-	if in.done.Load() {
-		size, known = max(size, read), true
+	end = in.end.Load()
+	if in.isDone() {
+		size = max(size, end)
+		return size, size, true
 	}
-	return read, size, known
+	return end, size, known
 }

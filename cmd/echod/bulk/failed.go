@@ -5,38 +5,36 @@ import (
 	"bytes"
 	"encoding/csv"
 	"encoding/json"
-	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"echod/client/records"
 )
 
 // Failed is a file of records that have not come back, in the form in which they can be sent again. A nil one keeps nothing.
+//
+// Rows of CSV are written anew from what was sent: CRLF within quotes has become LF, and what is not UTF-8 U+FFFD.
 type Failed struct {
-	file *os.File
+	to   *Target
 	w    *bufio.Writer
 	opts records.Options
-	any  bool // something is in it
 }
 
-// NewFailed creates the file, or goes on with the one that is there.
-func NewFailed(path string, opts records.Options, goOn bool) (*Failed, error) {
-	file, err := Create(path, goOn)
+// OpenFailed opens the file. It stays as it is until Prepare.
+func OpenFailed(path string, opts records.Options) (*Failed, error) {
+	to, err := OpenTarget(path)
 	if err != nil {
 		return nil, err
 	}
-	info, err := file.Stat()
-	return &Failed{file: file, w: bufio.NewWriter(file), opts: opts, any: err == nil && info.Size() > 0}, nil
+	return &Failed{to: to, w: bufio.NewWriter(to), opts: opts}, nil
 }
 
-// Create opens a file to write to, which is emptied unless goOn is set.
-func Create(path string, goOn bool) (*os.File, error) {
-	flags := os.O_WRONLY | os.O_CREATE | os.O_TRUNC
-	if goOn {
-		flags = os.O_WRONLY | os.O_CREATE | os.O_APPEND
+func (f *Failed) target() *Target {
+	if f == nil {
+		return nil
 	}
-	return os.OpenFile(path, flags, 0o666)
+	return f.to
 }
 
 // add adds what was sent for a record of an input with that header, which is nil for all but CSV.
@@ -44,22 +42,17 @@ func (f *Failed) add(header []string, data []byte) error {
 	if f == nil {
 		return nil
 	}
-	var err error
-	if f.opts.Format == records.CSV {
-		var fields []string
-		if fields, err = fieldsOf(data, header != nil); err == nil {
-			err = f.write(header, nil)
-		}
-		if err == nil {
-			err = f.writeRow(fields)
-		}
-	} else {
-		err = f.write(nil, data)
+	if f.opts.Format != records.CSV {
+		return f.wrap(f.write(nil, data))
+	}
+	fields, err := fieldsOf(data, header != nil)
+	if err == nil {
+		err = f.write(header, f.row(fields))
 	}
 	return f.wrap(err)
 }
 
-// addMalformed adds a record as it stands in its source, for a person to mend.
+// addMalformed adds a record as it stands in its source, for a person to mend, unless only its beginning is known.
 func (f *Failed) addMalformed(header []string, e *records.Error) error {
 	if f == nil || e.Cut {
 		return nil
@@ -69,25 +62,27 @@ func (f *Failed) addMalformed(header []string, e *records.Error) error {
 
 // write writes raw data, as a line of its own but in blocks, and the header before what is the first.
 func (f *Failed) write(header []string, raw []byte) error {
-	if !f.any && header != nil {
-		if err := f.writeRow(header); err != nil {
-			return err
-		}
+	if header != nil && f.to.length == 0 && f.w.Buffered() == 0 {
+		_, _ = f.w.Write(f.row(header)) // the error stays
 	}
-	f.any = true
 	_, err := f.w.Write(raw)
-	if err == nil && f.opts.Format != records.Raw && len(raw) > 0 && !bytes.HasSuffix(raw, []byte("\n")) {
+	if f.opts.Format != records.Raw && !bytes.HasSuffix(raw, []byte("\n")) {
 		err = f.w.WriteByte('\n')
 	}
 	return err
 }
 
-func (f *Failed) writeRow(fields []string) error {
-	w := csv.NewWriter(f.w)
+// row writes a row as it is read: one of a single empty field would be an empty line, which is no row.
+func (f *Failed) row(fields []string) []byte {
+	if len(fields) == 1 && fields[0] == "" {
+		return []byte("\"\"\n")
+	}
+	var b bytes.Buffer
+	w := csv.NewWriter(&b)
 	w.Comma = f.opts.Delimiter
-	_ = w.Write(fields) // Error has it
+	_ = w.Write(fields) // which format has checked
 	w.Flush()
-	return w.Error()
+	return b.Bytes()
 }
 
 // fieldsOf undoes what package records makes of a row.
@@ -116,17 +111,25 @@ func (f *Failed) wrap(err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("writing %s: %w", f.file.Name(), err)
+	return fmt.Errorf("writing %s: %w", f.to.file.Name(), err)
 }
 
-// close writes what is left, and removes a file with nothing in it.
+func (f *Failed) flush() error {
+	if f == nil {
+		return nil
+	}
+	return f.wrap(f.w.Flush())
+}
+
+// close removes a file with nothing in it.
 func (f *Failed) close() error {
 	if f == nil {
 		return nil
 	}
-	err := errors.Join(f.wrap(f.w.Flush()), f.file.Close())
-	if info, statErr := os.Stat(f.file.Name()); err == nil && statErr == nil && info.Size() == 0 && info.Mode().IsRegular() {
-		err = os.Remove(f.file.Name())
+	end, _ := f.to.file.Seek(0, io.SeekEnd) // of a regular file
+	err := f.wrap(f.to.close())
+	if err == nil && f.to.regular && end == 0 {
+		err = os.Remove(f.to.file.Name())
 	}
 	return err
 }

@@ -16,6 +16,8 @@ type key struct {
 	input        int // which of the inputs
 	number, line int64
 	malformed    *records.Error // nil: there is data
+	unended      bool           // what is written behind it begins a line
+	end          int64          // in the input
 }
 
 // items is the source of the stream: the records of all inputs, one input after the other.
@@ -29,25 +31,31 @@ func (r *run) items(yield func(client.Item[key], error) bool) {
 			return
 		}
 	}
+	r.readAll = true
 }
 
 // input yields the records of one input, and reports whether more are wanted.
 func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool, err error) {
+	in := &r.tally.inputs[i]
 	if r.opts.State.complete(i) {
+		in.before.Store(max(in.file, 0))
+		in.done.Store(true)
 		return true, nil
 	}
 	name := r.opts.Inputs[i]
-	source, err := records.Open(r.reading, name, r.opts.Stdin, r.opts.Records)
+	source, err := r.open(name)
 	if err != nil {
 		return false, err
 	}
 	defer func() {
-		r.tally.closed(i)
 		if name != stdin { // which may still be in a read
 			_ = source.Close()
 		}
 	}()
-	r.tally.opened(i, source)
+	in.source.Store(source)
+	if err := r.opts.State.opened(i, source); err != nil {
+		return false, err
+	}
 	all := source.All()
 	if name == stdin {
 		all = r.interruptible(all)
@@ -59,29 +67,59 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 		if err := r.sameHeader(source); err != nil {
 			return false, err
 		}
-		item := client.Item[key]{Key: key{input: i, number: record.Number, line: record.Line}, Data: record.Data}
+		k := key{input: i, number: record.Number, line: record.Line, unended: record.Unended, end: source.Consumed()}
 		if malformed, is := errors.AsType[*records.Error](err); is {
-			item.Key = key{input: i, number: malformed.Number, line: malformed.Line, malformed: malformed}
+			k.number, k.line, k.malformed = malformed.Number, malformed.Line, malformed
 		} else if err != nil {
 			return false, err
 		}
-		if r.opts.State.has(item.Key) {
+		in.taken.Add(1)
+		if r.opts.State.has(k) {
 			r.tally.skipped.Add(1)
+			in.before.Store(k.end)
+			in.settled(k)
 			continue
 		}
 		if r.limiter != nil && r.limiter.Wait(r.reading) != nil {
 			return false, context.Cause(r.reading)
 		}
-		r.opts.State.take(item.Key)
-		if !yield(item, nil) {
+		r.opts.State.take(k)
+		if !yield(client.Item[key]{Key: k, Data: record.Data}, nil) {
 			return false, nil
 		}
-		if item.Key.malformed != nil && r.opts.Strict {
+		if k.malformed != nil && r.opts.Strict {
 			return false, errStrict
 		}
 	}
+	in.done.Store(true)
 	r.opts.State.read(i)
 	return true, nil
+}
+
+// open opens an input in a goroutine of its own, which is left behind when reading ends first: to open a named pipe is
+// a wait for somebody to write to it, that nothing ends.
+func (r *run) open(name string) (*records.Source, error) {
+	type opened struct {
+		*records.Source
+		err error
+	}
+	came := make(chan opened)
+	go func() {
+		source, err := records.Open(r.reading, name, r.opts.Stdin, r.opts.Records)
+		select {
+		case came <- opened{source, err}:
+		case <-r.reading.Done():
+			if err == nil {
+				_ = source.Close()
+			}
+		}
+	}()
+	select {
+	case o := <-came:
+		return o.Source, o.err
+	case <-r.reading.Done():
+		return nil, context.Cause(r.reading)
+	}
 }
 
 // sameHeader checks that what fails can stand in one file, under one header.

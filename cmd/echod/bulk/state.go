@@ -7,50 +7,37 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"echod/client/records"
 )
 
-// State is what a run leaves for another to go on: how far each input was read, and which records before that
-// are still to be sent. A nil State keeps nothing.
+// State is what a run leaves for another to go on: how far each input was read, which records before that are
+// still to be sent, and how much of the output belongs to the others. It is in its file from the start, and
+// brought up to date every few seconds, so that a run which is killed can be gone on with. A nil State keeps nothing.
 type State struct {
 	path string
 
-	mu    sync.Mutex // guards what follows
-	saved savedState
-	open  []map[int64]bool // by input: the numbers that were taken and are not settled
+	mu     sync.Mutex // guards what follows
+	now    savedState
+	open   []map[int64]bool // by input: the numbers that were taken and are not settled
+	stored time.Time
 }
 
-type savedState struct {
-	Version int          `json:"version"`
-	Format  string       `json:"format"`
-	Inputs  []savedInput `json:"inputs"`
-}
+// storedEvery is how often the file is brought up to date.
+const storedEvery = 2 * time.Second
 
-type savedInput struct {
-	Name     string         `json:"name"`
-	Size     int64          `json:"size,omitempty"`     // of a file, to know it again
-	Records  int64          `json:"records"`            // those read
-	Missing  []int64        `json:"missing,omitempty"`  // those of them that are to be sent
-	Complete bool           `json:"complete,omitempty"` // no more are to be read
-	missing  map[int64]bool // Missing, as it was at the start
-	before   int64          // Records, as it was at the start
-}
-
-const stateVersion = 1
-
-// ErrNotSaved says that there is no state to go on from.
+// ErrNotSaved says that the state of a run is not in its file.
 var ErrNotSaved = errors.New("where to go on was not saved")
 
-// OpenState reads the state of an earlier run from a file, which needs not exist. These must be the inputs that
-// it was about.
-func OpenState(path string, inputs []string, format records.Format) (*State, error) {
-	s := &State{path: path, saved: savedState{Version: stateVersion, Format: format.String()}}
+// OpenState reads the state of an earlier run from a file, which needs not exist. It must have been about
+// these inputs, unchanged, and have read them so.
+func OpenState(path string, inputs []string, opts records.Options) (*State, error) {
+	s := &State{path: path, now: savedState{Version: stateVersion, reading: readingOf(opts)}}
 	for _, name := range inputs {
-		s.saved.Inputs = append(s.saved.Inputs, savedInput{Name: name, Size: sizeOf(name)})
+		s.now.Inputs = append(s.now.Inputs, newInput(name))
 		s.open = append(s.open, map[int64]bool{})
 	}
 	text, err := os.ReadFile(path)
@@ -59,42 +46,36 @@ func OpenState(path string, inputs []string, format records.Format) (*State, err
 	} else if err != nil {
 		return nil, err
 	}
-	var old savedState
-	if err := json.Unmarshal(text, &old); err != nil || old.Version != stateVersion {
+	var was savedState
+	if err := json.Unmarshal(text, &was); err != nil || was.Version != stateVersion {
 		return nil, fmt.Errorf("%s is not what an earlier run has left", path)
 	}
-	if old.Format != s.saved.Format || len(old.Inputs) != len(inputs) {
-		return nil, fmt.Errorf("%s is about %d inputs in %s, and not %d in %s", path, len(old.Inputs), old.Format, len(inputs), s.saved.Format)
+	if err := s.now.differs(&was); err != nil {
+		return nil, fmt.Errorf("going on from %s: %w", path, err)
 	}
-	for i := range old.Inputs {
-		was, is := &old.Inputs[i], s.saved.Inputs[i]
-		if was.Name != is.Name {
-			return nil, fmt.Errorf("%s is about %s, and not %s", path, was.Name, is.Name)
+	s.now = was
+	for i := range was.Inputs {
+		in := &was.Inputs[i]
+		in.before, in.missing = in.Records, map[int64]bool{}
+		for _, number := range in.Missing {
+			in.missing[number] = true
 		}
-		if was.Size != is.Size {
-			return nil, fmt.Errorf("%s has changed since %s was written: it has %d bytes, and had %d", is.Name, path, is.Size, was.Size)
-		}
-		was.before, was.missing = was.Records, map[int64]bool{}
-		for _, number := range was.Missing {
-			was.missing[number] = true
-		}
-		maps.Copy(s.open[i], was.missing)
+		maps.Copy(s.open[i], in.missing)
 	}
-	s.saved = old
 	return s, nil
 }
 
-// GoesOn says that there was an earlier run.
-func (s *State) GoesOn() bool {
-	return s != nil && slices.ContainsFunc(s.saved.Inputs, func(in savedInput) bool { return in.before > 0 })
+// goesOn says that there was an earlier run.
+func (s *State) goesOn() bool {
+	return s != nil && slices.ContainsFunc(s.now.Inputs, func(in savedInput) bool { return in.before > 0 })
 }
 
-// sizeOf is the size of a regular file, and 0 of anything else.
-func sizeOf(name string) int64 {
-	if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
-		return info.Size()
+// reached is what was reached so far.
+func (s *State) reached() reached {
+	if s == nil {
+		return reached{}
 	}
-	return 0
+	return s.now.reached
 }
 
 // complete reports whether nothing of an input is left.
@@ -102,8 +83,24 @@ func (s *State) complete(i int) bool {
 	if s == nil {
 		return false
 	}
-	in := &s.saved.Inputs[i]
+	in := &s.now.Inputs[i]
 	return in.Complete && len(in.missing) == 0
+}
+
+// opened checks that what a URL gives is what it gave to an earlier run.
+func (s *State) opened(i int, source *records.Source) error {
+	if s == nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in := &s.now.Inputs[i]
+	if is := source.Validator(); in.before == 0 {
+		in.Validator = is
+	} else if is != in.Validator {
+		return fmt.Errorf("%s has changed since %s was written: its ETag or time is %q, and was %q", in.Name, s.path, is, in.Validator)
+	}
+	return nil
 }
 
 // has reports whether a record was settled by an earlier run.
@@ -111,7 +108,7 @@ func (s *State) has(k key) bool {
 	if s == nil {
 		return false
 	}
-	in := &s.saved.Inputs[k.input]
+	in := &s.now.Inputs[k.input]
 	return k.number <= in.before && !in.missing[k.number]
 }
 
@@ -122,13 +119,13 @@ func (s *State) take(k key) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	in := &s.saved.Inputs[k.input]
+	in := &s.now.Inputs[k.input]
 	in.Records = max(in.Records, k.number)
 	s.open[k.input][k.number] = true
 }
 
-// settle notes that records need not be sent another time.
-func (s *State) settle(keys ...key) {
+// settle notes that records need not be sent another time, and what was reached by that.
+func (s *State) settle(keys []key, r reached) {
 	if s == nil {
 		return
 	}
@@ -137,6 +134,7 @@ func (s *State) settle(keys ...key) {
 	for _, k := range keys {
 		delete(s.open[k.input], k.number)
 	}
+	s.now.reached = r
 }
 
 // read notes that an input was read to its end.
@@ -146,47 +144,41 @@ func (s *State) read(i int) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.saved.Inputs[i].Complete = true
+	s.now.Inputs[i].Complete = true
 }
 
-// save writes the state or, when there is nothing to go on with, removes it.
-func (s *State) save(done bool) error {
+// checkpoint brings the file up to date, if it is time to.
+func (s *State) checkpoint() error {
+	if s == nil || time.Since(s.stored) < storedEvery {
+		return nil
+	}
+	return s.save()
+}
+
+// save brings the file up to date. Its callers are the consumer of the stream and, before and after it, Prepare and Run.
+func (s *State) save() error {
 	if s == nil {
 		return nil
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if done {
-		if err := os.Remove(s.path); !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		return nil
+	for i := range s.now.Inputs {
+		s.now.Inputs[i].Missing = slices.Sorted(maps.Keys(s.open[i]))
 	}
-	for i := range s.saved.Inputs {
-		s.saved.Inputs[i].Missing = slices.Sorted(maps.Keys(s.open[i]))
-	}
-	text, err := json.MarshalIndent(s.saved, "", "  ")
-	if err == nil {
-		err = replaceFile(s.path, append(text, '\n'))
-	}
-	if err != nil {
+	s.stored = time.Now()
+	if err := s.now.write(s.path); err != nil {
 		return fmt.Errorf("%w: %w", ErrNotSaved, err)
 	}
 	return nil
 }
 
-// replaceFile puts a file into place once it is whole.
-func replaceFile(path string, text []byte) error {
-	temporary, err := os.CreateTemp(filepath.Dir(path), ".echod-send-*")
-	if err != nil {
+// remove removes the file, when there is nothing to go on with.
+func (s *State) remove() error {
+	if s == nil {
+		return nil
+	}
+	if err := os.Remove(s.path); !errors.Is(err, fs.ErrNotExist) {
 		return err
-	}
-	_, err = temporary.Write(text)
-	if err = errors.Join(err, temporary.Close()); err == nil {
-		err = os.Rename(temporary.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(err, os.Remove(temporary.Name()))
 	}
 	return nil
 }

@@ -26,35 +26,57 @@ type tally struct {
 	reconnects atomic.Int64
 	said       atomic.Int64
 
+	earlier int64 // malformed or failed in an earlier run
+
 	mu     sync.Mutex // guards what follows
 	notice string     // the last that was told
 	told   time.Time
+	reason string // for another connection, the last that was told
 }
 
 type inputTally struct {
-	name   string
+	name string // without what may be secret
+	file int64  // the length of a regular file; -1 for anything else
+
 	came   atomic.Int64
+	taken  atomic.Int64                   // records
+	closed atomic.Int64                   // those of them of which it is known what has become
+	end    atomic.Int64                   // of the last of these, in the input
+	before atomic.Int64                   // as end, of what an earlier run has done
 	source atomic.Pointer[records.Source] // nil before it is opened
-	done   atomic.Bool
+	done   atomic.Bool                    // it was read to its end
 }
 
 func newTally(names []string) *tally {
 	t := &tally{inputs: make([]inputTally, len(names))}
 	for i, name := range names {
-		if t.inputs[i].name = name; name == stdin {
-			t.inputs[i].name = "standard input"
+		in := &t.inputs[i]
+		in.name, in.file = records.PublicName(name), -1
+		if info := statRegular(name); info != nil {
+			in.file = info.Size()
 		}
 	}
 	return t
 }
 
-func (t *tally) opened(i int, source *records.Source) { t.inputs[i].source.Store(source) }
-func (t *tally) closed(i int)                         { t.inputs[i].done.Store(true) }
-
-func (t *tally) came(i, size int) {
-	t.inputs[i].came.Add(1)
+func (t *tally) came(k key, size int) {
+	t.inputs[k.input].came.Add(1)
 	t.bytes.Add(int64(size))
 }
+
+// settled notes that it is known what has become of a record.
+func (in *inputTally) settled(k key) {
+	for {
+		end := in.end.Load()
+		if k.end <= end || in.end.CompareAndSwap(end, k.end) {
+			break
+		}
+	}
+	in.closed.Add(1)
+}
+
+// isDone reports whether nothing of it is to come.
+func (in *inputTally) isDone() bool { return in.done.Load() && in.closed.Load() == in.taken.Load() }
 
 // records is how many have come back.
 func (t *tally) records() (n int64) {
@@ -86,6 +108,15 @@ func (t *tally) newNotice(n client.Notice) bool {
 	return !again
 }
 
+// newReason reports whether a reason to connect again is not the one that was told last.
+func (t *tally) newReason(text string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	again := text == t.reason
+	t.reason = text
+	return !again
+}
+
 // Summary is what has become of all records that were taken from the inputs.
 type Summary struct {
 	Came       int64 // back, byte for byte
@@ -93,7 +124,9 @@ type Summary struct {
 	Malformed  int64 // and not sent
 	Failed     int64 // corrupted or given up
 	Unfinished int64 // not back when the run ended
-	Skipped    int64 // done by an earlier run
+	Earlier    int64 // malformed or failed in an earlier run
+	Skipped    int64 // done by an earlier run, those of Earlier counted too
+	Unread     bool  // there was more in the inputs
 	Resent     int64 // times that a record was sent once more
 	Reconnects int64
 	Took       time.Duration
@@ -102,19 +135,19 @@ type Summary struct {
 func (t *tally) summary(took time.Duration) Summary {
 	return Summary{
 		Came: t.records(), Bytes: t.bytes.Load(), Malformed: t.malformed.Load(), Failed: t.failed.Load(), Unfinished: t.unfinished.Load(),
-		Skipped: t.skipped.Load(), Resent: t.resent.Load(), Reconnects: t.reconnects.Load(), Took: took,
+		Earlier: t.earlier, Skipped: t.skipped.Load(), Resent: t.resent.Load(), Reconnects: t.reconnects.Load(), Took: took,
 	}
 }
 
 // Missing is how many records have not come back.
-func (s Summary) Missing() int64 { return s.Malformed + s.Failed + s.Unfinished }
+func (s Summary) Missing() int64 { return s.Malformed + s.Failed + s.Unfinished + s.Earlier }
 
 // String says it on a line.
 func (s Summary) String() string {
 	var b strings.Builder
 	switch {
-	case s.Missing() == 0 && s.Came == 1:
-		b.WriteString("1 record came back")
+	case s.Missing() == 0 && (s.Came < 2 || s.Unread):
+		b.WriteString(plural(s.Came, "record") + " came back")
 	case s.Missing() == 0:
 		fmt.Fprintf(&b, "all %s came back", plural(s.Came, "record"))
 	default:
@@ -131,13 +164,19 @@ func (s Summary) String() string {
 		{s.Malformed, "malformed"},
 		{s.Failed, "failed"},
 		{s.Unfinished, "not finished"},
-		{s.Skipped, "done before"},
-		{s.Reconnects, "reconnects"},
+		{s.Earlier, "failed before"},
+		{s.Skipped - s.Earlier, "done before"},
 		{s.Resent, "sent again"},
 	} {
 		if more.n > 0 {
 			fmt.Fprintf(&b, "; %s %s", humanize.Comma(more.n), more.what)
 		}
+	}
+	if s.Reconnects > 0 {
+		b.WriteString("; " + plural(s.Reconnects, "reconnect"))
+	}
+	if s.Unread {
+		b.WriteString("; not all of the input was read")
 	}
 	return b.String()
 }
