@@ -111,10 +111,10 @@ func (l *loop) carry() error {
 		if err != nil {
 			return err
 		}
-		now = l.now()
 		for _, u := range ready {
-			u.ready(now)
+			u.ready()
 		}
+		now = l.now()
 		for _, d := range l.take() {
 			d.user.connected(d, now)
 		}

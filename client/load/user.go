@@ -133,12 +133,13 @@ func (u *user) write(now time.Duration) {
 }
 
 // ready reads what has come, and writes what there is room for.
-func (u *user) ready(now time.Duration) {
+func (u *user) ready() {
 	if u.socket == nil {
 		return // it has ended since it was said to be ready
 	}
 	l := u.loop
 	n, ago, err := u.socket.read(l.buf)
+	now := l.now() // not when the loop woke up: others may have been served since
 	if n > 0 {
 		before := l.tally.Echoes.Returned
 		u.check.feed(l.buf[:n], now-ago)

@@ -1,0 +1,50 @@
+package load
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A slowSocket gives all that was written to it back, in a read that takes a while.
+type slowSocket struct {
+	takes  time.Duration
+	echoes []byte
+}
+
+func (s *slowSocket) read(p []byte) (int, time.Duration, error) {
+	time.Sleep(s.takes)
+	n := copy(p, s.echoes)
+	s.echoes = s.echoes[n:]
+	return n, 0, nil
+}
+
+func (s *slowSocket) write(p []byte) (int, error) {
+	s.echoes = append(s.echoes, p...)
+	return len(p), nil
+}
+
+func (s *slowSocket) awaitRoom(bool) error { return nil }
+func (s *slowSocket) closeWrite() error    { return nil }
+func (s *slowSocket) close()               {}
+
+// servedBy returns a user that a connection serves.
+func servedBy(s socket, opts Options) *user {
+	opts = opts.withDefaults()
+	r := &run{opts: opts, began: time.Now()}
+	u := &user{loop: &loop{run: r, tally: newTally(), buf: make([]byte, readBuffer)}, phase: serving, wake: never, socket: s}
+	u.check = newChecker(origin{1, 1}, opts.Size, opts.Late, u.loop.tally, u.told)
+	return u
+}
+
+// TestLatencyEndsWhenItIsRead: not when the loop woke up to read from many, one after the other.
+func TestLatencyEndsWhenItIsRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := servedBy(&slowSocket{takes: 10 * time.Millisecond}, Options{})
+		u.send(0)
+		u.ready()
+		if got := time.Duration(u.loop.tally.echoes.Max()); got < 10*time.Millisecond {
+			t.Errorf("latency %v, want 10 ms", got)
+		}
+	})
+}
