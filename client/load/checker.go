@@ -195,10 +195,10 @@ func (c *checker) broken(n int64) {
 func (c *checker) outstanding() int { return int(c.next - c.base) }
 
 // overdue returns how many of the messages under way are late already: they hold
-// up no others.
-func (c *checker) overdue(now time.Duration) int {
-	n := 0
-	for _, due := range c.due[c.dueHead:] {
+// up no others. The first so many are known to be.
+func (c *checker) overdue(known int, now time.Duration) int {
+	n := min(known, c.outstanding())
+	for _, due := range c.due[c.dueHead+n:] {
 		if now-due <= c.late {
 			break
 		}
@@ -206,6 +206,9 @@ func (c *checker) overdue(now time.Duration) int {
 	}
 	return n
 }
+
+// oldest returns when the first of the messages under way was due.
+func (c *checker) oldest() time.Duration { return c.due[c.dueHead] }
 
 // end says that nothing more will come, and returns how many messages have not
 // come back, in whatever condition.

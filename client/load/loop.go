@@ -21,10 +21,10 @@ const (
 
 // A dialed is the outcome of dialing.
 type dialed struct {
-	user         *user
-	conn         net.Conn
-	err          error
-	began, ended time.Duration
+	user *user
+	conn net.Conn
+	err  error
+	at   time.Duration
 }
 
 // A loop carries a part of the users, on one goroutine.

@@ -51,12 +51,12 @@ type Options struct {
 	Ramp     time.Duration // over which connections are opened, evenly; zero: all at once
 	Churn    time.Duration // after which, give or take a half, a connection is made anew; zero: never
 
-	NoReconnect bool           // connections that end are not made again
+	NoReconnect bool           // connections that end, or cannot be made, are not made again
 	Backoff     client.Backoff // before they are; Retries is not heeded; zero Max means 2 s
 
 	Timeout   time.Duration // for a connect; zero means 5 s
 	Late      time.Duration // after which an echo is late; zero means 1 s
-	DrainWait time.Duration // at the end, for what is under way; zero means 5 s
+	DrainWait time.Duration // at the end, for what is under way, connects too; zero means 5 s
 
 	// Loops is how many goroutines carry the load, on a thread each on Linux. Zero
 	// means one for each four processors, at least one.

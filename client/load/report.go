@@ -41,7 +41,9 @@ type histogram struct{ connect, echo *hdrhistogram.Histogram }
 // notice that ends the connection, with an end that nothing announced, or with the
 // begin of an attempt to connect that failed. It ends with the first echo over a
 // later connection, or with the run. Connections made anew by Options.Churn are
-// none.
+// none. Nor is a message that is late, as long as others come back: but when for
+// more than Options.Late nothing has, though a message was due, that is an outage
+// since then, and ends with the next echo.
 type Outage struct {
 	Clients int     `json:"clients"`        // that had one
 	Median  float64 `json:"median_seconds"` // over all clients, of the sum of each

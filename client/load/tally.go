@@ -13,7 +13,7 @@ type Connects struct {
 	Made       int64 `json:"made"`
 	Refused    int64 `json:"refused"`
 	Reset      int64 `json:"reset"`       // by the peer, while connecting
-	TimedOut   int64 `json:"timed_out"`   // after Options.Timeout, or by the system
+	TimedOut   int64 `json:"timed_out"`   // after Options.Timeout, by the system, or at the end of the run
 	Failed     int64 `json:"failed"`      // in any other way
 	TurnedAway int64 `json:"turned_away"` // by a notice, before anything had come back
 }

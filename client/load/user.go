@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"syscall"
 	"time"
 
@@ -47,6 +48,7 @@ type user struct {
 	cause       cause                   // while leaving and closing
 	waits       int                     // for the backoff, since something came back
 	made        int                     // connections so far
+	dialed      time.Duration           // when it began to
 	stopDialing context.CancelCauseFunc // while dialing
 
 	// The present connection.
@@ -65,10 +67,7 @@ type user struct {
 	again         []time.Duration
 	dirty         bool // in the loop's list
 
-	// Time without service.
-	without time.Duration // so far
-	outage  time.Duration // since when there is one
-	inOut   bool
+	outages
 }
 
 // waiting reports whether something is due that no connection has taken.
@@ -145,7 +144,7 @@ func (u *user) ready() {
 		u.check.feed(l.buf[:n], now-ago)
 		if l.tally.Echoes.Returned > before {
 			u.echoed, u.waits, u.overdue = true, 0, 0
-			u.served(now - ago)
+			u.served(now-ago, u.notice == nil)
 		}
 		if u.notice != nil && u.phase == serving {
 			u.serviceGone(now)
@@ -197,9 +196,14 @@ func (u *user) takeBack() {
 	}
 }
 
-// halfClose does so when it leaves and nothing is under way any more.
+// halfClose does so when it leaves and nothing is under way any more. What is late
+// is awaited only at the end of the run, when nothing else waits for its client.
 func (u *user) halfClose(now time.Duration) {
-	if u.phase != leaving || u.check.outstanding() > 0 && !u.rejected {
+	awaited := u.check.outstanding()
+	if u.cause != byEnd {
+		awaited -= u.overdue
+	}
+	if u.phase != leaving || awaited > 0 && !u.rejected {
 		return
 	}
 	if err := u.socket.closeWrite(); errors.Is(err, errWouldBlock) {
@@ -210,11 +214,8 @@ func (u *user) halfClose(now time.Duration) {
 
 // tick does what has become due by itself.
 func (u *user) tick(now time.Duration) {
-	if u.phase == serving && u.check.outstanding() > u.overdue {
-		if n := u.check.overdue(now); n > u.overdue {
-			u.overdue = n
-			u.send(now)
-		}
+	if u.phase == serving || u.phase == leaving {
+		u.lookForLate(now)
 	}
 	if now < u.wake {
 		return
@@ -225,11 +226,23 @@ func (u *user) tick(now time.Duration) {
 	case serving:
 		u.leave(byChurn, now)
 	case leaving, closing:
-		u.ended(errPatience, now)
+		u.impatient(now)
 	}
 }
 
-var errPatience = errors.New("the echo of what was sent has not come, or no end of stream")
+var (
+	errNoEcho = errors.New("a connection was given up: the echo of what was sent has not come")
+	errNoEnd  = errors.New("a connection was given up: it was half-closed, and no end of stream has come")
+)
+
+// impatient ends a connection that has been waited for long enough.
+func (u *user) impatient(now time.Duration) {
+	if u.phase == closing {
+		u.ended(errNoEnd, now)
+	} else {
+		u.ended(errNoEcho, now)
+	}
+}
 
 // ended says that the connection has, and how.
 func (u *user) ended(err error, now time.Duration) {
@@ -249,13 +262,17 @@ func (u *user) ended(err error, now time.Duration) {
 		t.Echoes.Lost += missing
 	}
 	own := u.phase == closing && u.cause != byNotice
+	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) // which is how one ends that knows no half-close
+	if !inOrder {
+		u.loop.run.noteError(err)
+	}
 	switch {
 	case u.notice != nil:
 		t.Ends.Noticed++
-		if complete && (errors.Is(err, io.EOF) || u.phase == closing) && !u.rejected {
+		if complete && inOrder && !u.rejected {
 			t.Notices.Heeded++
 		}
-	case own:
+	case own && inOrder:
 		t.Ends.Left++
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		t.Ends.Reset++
@@ -275,26 +292,30 @@ func (u *user) ended(err error, now time.Duration) {
 	u.comeBack(now)
 }
 
-// serviceGone begins an outage, unless there is one.
-func (u *user) serviceGone(since time.Duration) {
-	if !u.inOut {
-		u.outage, u.inOut = since, true
+// lookForLate lets go of what has become late. If meanwhile nothing has come back
+// at all, there is no service.
+func (u *user) lookForLate(now time.Duration) {
+	overdue := u.check.overdue(u.overdue, now)
+	if overdue == 0 {
+		return
 	}
-}
-
-// served ends an outage: something has come back over a connection of which
-// nothing bad is known.
-func (u *user) served(now time.Duration) {
-	if u.inOut && u.phase == serving && u.notice == nil {
-		u.without += now - u.outage
-		u.inOut = false
+	if since := max(u.check.oldest(), u.echo); now-since > u.loop.run.opts.Late {
+		u.serviceGone(since)
+	}
+	if overdue > u.overdue {
+		u.overdue = overdue
+		u.send(now)
+		u.halfClose(now)
 	}
 }
 
 // finish ends what there still is, at the end of the run's patience.
 func (u *user) finish(now time.Duration) {
-	if u.socket != nil {
-		u.ended(errPatience, now)
+	switch {
+	case u.socket != nil:
+		u.impatient(now)
+	case u.phase == dialing:
+		u.notConnected(errDialTimeout)
 	}
 	u.loop.tally.Echoes.Unsent += int64(len(u.again)) + u.fallen - u.taken
 	if end := u.loop.endedAt; u.inOut && end > u.outage {
