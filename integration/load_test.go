@@ -249,6 +249,18 @@ func TestLoadEndsEarlyWithItsReport(t *testing.T) {
 	e.expectAccounts(map[string]uint64{"client-closed": 3})
 }
 
+// TestLoadWithoutEnoughFiles: it is not the server that is to blame.
+func TestLoadWithoutEnoughFiles(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	for conns, code := range map[string]int{"20": 0, "60": 1, "200": 1} { // which while they are made need two files each
+		got := run(t, commandOf("sh", "-c", `ulimit -n 70; exec "$@"`, "sh", built(t, echodBinary), "load", "--address", e.addr, "--conns", conns, "--rate", "100", "--duration", "300ms"))
+		if got.code != code || code == 1 && !strings.Contains(got.stderr, "too many open files for "+conns+" connections: raise the limit (ulimit -n)") {
+			t.Errorf("%s connections: code %d, %s\n%s", conns, got.code, got.stderr, got.stdout)
+		}
+	}
+}
+
 func TestLoadUsage(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ flags, want string }{

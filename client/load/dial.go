@@ -54,6 +54,9 @@ func (u *user) notConnected(err error) {
 
 // connected takes the outcome of dialing.
 func (u *user) connected(d dialed, now time.Duration) {
+	if outOfFiles(d.err) {
+		u.loop.failed = d.err
+	}
 	if d.err != nil {
 		u.notConnected(d.err)
 		u.comeBack(now)
@@ -68,6 +71,9 @@ func (u *user) connected(d dialed, now time.Duration) {
 	}
 	s, err := l.poll.add(d.conn, u)
 	if err != nil {
+		if outOfFiles(err) {
+			l.failed = err
+		}
 		_ = d.conn.Close()
 		t.Ends.Failed++
 		l.run.noteError(err)
@@ -88,6 +94,12 @@ func (u *user) connected(d dialed, now time.Duration) {
 		return
 	}
 	u.send(now)
+}
+
+// outOfFiles reports whether it is this side that cannot have more connections, for
+// which no server is to blame.
+func outOfFiles(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
 }
 
 // comeBack waits before the next attempt to connect, if there is to be one.

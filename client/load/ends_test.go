@@ -5,6 +5,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
+	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -282,4 +285,17 @@ func TestANoticeIsNotHeededByAReset(t *testing.T) {
 	if r.Notices.Shutdown == 0 || r.Notices.Heeded != 0 || r.Ends.Noticed != r.Connects.Made {
 		t.Errorf("notices %+v, ends %+v", r.Notices, r.Ends)
 	}
+}
+
+// TestOutOfFilesIsNoFaultOfTheServer: the run ends, and says which limit it is.
+func TestOutOfFilesIsNoFaultOfTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		full := func(context.Context, string) (net.Conn, error) {
+			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)}
+		}
+		_, err := Run(t.Context(), Options{Address: "in memory", Dial: full, Conns: 7, Duration: time.Hour, Loops: 2})
+		if err == nil || !strings.Contains(err.Error(), "7 connections: raise the limit (ulimit -n)") {
+			t.Errorf("%v", err)
+		}
+	})
 }

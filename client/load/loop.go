@@ -42,6 +42,7 @@ type loop struct {
 
 	ending  bool
 	endedAt time.Duration
+	failed  error // why the run cannot go on
 
 	dials sync.WaitGroup // those that dial for the users
 
@@ -117,6 +118,9 @@ func (l *loop) carry() error {
 		now = l.now()
 		for _, d := range l.take() {
 			d.user.connected(d, now)
+		}
+		if l.failed != nil {
+			return l.failed
 		}
 	}
 }

@@ -60,7 +60,8 @@ type recent struct {
 }
 
 // Run puts load on a server as opts say, waits for what is under way, and reports.
-// When ctx ends the run ends early, in order. An error means that there was no run.
+// When ctx ends the run ends early, in order. An error means that there was no run,
+// or that this side could not go on with it, as when it may open no more files.
 func Run(ctx context.Context, opts Options) (*Report, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
@@ -113,6 +114,9 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 				opts.OnProgress(r.progress())
 			}
 		}
+	}
+	if outOfFiles(failed) {
+		return nil, fmt.Errorf("putting load on %s: too many open files for %d connections: raise the limit (ulimit -n)", opts.Address, opts.Conns)
 	}
 	if failed != nil {
 		return nil, fmt.Errorf("putting load on %s: %w", opts.Address, failed)

@@ -1,6 +1,9 @@
 package load
 
 import (
+	"net"
+	"os"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -47,4 +50,22 @@ func TestLatencyEndsWhenItIsRead(t *testing.T) {
 			t.Errorf("latency %v, want 10 ms", got)
 		}
 	})
+}
+
+// A fullPoller has no room for another file.
+type fullPoller struct{ poller }
+
+func (fullPoller) add(net.Conn, *user) (socket, error) {
+	return nil, os.NewSyscallError("fcntl", syscall.EMFILE)
+}
+
+// TestOutOfFilesWhenConnected: the poller may need one more than the connection.
+func TestOutOfFilesWhenConnected(t *testing.T) {
+	u := servedBy(nil, Options{})
+	u.loop.poll = fullPoller{}
+	near, _ := pipes()
+	u.connected(dialed{u, near, nil, 0}, 0)
+	if !outOfFiles(u.loop.failed) {
+		t.Errorf("the loop goes on: %v", u.loop.failed)
+	}
 }
