@@ -44,7 +44,8 @@ type Options struct {
 
 	// Pipeline is how many messages may be under way on a connection. In the open
 	// model, what is due beyond it waits, and the waiting counts. Zero means one,
-	// and 1,000 in the open model. Messages that are late hold up no others.
+	// and 1,000 in the open model. Messages that are late hold up no others, as long
+	// as all together are less than twice as many, or 4 MiB.
 	Pipeline int
 
 	Duration time.Duration // zero means 10 s

@@ -1,6 +1,7 @@
 package load
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -15,8 +16,9 @@ import (
 
 const (
 	progressEvery = 200 * time.Millisecond
-	maxPoints     = 600 // of the time series, about
-	maxErrors     = 5   // different ones that a report says
+	maxPoints     = 1200 // of the time series
+	maxRecent     = 10   // windows, for how a run is going
+	maxErrors     = 5    // different ones that a report says
 )
 
 // Progress is how a run is going.
@@ -43,9 +45,8 @@ type run struct {
 	conns    atomic.Uint32 // made so far
 	stopping atomic.Bool
 
-	step time.Duration // of the time series
-
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex    // guards what follows
+	step   time.Duration // of the time series
 	total  Counts
 	points []point
 	recent []recent // the last windows
@@ -70,7 +71,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	r := &run{
 		opts: opts, id: rand.Uint32(), dial: opts.Dial,
 		schedule: newSchedule(&opts),
-		step:     max(window, (opts.Duration / maxPoints).Truncate(window)),
+		step:     window,
 	}
 	if r.dial == nil {
 		var d net.Dialer
@@ -141,24 +142,32 @@ func (r *run) absorb(l *loop, since time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.total.add(&t.Counts)
+	for int(since/r.step) >= maxPoints {
+		r.points = halved(r.points)
+		r.step *= 2
+	}
 	at := int(since / r.step)
 	for len(r.points) <= at {
 		r.points = append(r.points, point{})
 	}
 	r.points[at].add(t)
-	now := r.recent[max(0, len(r.recent)-1):]
-	if len(now) == 0 || now[0].at != since {
-		if len(r.recent) == 10 {
-			copy(r.recent, r.recent[1:])
-			r.recent = r.recent[:9]
-		}
-		r.recent = append(r.recent, recent{at: since, latencies: newWindowHistogram()})
-		now = r.recent[len(r.recent)-1:]
-	}
-	now[0].returned += t.Echoes.Returned
-	now[0].latencies.Merge(t.window)
+	r.addRecent(t, since.Truncate(window))
 	t.Counts = Counts{}
 	t.window.Reset()
+}
+
+// addRecent adds what a loop has counted to the window that begins then, if it is
+// one of the last.
+func (r *run) addRecent(t *tally, begins time.Duration) {
+	i, known := slices.BinarySearchFunc(r.recent, begins, func(w recent, at time.Duration) int { return cmp.Compare(w.at, at) })
+	if !known {
+		r.recent = slices.Insert(r.recent, i, recent{at: begins, latencies: newWindowHistogram()})
+	}
+	r.recent[i].returned += t.Echoes.Returned
+	r.recent[i].latencies.Merge(t.window)
+	if len(r.recent) > maxRecent {
+		r.recent = slices.Delete(r.recent, 0, 1)
+	}
 }
 
 func (r *run) progress() Progress {

@@ -246,3 +246,30 @@ func TestOptionsThatMakeNoSense(t *testing.T) {
 		}
 	}
 }
+
+// TestALargeMessageIsWrittenBitByBit: when there is room again the rest goes on, though nothing has come back.
+func TestALargeMessageIsWrittenBitByBit(t *testing.T) {
+	r, err := Run(t.Context(), Options{Address: overTCP(t, faults{}.serve), Size: 16 << 20, Duration: 50 * time.Millisecond, Late: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := r.Echoes; e.Sent == 0 || e.Returned != e.Sent {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestWhatIsLateIsBounded: a server that reads and never answers does not make the load generator keep all that it was sent.
+func TestWhatIsLateIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent := func(conn net.Conn) {
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+		for size, most := range map[int]int64{64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100, 100_000: 200} {
+			r := runs(t, Options{Dial: inMemory(t, silent), Rate: 20_000, Size: size, Pipeline: 100, Duration: 5 * time.Second, Late: 10 * time.Millisecond})
+			if e := r.Echoes; e.Sent > most || e.Sent < most/2 || e.Lost != e.Sent || e.Sent+e.Unsent != 100_000 {
+				t.Errorf("of %d bytes: %+v, want up to %d sent", size, e, most)
+			}
+		}
+	})
+}

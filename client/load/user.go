@@ -11,10 +11,6 @@ import (
 	"echod/client"
 )
 
-// maxUnwritten is how much may wait for room in a connection, in bytes, before no
-// more messages are made.
-const maxUnwritten = 256 << 10
-
 // A phase is what a user is doing.
 type phase int
 
@@ -72,64 +68,6 @@ type user struct {
 
 // waiting reports whether something is due that no connection has taken.
 func (u *user) waiting() bool { return len(u.again) > 0 || u.taken < u.fallen }
-
-// send begins as many messages as may be under way and are due, and writes.
-func (u *user) send(now time.Duration) {
-	if u.phase != serving {
-		u.write(now)
-		return
-	}
-	opts := &u.loop.run.opts
-	room := opts.Pipeline - (u.check.outstanding() - u.overdue)
-	for ; room > 0 && len(u.check.unwritten(u.written)) < maxUnwritten; room-- {
-		due, ok := u.next(now)
-		if !ok {
-			break
-		}
-		u.check.begin(due)
-	}
-	u.write(now)
-	if u.phase == serving && u.loop.ending && !u.waiting() {
-		u.leave(byEnd, now)
-	}
-}
-
-// next takes the next message that is due.
-func (u *user) next(now time.Duration) (due time.Duration, ok bool) {
-	l := u.loop
-	switch {
-	case len(u.again) > 0:
-		due, u.again = u.again[0], u.again[1:]
-		return due, true
-	case l.run.opts.Rate > 0:
-		if u.taken == u.fallen {
-			return 0, false
-		}
-		u.taken++
-		return l.run.schedule.due(u.index, u.taken-1), true
-	}
-	return now, !l.ending
-}
-
-// write writes what is to be sent, as far as there is room.
-func (u *user) write(now time.Duration) {
-	p := u.check.unwritten(u.written)
-	if len(p) == 0 {
-		return
-	}
-	n, err := u.socket.write(p)
-	u.written += int64(n)
-	size := int64(u.loop.run.opts.Size)
-	begun := (u.written + size - 1) / size
-	u.loop.tally.Echoes.Sent += begun - u.counted
-	u.counted = begun
-	if err != nil && !errors.Is(err, errWouldBlock) {
-		return // reading tells why, after what came before
-	}
-	if err := u.socket.awaitRoom(n < len(p)); err != nil {
-		u.ended(err, now)
-	}
-}
 
 // ready reads what has come, and writes what there is room for.
 func (u *user) ready() {

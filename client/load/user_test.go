@@ -69,3 +69,13 @@ func TestOutOfFilesWhenConnected(t *testing.T) {
 		t.Errorf("the loop goes on: %v", u.loop.failed)
 	}
 }
+
+// TestSendsAsMuchAsThereIsRoomFor in the connection, in one go.
+func TestSendsAsMuchAsThereIsRoomFor(t *testing.T) {
+	s := &slowSocket{}
+	u := servedBy(s, Options{Size: 10_000, Pipeline: 100})
+	u.send(0)
+	if len(s.echoes) != 1_000_000 {
+		t.Errorf("%d bytes were written, want 1000000", len(s.echoes))
+	}
+}
