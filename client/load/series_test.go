@@ -39,6 +39,9 @@ func TestSeries(t *testing.T) {
 				if math.Abs(p.At-float64(i)*tt.step) > 1e-9 {
 					t.Fatalf("point %d begins at %v s", i, p.At)
 				}
+				if i < len(r.Series)-1 && math.Abs(p.PerSecond-20) > 11 {
+					t.Errorf("%v of %v: %v echoes/s at %v s, want about 20", tt.after, tt.planned, p.PerSecond, p.At)
+				}
 				sum += p.PerSecond * min(tt.step, r.Lasted-p.At)
 			}
 			if math.Abs(sum-float64(r.Echoes.Returned)) > 0.05*float64(r.Echoes.Returned) {
