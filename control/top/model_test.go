@@ -248,12 +248,20 @@ func TestEachQuestionSaysWhatWillHappen(t *testing.T) {
 	ask("Pause the server (disk swap): new clients wait until it is resumed; who is connected (3) notices nothing. y/N", "p", "disk swap", "enter")
 	ask("Pause the server: new clients", "p", "enter")
 	ask("nothing to resume: the server is running", "u")
-	ask("Drain the server: 3 clients are told and have 5s to finish; then it stops. y/N", "D")
+	ask("Drain the server: 3 clients are told and given 5s to finish; then it stops. y/N", "D")
 
 	st := aStatus()
 	st.Connections, st.GraceSeconds, st.DrainDelaySeconds = 1, 0, 2
 	r.answers(st)
 	ask("Drain the server: new clients are served for 2s more, then 1 client is told and closed at once; then it stops. y/N", "D")
+	st.Holds = []control.Hold{{ID: "h1", Reason: strings.Repeat("disk ", 30)}}
+	r.answers(st)
+	ask("Drain the server: it stays paused for 2s more, then 1 client and all who wait are told and closed at once; then it stops. y/N", "D")
+	ask("Resume the server: 1 hold is released (h1 disk disk disk disk disk disk…), and new clients are served. y/N", "u")
+	st.Drain = &control.Drain{Reason: "SIGTERM", Deadline: r.at.Add(10 * time.Second), AcceptingUntil: new(r.at.Add(3 * time.Second))}
+	r.answers(st)
+	r.expect(`^draining     SIGTERM: new clients wait for 2.0s more, 9.0s left in all$`)
+	st.Drain = nil
 	st.State, st.Holds = "paused", []control.Hold{{ID: "h1", Reason: "a"}, {ID: "h2"}, {ID: "h3"}, {ID: "h4"}}
 	r.answers(st)
 	ask("Resume the server: 4 holds are released (h1 a, h2, h3 and 1 more), and new clients are served. y/N", "u")
@@ -282,54 +290,14 @@ func TestRefusalsAndFailuresAreSaidInALine(t *testing.T) {
 	r.expect(`^the server has not answered to what was asked before$`)
 }
 
-func TestServerThatHasGone(t *testing.T) {
+// TestWhatIsTypedIsSeen: the end of it, when there is no room for all.
+func TestWhatIsTypedIsSeen(t *testing.T) {
 	r := newRig(t)
-	r.lists(r.aConn(1, 0))
-	r.presses("D") // whose question has then become pointless
-	r.Update(lostMsg{r.at, gone()})
-	r.at = r.at.Add(12 * time.Second)
-	r.Update(lostMsg{r.at, gone()})
-	r.expect(`^ gone  echod 1\.2\.3  pid 4711`)
-	r.expect(`^gone         connection lost 12s ago, trying again on /run/c$`)
-	r.expect(`^0 connections$`)
-	r.expectOrder()
-	r.presses("p")
-	r.expect(`^the server does not answer$`)
-	r.lists(r.aConn(1, 0)) // which was under way
-	r.expectOrder()
-
-	st := aStatus()
-	st.PID, st.Accepted = 5000, 1
-	r.answers(st)
-	r.expect(`^ running  echod 1\.2\.3  pid 5000`)
-	r.expect(`^another server answers now: pid 5000$`)
-	r.expect(`^accepts +0/s +max 0 `)
-	r.lists(r.aConn(1, 0))
-	r.expectOrder(1)
-}
-
-func TestServerThatHasStopped(t *testing.T) {
-	r := newRig(t)
-	st := aStatus()
-	st.State, st.Drain = "draining", &control.Drain{Reason: "SIGTERM", Deadline: r.at}
-	r.answers(st)
-	r.happens(control.Event{Type: "state", State: "stopped"})
-	r.answers(st) // which was under way
-	r.Update(lostMsg{r.at, gone()})
-	r.expect(`^ stopped  echod`)
-	r.expect(`^stopped      the server has stopped, 0\.0s ago \(SIGTERM\); waiting for another$`)
-}
-
-func TestServerThatDoesNotAnswerKeepsItsConnections(t *testing.T) {
-	r := newRig(t)
-	r.lists(r.aConn(1, 0))
-	r.Update(lostMsg{r.at, errors.New("no answer within 2s")})
-	r.expect(`^ no answer  echod`)
-	r.expect(`^no answer    for 0\.0s, what follows is from before: no answer within 2s$`)
-	r.expectOrder(1)
-	r.answers(aStatus())
-	r.expect(`^ running `)
-	r.expect(`^the server answers again, after 1\.0s$`)
+	r.presses("p", strings.Repeat("long ", 20)+"the end")
+	r.expect(`^Pause, for what reason\? ….*long the end$`)
+	if c := r.View().Cursor; c == nil || c.X != 79 {
+		t.Errorf("the cursor is at %+v, want it at the end of the line", c)
+	}
 }
 
 // TestScreensOfAllSizes: whatever is shown, it fits.
