@@ -101,7 +101,7 @@ func (l *loop) carry() error {
 			l.run.absorb(l, flush-window)
 			flush += (now - flush).Truncate(window) + window
 		}
-		if l.ending && (l.allGone() || now >= l.endedAt+l.run.opts.DrainWait) {
+		if l.ending && (l.allGone() || now >= l.endedAt+l.run.opts.DrainWait || l.run.hurried.Load()) {
 			for _, u := range l.users {
 				u.finish(now)
 			}

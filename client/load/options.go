@@ -63,6 +63,9 @@ type Options struct {
 	// means one for each four processors, at least one.
 	Loops int
 
+	// Hurry, when closed, ends the wait at the end. Nil: only DrainWait does.
+	Hurry <-chan struct{}
+
 	// OnProgress, if not nil, is called by Run's goroutine about every 200 ms.
 	OnProgress func(Progress)
 }
@@ -90,6 +93,13 @@ func (o Options) withDefaults() Options {
 func (o Options) Validate() error {
 	if o.Address == "" {
 		return errors.New("no address")
+	}
+	if o.Dial == nil {
+		if _, port, err := net.SplitHostPort(o.Address); err != nil {
+			return err
+		} else if port == "" {
+			return fmt.Errorf("address %s: no port", o.Address)
+		}
 	}
 	if size := cmp.Or(o.Size, DefaultSize); size < MinSize {
 		return fmt.Errorf("a message of %d bytes has no room for its number and checksum: at least %d", size, MinSize)

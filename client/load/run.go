@@ -28,7 +28,8 @@ type Progress struct {
 	Open       int  // connections
 	Sent       int64
 	Returned   int64
-	Lost       int64 // and corrupted, so far
+	Lost       int64 // so far; most of it shows when a connection ends only
+	Corrupted  int64
 	Notices    int64
 	Reconnects int64
 	Rate       float64       // echoes a second, in the last second or so
@@ -44,6 +45,7 @@ type run struct {
 	began    time.Time
 	conns    atomic.Uint32 // made so far
 	stopping atomic.Bool
+	hurried  atomic.Bool // waits for nothing any more
 
 	mu     sync.Mutex    // guards what follows
 	step   time.Duration // of the time series
@@ -100,6 +102,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		go func() { ended <- l.carry() }()
 	}
 	var failed error
+	hurry := opts.Hurry
 	ticker := time.NewTicker(progressEvery)
 	defer ticker.Stop()
 	for left := len(loops); left > 0; {
@@ -109,6 +112,12 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 			if err != nil && failed == nil {
 				failed = err
 				r.stopping.Store(true)
+			}
+		case <-hurry:
+			hurry = nil
+			r.hurried.Store(true)
+			for _, l := range loops {
+				l.poll.wake()
 			}
 		case <-ticker.C:
 			if opts.OnProgress != nil {
@@ -179,8 +188,8 @@ func (r *run) progress() Progress {
 		Open:     int(r.total.open()),
 		Sent:     r.total.Echoes.Sent,
 		Returned: r.total.Echoes.Returned,
-		Lost:     r.total.Echoes.Lost + r.total.Echoes.Corrupted,
-		Notices:  r.total.Notices.Seen(), Reconnects: r.total.Reconnects,
+		Lost:     r.total.Echoes.Lost, Corrupted: r.total.Echoes.Corrupted,
+		Notices: r.total.Notices.Seen(), Reconnects: r.total.Reconnects,
 	}
 	if len(r.recent) == 0 {
 		return p

@@ -215,6 +215,24 @@ func TestInterrupted(t *testing.T) {
 	})
 }
 
+// TestHurried: who does not want to wait any more for what is under way has the report at once.
+func TestHurried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent := func(conn net.Conn) {
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+		hurry := make(chan struct{})
+		time.AfterFunc(2*time.Second, func() { close(hurry) })
+		began := time.Now()
+		r := runs(t, Options{Dial: inMemory(t, silent), Rate: 10, Duration: time.Second, DrainWait: time.Hour, Hurry: hurry})
+		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
+		if took := time.Since(began); took > 2100*time.Millisecond {
+			t.Errorf("took %v", took)
+		}
+	})
+}
+
 // TestASilentServer: what never comes is lost when the run's patience is over.
 func TestASilentServer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -234,12 +252,15 @@ func TestASilentServer(t *testing.T) {
 func TestOptionsThatMakeNoSense(t *testing.T) {
 	for _, o := range []Options{
 		{},
-		{Address: "a", Size: MinSize - 1},
-		{Address: "a", Rate: -1},
-		{Address: "a", Rate: math.NaN()},
-		{Address: "a", Rate: math.Inf(1)},
-		{Address: "a", Conns: -1},
-		{Address: "a", Duration: -1},
+		{Address: "a"},
+		{Address: "a:"},
+		{Address: "::1"},
+		{Address: "a:1", Size: MinSize - 1},
+		{Address: "a:1", Rate: -1},
+		{Address: "a:1", Rate: math.NaN()},
+		{Address: "a:1", Rate: math.Inf(1)},
+		{Address: "a:1", Conns: -1},
+		{Address: "a:1", Duration: -1},
 	} {
 		if _, err := Run(t.Context(), o); err == nil {
 			t.Errorf("%+v is accepted", o)

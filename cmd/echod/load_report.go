@@ -23,7 +23,7 @@ func writeReport(out io.Writer, r *load.Report, why []string) error {
 
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	row := func(name string, cells ...string) {
-		for i, line := range folded(cells, 62) {
+		for i, line := range folded(cells, 63) {
 			if i > 0 {
 				name = ""
 			}
@@ -88,12 +88,18 @@ func wellEnough(r *load.Report) string {
 
 // folded joins cells to lines of the width, as far as they go.
 func folded(cells []string, width int) []string {
-	lines := []string{cells[0]}
-	for _, cell := range cells[1:] {
+	lines := []string{""}
+	for i, cell := range cells {
+		if i < len(cells)-1 {
+			cell += ","
+		}
 		last := &lines[len(lines)-1]
-		if *last += ","; utf8.RuneCountInString(*last)+len(" ")+utf8.RuneCountInString(cell)+len(",") > width {
+		switch {
+		case *last == "":
+			*last = cell
+		case utf8.RuneCountInString(*last+" "+cell) > width:
 			lines = append(lines, cell)
-		} else {
+		default:
 			*last += " " + cell
 		}
 	}

@@ -49,6 +49,17 @@ if that came before the first ping was done.`,
 	return cmd
 }
 
+// toItsEnd calls f with a context that ends with SIGINT or SIGTERM, after which f still has something to say: its error
+// is the outcome, and not that it was interrupted.
+func toItsEnd(ctx context.Context, f func(context.Context) error) error {
+	var outcome error
+	_ = interruptible(ctx, func(ctx context.Context) error {
+		outcome = f(ctx)
+		return nil
+	})
+	return outcome
+}
+
 // pinger is one echod ping.
 type pinger struct {
 	address           string
