@@ -79,3 +79,20 @@ func TestSendsAsMuchAsThereIsRoomFor(t *testing.T) {
 		t.Errorf("%d bytes were written, want 1000000", len(s.echoes))
 	}
 }
+
+// TestClientsDoNotComeBackTogether: each waits for a random part of a time that grows.
+func TestClientsDoNotComeBackTogether(t *testing.T) {
+	waits := make(map[time.Duration]bool)
+	for range 100 {
+		u := servedBy(nil, Options{})
+		u.waits = 1
+		u.comeBack(0)
+		if u.wake < 0 || u.wake > 200*time.Millisecond {
+			t.Errorf("waits for %v, want up to 200 ms the second time", u.wake)
+		}
+		waits[u.wake] = true
+	}
+	if len(waits) < 50 {
+		t.Errorf("100 clients come back at %d times", len(waits))
+	}
+}
