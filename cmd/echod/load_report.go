@@ -130,9 +130,9 @@ func latency(s float64) string {
 	switch {
 	case s == 0:
 		return "-"
-	case s < 1e-3:
+	case s < 0.9995e-3: // not 1000 of them
 		return digits(s*1e6) + " µs"
-	case s < 1:
+	case s < 0.9995:
 		return digits(s*1e3) + " ms"
 	default:
 		return digits(s) + " s"
