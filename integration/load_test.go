@@ -149,6 +149,25 @@ func TestLoadInterruptedIsJudged(t *testing.T) {
 	}
 }
 
+// TestLoadInterruptedTwiceWaitsNoMore: not for what is under way, and still reports.
+func TestLoadInterruptedTwiceWaitsNoMore(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--drain-wait", "1h", "--json")
+	for e.status().BytesOut < 1000 {
+		time.Sleep(10 * time.Millisecond)
+	}
+	e.signal(syscall.SIGSTOP)
+	time.Sleep(100 * time.Millisecond) // so that something is under way
+	check(t, l.cmd.Process.Signal(syscall.SIGINT))
+	time.Sleep(100 * time.Millisecond) // signals of one kind in a row are one
+	check(t, l.cmd.Process.Signal(syscall.SIGINT))
+	if v := l.report(1); v.Echoes.Lost == 0 || v.Echoes.Lost != v.Echoes.Sent-v.Echoes.Returned {
+		t.Errorf("%+v: want some lost", v.Echoes)
+	}
+	e.signal(syscall.SIGCONT)
+}
+
 // TestLoadSeesARestartThatLosesNothing: clients heed the notice and connect to the successor.
 func TestLoadSeesARestartThatLosesNothing(t *testing.T) {
 	t.Parallel()
@@ -241,12 +260,24 @@ func TestLoadEndsEarlyWithItsReport(t *testing.T) {
 	e := start(t)
 	term, _ := openTerminal(t)
 	term.types(`$ECHOD load --address ` + e.addr + ` --conns 3 --rate 100 --duration 1h; echo "code=$?"` + "\n")
-	term.awaits(`of 1h0m0s  3 open  1\d\d/s`) // the live line
+	term.awaits(`\d/1h0m0s  lost 0  notices 0  reconnects 0  3 open  \d+/s  p99 `) // the live line
 	term.types(ctrlC)
 	term.awaits(`All that was sent has come back, once and in order`)
 	term.awaits(`(?m)^code=0$`)
 	e.awaitOpen(0)
 	e.expectAccounts(map[string]uint64{"client-closed": 3})
+}
+
+// TestLoadWithoutEnoughFiles: it is not the server that is to blame.
+func TestLoadWithoutEnoughFiles(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	for conns, code := range map[string]int{"20": 0, "60": 1, "200": 1} { // which while they are made need two files each
+		got := run(t, commandOf("sh", "-c", `ulimit -n 70; exec "$@"`, "sh", built(t, echodBinary), "load", "--address", e.addr, "--conns", conns, "--rate", "100", "--duration", "300ms"))
+		if got.code != code || code == 1 && !strings.Contains(got.stderr, "too many open files for "+conns+" connections: raise the limit (ulimit -n)") {
+			t.Errorf("%s connections: code %d, %s\n%s", conns, got.code, got.stderr, got.stdout)
+		}
+	}
 }
 
 func TestLoadUsage(t *testing.T) {
@@ -258,12 +289,15 @@ func TestLoadUsage(t *testing.T) {
 		{"--pipeline -1", "must not be negative"},
 		{"--duration 0s", "--duration 0s: must be more than nothing"},
 		{"--max-p99 fast", "invalid argument"},
+		{"--address foo", "missing port in address"},
+		{"--max-lost -1", "--max-lost: must not be negative"},
+		{"--plot x --hdr x", "not to the same file"},
 		{"somewhere", "unknown command"},
 		{"--plot /no/such/place/p.svg", "no such file or directory"},
 	} {
 		got := run(t, commandOf(append([]string{built(t, echodBinary), "load", "--address", "127.0.0.1:1"}, strings.Fields(tt.flags)...)...))
 		want := 2
-		if strings.HasPrefix(tt.flags, "--plot") {
+		if strings.HasPrefix(tt.flags, "--plot /no") {
 			want = 1
 		}
 		if got.code != want || !strings.Contains(got.stderr, tt.want) || got.stdout != "" {

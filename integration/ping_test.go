@@ -8,6 +8,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"echod/control"
 )
@@ -72,6 +73,22 @@ func TestPingSaysWhyNot(t *testing.T) {
 	e.signal(syscall.SIGKILL)
 	e.wait(128 + int(syscall.SIGKILL))
 	says("connection refused")
+}
+
+// TestPingInterruptedIsNoSuccess where nothing has answered.
+func TestPingInterruptedIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	_, err := e.control.Pause(t.Context(), control.PauseRequest{})
+	check(t, err)
+	cmd := e.pingCommand()
+	check(t, cmd.Start())
+	time.Sleep(200 * time.Millisecond) // for it to be under way
+	check(t, cmd.Process.Signal(syscall.SIGTERM))
+	_ = cmd.Wait()
+	if got := exitCode(cmd.ProcessState); got != 128+int(syscall.SIGTERM) {
+		t.Errorf("exit code %d, want 143", got)
+	}
 }
 
 func TestPingUntilCtrlC(t *testing.T) {

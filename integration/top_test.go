@@ -229,7 +229,7 @@ func TestTopDrainsAndSaysThatTheServerIsGone(t *testing.T) {
 	s := e.top(80, 24)
 	s.awaits(`^connections +1 open`)
 	s.presses("D")
-	s.awaits(`^Drain the server: 1 client is told and have 1m0s to finish; then it stops. y/N`)
+	s.awaits(`^Drain the server: 1 client is told and given 1m0s to finish; then it stops. y/N`)
 	s.presses("y")
 	check(t, p.expect("SHUTDOWN 60 control\n"))
 	left := s.awaits(`^draining +control: (\d+)s left, 1 told, 0 not to be told`, `^ draining `)

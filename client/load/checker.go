@@ -41,8 +41,11 @@ type checker struct {
 	missing   map[uint64]time.Duration
 	forgotten int64
 
-	corrupted int64 // messages that came back broken
-	lines     lines
+	// broken is for how many messages the broken bytes since the last message in
+	// its turn would do; corrupted is how many they have stood for.
+	broken, corrupted int64
+
+	lines lines
 }
 
 func newChecker(from origin, size int, late time.Duration, t *tally, onNotice func(client.Notice)) *checker {
@@ -152,7 +155,7 @@ func (c *checker) message(from origin, seq uint64, now time.Duration) {
 		return
 	}
 	if seq >= c.next { // right by its form, but never sent
-		c.broken(1)
+		c.broken++
 		return
 	}
 	if due, ok := c.missing[seq]; ok {
@@ -165,6 +168,7 @@ func (c *checker) message(from origin, seq uint64, now time.Duration) {
 		c.tally.Echoes.Duplicated++
 		return
 	}
+	c.standFor(int64(seq - c.base))
 	for c.base < seq {
 		c.miss()
 	}
@@ -185,20 +189,24 @@ func (c *checker) miss() {
 	c.pop()
 }
 
-// broken counts messages that came back broken.
-func (c *checker) broken(n int64) {
-	c.corrupted += n
-	c.tally.Echoes.Corrupted += n
+// standFor takes the broken bytes since the last message in its turn for the
+// messages that are missing there, as far as they go.
+func (c *checker) standFor(missing int64) {
+	corrupted := min(c.broken, missing)
+	c.corrupted += corrupted
+	c.tally.Echoes.Corrupted += corrupted
+	c.tally.Echoes.Unexpected += c.broken - corrupted
+	c.broken = 0
 }
 
 // outstanding returns how many messages are under way.
 func (c *checker) outstanding() int { return int(c.next - c.base) }
 
 // overdue returns how many of the messages under way are late already: they hold
-// up no others.
-func (c *checker) overdue(now time.Duration) int {
-	n := 0
-	for _, due := range c.due[c.dueHead:] {
+// up no others. The first so many are known to be.
+func (c *checker) overdue(known int, now time.Duration) int {
+	n := min(known, c.outstanding())
+	for _, due := range c.due[c.dueHead+n:] {
 		if now-due <= c.late {
 			break
 		}
@@ -207,10 +215,19 @@ func (c *checker) overdue(now time.Duration) int {
 	return n
 }
 
+// oldest returns when the first of the messages under way was due.
+func (c *checker) oldest() time.Duration { return c.due[c.dueHead] }
+
 // end says that nothing more will come, and returns how many messages have not
 // come back, in whatever condition.
 func (c *checker) end() int64 {
 	c.endLines()
+	c.standFor(int64(c.outstanding()))
 	unreturned := int64(c.outstanding()) + int64(len(c.missing)) + c.forgotten
-	return max(0, unreturned-c.corrupted)
+	if more := c.corrupted - unreturned; more > 0 { // what they stood for has come later
+		c.tally.Echoes.Corrupted -= more
+		c.tally.Echoes.Unexpected += more
+		return 0
+	}
+	return unreturned - c.corrupted
 }

@@ -2,6 +2,7 @@ package load
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 	"time"
 
@@ -195,6 +196,71 @@ func TestMessageForm(t *testing.T) {
 				t.Errorf("%q, changed at %d, is taken for a message", m, i)
 			}
 			m[i] ^= 1
+		}
+	}
+}
+
+// TestJunkHidesNoLoss: what is broken stands for messages that are missing in its place, and for no others.
+func TestJunkHidesNoLoss(t *testing.T) {
+	const size = 64
+	junk := bytes.Repeat([]byte("x"), 10*size)
+	for _, tt := range []struct {
+		what string
+		came func(m [][]byte) [][]byte
+		want Echoes
+	}{
+		{
+			"a greeting, and losses later",
+			func(m [][]byte) [][]byte { return [][]byte{junk, []byte("\n"), m[0], m[1], m[3], m[4], m[6], m[9]} },
+			Echoes{Returned: 6, Lost: 4, Unexpected: 10},
+		},
+		{
+			"more junk than is missing there",
+			func(m [][]byte) [][]byte {
+				return [][]byte{m[0], junk, []byte("\n"), m[2], m[3], m[4], m[5], m[6], m[8], m[9]}
+			},
+			Echoes{Returned: 8, Lost: 1, Corrupted: 1, Unexpected: 9},
+		},
+		{
+			"less",
+			func(m [][]byte) [][]byte { return [][]byte{m[0], junk[:size-1], []byte("\n"), m[3], m[4], m[5], m[6]} },
+			Echoes{Returned: 5, Lost: 4, Corrupted: 1},
+		},
+		{
+			"a message never sent, a loss later, and one that comes once more",
+			func(m [][]byte) [][]byte {
+				invented := origin{1, 1}.template(size)
+				number(invented, 77)
+				return [][]byte{invented, m[0], m[1], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[9]}
+			},
+			Echoes{Returned: 9, Lost: 1, Duplicated: 1, Unexpected: 1},
+		},
+		{
+			"where one was missing that comes later",
+			func(m [][]byte) [][]byte { return append([][]byte{junk[:size-1], []byte("\n"), m[1], m[0]}, m[2:]...) },
+			Echoes{Returned: 10, Reordered: 1, Unexpected: 1},
+		},
+		{
+			"backwards, with its newline first",
+			func(m [][]byte) [][]byte {
+				last := bytes.Clone(m[9])
+				slices.Reverse(last)
+				return append(m[:9:9], last)
+			},
+			Echoes{Returned: 9, Corrupted: 1},
+		},
+	} {
+		sum := newTally()
+		c := newChecker(origin{1, 1}, size, time.Second, sum, func(client.Notice) {})
+		var messages [][]byte
+		for i := range int64(10) {
+			c.begin(0)
+			messages = append(messages, bytes.Clone(c.unwritten(i*size)))
+		}
+		c.feed(bytes.Join(tt.came(messages), nil), 0)
+		sum.Echoes.Lost = c.end()
+		if diff := cmp.Diff(tt.want, sum.Echoes); diff != "" {
+			t.Errorf("%s: (-want +got):\n%s", tt.what, diff)
 		}
 	}
 }

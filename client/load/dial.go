@@ -13,20 +13,19 @@ import (
 
 // connect starts to dial. The outcome comes by the loop's inbox.
 func (u *user) connect() {
-	u.phase = dialing
 	l := u.loop
+	u.phase, u.dialed = dialing, l.now()
 	ctx, stop := context.WithCancelCause(context.Background())
 	u.stopDialing = stop
 	l.dials.Go(func() {
 		defer stop(nil)
 		ctx, cancel := context.WithTimeoutCause(ctx, l.run.opts.Timeout, errDialTimeout)
 		defer cancel()
-		began := l.now()
 		conn, err := l.run.dial(ctx, l.run.opts.Address)
 		if err != nil && ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		l.deliver(dialed{u, conn, err, began, l.now()})
+		l.deliver(dialed{u, conn, err, l.now()})
 	})
 }
 
@@ -35,38 +34,46 @@ var (
 	errOver        = errors.New("the run is over")
 )
 
+// notConnected counts an attempt to connect that has failed.
+func (u *user) notConnected(err error) {
+	t := u.loop.tally
+	t.Connects.Tried++
+	switch timeout, _ := errors.AsType[net.Error](err); {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		t.Connects.Refused++
+	case errors.Is(err, syscall.ECONNRESET):
+		t.Connects.Reset++
+	case errors.Is(err, errDialTimeout), timeout != nil && timeout.Timeout():
+		t.Connects.TimedOut++
+	default:
+		t.Connects.Failed++
+	}
+	u.loop.run.noteError(err)
+	u.serviceGone(u.dialed)
+}
+
 // connected takes the outcome of dialing.
 func (u *user) connected(d dialed, now time.Duration) {
-	t, l := u.loop.tally, u.loop
+	if outOfFiles(d.err) {
+		u.loop.failed = d.err
+	}
 	if d.err != nil {
-		if errors.Is(d.err, errOver) {
-			u.phase = gone
-			return
-		}
-		t.Connects.Tried++
-		switch timeout, _ := errors.AsType[net.Error](d.err); {
-		case errors.Is(d.err, syscall.ECONNREFUSED):
-			t.Connects.Refused++
-		case errors.Is(d.err, syscall.ECONNRESET):
-			t.Connects.Reset++
-		case errors.Is(d.err, errDialTimeout), timeout != nil && timeout.Timeout():
-			t.Connects.TimedOut++
-		default:
-			t.Connects.Failed++
-		}
-		l.run.noteError(d.err)
-		u.serviceGone(d.began)
+		u.notConnected(d.err)
 		u.comeBack(now)
 		return
 	}
+	t, l := u.loop.tally, u.loop
 	t.Connects.Tried++
 	t.Connects.Made++
-	record(t.connect, d.ended-d.began)
+	record(t.connect, d.at-u.dialed)
 	if u.made++; u.made > 1 {
 		t.Reconnects++
 	}
 	s, err := l.poll.add(d.conn, u)
 	if err != nil {
+		if outOfFiles(err) {
+			l.failed = err
+		}
 		_ = d.conn.Close()
 		t.Ends.Failed++
 		l.run.noteError(err)
@@ -89,10 +96,16 @@ func (u *user) connected(d dialed, now time.Duration) {
 	u.send(now)
 }
 
+// outOfFiles reports whether it is this side that cannot have more connections, for
+// which no server is to blame.
+func outOfFiles(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
 // comeBack waits before the next attempt to connect, if there is to be one.
 func (u *user) comeBack(now time.Duration) {
 	opts := &u.loop.run.opts
-	if opts.NoReconnect && u.made > 0 {
+	if opts.NoReconnect {
 		u.phase = gone
 		return
 	}
@@ -105,12 +118,8 @@ func (u *user) comeBack(now time.Duration) {
 // settle makes a user without a connection get one at the end of the run only if
 // something is still to be sent.
 func (u *user) settle() {
-	switch {
-	case !u.loop.ending || u.waiting():
-	case u.phase == absent:
+	if u.phase == absent && u.loop.ending && !u.waiting() {
 		u.phase = gone
-	case u.phase == dialing:
-		u.stopDialing(errOver)
 	}
 }
 

@@ -11,9 +11,10 @@
 //   - returned: whole and right; late, if it took longer than Options.Late, and
 //     reordered, if one that was sent later had come before
 //   - duplicated: right, but it had come before
-//   - corrupted: no message of this form, or one that was never sent. It stands for
-//     a message that was sent, which is not lost as well. Broken bytes in a row
+//   - corrupted: no message of this form, or one that was never sent, in the place
+//     of one that is missing, which is not lost as well. Broken bytes in a row
 //     count by their number, as one message for each Options.Size
+//   - unexpected: the same where no message is missing
 //   - foreign: right, but sent on another connection, or by another run
 //   - lost: nothing had come in its place when the connection ended, or when the
 //     run had waited for Options.DrainWait at its end

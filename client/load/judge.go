@@ -17,7 +17,7 @@ type Bounds struct {
 }
 
 // Judge returns why the run is not as it should be, in words: messages lost (more
-// than b allows, if it says so), corrupted, duplicated, reordered or foreign, due
+// than b allows, if it says so), corrupted, unexpected, duplicated, reordered or foreign, due
 // but never sent, nothing returned at all, or a bound broken.
 func (r *Report) Judge(b Bounds) []string {
 	var why []string
@@ -31,6 +31,7 @@ func (r *Report) Judge(b Bounds) []string {
 		what string
 	}{
 		{e.Corrupted, "corrupted"},
+		{e.Unexpected, "came though nobody had sent them"},
 		{e.Duplicated, "duplicated"},
 		{e.Reordered, "came back out of order"},
 		{e.Foreign, "came back on a connection that had not sent them"},

@@ -57,7 +57,7 @@ func (c *checker) feedLine(p []byte, now time.Duration) []byte {
 	l.line = append(l.line, p[:i+1]...)
 	c.line(now)
 	l.line = l.line[:0]
-	l.reading = l.holding || l.owed || l.junk > 0
+	l.reading = l.holding || l.owed || l.junk > 0 || c.broken > 0
 	return p[i+1:]
 }
 
@@ -116,12 +116,12 @@ func (c *checker) release() {
 	}
 }
 
-// settle counts the messages that the broken bytes up to here stand for: by their
+// settle counts for how many messages the broken bytes up to here would do: by their
 // number, for a broken byte may have become a newline, or been one.
 func (c *checker) settle() {
 	l := &c.lines
 	if l.junk > 0 {
-		c.broken(int64(max(1, (l.junk+c.size/2)/c.size)))
+		c.broken += int64(max(1, (l.junk+c.size/2)/c.size))
 		l.junk = 0
 	}
 }
@@ -134,7 +134,7 @@ func (c *checker) endLines() {
 	switch {
 	case l.holding && l.interrupt:
 		rest += len(l.held) + 1
-	case l.holding && bytes.HasPrefix(c.sent[c.sentHead:], l.held): // with a part of a notice behind it
+	case l.holding && len(l.held) > 0 && bytes.HasPrefix(c.sent[c.sentHead:], l.held): // with a part of a notice behind it
 		rest = 0
 	default:
 		c.release()

@@ -21,10 +21,10 @@ const (
 
 // A dialed is the outcome of dialing.
 type dialed struct {
-	user         *user
-	conn         net.Conn
-	err          error
-	began, ended time.Duration
+	user *user
+	conn net.Conn
+	err  error
+	at   time.Duration
 }
 
 // A loop carries a part of the users, on one goroutine.
@@ -42,6 +42,7 @@ type loop struct {
 
 	ending  bool
 	endedAt time.Duration
+	failed  error // why the run cannot go on
 
 	dials sync.WaitGroup // those that dial for the users
 
@@ -100,7 +101,7 @@ func (l *loop) carry() error {
 			l.run.absorb(l, flush-window)
 			flush += (now - flush).Truncate(window) + window
 		}
-		if l.ending && (l.allGone() || now >= l.endedAt+l.run.opts.DrainWait) {
+		if l.ending && (l.allGone() || now >= l.endedAt+l.run.opts.DrainWait || l.run.hurried.Load()) {
 			for _, u := range l.users {
 				u.finish(now)
 			}
@@ -111,12 +112,15 @@ func (l *loop) carry() error {
 		if err != nil {
 			return err
 		}
-		now = l.now()
 		for _, u := range ready {
-			u.ready(now)
+			u.ready()
 		}
+		now = l.now()
 		for _, d := range l.take() {
 			d.user.connected(d, now)
+		}
+		if l.failed != nil {
+			return l.failed
 		}
 	}
 }

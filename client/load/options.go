@@ -44,23 +44,27 @@ type Options struct {
 
 	// Pipeline is how many messages may be under way on a connection. In the open
 	// model, what is due beyond it waits, and the waiting counts. Zero means one,
-	// and 1,000 in the open model. Messages that are late hold up no others.
+	// and 1,000 in the open model. Messages that are late hold up no others, as long
+	// as all together are less than twice as many, or 4 MiB.
 	Pipeline int
 
 	Duration time.Duration // zero means 10 s
 	Ramp     time.Duration // over which connections are opened, evenly; zero: all at once
 	Churn    time.Duration // after which, give or take a half, a connection is made anew; zero: never
 
-	NoReconnect bool           // connections that end are not made again
+	NoReconnect bool           // connections that end, or cannot be made, are not made again
 	Backoff     client.Backoff // before they are; Retries is not heeded; zero Max means 2 s
 
 	Timeout   time.Duration // for a connect; zero means 5 s
 	Late      time.Duration // after which an echo is late; zero means 1 s
-	DrainWait time.Duration // at the end, for what is under way; zero means 5 s
+	DrainWait time.Duration // at the end, for what is under way, connects too; zero means 5 s
 
 	// Loops is how many goroutines carry the load, on a thread each on Linux. Zero
 	// means one for each four processors, at least one.
 	Loops int
+
+	// Hurry, when closed, ends the wait at the end. Nil: only DrainWait does.
+	Hurry <-chan struct{}
 
 	// OnProgress, if not nil, is called by Run's goroutine about every 200 ms.
 	OnProgress func(Progress)
@@ -89,6 +93,13 @@ func (o Options) withDefaults() Options {
 func (o Options) Validate() error {
 	if o.Address == "" {
 		return errors.New("no address")
+	}
+	if o.Dial == nil {
+		if _, port, err := net.SplitHostPort(o.Address); err != nil {
+			return err
+		} else if port == "" {
+			return fmt.Errorf("address %s: no port", o.Address)
+		}
 	}
 	if size := cmp.Or(o.Size, DefaultSize); size < MinSize {
 		return fmt.Errorf("a message of %d bytes has no room for its number and checksum: at least %d", size, MinSize)

@@ -1,8 +1,8 @@
 package load
 
 import (
+	"encoding/xml"
 	"fmt"
-	"html"
 	"io"
 	"math"
 	"strconv"
@@ -49,7 +49,14 @@ func (d *drawing) x(at float64) float64 { return plotLeft + (plotRight-plotLeft)
 func (d *drawing) add(format string, args ...any) { fmt.Fprintf(d, format+"\n", args...) }
 
 func (d *drawing) text(x, y float64, anchor, colour string, size float64, s string) {
-	d.add(`<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s" font-size="%g">%s</text>`, x, y, anchor, colour, size, html.EscapeString(s))
+	d.add(`<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s" font-size="%g">%s</text>`, x, y, anchor, colour, size, escaped(s))
+}
+
+// escaped makes text fit for XML, which has no place for control characters.
+func escaped(s string) string {
+	var b strings.Builder
+	_ = xml.EscapeText(&b, []byte(s)) // a Builder takes everything
+	return b.String()
 }
 
 func (d *drawing) line(x1, y1, x2, y2 float64, colour string) {
@@ -95,8 +102,12 @@ func (d *drawing) heading(r *Report) {
 	if r.Rate > 0 {
 		model = grouped(r.Rate) + " messages/s, latency counted from when each was due"
 	}
-	d.add(`<text x="%g" y="30" fill="%s" font-size="17" font-weight="600">%s</text>`, 24.0, ink, html.EscapeString("echod load "+r.Address))
-	d.text(24, 51, "start", faintInk, 13, fmt.Sprintf("%s connections, %d B, %s", grouped(float64(r.Conns)), r.Size, model))
+	d.add(`<text x="%g" y="30" fill="%s" font-size="17" font-weight="600">%s</text>`, 24.0, ink, escaped("echod load "+r.Address))
+	connections := grouped(float64(r.Conns)) + " connections"
+	if r.Conns == 1 {
+		connections = "1 connection"
+	}
+	d.text(24, 51, "start", faintInk, 13, fmt.Sprintf("%s, %d B, %s", connections, r.Size, model))
 	e := r.Echoes
 	verdict := fmt.Sprintf("%s sent, %s returned, %s lost", grouped(float64(e.Sent)), grouped(float64(e.Returned)), grouped(float64(e.Lost)))
 	colour := ink
@@ -132,7 +143,7 @@ func (d *drawing) timeAxis() {
 		d.line(x, latencyTop, x, latencyEnd, gridLine)
 		d.line(x, rateTop, x, rateEnd, gridLine)
 		d.line(x, axisTop, x, axisTop+5, faintInk)
-		d.text(x, axisTop+20, "middle", faintInk, 12, strconv.FormatFloat(float64(i)*step, 'f', -1, 64)+" s")
+		d.text(x, axisTop+20, "middle", faintInk, 12, strconv.FormatFloat(math.Round(float64(i)*step*1e6)/1e6, 'f', -1, 64)+" s")
 	}
 	d.line(plotLeft, axisTop, plotRight, axisTop, faintInk)
 	d.text((plotLeft+plotRight)/2, axisTop+42, "middle", faintInk, 12, "time since the start of the run")

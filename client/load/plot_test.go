@@ -13,7 +13,7 @@ import (
 
 // TestPlot: whatever a run was like, its picture is XML, the same each time, and within its frame.
 func TestPlot(t *testing.T) {
-	busy := Report{Address: "a<b>&c:1", Conns: 1234, Size: 64, Rate: 1e6, Lasted: 2, Counts: Counts{Echoes: Echoes{Sent: 10, Lost: 1, Corrupted: 2}}}
+	busy := Report{Address: "a<b>&c\x01:1", Conns: 1234, Size: 64, Rate: 1e6, Lasted: 2, Counts: Counts{Echoes: Echoes{Sent: 10, Lost: 1, Corrupted: 2}}}
 	for i := range 20 {
 		busy.Series = append(busy.Series, Point{
 			At: float64(i) / 10, PerSecond: float64(i * 1e5), P50: 1e-5 * float64(1+i%7), P99: 1e-3, Max: 12,
@@ -61,5 +61,31 @@ func TestPlot(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestPlotLabels: as a person would write them.
+func TestPlotLabels(t *testing.T) {
+	var drawn bytes.Buffer
+	if err := (&Report{Conns: 1, Pipeline: 1, Lasted: 1}).WritePlot(&drawn); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{">0.3 s<", ">0.7 s<", ">1 s<", ">1 connection, "} {
+		if !strings.Contains(drawn.String(), want) {
+			t.Errorf("lacks %q:\n%s", want, drawn.String())
+		}
+	}
+}
+
+// TestPlotLanes: each shows what it is named for.
+func TestPlotLanes(t *testing.T) {
+	var drawn bytes.Buffer
+	r := &Report{Lasted: 1, Series: []Point{{Notices: 11, Disconnects: 22, Refused: 33, Reconnects: 44}}}
+	if err := r.WritePlot(&drawn); err != nil {
+		t.Fatal(err)
+	}
+	lanes := regexp.MustCompile(`(?s)>notices<.*<title>11<.*>disconnects<.*<title>22<.*>refused<.*<title>33<.*>reconnects<.*<title>44<`)
+	if !lanes.MatchString(drawn.String()) {
+		t.Errorf("the lanes are mixed up:\n%s", drawn.String())
 	}
 }

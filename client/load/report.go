@@ -18,6 +18,13 @@ type Report struct {
 	Rate     float64   `json:"rate"` // zero for the closed model
 	Pipeline int       `json:"pipeline"`
 
+	Late      float64 `json:"late_seconds"`
+	Churn     float64 `json:"churn_seconds"` // zero for never
+	Ramp      float64 `json:"ramp_seconds"`
+	Timeout   float64 `json:"timeout_seconds"`
+	DrainWait float64 `json:"drain_wait_seconds"`
+	Reconnect bool    `json:"reconnect"`
+
 	// Planned and Lasted are for how long messages were to fall due and did; then
 	// the run waited for what was under way.
 	Planned float64 `json:"planned_seconds"`
@@ -41,7 +48,9 @@ type histogram struct{ connect, echo *hdrhistogram.Histogram }
 // notice that ends the connection, with an end that nothing announced, or with the
 // begin of an attempt to connect that failed. It ends with the first echo over a
 // later connection, or with the run. Connections made anew by Options.Churn are
-// none.
+// none. Nor is a message that is late, as long as others come back: but when for
+// more than Options.Late nothing has, though a message was due, that is an outage
+// since then, and ends with the next echo.
 type Outage struct {
 	Clients int     `json:"clients"`        // that had one
 	Median  float64 `json:"median_seconds"` // over all clients, of the sum of each
@@ -92,11 +101,13 @@ func (r *run) report(loops []*loop) *Report {
 	out.Median, out.Max = without[len(without)/2], without[len(without)-1]
 	return &Report{
 		Address: opts.Address, Started: r.began, Conns: opts.Conns, Size: opts.Size, Rate: opts.Rate, Pipeline: opts.Pipeline,
+		Late: opts.Late.Seconds(), Churn: opts.Churn.Seconds(), Ramp: opts.Ramp.Seconds(), Timeout: opts.Timeout.Seconds(),
+		DrainWait: opts.DrainWait.Seconds(), Reconnect: !opts.NoReconnect,
 		Planned: opts.Duration.Seconds(), Lasted: lasted.Seconds(),
 		Counts: r.total, Errors: append([]string{}, r.errs...),
 		PerSecond: float64(r.total.Echoes.Returned) / max(lasted, time.Nanosecond).Seconds(),
 		Outage:    out, Connect: latencyOf(connect), Echo: latencyOf(echo),
-		Series:    series(r.points, r.step, time.Since(r.began)),
+		Series:    series(r.points, r.step, lasted, time.Since(r.began)),
 		histogram: histogram{connect, echo},
 	}
 }

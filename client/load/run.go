@@ -1,6 +1,7 @@
 package load
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -15,8 +16,9 @@ import (
 
 const (
 	progressEvery = 200 * time.Millisecond
-	maxPoints     = 600 // of the time series, about
-	maxErrors     = 5   // different ones that a report says
+	maxPoints     = 1200 // of the time series
+	maxRecent     = 10   // windows, for how a run is going
+	maxErrors     = 5    // different ones that a report says
 )
 
 // Progress is how a run is going.
@@ -26,7 +28,8 @@ type Progress struct {
 	Open       int  // connections
 	Sent       int64
 	Returned   int64
-	Lost       int64 // and corrupted, so far
+	Lost       int64 // so far; most of it shows when a connection ends only
+	Corrupted  int64
 	Notices    int64
 	Reconnects int64
 	Rate       float64       // echoes a second, in the last second or so
@@ -42,10 +45,10 @@ type run struct {
 	began    time.Time
 	conns    atomic.Uint32 // made so far
 	stopping atomic.Bool
+	hurried  atomic.Bool // waits for nothing any more
 
-	step time.Duration // of the time series
-
-	mu     sync.Mutex // guards what follows
+	mu     sync.Mutex    // guards what follows
+	step   time.Duration // of the time series
 	total  Counts
 	points []point
 	recent []recent // the last windows
@@ -60,7 +63,8 @@ type recent struct {
 }
 
 // Run puts load on a server as opts say, waits for what is under way, and reports.
-// When ctx ends the run ends early, in order. An error means that there was no run.
+// When ctx ends the run ends early, in order. An error means that there was no run,
+// or that this side could not go on with it, as when it may open no more files.
 func Run(ctx context.Context, opts Options) (*Report, error) {
 	if err := opts.Validate(); err != nil {
 		return nil, err
@@ -69,7 +73,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 	r := &run{
 		opts: opts, id: rand.Uint32(), dial: opts.Dial,
 		schedule: newSchedule(&opts),
-		step:     max(window, (opts.Duration / maxPoints).Truncate(window)),
+		step:     window,
 	}
 	if r.dial == nil {
 		var d net.Dialer
@@ -98,6 +102,7 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 		go func() { ended <- l.carry() }()
 	}
 	var failed error
+	hurry := opts.Hurry
 	ticker := time.NewTicker(progressEvery)
 	defer ticker.Stop()
 	for left := len(loops); left > 0; {
@@ -108,11 +113,20 @@ func Run(ctx context.Context, opts Options) (*Report, error) {
 				failed = err
 				r.stopping.Store(true)
 			}
+		case <-hurry:
+			hurry = nil
+			r.hurried.Store(true)
+			for _, l := range loops {
+				l.poll.wake()
+			}
 		case <-ticker.C:
 			if opts.OnProgress != nil {
 				opts.OnProgress(r.progress())
 			}
 		}
+	}
+	if outOfFiles(failed) {
+		return nil, fmt.Errorf("putting load on %s: too many open files for %d connections: raise the limit (ulimit -n)", opts.Address, opts.Conns)
 	}
 	if failed != nil {
 		return nil, fmt.Errorf("putting load on %s: %w", opts.Address, failed)
@@ -137,24 +151,32 @@ func (r *run) absorb(l *loop, since time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.total.add(&t.Counts)
+	for int(since/r.step) >= maxPoints {
+		r.points = halved(r.points)
+		r.step *= 2
+	}
 	at := int(since / r.step)
 	for len(r.points) <= at {
 		r.points = append(r.points, point{})
 	}
 	r.points[at].add(t)
-	now := r.recent[max(0, len(r.recent)-1):]
-	if len(now) == 0 || now[0].at != since {
-		if len(r.recent) == 10 {
-			copy(r.recent, r.recent[1:])
-			r.recent = r.recent[:9]
-		}
-		r.recent = append(r.recent, recent{at: since, latencies: newWindowHistogram()})
-		now = r.recent[len(r.recent)-1:]
-	}
-	now[0].returned += t.Echoes.Returned
-	now[0].latencies.Merge(t.window)
+	r.addRecent(t, since.Truncate(window))
 	t.Counts = Counts{}
 	t.window.Reset()
+}
+
+// addRecent adds what a loop has counted to the window that begins then, if it is
+// one of the last.
+func (r *run) addRecent(t *tally, begins time.Duration) {
+	i, known := slices.BinarySearchFunc(r.recent, begins, func(w recent, at time.Duration) int { return cmp.Compare(w.at, at) })
+	if !known {
+		r.recent = slices.Insert(r.recent, i, recent{at: begins, latencies: newWindowHistogram()})
+	}
+	r.recent[i].returned += t.Echoes.Returned
+	r.recent[i].latencies.Merge(t.window)
+	if len(r.recent) > maxRecent {
+		r.recent = slices.Delete(r.recent, 0, 1)
+	}
 }
 
 func (r *run) progress() Progress {
@@ -166,8 +188,8 @@ func (r *run) progress() Progress {
 		Open:     int(r.total.open()),
 		Sent:     r.total.Echoes.Sent,
 		Returned: r.total.Echoes.Returned,
-		Lost:     r.total.Echoes.Lost + r.total.Echoes.Corrupted,
-		Notices:  r.total.Notices.Seen(), Reconnects: r.total.Reconnects,
+		Lost:     r.total.Echoes.Lost, Corrupted: r.total.Echoes.Corrupted,
+		Notices: r.total.Notices.Seen(), Reconnects: r.total.Reconnects,
 	}
 	if len(r.recent) == 0 {
 		return p

@@ -193,128 +193,6 @@ func TestALateMessageHoldsUpNoOthers(t *testing.T) {
 	})
 }
 
-// TestHeedsNotices: told SHUTDOWN in the middle of an echo, a connection waits for what is under way, half-closes, reads to
-// the end, and another takes its place.
-func TestHeedsNotices(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		draining := faults{5: func(s *faultyConn, m []byte) {
-			announce("SHUTDOWN 5 SIGTERM\n")(s, m)
-		}}
-		r := runs(t, Options{Dial: inMemory(t, draining.serve, draining.serve, nil, faults{}.serve), Conns: 2, Rate: 100, Duration: 2 * time.Second})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
-		expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 4, Refused: 1})
-		expect(t, "notices", r.Notices, Notices{Shutdown: 2, Heeded: 2})
-		expect(t, "ends", r.Ends, Ends{Left: 2, Noticed: 2})
-		if r.Reconnects != 2 || r.Outage.Clients != 2 || r.Outage.Max <= 0 || r.Outage.Max > 0.4 {
-			t.Errorf("%d reconnects, outage %+v", r.Reconnects, r.Outage)
-		}
-		if why := r.Judge(Bounds{Refused: new(int64(0)), Outage: new(time.Nanosecond)}); len(why) != 2 {
-			t.Errorf("judged %q, want it to say the refused connect and the outage", why)
-		}
-	})
-}
-
-// TestWaitsForWhatIsUnderWay: a connection that is told to go does not half-close before all has come back.
-func TestWaitsForWhatIsUnderWay(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		first := faults{5: announceFirst("SHUTDOWN 5 SIGTERM\n")}
-		r := runs(t, Options{Dial: inMemory(t, first.serve, faults{}.serve), Rate: 10, Duration: 2 * time.Second})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 20, Returned: 20})
-		expect(t, "notices", r.Notices, Notices{Shutdown: 1, Heeded: 1})
-	})
-}
-
-// TestAConnectionThatComesTooLate: at the end of the run nobody is left who dials, nor what came of it.
-func TestAConnectionThatComesTooLate(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		near, far := pipes()
-		late := func(ctx context.Context, _ string) (net.Conn, error) {
-			<-ctx.Done()
-			time.Sleep(time.Minute) // longer than the run waits for anything else
-			return near, nil
-		}
-		runs(t, Options{Dial: late, Duration: time.Second, Timeout: time.Hour})
-		if _, err := far.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
-			t.Errorf("the connection is still open: %v", err)
-		}
-	})
-}
-
-// TestTurnedAway: a server that says so has lost nothing; what it was sent is sent again.
-func TestTurnedAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		for _, word := range []string{"PAUSED\n", "BUSY\n", "SHUTDOWN 0 SIGTERM\n"} {
-			turnsAway := func(conn net.Conn) {
-				_, _ = conn.Write([]byte(word))
-				_ = conn.(pipe).CloseWrite()
-				_, _ = io.Copy(io.Discard, conn)
-				_ = conn.Close()
-			}
-			r := runs(t, Options{Dial: inMemory(t, turnsAway, turnsAway, faults{}.serve), Rate: 10, Duration: 2 * time.Second})
-			expect(t, word+"connects", r.Connects, Connects{Tried: 3, Made: 3, TurnedAway: 2})
-			if e := r.Echoes; e.Returned != 20 || e.Lost != 0 || e.Sent != e.Returned+e.TurnedAway || e.TurnedAway == 0 {
-				t.Errorf("%q: %+v", word, e)
-			}
-			if why := r.Judge(Bounds{}); why != nil {
-				t.Errorf("judged %q", why)
-			}
-		}
-	})
-}
-
-// TestHangUp: what was under way on a connection that ends is lost.
-func TestHangUp(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := runs(t, Options{Dial: inMemory(t, faults{10: hangUp}.serve, faults{}.serve), Rate: 100, Duration: time.Second})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 99, Lost: 1})
-		expect(t, "ends", r.Ends, Ends{Left: 1, Closed: 1})
-		if why := r.Judge(Bounds{Lost: new(int64(1))}); why != nil {
-			t.Errorf("judged %q, though one may be lost", why)
-		}
-		if why := r.Judge(Bounds{Lost: new(int64(1)), Disconnects: new(int64(0))}); len(why) != 1 {
-			t.Errorf("judged %q, though it disconnected", why)
-		}
-	})
-}
-
-// TestChurn: connections are made anew, and nothing is lost, nor anybody without service.
-func TestChurn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := runs(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3, Rate: 300, Churn: 100 * time.Millisecond, Duration: 3 * time.Second})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 900, Returned: 900})
-		if r.Ends.Left != r.Connects.Made || r.Reconnects != r.Connects.Made-3 || r.Connects.Made < 45 || r.Connects.Made > 180 {
-			t.Errorf("connects %+v, ends %+v, reconnects %d", r.Connects, r.Ends, r.Reconnects)
-		}
-		expect(t, "outage", r.Outage, Outage{})
-	})
-}
-
-// TestNoReconnect: a connection that ends is not made again, and what is due then is not sent.
-func TestNoReconnect(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := runs(t, Options{Dial: inMemory(t, faults{49: hangUp}.serve), Rate: 100, Duration: time.Second, NoReconnect: true})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 50, Returned: 49, Lost: 1, Unsent: 50})
-		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1})
-		if r.Outage.Max < 0.5 || r.Outage.Max > 0.52 {
-			t.Errorf("outage %+v, want half a second, to the end", r.Outage)
-		}
-	})
-}
-
-// TestNobodyThere: a run without a server ends, and is judged.
-func TestNobodyThere(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := runs(t, Options{Dial: inMemory(t, nil), Rate: 10, Duration: time.Second})
-		if r.Echoes.Unsent != 10 || r.Connects.Refused == 0 || r.Connects.Tried != r.Connects.Refused {
-			t.Errorf("%+v, %+v", r.Echoes, r.Connects)
-		}
-		if why := r.Judge(Bounds{}); len(why) != 2 {
-			t.Errorf("judged %q", why)
-		}
-		expect(t, "errors", r.Errors, []string{"connect: connection refused"})
-	})
-}
-
 // TestInterrupted: the run ends early, in order, with its report.
 func TestInterrupted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -333,6 +211,24 @@ func TestInterrupted(t *testing.T) {
 		}
 		if r.Lasted < 0.99 || r.Lasted > 1.02 || shown < 4 {
 			t.Errorf("lasted %v s, progress said %d times", r.Lasted, shown)
+		}
+	})
+}
+
+// TestHurried: who does not want to wait any more for what is under way has the report at once.
+func TestHurried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent := func(conn net.Conn) {
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+		hurry := make(chan struct{})
+		time.AfterFunc(2*time.Second, func() { close(hurry) })
+		began := time.Now()
+		r := runs(t, Options{Dial: inMemory(t, silent), Rate: 10, Duration: time.Second, DrainWait: time.Hour, Hurry: hurry})
+		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
+		if took := time.Since(began); took > 2100*time.Millisecond {
+			t.Errorf("took %v", took)
 		}
 	})
 }
@@ -356,15 +252,45 @@ func TestASilentServer(t *testing.T) {
 func TestOptionsThatMakeNoSense(t *testing.T) {
 	for _, o := range []Options{
 		{},
-		{Address: "a", Size: MinSize - 1},
-		{Address: "a", Rate: -1},
-		{Address: "a", Rate: math.NaN()},
-		{Address: "a", Rate: math.Inf(1)},
-		{Address: "a", Conns: -1},
-		{Address: "a", Duration: -1},
+		{Address: "a"},
+		{Address: "a:"},
+		{Address: "::1"},
+		{Address: "a:1", Size: MinSize - 1},
+		{Address: "a:1", Rate: -1},
+		{Address: "a:1", Rate: math.NaN()},
+		{Address: "a:1", Rate: math.Inf(1)},
+		{Address: "a:1", Conns: -1},
+		{Address: "a:1", Duration: -1},
 	} {
 		if _, err := Run(t.Context(), o); err == nil {
 			t.Errorf("%+v is accepted", o)
 		}
 	}
+}
+
+// TestALargeMessageIsWrittenBitByBit: when there is room again the rest goes on, though nothing has come back.
+func TestALargeMessageIsWrittenBitByBit(t *testing.T) {
+	r, err := Run(t.Context(), Options{Address: overTCP(t, faults{}.serve), Size: 16 << 20, Duration: 50 * time.Millisecond, Late: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := r.Echoes; e.Sent == 0 || e.Returned != e.Sent {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestWhatIsLateIsBounded: a server that reads and never answers does not make the load generator keep all that it was sent.
+func TestWhatIsLateIsBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		silent := func(conn net.Conn) {
+			_, _ = io.Copy(io.Discard, conn)
+			_ = conn.Close()
+		}
+		for size, most := range map[int]int64{64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100, 100_000: 200} {
+			r := runs(t, Options{Dial: inMemory(t, silent), Rate: 20_000, Size: size, Pipeline: 100, Duration: 5 * time.Second, Late: 10 * time.Millisecond})
+			if e := r.Echoes; e.Sent > most || e.Sent < most/2 || e.Lost != e.Sent || e.Sent+e.Unsent != 100_000 {
+				t.Errorf("of %d bytes: %+v, want up to %d sent", size, e, most)
+			}
+		}
+	})
 }

@@ -36,14 +36,36 @@ func (p *point) add(t *tally) {
 	}
 }
 
-// series makes points of parts of the run that last for step each, the last one
-// perhaps less.
-func series(parts []point, step, end time.Duration) []Point {
+// halved makes one point of each two.
+func halved(points []point) []point {
+	half := points[:0]
+	for i, p := range points {
+		if i%2 == 0 {
+			half = append(half, p)
+			continue
+		}
+		q := &half[len(half)-1]
+		q.Counts.add(&p.Counts)
+		switch {
+		case q.latencies == nil:
+			q.latencies = p.latencies
+		case p.latencies != nil:
+			q.latencies.Merge(p.latencies)
+		}
+	}
+	clear(points[len(half):])
+	return half
+}
+
+// series makes points of parts of a run that lasted until the given time and was
+// over at end. The parts last for step each, the last one perhaps less. At the end
+// there is none for the time after the run in which nothing happened any more.
+func series(parts []point, step, lasted, end time.Duration) []Point {
 	points := make([]Point, 0, len(parts))
 	open := int64(0)
 	for i, p := range parts {
 		at := time.Duration(i) * step
-		lasted := min(step, end-at)
+		long := min(step, end-at)
 		open += p.open()
 		made := Point{
 			At: at.Seconds(), Open: open,
@@ -51,8 +73,8 @@ func series(parts []point, step, end time.Duration) []Point {
 			Disconnects: p.Ends.Unannounced(),
 			Refused:     p.Connects.Missed(), Reconnects: p.Reconnects,
 		}
-		if lasted > 0 {
-			made.PerSecond = float64(p.Echoes.Returned) / lasted.Seconds()
+		if long > 0 {
+			made.PerSecond = float64(p.Echoes.Returned) / long.Seconds()
 		}
 		if p.latencies != nil {
 			made.P50 = percentile(p.latencies, 50)
@@ -60,6 +82,13 @@ func series(parts []point, step, end time.Duration) []Point {
 			made.Max = percentile(p.latencies, 100)
 		}
 		points = append(points, made)
+	}
+	for n := len(points); n > 0; n-- {
+		last := &points[n-1]
+		if last.At < lasted.Seconds() || *last != (Point{At: last.At}) {
+			break
+		}
+		points = points[:n-1]
 	}
 	return points
 }

@@ -13,7 +13,7 @@ type Connects struct {
 	Made       int64 `json:"made"`
 	Refused    int64 `json:"refused"`
 	Reset      int64 `json:"reset"`       // by the peer, while connecting
-	TimedOut   int64 `json:"timed_out"`   // after Options.Timeout, or by the system
+	TimedOut   int64 `json:"timed_out"`   // after Options.Timeout, by the system, or at the end of the run
 	Failed     int64 `json:"failed"`      // in any other way
 	TurnedAway int64 `json:"turned_away"` // by a notice, before anything had come back
 }
@@ -23,8 +23,7 @@ func (c Connects) Missed() int64 {
 	return c.Refused + c.Reset + c.TimedOut + c.Failed + c.TurnedAway
 }
 
-// Echoes Counts messages. Sent is the sum of Returned, Lost, TurnedAway, and of
-// Corrupted unless the server made broken messages up.
+// Echoes Counts messages. Sent is the sum of Returned, Lost, Corrupted and TurnedAway.
 type Echoes struct {
 	Sent       int64 `json:"sent"`        // of which a byte at least was written
 	Returned   int64 `json:"returned"`    // came back whole and right
@@ -32,7 +31,8 @@ type Echoes struct {
 	Reordered  int64 `json:"reordered"`   // of those returned: came after one sent later
 	Duplicated int64 `json:"duplicated"`  // came back once more
 	Lost       int64 `json:"lost"`        // never came
-	Corrupted  int64 `json:"corrupted"`   // came back broken, or never were sent
+	Corrupted  int64 `json:"corrupted"`   // came back broken
+	Unexpected int64 `json:"unexpected"`  // broken, or never sent, and where no message is missing
 	Foreign    int64 `json:"foreign"`     // came back on a connection that had not sent them
 	TurnedAway int64 `json:"turned_away"` // sent on a connection that was turned away
 	Unsent     int64 `json:"unsent"`      // were due, but no connection would take them
@@ -86,6 +86,7 @@ func (c *Counts) add(o *Counts) {
 	c.Echoes.Duplicated += o.Echoes.Duplicated
 	c.Echoes.Lost += o.Echoes.Lost
 	c.Echoes.Corrupted += o.Echoes.Corrupted
+	c.Echoes.Unexpected += o.Echoes.Unexpected
 	c.Echoes.Foreign += o.Echoes.Foreign
 	c.Echoes.TurnedAway += o.Echoes.TurnedAway
 	c.Echoes.Unsent += o.Echoes.Unsent

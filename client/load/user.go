@@ -4,15 +4,12 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"syscall"
 	"time"
 
 	"echod/client"
 )
-
-// maxUnwritten is how much may wait for room in a connection, in bytes, before no
-// more messages are made.
-const maxUnwritten = 256 << 10
 
 // A phase is what a user is doing.
 type phase int
@@ -47,6 +44,7 @@ type user struct {
 	cause       cause                   // while leaving and closing
 	waits       int                     // for the backoff, since something came back
 	made        int                     // connections so far
+	dialed      time.Duration           // when it began to
 	stopDialing context.CancelCauseFunc // while dialing
 
 	// The present connection.
@@ -65,86 +63,26 @@ type user struct {
 	again         []time.Duration
 	dirty         bool // in the loop's list
 
-	// Time without service.
-	without time.Duration // so far
-	outage  time.Duration // since when there is one
-	inOut   bool
+	outages
 }
 
 // waiting reports whether something is due that no connection has taken.
 func (u *user) waiting() bool { return len(u.again) > 0 || u.taken < u.fallen }
 
-// send begins as many messages as may be under way and are due, and writes.
-func (u *user) send(now time.Duration) {
-	if u.phase != serving {
-		u.write(now)
-		return
-	}
-	opts := &u.loop.run.opts
-	room := opts.Pipeline - (u.check.outstanding() - u.overdue)
-	for ; room > 0 && len(u.check.unwritten(u.written)) < maxUnwritten; room-- {
-		due, ok := u.next(now)
-		if !ok {
-			break
-		}
-		u.check.begin(due)
-	}
-	u.write(now)
-	if u.phase == serving && u.loop.ending && !u.waiting() {
-		u.leave(byEnd, now)
-	}
-}
-
-// next takes the next message that is due.
-func (u *user) next(now time.Duration) (due time.Duration, ok bool) {
-	l := u.loop
-	switch {
-	case len(u.again) > 0:
-		due, u.again = u.again[0], u.again[1:]
-		return due, true
-	case l.run.opts.Rate > 0:
-		if u.taken == u.fallen {
-			return 0, false
-		}
-		u.taken++
-		return l.run.schedule.due(u.index, u.taken-1), true
-	}
-	return now, !l.ending
-}
-
-// write writes what is to be sent, as far as there is room.
-func (u *user) write(now time.Duration) {
-	p := u.check.unwritten(u.written)
-	if len(p) == 0 {
-		return
-	}
-	n, err := u.socket.write(p)
-	u.written += int64(n)
-	size := int64(u.loop.run.opts.Size)
-	begun := (u.written + size - 1) / size
-	u.loop.tally.Echoes.Sent += begun - u.counted
-	u.counted = begun
-	if err != nil && !errors.Is(err, errWouldBlock) {
-		return // reading tells why, after what came before
-	}
-	if err := u.socket.awaitRoom(n < len(p)); err != nil {
-		u.ended(err, now)
-	}
-}
-
 // ready reads what has come, and writes what there is room for.
-func (u *user) ready(now time.Duration) {
+func (u *user) ready() {
 	if u.socket == nil {
 		return // it has ended since it was said to be ready
 	}
 	l := u.loop
 	n, ago, err := u.socket.read(l.buf)
+	now := l.now() // not when the loop woke up: others may have been served since
 	if n > 0 {
 		before := l.tally.Echoes.Returned
 		u.check.feed(l.buf[:n], now-ago)
 		if l.tally.Echoes.Returned > before {
 			u.echoed, u.waits, u.overdue = true, 0, 0
-			u.served(now - ago)
+			u.served(now-ago, u.notice == nil)
 		}
 		if u.notice != nil && u.phase == serving {
 			u.serviceGone(now)
@@ -196,9 +134,14 @@ func (u *user) takeBack() {
 	}
 }
 
-// halfClose does so when it leaves and nothing is under way any more.
+// halfClose does so when it leaves and nothing is under way any more. What is late
+// is awaited only at the end of the run, when nothing else waits for its client.
 func (u *user) halfClose(now time.Duration) {
-	if u.phase != leaving || u.check.outstanding() > 0 && !u.rejected {
+	awaited := u.check.outstanding()
+	if u.cause != byEnd {
+		awaited -= u.overdue
+	}
+	if u.phase != leaving || awaited > 0 && !u.rejected {
 		return
 	}
 	if err := u.socket.closeWrite(); errors.Is(err, errWouldBlock) {
@@ -209,11 +152,8 @@ func (u *user) halfClose(now time.Duration) {
 
 // tick does what has become due by itself.
 func (u *user) tick(now time.Duration) {
-	if u.phase == serving && u.check.outstanding() > u.overdue {
-		if n := u.check.overdue(now); n > u.overdue {
-			u.overdue = n
-			u.send(now)
-		}
+	if u.phase == serving || u.phase == leaving {
+		u.lookForLate(now)
 	}
 	if now < u.wake {
 		return
@@ -224,11 +164,23 @@ func (u *user) tick(now time.Duration) {
 	case serving:
 		u.leave(byChurn, now)
 	case leaving, closing:
-		u.ended(errPatience, now)
+		u.impatient(now)
 	}
 }
 
-var errPatience = errors.New("the echo of what was sent has not come, or no end of stream")
+var (
+	errNoEcho = errors.New("a connection was given up: the echo of what was sent has not come")
+	errNoEnd  = errors.New("a connection was given up: it was half-closed, and no end of stream has come")
+)
+
+// impatient ends a connection that has been waited for long enough.
+func (u *user) impatient(now time.Duration) {
+	if u.phase == closing {
+		u.ended(errNoEnd, now)
+	} else {
+		u.ended(errNoEcho, now)
+	}
+}
 
 // ended says that the connection has, and how.
 func (u *user) ended(err error, now time.Duration) {
@@ -248,13 +200,17 @@ func (u *user) ended(err error, now time.Duration) {
 		t.Echoes.Lost += missing
 	}
 	own := u.phase == closing && u.cause != byNotice
+	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) // which is how one ends that knows no half-close
+	if !inOrder {
+		u.loop.run.noteError(err)
+	}
 	switch {
 	case u.notice != nil:
 		t.Ends.Noticed++
-		if complete && (errors.Is(err, io.EOF) || u.phase == closing) && !u.rejected {
+		if complete && inOrder && !u.rejected {
 			t.Notices.Heeded++
 		}
-	case own:
+	case own && inOrder:
 		t.Ends.Left++
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		t.Ends.Reset++
@@ -274,26 +230,30 @@ func (u *user) ended(err error, now time.Duration) {
 	u.comeBack(now)
 }
 
-// serviceGone begins an outage, unless there is one.
-func (u *user) serviceGone(since time.Duration) {
-	if !u.inOut {
-		u.outage, u.inOut = since, true
+// lookForLate lets go of what has become late. If meanwhile nothing has come back
+// at all, there is no service.
+func (u *user) lookForLate(now time.Duration) {
+	overdue := u.check.overdue(u.overdue, now)
+	if overdue == 0 {
+		return
 	}
-}
-
-// served ends an outage: something has come back over a connection of which
-// nothing bad is known.
-func (u *user) served(now time.Duration) {
-	if u.inOut && u.phase == serving && u.notice == nil {
-		u.without += now - u.outage
-		u.inOut = false
+	if since := max(u.check.oldest(), u.echo); now-since > u.loop.run.opts.Late {
+		u.serviceGone(since)
+	}
+	if overdue > u.overdue {
+		u.overdue = overdue
+		u.send(now)
+		u.halfClose(now)
 	}
 }
 
 // finish ends what there still is, at the end of the run's patience.
 func (u *user) finish(now time.Duration) {
-	if u.socket != nil {
-		u.ended(errPatience, now)
+	switch {
+	case u.socket != nil:
+		u.impatient(now)
+	case u.phase == dialing:
+		u.notConnected(errDialTimeout)
 	}
 	u.loop.tally.Echoes.Unsent += int64(len(u.again)) + u.fallen - u.taken
 	if end := u.loop.endedAt; u.inOut && end > u.outage {

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -33,7 +35,8 @@ open model), and latency counts from then: a server that stalls for a second sho
 second. Without, each connection waits for its echo before it sends on (a closed model),
 so that a stall delays the load itself, and shows once for each connection.
 
-Ctrl-C ends the run early, with its report.
+Ctrl-C ends the run early, with its report; once more ends the wait for what is under
+way at the end.
 
 Exit codes: 0 all is well, 1 something was lost, corrupted, duplicated or reordered, or a
 bound (--max-...) is broken, 2 usage.`,
@@ -46,10 +49,14 @@ bound (--max-...) is broken, 2 usage.`,
 			if err := l.check(); err != nil {
 				return err
 			}
-			return toItsEnd(cmd.Context(), l.run)
+			return l.run(cmd.Context())
 		},
 	}
-	f := cmd.Flags()
+	l.addFlags(cmd.Flags())
+	return cmd
+}
+
+func (l *loader) addFlags(f *pflag.FlagSet) {
 	o := &l.opts
 	f.SortFlags = false
 	f.StringVar(&o.Address, "address", "127.0.0.1:9999", "server's `address`")
@@ -60,10 +67,10 @@ bound (--max-...) is broken, 2 usage.`,
 	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` under way on a connection (default: %d, and\n%d with --rate: what is due beyond it waits, and the wait\ncounts)", load.DefaultPipeline, load.DefaultBound))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened, evenly (default: all\nat once)")
 	f.DurationVar(&o.Churn, "churn", 0, "`time` after which, give or take a half, a connection is\nclosed in order and made anew (default: never)")
-	f.BoolVar(&l.reconnect, "reconnect", true, "connect again, with growing, random pauses of up to 2s, when\na connection ends or none can be made; if false, only\nwhat --churn closes is made again")
+	f.BoolVar(&l.reconnect, "reconnect", true, "connect again, with growing, random pauses of up to 2s, when\na connection ends or none can be made; if false, only\nwhat --churn closes is made again, once")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo counts as late")
-	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` at the end for what is under way; what has not come\nthen is lost")
+	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` at the end for what is under way; what has not come\nthen is lost, and who still connects has timed out")
 	f.IntVar(&o.Loops, "loops", 0, "`threads` that carry the load (default: one for four processors)")
 	f.BoolVar(&l.json, "json", false, "print the report in JSON, with its time series")
 	f.StringVar(&l.hdr, "hdr", "", "`file` for the latencies of echoes: an HdrHistogram log if its\nname ends in .hlog, else a table of percentiles")
@@ -75,18 +82,6 @@ bound (--max-...) is broken, 2 usage.`,
 	f.Int64Var(&l.max.refused, "max-refused", 0, "fail if more than this `number` of connects are refused, turned\naway or fail otherwise")
 	f.Int64Var(&l.max.disconnects, "max-disconnects", 0, "fail if more than this `number` of connections end without a\nnotice")
 	f.DurationVar(&l.max.outage, "max-outage", 0, "fail if a client is without service for more than this `time`")
-	return cmd
-}
-
-// toItsEnd calls f with a context that ends with SIGINT or SIGTERM, after which f still has something to say: its error
-// is the outcome, and not that it was interrupted.
-func toItsEnd(ctx context.Context, f func(context.Context) error) error {
-	var outcome error
-	_ = interruptible(ctx, func(ctx context.Context) error {
-		outcome = f(ctx)
-		return nil
-	})
-	return outcome
 }
 
 // loader is one echod load.
@@ -141,6 +136,17 @@ func (l *loader) check() error {
 		return usagef("--size %d: a message needs room for its number and checksum: at least %d", l.opts.Size, load.MinSize)
 	}
 	l.opts.NoReconnect = !l.reconnect
+	for flag, limit := range map[string]int64{
+		"p99": int64(l.max.p99), "p999": int64(l.max.p999), "connect-p99": int64(l.max.connectP99), "outage": int64(l.max.outage),
+		"lost": l.max.lost, "refused": l.max.refused, "disconnects": l.max.disconnects,
+	} {
+		if limit < 0 {
+			return usagef("--max-%s: must not be negative", flag)
+		}
+	}
+	if l.plot != "" && filepath.Clean(l.plot) == filepath.Clean(l.hdr) {
+		return usagef("--plot and --hdr: not to the same file")
+	}
 	if err := l.opts.Validate(); err != nil {
 		return usageError{err}
 	}
@@ -148,6 +154,24 @@ func (l *loader) check() error {
 }
 
 func (l *loader) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(context.Canceled)
+	hurry := make(chan struct{})
+	endOnce := sync.OnceFunc(func() { close(hurry) })
+	end := onInterrupt(func(e *exitError) {
+		if ctx.Err() == nil {
+			cancel(e)
+		} else {
+			endOnce()
+		}
+	})
+	defer end()
+	l.opts.Hurry = hurry
+	return l.load(ctx)
+}
+
+// load does the run, and says what came of it.
+func (l *loader) load(ctx context.Context) error {
 	files, err := l.openFiles()
 	if err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	humanize "github.com/dustin/go-humanize"
 	"golang.org/x/term"
@@ -47,11 +48,10 @@ func (v *live) show(p load.Progress) {
 			return
 		}
 		v.said = p.Elapsed
-		fmt.Fprintln(v.out, v.line(p))
+		fmt.Fprintln(v.out, strings.Join(v.fields(p), fieldGap))
 		return
 	}
-	line := []rune(v.line(p))
-	line = line[:min(len(line), v.width()-1)]
+	line := []rune(fitting(v.fields(p), v.width()-1))
 	fmt.Fprintf(v.out, "\r%s%s", string(line), strings.Repeat(" ", max(0, v.shown-len(line))))
 	v.shown = len(line)
 }
@@ -63,12 +63,33 @@ func (v *live) end() {
 	}
 }
 
-func (v *live) line(p load.Progress) string {
-	what := fmt.Sprintf("%.0f of %s", min(p.Elapsed, v.duration).Seconds(), v.duration)
+// fields are what there is to say, the most important first.
+func (v *live) fields(p load.Progress) []string {
+	when := fmt.Sprintf("%.0f/%s", min(p.Elapsed, v.duration).Seconds(), v.duration)
 	if p.Ending {
-		what = "waiting for what is under way"
+		when = "waiting for the rest"
 	}
-	return fmt.Sprintf("%s  %d open  %s/s  p50 %s  p99 %s  lost %s  notices %s  reconnects %s", what, p.Open,
-		humanize.Comma(int64(p.Rate)), latency(p.P50.Seconds()), latency(p.P99.Seconds()),
-		humanize.Comma(p.Lost), humanize.Comma(p.Notices), humanize.Comma(p.Reconnects))
+	fields := []string{when, "lost " + humanize.Comma(p.Lost)}
+	if p.Corrupted > 0 {
+		fields = append(fields, "corrupted "+humanize.Comma(p.Corrupted))
+	}
+	return append(fields, "notices "+humanize.Comma(p.Notices), "reconnects "+humanize.Comma(p.Reconnects),
+		humanize.Comma(int64(p.Open))+" open", humanize.Comma(int64(p.Rate))+"/s",
+		"p99 "+latency(p.P99.Seconds()), "p50 "+latency(p.P50.Seconds()))
+}
+
+const fieldGap = "  "
+
+// fitting joins as many of the fields as there is room for. Of the first as much as there is.
+func fitting(fields []string, width int) string {
+	first := []rune(fields[0])
+	line := string(first[:min(len(first), max(0, width))])
+	for _, field := range fields[1:] {
+		longer := line + fieldGap + field
+		if utf8.RuneCountInString(longer) > width {
+			break
+		}
+		line = longer
+	}
+	return line
 }

@@ -25,7 +25,8 @@ Each ping is a connection of its own, as a new client's would be. A server that 
 paused, full or shutting down says so, and the ping has failed. Ctrl-C ends the pings,
 with their summary.
 
-Exit codes: 0 every echo came back, 1 one did not, 2 usage.`,
+Exit codes: 0 every echo came back, 1 one did not, 2 usage, 128 and the signal's number
+if that came before the first ping was done.`,
 		Example: `  echod ping --quiet                         in a health check, for its exit code
   echod ping --count 0 --interval 200ms      until Ctrl-C`,
 		Args: takes(cobra.NoArgs),
@@ -46,6 +47,17 @@ Exit codes: 0 every echo came back, 1 one did not, 2 usage.`,
 	f.IntVar(&p.size, "size", 64, "`bytes` of the message, its newline included")
 	f.BoolVar(&p.quiet, "quiet", false, "print nothing but why a ping has failed, on stderr")
 	return cmd
+}
+
+// toItsEnd calls f with a context that ends with SIGINT or SIGTERM, after which f still has something to say: its error
+// is the outcome, and not that it was interrupted.
+func toItsEnd(ctx context.Context, f func(context.Context) error) error {
+	var outcome error
+	_ = interruptible(ctx, func(ctx context.Context) error {
+		outcome = f(ctx)
+		return nil
+	})
+	return outcome
 }
 
 // pinger is one echod ping.
@@ -108,6 +120,9 @@ func (p *pinger) run(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	}
+	if p.sent == 0 {
+		return context.Cause(ctx)
+	}
 	if p.count != 1 {
 		p.summary(time.Since(began))
 	}
@@ -137,8 +152,11 @@ func (p *pinger) ping(ctx context.Context) (connect, echo time.Duration, err err
 	return connect, time.Since(began), cause(err)
 }
 
-// cause takes the address off an error: it has been said.
+// cause takes the address off an error, which has been said, and says in words what was no echo.
 func cause(err error) error {
+	if wrong, ok := errors.AsType[*client.CorruptionError](err); ok {
+		return fmt.Errorf("got %q, which is no echo", wrong.Got)
+	}
 	if inner := errors.Unwrap(err); inner != nil {
 		return inner
 	}
@@ -147,9 +165,9 @@ func cause(err error) error {
 
 // summary says how it went, in the manner of ping(8).
 func (p *pinger) summary(took time.Duration) {
-	lost := 0.0
-	if p.sent > 0 {
-		lost = 100 * float64(p.sent-len(p.echoes)) / float64(p.sent)
+	lost := 100 * float64(p.sent-len(p.echoes)) / float64(p.sent)
+	if len(p.echoes) > 0 {
+		lost = min(lost, 99.9) // not rounded to all
 	}
 	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost, time %s\n", p.address, p.sent, len(p.echoes), lost, span(took))
 	if len(p.echoes) > 0 {

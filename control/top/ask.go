@@ -30,6 +30,9 @@ func (m *model) askPause() dialog {
 	}}
 }
 
+// maxReason is how much of a hold's reason a question shows, in cells.
+const maxReason = 30
+
 func (m *model) askResume() dialog {
 	if len(m.status.Holds) == 0 {
 		m.say("nothing to resume: the server is "+m.status.State, false)
@@ -37,7 +40,7 @@ func (m *model) askResume() dialog {
 	}
 	var holds []string
 	for _, h := range m.status.Holds {
-		holds = append(holds, strings.TrimSpace(h.ID+" "+printable(h.Reason)))
+		holds = append(holds, strings.TrimSpace(h.ID+" "+clip(printable(h.Reason), maxReason, m.glyphs.cut)))
 	}
 	return &confirmation{
 		fmt.Sprintf("Resume the server: %s released (%s), and new clients are served. y/N", are(len(holds), "hold"), listed(holds, 3)),
@@ -71,15 +74,19 @@ func (m *model) askDrain() dialog {
 	if m.status.State == "draining" {
 		return m.askForce()
 	}
-	before, grace := "", "and closed at once"
+	who, meanwhile := are(m.status.Connections, "client"), "new clients are served"
+	if len(m.status.Holds) > 0 { // which a drain ends when it accepts no more
+		who, meanwhile = count(m.status.Connections, "client")+" and all who wait are", "it stays paused"
+	}
+	before, grace := "", "closed at once"
 	if delay := seconds(m.status.DrainDelaySeconds); delay > 0 {
-		before = fmt.Sprintf("new clients are served for %v more, then ", delay)
+		before = fmt.Sprintf("%s for %v more, then ", meanwhile, delay)
 	}
 	if own := seconds(m.status.GraceSeconds); own > 0 {
-		grace = fmt.Sprintf("and have %v to finish", own)
+		grace = fmt.Sprintf("given %v to finish", own)
 	}
 	return &confirmation{
-		fmt.Sprintf("Drain the server: %s%s told %s; then it stops. y/N", before, are(m.status.Connections, "client"), grace),
+		fmt.Sprintf("Drain the server: %s%s told and %s; then it stops. y/N", before, who, grace),
 		func(ctx context.Context, c *control.Client) (string, error) {
 			change, err := c.Shutdown(ctx, control.ShutdownRequest{})
 			return shutdownSaid(change), err

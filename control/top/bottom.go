@@ -13,7 +13,7 @@ func (m *model) bottom() []string {
 	var lines []string
 	switch d := m.dialog.(type) {
 	case *entry:
-		lines = []string{bold.Render(d.prompt) + string(d.text)}
+		lines = []string{bold.Render(d.prompt) + m.typedSoFar(d)}
 	case *confirmation:
 		for _, line := range m.wrapped(d.question) {
 			lines = append(lines, bold.Render(line))
@@ -35,6 +35,20 @@ func (m *model) bottom() []string {
 		}
 	}
 	return append(lines, m.keys())
+}
+
+// typedSoFar is the end of what was typed, as far as there is room beside the prompt and the cursor.
+func (m *model) typedSoFar(e *entry) string {
+	text := string(e.text)
+	room := m.width - lipgloss.Width(e.prompt) - 1
+	if lipgloss.Width(text) <= room {
+		return text
+	}
+	rest := e.text
+	for len(rest) > 0 && lipgloss.Width(m.glyphs.cut+string(rest)) > room {
+		rest = rest[1:]
+	}
+	return m.glyphs.cut + string(rest)
 }
 
 // wrapped breaks text into lines, of which a small screen shows the last that fit.

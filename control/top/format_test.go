@@ -66,7 +66,7 @@ func TestPartsOfAMinute(t *testing.T) {
 		r.add(begin.Add(time.Duration(second)*time.Second), st)
 		st.Accepted += uint64(second / 15 * 10)
 	}
-	got := r.minute(accepts, 4)
+	got := r.minute(accepts, 4, begin.Add(time.Minute))
 	for i, want := range []float64{10, 20, 30, -1} { // the last has only begun
 		if got[i] != want {
 			t.Errorf("parts %v, want 10 20 30 -1", got)

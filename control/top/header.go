@@ -25,8 +25,12 @@ func (m *model) header() []string {
 	case m.lost != nil:
 		row(m.trouble(), "%s", m.known())
 	case d != nil && d.AcceptingUntil != nil && m.now.Before(*d.AcceptingUntil):
-		row("draining", "%s: new clients are served for %s more, %s left in all",
-			d.Reason, span(d.AcceptingUntil.Sub(m.now)), span(d.Deadline.Sub(m.now)))
+		newcomers := "are served"
+		if len(st.Holds) > 0 {
+			newcomers = "wait"
+		}
+		row("draining", "%s: new clients %s for %s more, %s left in all",
+			d.Reason, newcomers, span(d.AcceptingUntil.Sub(m.now)), span(d.Deadline.Sub(m.now)))
 	case d != nil:
 		row("draining", "%s: %s left, %s told, %d not to be told", d.Reason, span(d.Deadline.Sub(m.now)), humanize.Comma(int64(d.Notified)), d.NoticeFailed)
 	}
@@ -150,14 +154,24 @@ func (m *model) counts() string {
 // pictures are the rates, two beside each other.
 func (m *model) pictures() []string {
 	half := min(m.width/2, 96)
+	until := m.rates.last.at
+	if m.lost != nil {
+		until = m.now // the last minute goes on, and nothing is known of its end
+	}
+	current := func(s series, show func(float64) string) string {
+		if m.lost != nil {
+			return "-"
+		}
+		return show(m.rates.now(s))
+	}
 	one := func(name string, s series, show func(float64) string) string {
-		label := bold.Render(cell(name, 7, false, "")) + cell(show(m.rates.now(s)), 10, true, "") + " "
-		peak := " max " + strings.TrimSuffix(show(m.rates.peak(s)), "/s")
+		label := bold.Render(cell(name, 7, false, "")) + cell(current(s, show), 10, true, "") + " "
+		peak := " max " + strings.TrimSuffix(show(m.rates.peak(s, until)), "/s")
 		room := min(60, half-lipgloss.Width(label)-len(" max 123 MB  "))
 		if room < 6 {
 			return cell(label, half, false, "")
 		}
-		return cell(label+drawn.Render(sparkline(m.rates.minute(s, room), m.glyphs.bars))+peak, half, false, "")
+		return cell(label+drawn.Render(sparkline(m.rates.minute(s, room, until), m.glyphs.bars))+peak, half, false, "")
 	}
 	each := func(n float64) string { return figure(n) + "/s" }
 	return []string{

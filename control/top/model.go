@@ -139,9 +139,13 @@ func (m *model) lose(msg lostMsg) {
 	if m.lost == nil {
 		m.lostSince = msg.at
 	}
+	before := m.away()
 	m.lost = msg.err
 	if m.away() {
 		m.forget()
+		if !before { // it was about the server that was there
+			m.note = note{}
+		}
 	}
 }
 

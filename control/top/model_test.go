@@ -2,13 +2,9 @@ package top
 
 import (
 	"errors"
-	"fmt"
 	"strings"
 	"testing"
 	"time"
-
-	tea "charm.land/bubbletea/v2"
-	"charm.land/lipgloss/v2"
 
 	"echod/control"
 )
@@ -248,12 +244,20 @@ func TestEachQuestionSaysWhatWillHappen(t *testing.T) {
 	ask("Pause the server (disk swap): new clients wait until it is resumed; who is connected (3) notices nothing. y/N", "p", "disk swap", "enter")
 	ask("Pause the server: new clients", "p", "enter")
 	ask("nothing to resume: the server is running", "u")
-	ask("Drain the server: 3 clients are told and have 5s to finish; then it stops. y/N", "D")
+	ask("Drain the server: 3 clients are told and given 5s to finish; then it stops. y/N", "D")
 
 	st := aStatus()
 	st.Connections, st.GraceSeconds, st.DrainDelaySeconds = 1, 0, 2
 	r.answers(st)
 	ask("Drain the server: new clients are served for 2s more, then 1 client is told and closed at once; then it stops. y/N", "D")
+	st.Holds = []control.Hold{{ID: "h1", Reason: strings.Repeat("disk ", 30)}}
+	r.answers(st)
+	ask("Drain the server: it stays paused for 2s more, then 1 client and all who wait are told and closed at once; then it stops. y/N", "D")
+	ask("Resume the server: 1 hold is released (h1 disk disk disk disk disk disk…), and new clients are served. y/N", "u")
+	st.Drain = &control.Drain{Reason: "SIGTERM", Deadline: r.at.Add(10 * time.Second), AcceptingUntil: new(r.at.Add(3 * time.Second))}
+	r.answers(st)
+	r.expect(`^draining     SIGTERM: new clients wait for 2.0s more, 9.0s left in all$`)
+	st.Drain = nil
 	st.State, st.Holds = "paused", []control.Hold{{ID: "h1", Reason: "a"}, {ID: "h2"}, {ID: "h3"}, {ID: "h4"}}
 	r.answers(st)
 	ask("Resume the server: 4 holds are released (h1 a, h2, h3 and 1 more), and new clients are served. y/N", "u")
@@ -280,111 +284,4 @@ func TestRefusalsAndFailuresAreSaidInALine(t *testing.T) {
 	r.engaged = true
 	r.presses("D", "y")
 	r.expect(`^the server has not answered to what was asked before$`)
-}
-
-func TestServerThatHasGone(t *testing.T) {
-	r := newRig(t)
-	r.lists(r.aConn(1, 0))
-	r.presses("D") // whose question has then become pointless
-	r.Update(lostMsg{r.at, gone()})
-	r.at = r.at.Add(12 * time.Second)
-	r.Update(lostMsg{r.at, gone()})
-	r.expect(`^ gone  echod 1\.2\.3  pid 4711`)
-	r.expect(`^gone         connection lost 12s ago, trying again on /run/c$`)
-	r.expect(`^0 connections$`)
-	r.expectOrder()
-	r.presses("p")
-	r.expect(`^the server does not answer$`)
-	r.lists(r.aConn(1, 0)) // which was under way
-	r.expectOrder()
-
-	st := aStatus()
-	st.PID, st.Accepted = 5000, 1
-	r.answers(st)
-	r.expect(`^ running  echod 1\.2\.3  pid 5000`)
-	r.expect(`^another server answers now: pid 5000$`)
-	r.expect(`^accepts +0/s +max 0 `)
-	r.lists(r.aConn(1, 0))
-	r.expectOrder(1)
-}
-
-func TestServerThatHasStopped(t *testing.T) {
-	r := newRig(t)
-	st := aStatus()
-	st.State, st.Drain = "draining", &control.Drain{Reason: "SIGTERM", Deadline: r.at}
-	r.answers(st)
-	r.happens(control.Event{Type: "state", State: "stopped"})
-	r.answers(st) // which was under way
-	r.Update(lostMsg{r.at, gone()})
-	r.expect(`^ stopped  echod`)
-	r.expect(`^stopped      the server has stopped, 0\.0s ago \(SIGTERM\); waiting for another$`)
-}
-
-func TestServerThatDoesNotAnswerKeepsItsConnections(t *testing.T) {
-	r := newRig(t)
-	r.lists(r.aConn(1, 0))
-	r.Update(lostMsg{r.at, errors.New("no answer within 2s")})
-	r.expect(`^ no answer  echod`)
-	r.expect(`^no answer    for 0\.0s, what follows is from before: no answer within 2s$`)
-	r.expectOrder(1)
-	r.answers(aStatus())
-	r.expect(`^ running `)
-	r.expect(`^the server answers again, after 1\.0s$`)
-}
-
-// TestScreensOfAllSizes: whatever is shown, it fits.
-func TestScreensOfAllSizes(t *testing.T) {
-	r := newRig(t)
-	for id := range uint64(100) {
-		r.table.opened(r.aConn(id+1, 1<<(id%60)), r.at)
-	}
-	strange := r.aConn(101, 0)
-	strange.Remote = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff%日本]:65535"
-	r.happens(opened(strange), closed(control.ClosedConn{ID: 12_345_678, Remote: strange.Remote, Reason: "rejected-unidentified", Closed: r.at}))
-	paused := aStatus()
-	for i := range 9 {
-		paused.Holds = append(paused.Holds, control.Hold{ID: fmt.Sprintf("h%d", i), Reason: strings.Repeat("long ", 30)})
-	}
-	situations := []func(){
-		func() { r.answers(paused) },
-		func() { r.presses("j", "x") },
-		func() { r.presses("n", "p", strings.Repeat("why ", 60)) },
-		func() { r.presses("enter") },
-		func() { r.presses("n", "tab") },
-		func() { r.presses("?") },
-		func() { r.Update(lostMsg{r.at, gone()}) },
-	}
-	for i, situation := range situations {
-		situation()
-		for _, width := range []int{0, 1, 2, 3, 7, 13, 20, 29, 40, 41, 59, 60, 79, 80, 81, 97, 120, 200} {
-			for _, height := range []int{0, 1, 2, 3, 4, 5, 7, 10, 15, 16, 24, 35, 36, 37, 60} {
-				r.Update(tea.WindowSizeMsg{Width: width, Height: height})
-				view := r.View()
-				lines := strings.Split(view.Content, "\n")
-				if len(lines) != max(1, height) && width > 0 {
-					t.Fatalf("situation %d: %d lines on a screen of %dx%d", i, len(lines), width, height)
-				}
-				for _, line := range lines {
-					if lipgloss.Width(line) > width {
-						t.Fatalf("situation %d: %d columns on a screen of %dx%d: %q", i, lipgloss.Width(line), width, height, line)
-					}
-				}
-				if c := view.Cursor; c != nil && (c.X >= max(1, width) || c.Y >= max(1, height) || c.X < 0 || c.Y < 0) {
-					t.Fatalf("situation %d: the cursor is at %d, %d on a screen of %dx%d", i, c.X, c.Y, width, height)
-				}
-			}
-		}
-	}
-}
-
-func TestHelpFitsAndAnyKeyLeavesIt(t *testing.T) {
-	r := newRig(t)
-	r.presses("?")
-	for _, line := range helpText {
-		if len(line) > 80 || !strings.Contains(r.shows(), line) {
-			t.Errorf("the help shows no %q", line)
-		}
-	}
-	r.presses("x")
-	r.expectNot(`Ctrl-Z suspends`)
 }

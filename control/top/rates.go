@@ -62,7 +62,7 @@ func (r *rates) add(at time.Time, st control.Status) {
 	}
 }
 
-// now is the latest rate, peak the highest of the last minute.
+// now is the latest rate, peak the highest of the minute before the given time.
 func (r *rates) now(s series) float64 {
 	if len(r.steps) == 0 {
 		return 0
@@ -70,22 +70,24 @@ func (r *rates) now(s series) float64 {
 	return r.steps[len(r.steps)-1].rate[s]
 }
 
-func (r *rates) peak(s series) (peak float64) {
+func (r *rates) peak(s series, until time.Time) (peak float64) {
 	for _, m := range r.steps {
-		peak = max(peak, m.rate[s])
+		if !m.to.Before(until.Add(-window)) {
+			peak = max(peak, m.rate[s])
+		}
 	}
 	return peak
 }
 
-// minute gives the last minute in n equal parts, the mean of each; negative is a part of which nothing is known. The parts
+// minute gives the minute before the given time in n equal parts, the mean of each; negative is a part of which nothing is known. The parts
 // begin at multiples of their length, so that a picture of them moves in steps and does not flicker.
-func (r *rates) minute(s series, n int) []float64 {
+func (r *rates) minute(s series, n int, until time.Time) []float64 {
 	means := make([]float64, n)
 	if n == 0 {
 		return means
 	}
 	part := window / time.Duration(n)
-	end := r.last.at.Truncate(part).Add(part)
+	end := until.Truncate(part).Add(part)
 	for i := range means {
 		from := end.Add(-time.Duration(n-i) * part)
 		to := from.Add(part)

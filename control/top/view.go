@@ -91,7 +91,7 @@ func (m *model) View() tea.View {
 		lines[i] = clip(line, m.width, m.glyphs.cut)
 	}
 	if e, ok := m.dialog.(*entry); ok {
-		at := lipgloss.Width(e.prompt + string(e.text))
+		at := lipgloss.Width(e.prompt + m.typedSoFar(e))
 		v.Cursor = tea.NewCursor(min(at, m.width-1), max(0, m.height-2))
 	}
 	v.SetContent(strings.Join(lines, "\n"))
