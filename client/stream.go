@@ -50,9 +50,8 @@ type StreamOptions struct {
 	// over any. If it is nil, the first connection that ends, ends the stream.
 	Reconnect *Backoff
 
-	// StallTimeout is how long an item's echo may take, when it is the next that is
-	// due on its connection, before that connection is given up. Zero means 30 s,
-	// less than zero for ever.
+	// StallTimeout is how long not a byte may come back over a connection while something
+	// is due, before it is given up. Zero means 30 s, less than zero for ever.
 	StallTimeout time.Duration
 
 	// Attempts is how many connections in a row may end with the same item as the next

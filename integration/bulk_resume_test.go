@@ -50,6 +50,13 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 		t.Errorf("with another input: %+v", got)
 	}
 
+	if got := e.bulk("--csv", "--output", filepath.Join(dir, "other"), "--resume", state, table); got.code != 1 || !strings.Contains(got.stderr, "has written to "+out) {
+		t.Errorf("with another output: %+v", got)
+	}
+	if kept := readFile(t, filepath.Join(dir, "other")); kept != "x\n" {
+		t.Errorf("another output is %q now", kept)
+	}
+
 	got := e.bulk(args...)
 	if got.code != 0 || !strings.Contains(got.stderr, "done before") {
 		t.Errorf("going on: %+v", got)

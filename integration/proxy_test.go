@@ -78,6 +78,7 @@ func TestProxyHeaderInPiecesIsWaitedFor(t *testing.T) {
 		check(t, p.echo("hello\n"))
 		check(t, p.leave())
 	}
+	e.awaitOpen(0)
 	e.expectAccounts(map[string]uint64{"client-closed": 2})
 }
 

@@ -8,6 +8,7 @@ type outages struct {
 	outage  time.Duration // since when there is one
 	inOut   bool
 	echo    time.Duration // when something came back last
+	asked   time.Duration // when something was sent, after all before it had come back
 }
 
 // serviceGone begins an outage, unless there is one.

@@ -42,6 +42,24 @@ func TestSlowIsNoOutage(t *testing.T) {
 	})
 }
 
+// TestOwnStallIsNoOutage: what this side has sent late has not been kept waiting by the server.
+func TestOwnStallIsNoOutage(t *testing.T) {
+	l := &loop{run: &run{opts: Options{Rate: 10, Late: time.Second, Size: MinSize, Pipeline: 100}}, tally: newTally()}
+	u := &user{loop: l, phase: serving, socket: full{}, check: newChecker(origin{1, 1}, MinSize, time.Second, l.tally, nil)}
+	u.again = []time.Duration{time.Second} // due then, and sent at 3 s
+	u.begin(3 * time.Second)
+	u.lookForLate(3*time.Second + 10*time.Millisecond)
+	if u.inOut {
+		t.Errorf("an outage since %v", u.outage)
+	}
+}
+
+// full is a socket that takes nothing.
+type full struct{ socket }
+
+func (full) write([]byte) (int, error) { return 0, errWouldBlock }
+func (full) awaitRoom(bool) error      { return nil }
+
 // lagging echoes everything a while after it has come.
 func lagging(by time.Duration) func(net.Conn) {
 	return func(conn net.Conn) {

@@ -38,6 +38,9 @@ func (u *user) begin(now time.Duration) bool {
 		if !ok {
 			break
 		}
+		if u.check.outstanding() == 0 {
+			u.asked = now
+		}
 		u.check.begin(due)
 	}
 	return len(u.check.unwritten(u.written)) > 0

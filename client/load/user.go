@@ -237,7 +237,7 @@ func (u *user) lookForLate(now time.Duration) {
 	if overdue == 0 {
 		return
 	}
-	if since := max(u.check.oldest(), u.echo); now-since > u.loop.run.opts.Late {
+	if since := max(u.check.oldest(), u.asked, u.echo); now-since > u.loop.run.opts.Late {
 		u.serviceGone(since)
 	}
 	if overdue > u.overdue {

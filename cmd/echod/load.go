@@ -135,6 +135,11 @@ func (l *loader) check() error {
 	if l.opts.Size < load.MinSize {
 		return usagef("--size %d: a message needs room for its number and checksum: at least %d", l.opts.Size, load.MinSize)
 	}
+	for flag, d := range map[string]time.Duration{"timeout": l.opts.Timeout, "late": l.opts.Late, "drain-wait": l.opts.DrainWait} {
+		if d == 0 {
+			return usagef("--%s 0s: must be more than nothing", flag)
+		}
+	}
 	l.opts.NoReconnect = !l.reconnect
 	for flag, limit := range map[string]int64{
 		"p99": int64(l.max.p99), "p999": int64(l.max.p999), "connect-p99": int64(l.max.connectP99), "outage": int64(l.max.outage),

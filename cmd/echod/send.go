@@ -117,6 +117,14 @@ func (s *sender) run(ctx context.Context, args []string) error {
 			return usagef("--%s %s: must not be negative", d.flag, d.value)
 		}
 	}
+	for _, target := range []struct{ flag, path string }{{"failed", s.failed}, {"resume", s.resume}} {
+		if target.path == "-" {
+			return usagef("--%s -: want the name of a file", target.flag)
+		}
+	}
+	if s.output == "-" {
+		s.output = "" // which is standard output, too
+	}
 	if len(args) == 0 || s.lines || s.csv || s.raw {
 		return s.sendRecords(ctx, args)
 	}

@@ -64,6 +64,9 @@ func Run(ctx, stop context.Context, opts Options) (Summary, error) {
 	if stop.Err() != nil && errors.Is(err, context.Cause(stop)) {
 		err = ErrStopped
 	}
+	if err == nil && !r.readAll {
+		err = ErrStopped
+	}
 	if flushed := r.flush(); err == nil { // else it is the same, or follows from it
 		err = flushed
 	}

@@ -149,14 +149,14 @@ func (r *run) interruptible(all iter.Seq2[records.Record, error]) iter.Seq2[reco
 	return func(yield func(records.Record, error) bool) {
 		came := make(chan read)
 		go func() {
-			defer close(came)
 			for record, err := range all {
 				select {
 				case came <- read{record, err}:
 				case <-r.reading.Done():
-					return
+					return // and not as if that were the end of the input
 				}
 			}
+			close(came)
 		}()
 		for {
 			select {

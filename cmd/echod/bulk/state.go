@@ -87,6 +87,9 @@ func (s *State) complete(i int) bool {
 	return in.Complete && len(in.missing) == 0
 }
 
+// records is how many of an input were read.
+func (s *State) records(i int) int64 { return s.now.Inputs[i].Records }
+
 // opened checks that what a URL gives is what it gave to an earlier run.
 func (s *State) opened(i int, source *records.Source) error {
 	if s == nil {

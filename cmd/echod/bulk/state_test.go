@@ -1,7 +1,10 @@
 package bulk
 
 import (
+	"context"
 	"errors"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -9,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"echod/client"
 	"echod/client/records"
 )
 
@@ -159,6 +163,7 @@ func TestOutputIsCutToWhatIsSettled(t *testing.T) {
 		}
 		return string(text), err
 	}
+	one := hashOf([]byte("one\n"))
 	for _, c := range []struct {
 		name   string
 		path   string
@@ -166,18 +171,103 @@ func TestOutputIsCutToWhatIsSettled(t *testing.T) {
 		goesOn bool
 		want   string
 	}{
-		{"going on", path, &savedTarget{path, settled}, true, "one\nX"},
-		{"after another", another, &savedTarget{path, settled}, true, "kept\nX"},
-		{"after a stream", another, nil, true, "kept\nXX"},
+		{"going on", path, &savedTarget{path, settled, one}, true, "one\nX"},
+		{"after a stream", another, nil, true, "kept\nX"},
 		{"from the beginning", another, nil, false, "X"},
-		{"before anything was sent", path, &savedTarget{path, 0}, false, "X"},
+		{"before anything was sent", path, &savedTarget{path, 0, ""}, false, "X"},
 	} {
 		if got, err := write(c.path, c.was, c.goesOn); err != nil || got != c.want {
 			t.Errorf("%s: %q (%v), want %q", c.name, got, err, c.want)
 		}
 	}
-	if _, err := write(path, &savedTarget{path, 100}, true); err == nil || !strings.Contains(err.Error(), "has 1 bytes, and had 100") {
-		t.Errorf("an output that has shrunk: %v", err)
+	for want, was := range map[string]*savedTarget{
+		"it differs before byte 100":                       {path, 100, one},
+		"it differs before byte 1":                         {path, 1, one},
+		"has written to " + path + "2, and not to " + path: {path + "2", settled, one},
+	} {
+		if _, err := write(path, was, true); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("an output that is another: %v, want %q", err, want)
+		}
+	}
+	if got := readFile(t, path); got != "X" {
+		t.Errorf("what is not gone on with is %q now", got)
+	}
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// However a file is called, it is the same one.
+func TestOutputIsKnownByItsWholeName(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for i, name := range []string{"out", "./out"} {
+		out, err := OpenTarget(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i > 0 {
+			text := readFile(t, name)
+			err = out.goOnFrom(&savedTarget{out.path, int64(len(text)), hashOf([]byte(text))}, true)
+		}
+		if err == nil {
+			_, err = out.Write([]byte("line\n"))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := filepath.Join(must(os.Getwd()), "out"); out.saved().File != want {
+			t.Errorf("%s is saved as %s, want %s", name, out.saved().File, want)
+		}
+		if err := out.close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func must(text string, err error) string {
+	if err != nil {
+		panic(err)
+	}
+	return text
+}
+
+// Who interrupts the reading of standard input has not come to its end.
+func TestStandardInputThatIsCutShortIsNotAtItsEnd(t *testing.T) {
+	for range 50 { // what was wrong once hung on chance
+		synctest.Test(t, func(t *testing.T) {
+			stop, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			time.AfterFunc(50*time.Millisecond, func() { cancel(errors.New("interrupted")) })
+			slow := func(context.Context, string) (net.Conn, error) {
+				near, far := net.Pipe()
+				go func() {
+					defer far.Close()
+					buf := make([]byte, 256)
+					for {
+						n, err := far.Read(buf)
+						if err != nil {
+							return
+						}
+						time.Sleep(5 * time.Millisecond)
+						_, _ = far.Write(buf[:n])
+					}
+				}()
+				return near, nil
+			}
+			summary, err := Run(t.Context(), stop, Options{
+				Address: "memory", Inputs: []string{stdin}, Stdin: strings.NewReader(strings.Repeat("a line\n", 100_000)),
+				Stream: client.StreamOptions{Dial: slow, Conns: 1}, Out: Stream(io.Discard), Display: Events(io.Discard),
+			})
+			if !errors.Is(err, ErrStopped) || !summary.Unread || summary.Came == 0 || summary.Missing() > 0 {
+				t.Fatalf("%+v, %v", summary, err)
+			}
+		})
 	}
 }
 
