@@ -38,6 +38,7 @@ func (r *run) items(yield func(client.Item[key], error) bool) {
 func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool, err error) {
 	in := &r.tally.inputs[i]
 	if r.opts.State.complete(i) {
+		r.tally.skipped.Add(r.opts.State.records(i))
 		in.before.Store(max(in.file, 0))
 		in.done.Store(true)
 		return true, nil

@@ -203,6 +203,32 @@ func readFile(t *testing.T, path string) string {
 	return string(text)
 }
 
+// An input that an earlier run has read to its end is not read again, and counts.
+func TestInputsThatAreCompleteCount(t *testing.T) {
+	inputs := []string{file(t, "a", "1\n2\n3\n"), file(t, "b", "4\n5\n")}
+	path := filepath.Join(t.TempDir(), "state")
+	before, err := OpenState(path, inputs, records.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for number := range int64(3) {
+		before.take(key{number: number + 1})
+		before.settle([]key{{number: number + 1}}, reached{})
+	}
+	before.read(0)
+	if err := before.save(); err != nil {
+		t.Fatal(err)
+	}
+	state, err := OpenState(path, inputs, records.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, _, summary, err := send(t, Options{Inputs: inputs, State: state})
+	if err != nil || out != "4\n5\n" || summary.Came != 2 || summary.Skipped != 3 {
+		t.Errorf("%q, %+v, %v; want those of the second, and three done before", out, summary, err)
+	}
+}
+
 // However a file is called, it is the same one.
 func TestOutputIsKnownByItsWholeName(t *testing.T) {
 	t.Chdir(t.TempDir())
