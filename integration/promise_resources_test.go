@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -181,7 +182,8 @@ func TestG11OutOfFilesClientsWait(t *testing.T) {
 func TestG11OutOfFilesClientsAreRejected(t *testing.T) {
 	t.Parallel()
 	e := startAs(t, fewFiles(t, 64), "--at-limit", "reject")
-	const clients, places = 100, 32
+	const places = 32
+	const clients = places + 32 // of more at a time, some are turned away without a word: see the next test
 	var mu sync.Mutex
 	var served []*peer
 	busy := 0
@@ -221,6 +223,36 @@ func TestG11OutOfFilesClientsAreRejected(t *testing.T) {
 	e.awaitOpen(0)
 	e.served()
 	e.expectAccounts(map[string]uint64{"rejected-limit": uint64(busy), "client-closed": places})
+}
+
+// A flood of clients that are to be turned away takes no files from others: beyond so many at a time, they are dismissed in a hurry, in which
+// the word may get lost.
+func TestG11FloodOfRejectionsLeavesFilesToOthers(t *testing.T) {
+	t.Parallel()
+	e := startAs(t, fewFiles(t, 64), "--at-limit", "reject", "--max-conns", "1")
+	mine := e.served()
+	const clients = 300
+	each(t, clients, func(int) error {
+		p, err := connect(e.addr)
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		if err := p.send("mine\n"); err != nil && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			return err
+		}
+		if got, err := p.rest(); got != "BUSY\n" && (got != "" || !errors.Is(err, syscall.ECONNRESET)) {
+			return fmt.Errorf("got %q (%w)", got, err)
+		}
+		return nil
+	})
+	check(t, mine.echo("still served\n"))
+	if st := e.status(); st.Accepted != clients+1 {
+		t.Errorf("%d accepted, want %d", st.Accepted, clients+1)
+	}
+	check(t, mine.leave())
+	e.awaitOpen(0)
+	e.expectAccounts(map[string]uint64{"rejected-limit": clients, "client-closed": 1})
 }
 
 // TestG11AcceptingRecoversFromEMFILE: somebody takes the files away while the server runs.
