@@ -8,6 +8,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,9 +116,7 @@ func TestLoadSeesWhatAStallInflicts(t *testing.T) {
 			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s", "--drain-wait", "20s",
 				"--pipeline", pipeline, "--json")
 			e.awaitOpen(8)
-			for e.status().BytesIn < 50_000 { // a third of a second
-				time.Sleep(10 * time.Millisecond)
-			}
+			poll(t, "a third of a second's messages", func() bool { return e.status().BytesIn >= 50_000 })
 			e.signal(syscall.SIGSTOP)
 			time.Sleep(time.Second)
 			e.signal(syscall.SIGCONT)
@@ -140,9 +139,7 @@ func TestLoadInterruptedIsJudged(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--json", "--max-p999", "1ns")
-	for e.status().BytesOut < 1000 {
-		time.Sleep(10 * time.Millisecond)
-	}
+	poll(t, "some echoes", func() bool { return e.status().BytesOut >= 1000 })
 	check(t, l.cmd.Process.Signal(syscall.SIGINT))
 	if v := l.report(1); v.Echoes.Sent != v.Echoes.Returned || len(v.Failed) != 1 || !strings.Contains(l.stderr.String(), v.Failed[0]) {
 		t.Errorf("%+v, failed %q, stderr %q", v.Echoes, v.Failed, l.stderr.String())
@@ -152,20 +149,38 @@ func TestLoadInterruptedIsJudged(t *testing.T) {
 // TestLoadInterruptedTwiceWaitsNoMore: not for what is under way, and still reports.
 func TestLoadInterruptedTwiceWaitsNoMore(t *testing.T) {
 	t.Parallel()
-	e := start(t)
-	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--drain-wait", "1h", "--json")
-	for e.status().BytesOut < 1000 {
-		time.Sleep(10 * time.Millisecond)
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer ln.Close()
+	l := startLoad(t, ln.Addr().String(), "--rate", "100", "--duration", "1h", "--drain-wait", "1h", "--json")
+	conn, err := ln.Accept()
+	check(t, err)
+	defer conn.Close()
+	message := make([]byte, 64)
+	for range 10 {
+		_, err := io.ReadFull(conn, message)
+		check(t, err)
+		_, err = conn.Write(message)
+		check(t, err)
 	}
-	e.signal(syscall.SIGSTOP)
-	time.Sleep(100 * time.Millisecond) // so that something is under way
-	check(t, l.cmd.Process.Signal(syscall.SIGINT))
-	time.Sleep(100 * time.Millisecond) // signals of one kind in a row are one
-	check(t, l.cmd.Process.Signal(syscall.SIGINT))
-	if v := l.report(1); v.Echoes.Lost == 0 || v.Echoes.Lost != v.Echoes.Sent-v.Echoes.Returned {
+	_, err = io.ReadFull(conn, message) // so one is under way, for which nobody will wait
+	check(t, err)
+	reported := make(chan struct{})
+	go func() { // signals of one kind in a row are one: so again and again
+		for {
+			select {
+			case <-reported:
+				return
+			case <-time.After(pollEvery):
+				_ = l.cmd.Process.Signal(syscall.SIGINT)
+			}
+		}
+	}()
+	v := l.report(1)
+	close(reported)
+	if v.Echoes.Lost == 0 || v.Echoes.Lost != v.Echoes.Sent-v.Echoes.Returned {
 		t.Errorf("%+v: want some lost", v.Echoes)
 	}
-	e.signal(syscall.SIGCONT)
 }
 
 // TestLoadSeesARestartThatLosesNothing: clients heed the notice and connect to the successor.
@@ -174,9 +189,7 @@ func TestLoadSeesARestartThatLosesNothing(t *testing.T) {
 	e := start(t, "--grace", "20s")
 	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json", "--max-disconnects", "0", "--timeout", "20s")
 	e.awaitOpen(16)
-	for e.status().BytesIn < 50_000 {
-		time.Sleep(10 * time.Millisecond)
-	}
+	poll(t, "some messages", func() bool { return e.status().BytesIn >= 50_000 })
 	e.signal(syscall.SIGTERM)
 	e.wait(0)
 	start(t, "--listen", e.addr)
@@ -220,15 +233,17 @@ func TestLoadSeesAKill(t *testing.T) {
 func TestLoadOnARollingRestartBehindHAProxy(t *testing.T) {
 	f := startFleet(t)
 	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json", "--max-refused", "0", "--max-disconnects", "0")
-	for f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections < 20 {
-		time.Sleep(10 * time.Millisecond)
-	}
+	poll(t, "all to be connected", func() bool {
+		return f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections >= 20
+	})
 	for i := range f.nodes {
 		f.nodes[i].signal(syscall.SIGTERM)
 		f.nodes[i].wait(0)
 		f.startNode(i)
-		f.awaitServing()
-		time.Sleep(time.Second) // for HAProxy to see that it is back, before the next one goes
+		poll(t, "HAProxy to see that it is back", func() bool { // and to send it who comes, since it has the fewest
+			f.awaitServing()
+			return f.nodes[i].status().Accepted > 0
+		})
 	}
 	check(t, l.cmd.Process.Signal(syscall.SIGINT))
 	v := l.report(0)

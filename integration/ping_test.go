@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"echod/control"
 )
@@ -83,7 +82,7 @@ func TestPingInterruptedIsNoSuccess(t *testing.T) {
 	check(t, err)
 	cmd := e.pingCommand()
 	check(t, cmd.Start())
-	time.Sleep(200 * time.Millisecond) // for it to be under way
+	poll(t, "it to wait for the server", func() bool { return e.queued(e.status()) > 0 })
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
 	_ = cmd.Wait()
 	if got := exitCode(cmd.ProcessState); got != 128+int(syscall.SIGTERM) {

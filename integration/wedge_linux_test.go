@@ -40,7 +40,8 @@ func (s *systemd) testControlSocket(t *testing.T) {
 		t.Errorf("echod ctl status: %+v", r)
 	}
 	pid, restarts := s.property(t, "MainPID"), s.restarts(t)
-	time.Sleep(3 * time.Second) // longer than WatchdogSec
+	first := s.watchdogAt(t)
+	poll(t, "the watchdog to be told for longer than WatchdogSec", func() bool { return s.watchdogAt(t)-first > 3*time.Second })
 	if s.property(t, "MainPID") != pid || s.restarts(t) != restarts {
 		t.Error("the watchdog has ended a process that was alive")
 	}
@@ -50,6 +51,14 @@ func (s *systemd) testControlSocket(t *testing.T) {
 	if strconv.Itoa(st.PID) == pid {
 		t.Error("the old process answers")
 	}
+}
+
+// watchdogAt is when systemd was told last that the service is alive, since the machine was started.
+func (s *systemd) watchdogAt(t *testing.T) time.Duration {
+	t.Helper()
+	us, err := strconv.ParseInt(s.property(t, "WatchdogTimestampMonotonic"), 10, 64)
+	check(t, err)
+	return time.Duration(us) * time.Microsecond
 }
 
 // A process that runs, and whose accept loop or control plane does not come round any more. Both are wedged in the same way: systemd shares
