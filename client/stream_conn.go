@@ -302,12 +302,13 @@ func (c *streamConn[K]) watchStall(link *link) *stallWatch {
 	w.timer = time.AfterFunc(c.opts.StallTimeout, func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		switch left := c.patience(); {
-		case w.timer == nil:
-		case left <= 0:
-			_ = link.close(errStalled)
-		default:
+		if w.timer == nil {
+			return // stopped: what is due belongs to others
+		}
+		if left := c.patience(); left > 0 {
 			w.timer.Reset(left)
+		} else {
+			_ = link.close(errStalled)
 		}
 	})
 	return w
