@@ -29,11 +29,11 @@ func TestImportsRunOneWay(t *testing.T) {
 	}{
 		{"server", "../server/...", []string{"echod/server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
 		{"client", "../client", []string{"echod/client"}, []string{"golang.org/x/sync"}},
-		{"load", "../client/load", []string{"echod/client"}, nil},
-		{"records", "../client/records", []string{"echod/client/records"}, []string{"github.com/klauspost/compress"}},
+		{"load", "../internal/load", []string{"echod/client", "echod/internal/load"}, nil},
+		{"records", "../internal/records", []string{"echod/internal/records"}, []string{"github.com/klauspost/compress"}},
 		{"control", "../control/...", []string{"echod/control", "echod/server"}, nil},
 		{"metrics", "../metrics/...", []string{"echod/metrics", "echod/server"}, nil},
-		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/metrics", "echod/server"}, nil},
+		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/internal", "echod/metrics", "echod/server"}, nil},
 	}
 	for _, layer := range layers {
 		t.Run(layer.name, func(t *testing.T) {

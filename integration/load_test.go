@@ -19,7 +19,7 @@ import (
 
 	"github.com/HdrHistogram/hdrhistogram-go"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 // loading is an echod load under way.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"echod/cmd/echod/bulk"
+	"echod/internal/bulk"
 	"echod/control"
 )
 

@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 func newLoadCommand() *cobra.Command {

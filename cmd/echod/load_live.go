@@ -11,7 +11,7 @@ import (
 	humanize "github.com/dustin/go-humanize"
 	"golang.org/x/term"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 // sayEvery is how often a run says how it is going where there is no terminal.

@@ -9,7 +9,7 @@ import (
 
 	humanize "github.com/dustin/go-humanize"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 // writeReport prints a report for people.

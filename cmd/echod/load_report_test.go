@@ -5,7 +5,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 func reported(t *testing.T, r *load.Report, why ...string) string {

@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spf13/pflag"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 // given is a loader as a command line sets it up.

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/term"
 
 	"echod/client"
-	"echod/client/records"
-	"echod/cmd/echod/bulk"
+	"echod/internal/records"
+	"echod/internal/bulk"
 )
 
 func newSendCommand() *cobra.Command {

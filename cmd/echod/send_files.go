@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"echod/cmd/echod/bulk"
+	"echod/internal/bulk"
 )
 
 // openFiles opens what is written to, and looks whether what is read is there, before anything is sent or overwritten.

@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"echod/control/top"
+	"echod/internal/top"
 )
 
 const (

@@ -9,7 +9,7 @@ import (
 	"io"
 	"os"
 
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // Failed is a file of records that have not come back, in the form in which they can be sent again. A nil one keeps nothing.

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // What fails of CSV is a row again, whatever is in it.

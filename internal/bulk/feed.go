@@ -8,7 +8,7 @@ import (
 	"slices"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // key is what is known of a record besides its data.

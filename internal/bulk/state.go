@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // State is what a run leaves for another to go on: how far each input was read, which records before that are

@@ -10,7 +10,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // tally counts what happens. All of it may be read at any time.

@@ -16,7 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

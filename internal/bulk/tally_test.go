@@ -12,7 +12,7 @@ import (
 	"github.com/vbauerster/mpb/v8"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // What is done is what has come back, and not what was read.

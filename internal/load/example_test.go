@@ -7,7 +7,7 @@ import (
 	"net"
 	"time"
 
-	"echod/client/load"
+	"echod/internal/load"
 )
 
 func ExampleRun() {

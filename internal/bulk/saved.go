@@ -11,7 +11,7 @@ import (
 	"path/filepath"
 	"time"
 
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // savedState is a State in its file.

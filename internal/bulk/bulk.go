@@ -17,7 +17,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // Options says what is sent, and what becomes of it.

@@ -7,7 +7,7 @@ import (
 	"log"
 	"strings"
 
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 // A malformed row does not stop those behind it.

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"echod/client"
-	"echod/client/records"
+	"echod/internal/records"
 )
 
 func TestStateKnowsWhatIsSettled(t *testing.T) {
