@@ -9,8 +9,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"echod/internal/bulk"
 	"echod/control"
+	"echod/internal/bulk"
 )
 
 // Exit codes.

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/term"
 
 	"echod/client"
-	"echod/internal/records"
 	"echod/internal/bulk"
+	"echod/internal/records"
 )
 
 func newSendCommand() *cobra.Command {
