@@ -1,196 +1,257 @@
+// Package client is the client of an echo server such as echod. It sends data,
+// checks that the same bytes come back, and understands the notices that the
+// server inserts into the stream.
+//
+// [Dial] makes a [Client], which is one connection. [Client.Echo] and
+// [Client.EchoLine] send a message and wait for its echo. [Client.Send] and
+// [Client.Receive], or [Client.SendLine] and [Client.ReceiveLine], do the two
+// halves separately, so that several messages can be in flight. [Stream] sends
+// any number of items over several connections at once.
+//
+// # Addresses
+//
+// An address has one of these forms:
+//
+//	host:port           TCP
+//	tcp://host:port     TCP
+//	tls://host:port     TLS over TCP
+//	unix:///path        a Unix socket, named by an absolute path
+//
+// # Notices
+//
+// A server inserts lines of its own into the stream: when it drains, when it
+// rejects a connection, and to pass on an operator's message. A notice is always
+// a whole line. If it comes in the middle of an echoed line, a newline precedes
+// it, so "hello\n" may arrive as "hel\nSHUTDOWN 5 SIGTERM\nlo\n".
+//
+// The client understands these notices, the defaults of echod:
+//
+//	SHUTDOWN seconds reason    the server closes the connection in that many seconds
+//	PAUSED                     the connection was rejected: the server is paused
+//	BUSY                       the connection was rejected: the server is at its limit
+//	NOTICE text                a message from the server's operator
+//
+// Seconds is a whole number without a sign or leading zeros. Reason and text may
+// be empty. A line has at most 4 KiB, is valid UTF-8, and has no control
+// characters other than tabs. An echod that runs with --notice sends a text of
+// its own on a drain. The client understands it only if it has the form above,
+// as "SHUTDOWN {seconds} maintenance\n" does.
+//
+// The client knows what it has sent, so it can tell a notice from an echo. It
+// removes notices from the echo and passes them to [Options.OnNotice]. If one
+// announced the end of the connection, later errors are a [*NoticeError]. Bytes
+// that are neither echo nor notice are a [*CorruptionError].
+//
+// One case is ambiguous. If a client sends a line that is itself a valid notice,
+// and the server sends the same notice, nobody can know which of the two arrived
+// first. The echo is complete in this case too.
+//
+// # Goroutines
+//
+//   - Echo and EchoLine start one goroutine that sends while the caller receives.
+//     They wait for it before they return.
+//   - Stream starts one goroutine that ranges over the source, one for each
+//     connection that receives, and one for each connection that sends. The
+//     iteration waits for all of them before it ends.
+//   - When the context of a call ends, the context package runs a function that
+//     interrupts the call. The call waits for that function.
+//
+// No goroutine is left between calls.
 package client
 
 import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"strings"
 	"sync"
 )
 
-// defaultMaxLine is the zero value of Options.MaxLine, in bytes.
+// defaultMaxLine is the default of Options.MaxLine, in bytes.
 const defaultMaxLine = 64 << 10
 
-// Options says how a [Client] behaves. The zero value is usable.
+// Options configures a [Client]. The zero value is usable.
 type Options struct {
-	// Dial makes a connection to the address given to Dial; nil means TCP.
+	// TLSConfig is used for tls:// addresses. Nil means to verify the server
+	// against the system's roots. If ServerName is empty, the host of the address
+	// is used.
+	TLSConfig *tls.Config
+
+	// Dial makes the connections. Nil means [DialConn] with TLSConfig.
 	Dial DialFunc
 
-	// OnNotice, if not nil, is called with each notice, in order, by the
-	// goroutine that is in Receive, ReceiveLine, Echo or EchoLine. It must not
-	// call one of these.
+	// OnNotice, if not nil, is called with each notice, in order. It runs on the
+	// goroutine that is in Receive, ReceiveLine, Echo or EchoLine, and must not
+	// call any of these.
 	OnNotice func(Notice)
 
-	// MaxLine is the length, in bytes without the newline, of the longest line
-	// that ReceiveLine returns. Zero means 64 KiB.
+	// MaxLine is the length of the longest line that ReceiveLine returns, in bytes
+	// without the newline. Zero means 64 KiB.
 	MaxLine int
 
-	// Reconnect, if not nil, makes Dial, Echo and EchoLine try again when the
-	// server cannot be reached, turns the client away or goes. The other
-	// methods stay with the connection that is there: only Echo knows what to
-	// send again.
+	// Reconnect, if not nil, makes Dial, Echo and EchoLine connect again when the
+	// server is unreachable, rejects the connection, or closes it. The other
+	// methods never reconnect, because only Echo knows what to send again.
 	Reconnect *Backoff
 }
 
-// A DialFunc makes a connection to an address. It is the place for TLS or Unix
-// sockets. The connection's deadlines must work; half-closing needs it to have the
-// method CloseWrite() error.
+// A DialFunc makes a connection to an address. The connection must support
+// deadlines. It can be half-closed if it has a method CloseWrite() error.
 type DialFunc func(ctx context.Context, address string) (net.Conn, error)
 
-// A Client is a connection to an echo server; with Options.Reconnect, a sequence
-// of connections.
+// A Client is a connection to an echo server. With Options.Reconnect it is a
+// sequence of connections.
 //
-// All methods may be called concurrently. One goroutine may send while another
-// receives; several that send, or several that receive, take turns, in no
-// particular order. Echo and EchoLine take both turns. So a Receive that waits
-// while nothing is outstanding keeps an Echo waiting.
+// All methods may be called concurrently. One goroutine can send while another
+// receives. Several senders wait for each other, and so do several receivers, in
+// no particular order. Echo and EchoLine exclude both, so a Receive that waits
+// while nothing is outstanding blocks an Echo.
 //
-// A notice is seen only when something is being received. After one that
-// announces the end of the connection, what is outstanding can still be
-// received, but what would send anew returns a *NoticeError.
+// The client sees a notice only while it receives. After a notice that announces
+// the end of the connection, the outstanding echoes can still be received.
+// Methods that would send return a [*NoticeError].
 //
-// The end of a context interrupts a call at once; the call returns an error that
-// wraps the context's cause, and the connection stays usable. Part of what it was
-// to send may have been sent.
+// When the context of a call ends, the call returns at once with an error that
+// wraps the context's cause. Part of the data may have been sent. The connection
+// stays usable, with one exception: over TLS, a Send that is interrupted while
+// the server does not read breaks the sending side.
 type Client struct {
 	address string
 	opts    Options
 
-	sending, receiving turn
+	// sendMu is held by the sender, recvMu by the receiver, both by Echo.
+	sendMu, recvMu ctxMutex
 
-	life context.Context // ends with Close, its cause is net.ErrClosed
-	end  context.CancelCauseFunc
+	open    context.Context         // ends with Close
+	endOpen context.CancelCauseFunc // with the cause net.ErrClosed
 
-	mu   sync.Mutex // guards link; held while Close closes it
-	link *link      // replaced only by who has both turns
+	mu   sync.Mutex // guards conn; held while Close closes it
+	conn *echoConn  // replaced only by the holder of sendMu and recvMu
 }
 
-// Dial connects to the server at address, a host and port for TCP. The context
-// bounds the dialing only. With opts.Reconnect it tries again until that gives up.
+// Dial connects to the server at address. The context bounds the dialing only.
+// With opts.Reconnect, Dial tries again until it succeeds or the Backoff's limits
+// are reached.
 func Dial(ctx context.Context, address string, opts Options) (*Client, error) {
-	c := &Client{address: address, opts: opts, sending: newTurn(), receiving: newTurn()}
-	if c.opts.Dial == nil {
-		c.opts.Dial = dialTCP
-	}
-	c.life, c.end = context.WithCancelCause(context.Background())
-	link, err := c.dial(ctx)
+	c := &Client{address: address, opts: opts, sendMu: newCtxMutex(), recvMu: newCtxMutex()}
+	c.open, c.endOpen = context.WithCancelCause(context.Background())
+	conn, err := c.dial(ctx)
 	if err != nil && c.retryable(ctx, err) {
-		link, err = c.redial(ctx, &retry{Backoff: *opts.Reconnect}, err)
+		conn, err = c.redial(ctx, &retry{Backoff: *opts.Reconnect}, err)
 	}
 	if err != nil {
-		c.end(err)
+		c.endOpen(err)
 		return nil, err
 	}
-	c.link = link
+	c.conn = conn
 	return c, nil
 }
 
-func dialTCP(ctx context.Context, address string) (net.Conn, error) {
-	var d net.Dialer
-	return d.DialContext(ctx, "tcp", address)
-}
-
-// Send sends p. It blocks while the server takes nothing more, which it may do
-// for good if the echo of much earlier data is not received meanwhile.
+// Send sends p. It blocks while the server does not read. A server that echoes
+// stops reading when the client does not receive.
 func (c *Client) Send(ctx context.Context, p []byte) error {
-	if err := c.sending.take(ctx); err != nil {
+	if err := c.sendMu.lock(ctx); err != nil {
 		return c.wrap("send to", err)
 	}
-	defer c.sending.pass()
-	link, err := c.current()
+	defer c.sendMu.unlock()
+	conn, err := c.current()
 	if err == nil {
-		err = link.usable()
+		err = conn.sendable()
 	}
 	if err == nil {
-		err = link.send(ctx, p)
+		err = conn.send(ctx, p)
 	}
 	return c.wrap("send to", err)
 }
 
-// Receive waits for an echo and reads it into p, as [io.Reader] does. Notices are
-// not part of it.
+// Receive waits for an echo and reads it into p, as [io.Reader] does. It leaves
+// out notices.
 //
-// When the connection has ended, the error wraps an *EndError, and before it a
-// *NoticeError if a notice had announced that. It matches [io.EOF] if everything
-// sent has come back.
+// When the connection has ended, the error wraps an [*EndError]. If a notice
+// announced the end, the error is a [*NoticeError] that wraps the EndError. The
+// error matches [io.EOF] if the whole echo was received.
 func (c *Client) Receive(ctx context.Context, p []byte) (int, error) {
-	if err := c.receiving.take(ctx); err != nil {
+	if err := c.recvMu.lock(ctx); err != nil {
 		return 0, c.wrap("receive from", err)
 	}
-	defer c.receiving.pass()
-	link, err := c.current()
+	defer c.recvMu.unlock()
+	conn, err := c.current()
 	if err != nil {
 		return 0, c.wrap("receive from", err)
 	}
-	n, err := link.receive(ctx, p)
+	n, err := conn.receive(ctx, p)
 	return n, c.wrap("receive from", err)
 }
 
-// SendLine sends line and a newline. A newline within is [ErrNewline].
+// SendLine sends line and a newline. If line contains a newline, SendLine returns
+// [ErrNewline].
 func (c *Client) SendLine(ctx context.Context, line string) error {
-	msg, err := message(line)
+	msg, err := terminated(line)
 	if err != nil {
 		return c.wrap("send to", err)
 	}
 	return c.Send(ctx, msg)
 }
 
-// ReceiveLine waits for a whole line and returns it without its newline. On an
-// error, that of [Client.Receive] or [ErrLineTooLong], nothing is lost: what has
-// come of the line is left for the next call.
+// ReceiveLine waits for a whole line and returns it without its newline. It
+// returns the errors of [Client.Receive], and [ErrLineTooLong]. After an error,
+// the incomplete line is left for the next call.
 func (c *Client) ReceiveLine(ctx context.Context) (string, error) {
-	if err := c.receiving.take(ctx); err != nil {
+	if err := c.recvMu.lock(ctx); err != nil {
 		return "", c.wrap("receive from", err)
 	}
-	defer c.receiving.pass()
-	link, err := c.current()
+	defer c.recvMu.unlock()
+	conn, err := c.current()
 	if err != nil {
 		return "", c.wrap("receive from", err)
 	}
-	line, err := link.receiveLine(ctx, cmp.Or(c.opts.MaxLine, defaultMaxLine))
+	line, err := conn.receiveLine(ctx, cmp.Or(c.opts.MaxLine, defaultMaxLine))
 	return line, c.wrap("receive from", err)
 }
 
-// Echo sends msg, of any size, and returns what comes back: exactly the bytes of
-// msg, or those of them that came before an error.
+// Echo sends msg, of any size, and returns its echo: exactly the bytes of msg, or
+// those that came back before an error.
 //
-// With Options.Reconnect, Echo goes on over a new connection, where it sends what
-// was not echoed, when the server announces its end, turns the client away or
-// goes. Each byte is returned once, though a server may see it twice. An Echo
-// that is interrupted gives its connection up; the next one makes another.
-// Without, an interrupted Echo leaves the rest of its echo to Receive, and Echo
-// returns [ErrOutstanding] until that is received.
+// With Options.Reconnect, Echo continues on a new connection when the server
+// drains, rejects the connection, or closes it. It sends again what was not
+// echoed. It returns each byte once, although a server may receive a byte twice.
+// An interrupted Echo closes its connection, and the next Echo makes another.
+//
+// Without Options.Reconnect, an interrupted Echo leaves the rest of the echo to
+// Receive. Until that is received, Echo returns [ErrOutstanding].
 func (c *Client) Echo(ctx context.Context, msg []byte) ([]byte, error) {
-	if err := c.sending.take(ctx); err != nil {
+	if err := c.sendMu.lock(ctx); err != nil {
 		return nil, c.wrap("echo by", err)
 	}
-	defer c.sending.pass()
-	if err := c.receiving.take(ctx); err != nil {
+	defer c.sendMu.unlock()
+	if err := c.recvMu.lock(ctx); err != nil {
 		return nil, c.wrap("echo by", err)
 	}
-	defer c.receiving.pass()
-	link, err := c.current()
+	defer c.recvMu.unlock()
+	conn, err := c.current()
 	if err != nil {
 		return nil, c.wrap("echo by", err)
 	}
-	if link.outstanding() > 0 && link.endedBy() == nil {
+	if conn.outstanding() > 0 && conn.endedBy() == nil {
 		return nil, c.wrap("echo by", ErrOutstanding)
 	}
 	out := make([]byte, len(msg))
 	var n int
 	if c.opts.Reconnect == nil {
-		n, err = link.echo(ctx, msg, out)
+		n, err = conn.echo(ctx, msg, out)
 	} else {
-		n, err = c.echoReconnecting(ctx, link, msg, out)
+		n, err = c.echoReconnecting(ctx, conn, msg, out)
 	}
 	return out[:n], c.wrap("echo by", err)
 }
 
-// EchoLine is [Client.Echo] for line and a newline; it returns the line without.
+// EchoLine is [Client.Echo] for line and a newline. It returns the echo without
+// the newline.
 func (c *Client) EchoLine(ctx context.Context, line string) (string, error) {
-	msg, err := message(line)
+	msg, err := terminated(line)
 	if err != nil {
 		return "", c.wrap("echo by", err)
 	}
@@ -198,76 +259,79 @@ func (c *Client) EchoLine(ctx context.Context, line string) (string, error) {
 	return string(bytes.TrimSuffix(out, []byte("\n"))), err
 }
 
-func message(line string) ([]byte, error) {
+// terminated returns line with a newline.
+func terminated(line string) ([]byte, error) {
 	if strings.Contains(line, "\n") {
 		return nil, ErrNewline
 	}
 	return []byte(line + "\n"), nil
 }
 
-// Outstanding returns the number of bytes that were sent on the present
-// connection and whose echo has not been handed out.
+// Outstanding returns the number of bytes that were sent on the current
+// connection and whose echo was not yet returned.
 func (c *Client) Outstanding() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.link.outstanding()
+	return c.conn.outstanding()
 }
 
-// CloseWrite tells the server that nothing more will be sent. What is outstanding
-// can still be received. It does not wait for a Send, which then fails. The error
-// is [errors.ErrUnsupported] for a connection that cannot be half-closed.
-// With Options.Reconnect, a later Echo makes a new connection.
+// CloseWrite half-closes the connection, over TLS with a close_notify alert.
+// Nothing more can be sent. Outstanding echoes can still be received. With
+// Options.Reconnect, a later Echo makes a new connection.
+//
+// A Send in progress fails, except over TLS, where CloseWrite waits for it. If
+// the connection cannot be half-closed, the error matches
+// [errors.ErrUnsupported].
 func (c *Client) CloseWrite() error {
-	link, err := c.current()
+	conn, err := c.current()
 	if err == nil {
-		err = link.closeWrite()
+		err = conn.closeWrite()
 	}
 	return c.wrap("half-close connection to", err)
 }
 
-// Close closes the connection. Calls under way and later ones return an error
-// that matches [net.ErrClosed]; a second Close returns nil.
+// Close closes the connection. Calls in progress and later calls return an error
+// that matches [net.ErrClosed]. A second Close returns nil.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.life.Err() != nil {
+	if c.open.Err() != nil {
 		return nil
 	}
-	c.end(net.ErrClosed)
-	return c.wrap("close connection to", c.link.close(net.ErrClosed))
+	c.endOpen(net.ErrClosed)
+	return c.wrap("close connection to", c.conn.close(net.ErrClosed))
 }
 
-// current returns the link, or net.ErrClosed.
-func (c *Client) current() (*link, error) {
+// current returns the connection, or net.ErrClosed after Close.
+func (c *Client) current() (*echoConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.life.Err() != nil {
-		return nil, context.Cause(c.life)
+	if c.open.Err() != nil {
+		return nil, context.Cause(c.open)
 	}
-	return c.link, nil
+	return c.conn, nil
 }
 
-// wrap says what was being done when err, if it is not nil, happened.
-func (c *Client) wrap(doing string, err error) error {
+// wrap adds the operation and the address to err, unless it is nil.
+func (c *Client) wrap(op string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%s %s: %w", doing, c.address, err)
+	return fmt.Errorf("%s %s: %w", op, c.address, err)
 }
 
-// A turn is held by one goroutine at a time. Unlike for a mutex, waiting for it
-// ends with a context.
-type turn chan struct{}
+// A ctxMutex is a mutex whose lock method gives up when a context ends.
+type ctxMutex chan struct{}
 
-func newTurn() turn { return make(turn, 1) }
+func newCtxMutex() ctxMutex { return make(ctxMutex, 1) }
 
-func (t turn) take(ctx context.Context) error {
+func (m ctxMutex) lock(ctx context.Context) error {
 	select {
-	case t <- struct{}{}:
+	case m <- struct{}{}:
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 }
 
-func (t turn) pass() { <-t }
+func (m ctxMutex) unlock() { <-m }

@@ -322,14 +322,14 @@ func TestClose(t *testing.T) {
 // instant its context ends, with the cause.
 func TestContextInterrupts(t *testing.T) {
 	errLate := errors.New("too late")
-	hold := func(take func(*Client) turn) func(*testing.T, *Client) {
+	hold := func(take func(*Client) ctxMutex) func(*testing.T, *Client) {
 		return func(t *testing.T, c *Client) {
-			if err := take(c).take(t.Context()); err != nil {
+			if err := take(c).lock(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	sending, receiving := hold(func(c *Client) turn { return c.sending }), hold(func(c *Client) turn { return c.receiving })
+	sending, receiving := hold(func(c *Client) ctxMutex { return c.sendMu }), hold(func(c *Client) ctxMutex { return c.recvMu })
 	send := func(ctx context.Context, c *Client) error { return c.Send(ctx, []byte("x")) }
 	receive := func(ctx context.Context, c *Client) error { _, err := c.Receive(ctx, make([]byte, 1)); return err }
 	receiveLine := func(ctx context.Context, c *Client) error { _, err := c.ReceiveLine(ctx); return err }

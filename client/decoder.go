@@ -7,113 +7,114 @@ import (
 )
 
 const (
-	// maxReadings bounds what a decoder keeps in mind. It is reached only by
-	// several sent lines in a row that are notices by their form; the readings
-	// in which the echo has come furthest are kept then.
-	maxReadings = 8
+	// maxParses bounds the parses that a decoder follows. Only several sent lines
+	// in a row that look like notices reach it. The decoder then drops the parse
+	// in which the echo has advanced least.
+	maxParses = 8
 
-	// maxShown bounds the excerpts, in bytes, that a CorruptionError holds.
-	maxShown = 32
+	// maxExcerpt bounds the excerpts in a CorruptionError, in bytes.
+	maxExcerpt = 32
 )
 
-// A decoder tells echoes from notices in the stream that a server sends. It does
-// no input or output of its own: expect tells it what is being sent, feed gives
-// it what was received, and take hands out the echoes.
+// A decoder separates echo from notices in the stream that a server sends. It
+// does no I/O. The caller passes what it sends to expect and what it receives to
+// feed, and gets the echo from ready and take.
 //
-// What is received is what was sent, with notices inserted: each a line of its
-// own, with a newline before it if the byte before that was not one. Where the
-// client itself sends lines that look like notices, or empty lines, the first
-// bytes received can often be read in more than one way. So the decoder follows
-// every possible reading, byte by byte, and drops each at the first byte that
-// contradicts it. Nearly always there is just one.
+// The received stream is the sent stream with notices inserted. Each notice is a
+// whole line, and a newline precedes it if the byte before it was not one. If the
+// client sends lines that look like notices, or empty lines, the bytes received
+// so far may have several parses. The decoder follows all of them, byte by byte,
+// and drops a parse at the first byte that contradicts it. Usually there is one.
 //
-// Since an echo is known beforehand, its bytes are right in whichever reading.
-// Readings differ in how far the echo has come, and in what is a notice.
+// The content of the echo is known in advance and is the same in all parses.
+// Parses differ in how far the echo has advanced and in what is a notice.
 type decoder struct {
 	sent      sentBytes
-	confirmed int64 // offset up to which the echo is taken to have come back
-	taken     int64 // offset up to which it was handed out
+	confirmed int64 // offset up to which the echo has come back
+	taken     int64 // offset up to which the caller has taken the echo
 
-	readings []reading // never empty
-	spare    []reading // the memory of the previous readings
+	parses []parse // never empty
+	spare  []parse // memory of the previous parses, for reuse
 
 	midLine bool   // the last byte received was not a newline
-	line    []byte // the line being received, while a reading takes it for a notice
+	line    []byte // the line being received, while some parse takes it for a notice
 }
 
-// A reading is one way to understand everything received so far.
-type reading struct {
-	pos int64 // how much of what was sent has come back
+// A parse is one possible explanation of everything received so far.
+type parse struct {
+	pos int64 // offset in the sent stream up to which the echo has come back
 
-	// inNotice says that the line being received is a notice.
+	// inNotice means that the line being received is a notice.
 	inNotice bool
 
-	// owed says that the last newline counted in pos was really the one that
-	// goes before a notice. The newline that was sent comes after the notices.
-	owed bool
+	// owesNewline means that the last newline counted in pos was the one that
+	// precedes a notice. The newline that was sent follows the notices.
+	owesNewline bool
 
-	// pending are notices of this reading not yet reported, as other readings
-	// have none of them. It is never appended to in place: readings share it.
+	// pending holds the notices of this parse that were not reported yet, because
+	// other parses lack them. Parses share the array, so it is only appended to
+	// after slices.Clip.
 	pending []Notice
 }
 
-func newDecoder() *decoder { return &decoder{readings: []reading{{}}} }
+func newDecoder() *decoder { return &decoder{parses: []parse{{}}} }
 
-// expect says that p is about to be sent.
+// expect announces that p is about to be sent.
 func (d *decoder) expect(p []byte) { d.sent.append(p) }
 
-// retract takes back the last n bytes expected, which were not sent after all.
+// retract withdraws the last n expected bytes, which were not sent after all. It
+// keeps those that have already come back.
 func (d *decoder) retract(n int) {
-	arrived := max(d.confirmed, slices.MaxFunc(d.readings, byPos).pos)
+	arrived := max(d.confirmed, slices.MaxFunc(d.parses, byPos).pos)
 	d.sent.truncate(min(n, int(d.sent.end()-arrived)))
 }
 
-// outstanding returns the number of bytes sent whose echo was not handed out.
+// outstanding returns the number of sent bytes whose echo was not taken.
 func (d *decoder) outstanding() int { return int(d.sent.end() - d.taken) }
 
-// ready returns the echo that has come back and was not handed out, valid until
+// ready returns the echo that has come back and was not taken. It is valid until
 // the next call of another method.
 func (d *decoder) ready() []byte { return d.sent.between(d.taken, d.confirmed) }
 
-// take hands out the first n bytes of ready.
+// take marks the first n bytes of ready as taken.
 func (d *decoder) take(n int) {
 	d.taken += int64(n)
 	d.trim()
 }
 
-// feed takes in what was received, and returns the notices found in it. Its
-// error is a *CorruptionError, after which the decoder must not be fed again.
+// feed processes received bytes and returns the notices found in them. The error
+// is a *CorruptionError. After an error, feed must not be called again.
 func (d *decoder) feed(p []byte) ([]Notice, error) {
 	var notices []Notice
 	for len(p) > 0 {
-		if n := d.run(p); n > 0 {
+		if n := d.matchRun(p); n > 0 {
 			p = p[n:]
 			continue
 		}
 		if !d.step(p[0]) {
-			return notices, d.corrupted(p)
+			return notices, d.corruption(p)
 		}
 		if p[0] == '\n' {
-			notices = append(notices, d.settle()...)
+			notices = append(notices, d.resolve()...)
 		}
 		p = p[1:]
 	}
-	notices = append(notices, d.settle()...)
+	notices = append(notices, d.resolve()...)
 	d.trim()
 	return notices, nil
 }
 
-// run is the fast way through the middle of a line, where a single reading can
-// only go on matching. It returns how much of p it has matched.
-func (d *decoder) run(p []byte) int {
-	r := &d.readings[0]
-	if len(d.readings) > 1 || r.inNotice || !d.midLine {
+// matchRun is the fast path for the middle of a line, where a single parse can
+// only continue to match. It returns how many bytes of p it has matched.
+func (d *decoder) matchRun(p []byte) int {
+	s := &d.parses[0]
+	if len(d.parses) > 1 || s.inNotice || !d.midLine {
 		return 0
 	}
 	if i := bytes.IndexByte(p, '\n'); i >= 0 {
 		p = p[:i]
 	}
-	want := d.sent.between(r.pos, d.sent.end())
+	want := d.sent.between(s.pos, d.sent.end())
 	n := min(len(p), len(want))
 	if !bytes.Equal(p[:n], want[:n]) {
 		n = 0
@@ -121,116 +122,115 @@ func (d *decoder) run(p []byte) int {
 			n++
 		}
 	}
-	r.pos += int64(n)
+	s.pos += int64(n)
 	return n
 }
 
-// step takes every reading one byte further. It reports false, and leaves the
-// readings as they were, if none can go on.
+// step advances every parse by one byte. If none can continue, it reports false
+// and leaves the parses as they were.
 func (d *decoder) step(c byte) bool {
-	lineStart := !d.midLine
-	var mayBecome, isNotice bool
+	newline, lineStart := c == '\n', !d.midLine
+	var mayBecome, isNotice bool // the line, with c, as a notice
 	var notice Notice
 	if lineStart || len(d.line) > 0 {
-		if c == '\n' {
+		if newline {
 			notice, isNotice = ParseNotice(string(d.line))
 		}
 		d.line = append(d.line, c)
-		mayBecome = c != '\n' && mayBecomeNotice(d.line)
+		mayBecome = !newline && mayBecomeNotice(d.line)
 	}
 
 	next := d.spare[:0]
 	collecting := false
-	keep := func(r reading) {
-		collecting = collecting || r.inNotice
-		if lineStart || c == '\n' {
-			next = addReading(next, r)
-		} else { // in mid-line readings neither fork nor meet
-			next = append(next, r)
+	keep := func(s parse) {
+		collecting = collecting || s.inNotice
+		if lineStart || newline {
+			next = addParse(next, s)
+		} else { // in the middle of a line, parses neither fork nor join
+			next = append(next, s)
 		}
 	}
-	for _, r := range d.readings {
-		if r.inNotice {
+	for _, s := range d.parses {
+		if s.inNotice {
 			if mayBecome {
-				keep(r)
+				keep(s)
 			} else if isNotice {
-				keep(reading{pos: r.pos, owed: r.owed, pending: append(slices.Clip(r.pending), notice)})
+				keep(parse{pos: s.pos, owesNewline: s.owesNewline, pending: append(slices.Clip(s.pending), notice)})
 			}
 			continue
 		}
-		newline := c == '\n'
 		switch {
-		case r.owed:
-			// Only the newline that is owed may come, or another notice.
+		case s.owesNewline:
+			// Only the owed newline can follow, or another notice.
 			if newline {
-				keep(reading{pos: r.pos, pending: r.pending})
+				keep(parse{pos: s.pos, pending: s.pending})
 			}
-		case r.pos < d.sent.end() && d.sent.between(r.pos, r.pos+1)[0] == c:
-			keep(reading{pos: r.pos + 1, pending: r.pending})
+		case s.pos < d.sent.end() && d.sent.between(s.pos, s.pos+1)[0] == c:
+			keep(parse{pos: s.pos + 1, pending: s.pending})
 			if newline && !lineStart {
-				keep(reading{pos: r.pos + 1, pending: r.pending, owed: true, inNotice: true})
+				keep(parse{pos: s.pos + 1, pending: s.pending, owesNewline: true, inNotice: true})
 			}
 		case newline && !lineStart:
-			keep(reading{pos: r.pos, pending: r.pending, inNotice: true})
+			keep(parse{pos: s.pos, pending: s.pending, inNotice: true})
 		}
 		if lineStart && mayBecome {
-			r.inNotice = true
-			keep(r)
+			s.inNotice = true
+			keep(s)
 		}
 	}
 	if len(next) == 0 {
 		return false
 	}
-	d.readings, d.spare = next, d.readings
-	d.midLine = c != '\n'
-	if c == '\n' || !collecting {
+	d.parses, d.spare = next, d.parses
+	d.midLine = !newline
+	if newline || !collecting {
 		d.line = d.line[:0]
 	}
 	return true
 }
 
-// addReading adds r to readings unless one is there that will go the same way.
-func addReading(readings []reading, r reading) []reading {
-	for _, o := range readings {
-		if o.pos == r.pos && o.inNotice == r.inNotice && o.owed == r.owed {
-			return readings
+// addParse adds s to parses, unless an equivalent parse is there.
+func addParse(parses []parse, s parse) []parse {
+	for _, o := range parses {
+		if o.pos == s.pos && o.inNotice == s.inNotice && o.owesNewline == s.owesNewline {
+			return parses
 		}
 	}
-	readings = append(readings, r)
-	if len(readings) > maxReadings {
-		hindmost := slices.MinFunc(readings, byPos).pos
-		i := slices.IndexFunc(readings, func(o reading) bool { return o.pos == hindmost })
-		readings = slices.Delete(readings, i, i+1)
+	parses = append(parses, s)
+	if len(parses) > maxParses {
+		least := slices.MinFunc(parses, byPos).pos
+		i := slices.IndexFunc(parses, func(o parse) bool { return o.pos == least })
+		parses = slices.Delete(parses, i, i+1)
 	}
-	return readings
+	return parses
 }
 
-func byPos(a, b reading) int { return cmp.Compare(a.pos, b.pos) }
+func byPos(a, b parse) int { return cmp.Compare(a.pos, b.pos) }
 
-// settle confirms the echo and returns the notices on which all readings agree.
+// resolve confirms the echo and returns the notices on which all parses agree.
 //
-// A reading in which everything sent has come back is believed: its caller must
-// not wait for a next byte that may never come. The others are kept all the same,
-// for the beginning of a notice may look like the whole of a short message.
-func (d *decoder) settle() []Notice {
-	lead := slices.MaxFunc(d.readings, byPos)
+// A parse in which the whole echo has come back is believed at once, because the
+// next byte may never come. The other parses are kept: the beginning of a notice
+// may look like a short message.
+func (d *decoder) resolve() []Notice {
+	lead := slices.MaxFunc(d.parses, byPos)
 	complete := lead.pos == d.sent.end()
 	if complete {
 		d.confirm(lead.pos)
 	} else {
-		d.confirm(slices.MinFunc(d.readings, byPos).pos)
+		d.confirm(slices.MinFunc(d.parses, byPos).pos)
 	}
 
 	var notices []Notice
 	for _, n := range lead.pending {
-		lacks := func(r reading) bool { return !slices.Contains(r.pending, n) }
-		if !complete && slices.ContainsFunc(d.readings, lacks) {
+		lacks := func(s parse) bool { return !slices.Contains(s.pending, n) }
+		if !complete && slices.ContainsFunc(d.parses, lacks) {
 			continue
 		}
-		for i := range d.readings {
-			r := &d.readings[i]
-			if at := slices.Index(r.pending, n); at >= 0 {
-				r.pending = slices.Concat(r.pending[:at], r.pending[at+1:])
+		for i := range d.parses {
+			s := &d.parses[i]
+			if at := slices.Index(s.pending, n); at >= 0 {
+				s.pending = slices.Concat(s.pending[:at], s.pending[at+1:])
 			}
 		}
 		notices = append(notices, n)
@@ -238,47 +238,96 @@ func (d *decoder) settle() []Notice {
 	return notices
 }
 
-// finish says that nothing more will be received. It returns the notices that
-// had been in doubt and the number of bytes whose echo never came.
+// finish ends the stream. It returns the notices that were still ambiguous and
+// the number of bytes whose echo never came.
 //
-// If not everything has come back, a reading in which the server has said that
-// it ends the connection is the likeliest.
+// If the echo is incomplete, it prefers a parse in which the server has announced
+// the end of the connection.
 func (d *decoder) finish() (notices []Notice, missing int) {
-	best := slices.MaxFunc(d.readings, byPos)
+	best := slices.MaxFunc(d.parses, byPos)
 	if best.pos < d.sent.end() {
-		told := slices.Clone(d.readings)
-		told = slices.DeleteFunc(told, func(r reading) bool {
-			return !slices.ContainsFunc(r.pending, Notice.Ends)
+		announced := slices.DeleteFunc(slices.Clone(d.parses), func(s parse) bool {
+			return !slices.ContainsFunc(s.pending, Notice.Ends)
 		})
-		if len(told) > 0 {
-			best = slices.MaxFunc(told, byPos)
+		if len(announced) > 0 {
+			best = slices.MaxFunc(announced, byPos)
 		}
 	}
-	d.readings = []reading{{pos: best.pos}}
+	d.parses = []parse{{pos: best.pos}}
 	d.confirm(best.pos)
 	return best.pending, int(d.sent.end() - d.confirmed)
 }
 
 func (d *decoder) confirm(pos int64) { d.confirmed = max(d.confirmed, pos) }
 
-// trim forgets what was handed out and is needed by no reading.
+// trim discards sent bytes that were taken and that no parse needs.
 func (d *decoder) trim() {
-	d.sent.discard(min(d.taken, slices.MinFunc(d.readings, byPos).pos))
+	d.sent.discard(min(d.taken, slices.MinFunc(d.parses, byPos).pos))
 }
 
-// corrupted believes the reading that had come furthest, and describes what came
-// instead of its echo, of which the last part is p.
-func (d *decoder) corrupted(p []byte) *CorruptionError {
+// corruption describes the bytes p that no parse allows. It takes the parse in
+// which the echo has advanced most.
+func (d *decoder) corruption(p []byte) *CorruptionError {
 	got := p
 	if len(d.line) > 0 {
 		got = slices.Concat(d.line, p[1:])
 	}
-	pos := slices.MaxFunc(d.readings, byPos).pos
+	pos := slices.MaxFunc(d.parses, byPos).pos
 	d.confirm(pos)
-	want := d.sent.between(pos, min(pos+maxShown, d.sent.end()))
+	want := d.sent.between(pos, min(pos+maxExcerpt, d.sent.end()))
 	return &CorruptionError{
 		Offset: pos,
 		Want:   bytes.Clone(want),
-		Got:    bytes.Clone(got[:min(maxShown, len(got))]),
+		Got:    bytes.Clone(got[:min(maxExcerpt, len(got))]),
 	}
 }
+
+// maxIdleSent is the capacity, in bytes, above which an empty sentBytes frees its
+// memory.
+const maxIdleSent = 256 << 10
+
+// sentBytes holds the part of the sent stream that is still needed. Offsets count
+// from the beginning of the stream. The zero value is an empty stream.
+type sentBytes struct {
+	buf   []byte // buf[head:] is needed
+	head  int
+	start int64 // offset of buf[head]
+}
+
+// end returns the offset after the last byte.
+func (s *sentBytes) end() int64 { return s.start + int64(len(s.buf)-s.head) }
+
+// between returns the bytes of [from, to). They are valid until the next append.
+func (s *sentBytes) between(from, to int64) []byte {
+	return s.buf[s.head+int(from-s.start) : s.head+int(to-s.start)]
+}
+
+// append adds p at the end. It moves the live bytes only if at least as many were
+// discarded, or into a buffer of twice the size. So on average each byte is copied
+// a constant number of times.
+func (s *sentBytes) append(p []byte) {
+	live := s.buf[s.head:]
+	if s.head > 0 && len(s.buf)+len(p) > cap(s.buf) {
+		if need := len(live) + len(p); len(live) > s.head || need > cap(s.buf) {
+			s.buf = make([]byte, len(live), 2*need)
+		}
+		s.buf = s.buf[:copy(s.buf, live)]
+		s.head = 0
+	}
+	s.buf = append(s.buf, p...)
+}
+
+// discard drops the bytes before offset to.
+func (s *sentBytes) discard(to int64) {
+	s.head += int(to - s.start)
+	s.start = to
+	if s.head == len(s.buf) {
+		s.buf, s.head = s.buf[:0], 0
+		if cap(s.buf) > maxIdleSent {
+			s.buf = nil
+		}
+	}
+}
+
+// truncate drops the last n bytes.
+func (s *sentBytes) truncate(n int) { s.buf = s.buf[:len(s.buf)-n] }

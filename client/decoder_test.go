@@ -113,7 +113,7 @@ func TestDecoderCorruption(t *testing.T) {
 		{"nearly a notice", "hello\n", "SHUTDOWN x\n", CorruptionError{0, []byte("hello\n"), []byte("SHUTDOWN x\n")}},
 		{"two newlines where one is owed", "a\nb\n", "a\nBUSY\n\n\n", CorruptionError{2, []byte("b\n"), []byte("\n")}},
 		{"newline owed where none can be", "\nb\n", "\nBUSY\n\n", CorruptionError{1, []byte("b\n"), []byte("\n")}},
-		{"endless notice", "x", "NOTICE " + strings.Repeat("x", maxNotice), CorruptionError{0, []byte("x"), []byte("NOTICE " + strings.Repeat("x", maxShown-7))}},
+		{"endless notice", "x", "NOTICE " + strings.Repeat("x", maxNotice), CorruptionError{0, []byte("x"), []byte("NOTICE " + strings.Repeat("x", maxExcerpt-7))}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -209,13 +209,13 @@ func TestDecoderNoticeFlood(t *testing.T) {
 			t.Fatal(err)
 		}
 		got += len(notices)
-		for _, r := range d.readings {
-			if len(r.pending) > 2*maxReadings {
+		for _, r := range d.parses {
+			if len(r.pending) > 2*maxParses {
 				t.Fatalf("a reading holds %d notices back", len(r.pending))
 			}
 		}
 	}
-	if got < 2*flood-4*maxReadings {
+	if got < 2*flood-4*maxParses {
 		t.Errorf("%d of %d notices reported", got, 2*flood)
 	}
 }
@@ -328,8 +328,8 @@ func FuzzDecoder(f *testing.F) {
 			for _, n := range notices {
 				inserted += len(n.String()) + 1
 			}
-			if len(d.readings) > maxReadings || len(d.line) > maxNotice {
-				t.Fatalf("%d readings, a line of %d bytes", len(d.readings), len(d.line))
+			if len(d.parses) > maxParses || len(d.line) > maxNotice {
+				t.Fatalf("%d parses, a line of %d bytes", len(d.parses), len(d.line))
 			}
 			if err != nil {
 				return

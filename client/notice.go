@@ -9,85 +9,83 @@ import (
 	"unicode/utf8"
 )
 
-// maxNotice bounds a notice line, in bytes without its newline. It keeps a
-// server that never ends its line from growing the client's memory.
+// maxNotice bounds a notice, in bytes without its newline. Otherwise a server
+// that never ends the line could make the client use any amount of memory.
 const maxNotice = 4 << 10
 
-// NoticeKind says what a [Notice] is about.
+// A NoticeKind is the kind of a [Notice].
 type NoticeKind int
 
-// The kinds of notice. All but Message mean that the server ends the
-// connection.
+// The kinds of notice. All but NoticeMessage announce the end of the connection.
 const (
-	Shutdown NoticeKind = iota + 1 // the server is draining, or refused the connection because it is
-	Paused                         // the server refused the connection because it is paused
-	Busy                           // the server refused the connection because it is at its limit
-	Message                        // words from the server's operator
+	NoticeShutdown NoticeKind = iota + 1 // the server is draining, or rejected the connection because it is
+	NoticePaused                         // the server rejected the connection because it is paused
+	NoticeBusy                           // the server rejected the connection because it is at its limit
+	NoticeMessage                        // a message from the server's operator
 )
 
-// String returns the word that begins the notice's line.
+// String returns the first word of the notice.
 func (k NoticeKind) String() string {
 	switch k {
-	case Shutdown:
+	case NoticeShutdown:
 		return "SHUTDOWN"
-	case Paused:
+	case NoticePaused:
 		return "PAUSED"
-	case Busy:
+	case NoticeBusy:
 		return "BUSY"
-	case Message:
+	case NoticeMessage:
 		return "NOTICE"
 	default:
 		return "NoticeKind(" + strconv.Itoa(int(k)) + ")"
 	}
 }
 
-// A Notice is a line that the server put into the stream on its own account.
+// A Notice is a line that the server has inserted into the stream.
 type Notice struct {
 	Kind NoticeKind
 
-	// Grace is the time, in whole seconds, that a Shutdown leaves before the
-	// server closes the connection. Zero if the server had refused it.
+	// Grace is the time until the server closes the connection, in whole seconds.
+	// It is zero if the server rejected the connection. Only NoticeShutdown has it.
 	Grace time.Duration
 
-	// Text is the reason of a Shutdown or the text of a Message, else empty.
+	// Text is the reason of a NoticeShutdown or the text of a NoticeMessage.
 	Text string
 }
 
 // Ends reports whether the notice announces the end of the connection.
-func (n Notice) Ends() bool { return n.Kind != Message }
+func (n Notice) Ends() bool { return n.Kind != NoticeMessage }
 
-// String returns the notice as the server writes it, without the newline.
+// String returns the notice in the form that the server sends, without the newline.
 func (n Notice) String() string {
 	switch n.Kind {
-	case Shutdown:
+	case NoticeShutdown:
 		return n.Kind.String() + " " + strconv.FormatInt(int64(n.Grace/time.Second), 10) + " " + n.Text
-	case Message:
+	case NoticeMessage:
 		return n.Kind.String() + " " + n.Text
 	default:
 		return n.Kind.String()
 	}
 }
 
-// ParseNotice reads a notice from a line without its newline. It reports false
-// for any other line, for one longer than 4 KiB or not valid UTF-8, and for one
-// that holds control characters other than tabs, which could play tricks on a
-// terminal.
+// ParseNotice parses a line without its newline. It reports false if the line is
+// not a notice, is longer than 4 KiB, is not valid UTF-8, or has control
+// characters other than tabs, which could manipulate a terminal.
 //
-// A line of this form may just as well be an echo: only a [Client], which knows
-// what it has sent, can tell the two apart.
+// A line of this form may also be an echo. Only a [Client] or a [Stream], which
+// know what was sent, can tell.
 func ParseNotice(line string) (Notice, bool) {
 	if len(line) > maxNotice || !utf8.ValidString(line) || strings.ContainsFunc(line, isControl) {
 		return Notice{}, false
 	}
 	word, rest, hasRest := strings.Cut(line, " ")
 	switch {
-	case word == Paused.String() && !hasRest:
-		return Notice{Kind: Paused}, true
-	case word == Busy.String() && !hasRest:
-		return Notice{Kind: Busy}, true
-	case word == Message.String() && hasRest:
-		return Notice{Kind: Message, Text: rest}, true
-	case word == Shutdown.String():
+	case word == NoticePaused.String() && !hasRest:
+		return Notice{Kind: NoticePaused}, true
+	case word == NoticeBusy.String() && !hasRest:
+		return Notice{Kind: NoticeBusy}, true
+	case word == NoticeMessage.String() && hasRest:
+		return Notice{Kind: NoticeMessage, Text: rest}, true
+	case word == NoticeShutdown.String():
 		seconds, reason, ok := strings.Cut(rest, " ")
 		if !ok {
 			return Notice{}, false
@@ -96,15 +94,15 @@ func ParseNotice(line string) (Notice, bool) {
 		if !ok {
 			return Notice{}, false
 		}
-		return Notice{Kind: Shutdown, Grace: grace, Text: reason}, true
+		return Notice{Kind: NoticeShutdown, Grace: grace, Text: reason}, true
 	}
 	return Notice{}, false
 }
 
 func isControl(r rune) bool { return unicode.IsControl(r) && r != '\t' }
 
-// parseSeconds accepts what a server prints: decimal digits without a sign or
-// needless zeros, within the range of a time.Duration.
+// parseSeconds parses decimal digits without a sign or leading zeros, within the
+// range of a time.Duration.
 func parseSeconds(s string) (time.Duration, bool) {
 	n, err := strconv.ParseUint(s, 10, 63)
 	if err != nil || n > math.MaxInt64/uint64(time.Second) || s[0] == '0' && s != "0" {
@@ -113,11 +111,11 @@ func parseSeconds(s string) (time.Duration, bool) {
 	return time.Duration(n) * time.Second, true
 }
 
-// mayBecomeNotice reports whether line, the beginning of a line, may grow into
-// a notice. It never says no wrongly, and takes constant time for the sake of
-// its caller, who asks after every byte.
+// mayBecomeNotice reports whether line may be the beginning of a notice. It may
+// report true wrongly, but never false. It takes constant time, because the
+// decoder calls it for every byte.
 func mayBecomeNotice(line []byte) bool {
-	const maxDigits = 10 // those of the longest time.Duration in seconds
+	const maxDigits = 10 // of the longest time.Duration in seconds
 	if len(line) > maxNotice {
 		return false
 	}

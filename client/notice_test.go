@@ -16,14 +16,14 @@ func TestParseNotice(t *testing.T) {
 		line string
 		want Notice
 	}{
-		{"SHUTDOWN 5 SIGTERM", Notice{Shutdown, 5 * time.Second, "SIGTERM"}},
-		{"SHUTDOWN 0 operator said so", Notice{Shutdown, 0, "operator said so"}},
-		{"SHUTDOWN 9223372036 x", Notice{Shutdown, 9223372036 * time.Second, "x"}},
-		{"SHUTDOWN 5 ", Notice{Shutdown, 5 * time.Second, ""}},
-		{"PAUSED", Notice{Kind: Paused}},
-		{"BUSY", Notice{Kind: Busy}},
-		{"NOTICE backup\tat noon, déjà vu", Notice{Kind: Message, Text: "backup\tat noon, déjà vu"}},
-		{"NOTICE ", Notice{Kind: Message}},
+		{"SHUTDOWN 5 SIGTERM", Notice{NoticeShutdown, 5 * time.Second, "SIGTERM"}},
+		{"SHUTDOWN 0 operator said so", Notice{NoticeShutdown, 0, "operator said so"}},
+		{"SHUTDOWN 9223372036 x", Notice{NoticeShutdown, 9223372036 * time.Second, "x"}},
+		{"SHUTDOWN 5 ", Notice{NoticeShutdown, 5 * time.Second, ""}},
+		{"PAUSED", Notice{Kind: NoticePaused}},
+		{"BUSY", Notice{Kind: NoticeBusy}},
+		{"NOTICE backup\tat noon, déjà vu", Notice{Kind: NoticeMessage, Text: "backup\tat noon, déjà vu"}},
+		{"NOTICE ", Notice{Kind: NoticeMessage}},
 	}
 	for _, tt := range tests {
 		got, ok := ParseNotice(tt.line)
@@ -75,7 +75,7 @@ func TestNoticeKind(t *testing.T) {
 	if got := NoticeKind(0).String(); got != "NoticeKind(0)" {
 		t.Errorf("zero kind: %q", got)
 	}
-	for kind, ends := range map[NoticeKind]bool{Shutdown: true, Paused: true, Busy: true, Message: false} {
+	for kind, ends := range map[NoticeKind]bool{NoticeShutdown: true, NoticePaused: true, NoticeBusy: true, NoticeMessage: false} {
 		if got := (Notice{Kind: kind}).Ends(); got != ends {
 			t.Errorf("%v ends = %v, want %v", kind, got, ends)
 		}
@@ -91,10 +91,10 @@ func TestErrors(t *testing.T) {
 		{&EndError{Err: io.EOF}, "server closed the connection"},
 		{end, "server closed the connection (bytes not echoed: 3)"},
 		{&EndError{Err: errors.New("cable cut")}, "connection lost: cable cut"},
-		{&NoticeError{Notice: Notice{Shutdown, 5 * time.Second, "SIGTERM"}}, "server is shutting down (SIGTERM)"},
-		{&NoticeError{Notice: Notice{Kind: Shutdown}}, "server is shutting down"},
-		{&NoticeError{Notice{Kind: Paused}, end}, "server is paused: server closed the connection (bytes not echoed: 3)"},
-		{&NoticeError{Notice: Notice{Kind: Busy}}, "server is at its connection limit"},
+		{&NoticeError{Notice: Notice{NoticeShutdown, 5 * time.Second, "SIGTERM"}}, "server is shutting down (SIGTERM)"},
+		{&NoticeError{Notice: Notice{Kind: NoticeShutdown}}, "server is shutting down"},
+		{&NoticeError{Notice{Kind: NoticePaused}, end}, "server is paused: server closed the connection (bytes not echoed: 3)"},
+		{&NoticeError{Notice: Notice{Kind: NoticeBusy}}, "server is at its connection limit"},
 		{&CorruptionError{7, []byte("a"), []byte("b")}, `echo differs at offset 7: got "b", want "a"`},
 	}
 	for _, tt := range tests {
@@ -102,7 +102,7 @@ func TestErrors(t *testing.T) {
 			t.Errorf("%#v: %q, want %q", tt.err, got, tt.want)
 		}
 	}
-	if err := error(&NoticeError{Notice{Kind: Paused}, end}); !errors.Is(err, io.ErrUnexpectedEOF) {
+	if err := error(&NoticeError{Notice{Kind: NoticePaused}, end}); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("%v does not match what ended the connection", err)
 	}
 }

@@ -14,61 +14,64 @@ const (
 	defaultMaxDelay = 10 * time.Second
 )
 
-// Backoff says how long to wait before connecting again. Each wait is random
-// between nothing and a bound that doubles from Min to Max: the "full jitter" of
-// Marc Brooker's "Exponential Backoff And Jitter" (AWS Architecture Blog, 2015),
-// so that the clients of a server that restarts do not all come back at once.
-// The zero value is usable.
+// Backoff configures how a client reconnects. Before each attempt it waits for a
+// random time between zero and a limit that doubles from Min to Max. This is the
+// "full jitter" of Marc Brooker's "Exponential Backoff And Jitter" (AWS
+// Architecture Blog, 2015). It keeps the clients of a server that restarts from
+// returning all at once. The zero value is usable.
+//
+// A malformed address and a certificate that cannot be verified are not retried.
 type Backoff struct {
-	Min time.Duration // bound of the first wait; zero means 100 ms
-	Max time.Duration // bound of the longest wait; zero means 10 s, or Min if longer
+	Min time.Duration // limit of the first wait; zero means 100 ms
+	Max time.Duration // limit of the longest wait; zero means 10 s, or Min if that is longer
 
-	// Retries is how often to try again in a row without any byte being echoed.
-	// Zero means until the context ends.
+	// Retries is the number of attempts in a row without any echo after which the
+	// client gives up. Zero means no limit.
 	Retries int
 
-	// MaxElapsed is how long to go on trying without any byte being echoed.
-	// Zero means until the context ends.
+	// MaxElapsed is the time without any echo after which the client gives up.
+	// Zero means no limit.
 	MaxElapsed time.Duration
 }
 
-// ceiling returns the bound of the wait that comes after n others.
-func (b Backoff) ceiling(n int) time.Duration {
-	bound, limit := b.Min, b.Max
-	if bound <= 0 {
-		bound = defaultMinDelay
-	}
+// limit returns the limit of the wait after n earlier ones.
+func (b Backoff) limit(n int) time.Duration {
+	limit, longest := b.Min, b.Max
 	if limit <= 0 {
-		limit = defaultMaxDelay
+		limit = defaultMinDelay
+	}
+	if longest <= 0 {
+		longest = defaultMaxDelay
 	}
 	for range n {
-		if bound >= limit/2 {
-			return max(bound, limit)
+		if limit >= longest/2 {
+			return max(limit, longest)
 		}
-		bound *= 2
+		limit *= 2
 	}
-	return bound
+	return limit
 }
 
-// A retry counts the waits in a row.
+// A retry counts the attempts of one connection in a row.
 type retry struct {
 	Backoff
-	waits int       // they grow by this
-	tries int       // what Retries bounds
-	since time.Time // what MaxElapsed bounds; zero before the first
+	waits int       // determines the length of the next wait
+	tries int       // compared with Retries
+	since time.Time // compared with MaxElapsed; zero before the first wait
 }
 
-// reset is called when something was echoed.
-func (r *retry) reset() {
+// echoed restarts the retry after an echo on this connection.
+func (r *retry) echoed() {
 	r.waits = 0
-	r.hope()
+	r.echoedElsewhere()
 }
 
-// hope is called when something was echoed elsewhere: it makes sense to go on trying, and none to do so more often.
-func (r *retry) hope() { r.tries, r.since = 0, time.Time{} }
+// echoedElsewhere restarts the limits after an echo on another connection. The
+// waits stay as long as they are.
+func (r *retry) echoedElsewhere() { r.tries, r.since = 0, time.Time{} }
 
-// wait waits for the next attempt, which has become necessary by err. Its own
-// error, when there is to be none, wraps err.
+// wait waits before the next attempt. err is the reason for the attempt. If there
+// must be no further attempt, wait returns an error that wraps err.
 func (r *retry) wait(ctx context.Context, err error) error {
 	if r.Retries > 0 && r.tries >= r.Retries {
 		return fmt.Errorf("gave up after %d retries: %w", r.tries, err)
@@ -76,7 +79,7 @@ func (r *retry) wait(ctx context.Context, err error) error {
 	if r.since.IsZero() {
 		r.since = time.Now()
 	}
-	delay := rand.N(r.ceiling(r.waits) + 1)
+	delay := rand.N(r.limit(r.waits) + 1)
 	if r.MaxElapsed > 0 {
 		left := r.MaxElapsed - time.Since(r.since)
 		if left <= 0 {
@@ -96,93 +99,74 @@ func (r *retry) wait(ctx context.Context, err error) error {
 	}
 }
 
-// retryable reports whether trying again may help after err.
+// retryable reports whether the client should connect again after err.
 func (c *Client) retryable(ctx context.Context, err error) bool {
-	if c.opts.Reconnect == nil || ctx.Err() != nil || c.life.Err() != nil {
+	if c.opts.Reconnect == nil || ctx.Err() != nil || c.open.Err() != nil {
 		return false
 	}
 	_, corrupt := errors.AsType[*CorruptionError](err)
-	return !corrupt && !malformed(err)
+	return !corrupt && !permanent(err)
 }
 
-// malformed reports whether err says that the address makes no sense, and never will.
-func malformed(err error) bool {
-	_, is := errors.AsType[*net.AddrError](err)
-	return is
+func (c *Client) dial(ctx context.Context) (*echoConn, error) {
+	return dialEcho(ctx, c.address, c.opts.Dial, c.opts.TLSConfig, c.opts.OnNotice)
 }
 
-func (c *Client) dial(ctx context.Context) (*link, error) {
-	return dialLink(ctx, c.opts.Dial, c.address, c.opts.OnNotice)
-}
-
-func dialLink(ctx context.Context, dial DialFunc, address string, onNotice func(Notice)) (*link, error) {
-	conn, err := dial(ctx, address)
-	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
-			err = op.Err // which leaves out the address, said here
-		}
-		return nil, fmt.Errorf("connect to %s: %w", address, err)
-	}
-	return newLink(conn, onNotice), nil
-}
-
-// redial waits and dials until it has a connection in place of one that was lost,
-// or not made, for the reason err.
-func (c *Client) redial(ctx context.Context, r *retry, err error) (*link, error) {
+// redial waits and dials until it has a connection. err is the reason why the
+// last connection or attempt failed.
+func (c *Client) redial(ctx context.Context, r *retry, err error) (*echoConn, error) {
 	for {
 		if err := r.wait(ctx, err); err != nil {
 			return nil, err
 		}
-		var l *link
-		l, err = c.dial(ctx)
+		var conn *echoConn
+		conn, err = c.dial(ctx)
 		if err == nil || !c.retryable(ctx, err) {
-			return l, err
+			return conn, err
 		}
 	}
 }
 
-// echoReconnecting is link.echo over as many connections as it takes. Its caller
-// has both turns.
-func (c *Client) echoReconnecting(ctx context.Context, l *link, msg, out []byte) (done int, err error) {
+// echoReconnecting is echoConn.echo over as many connections as needed. The caller
+// holds sendMu and recvMu.
+func (c *Client) echoReconnecting(ctx context.Context, conn *echoConn, msg, out []byte) (done int, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(c.life, func() { cancel(context.Cause(c.life)) })()
+	defer context.AfterFunc(c.open, func() { cancel(context.Cause(c.open)) })()
 
 	r := &retry{Backoff: *c.opts.Reconnect}
 	for {
-		n, err := l.echo(ctx, msg[done:], out[done:])
+		n, err := conn.echo(ctx, msg[done:], out[done:])
 		done += n
 		if err == nil {
 			return done, nil
 		}
 		if n > 0 {
-			r.reset()
+			r.echoed()
 		}
 		again := c.retryable(ctx, err)
-		_ = l.close(errAbandoned)
+		_ = conn.close(errAbandoned)
 		if !again {
 			return done, err
 		}
-		if l, err = c.redial(ctx, r, err); err != nil {
+		if conn, err = c.redial(ctx, r, err); err != nil {
 			return done, err
 		}
-		if err := c.replace(l); err != nil {
+		if err := c.replace(conn); err != nil {
 			return done, err
 		}
 	}
 }
 
-// replace makes l the client's connection, unless Close was quicker.
-func (c *Client) replace(l *link) error {
+// replace makes conn the client's connection, or closes it if the client was
+// closed in the meantime.
+func (c *Client) replace(conn *echoConn) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.life.Err() != nil {
-		_ = l.close(net.ErrClosed)
-		return context.Cause(c.life)
+	if c.open.Err() != nil {
+		_ = conn.close(net.ErrClosed)
+		return context.Cause(c.open)
 	}
-	c.link = l
+	c.conn = conn
 	return nil
 }

@@ -25,12 +25,12 @@ func TestCeiling(t *testing.T) {
 	}
 	for _, tt := range tests {
 		for n, want := range tt.want {
-			if got := tt.b.ceiling(n); got != want {
+			if got := tt.b.limit(n); got != want {
 				t.Errorf("%+v: ceiling(%d) = %v, want %v", tt.b, n, got, want)
 			}
 		}
 	}
-	if got := (Backoff{Min: 1, Max: 1<<63 - 1}).ceiling(1000); got != 1<<63-1 {
+	if got := (Backoff{Min: 1, Max: 1<<63 - 1}).limit(1000); got != 1<<63-1 {
 		t.Errorf("ceiling(1000) = %v", got)
 	}
 }
@@ -51,7 +51,7 @@ func TestDialRetries(t *testing.T) {
 			t.Fatalf("waits before the %d attempts: %v", len(script), waits)
 		}
 		for i, wait := range waits[1:] {
-			if limit := b.ceiling(i); wait < 0 || wait > limit {
+			if limit := b.limit(i); wait < 0 || wait > limit {
 				t.Errorf("wait %d is %v, want at most %v", i, wait, limit)
 			}
 		}
@@ -77,7 +77,7 @@ func TestDialGivesUp(t *testing.T) {
 	}{
 		{"without Reconnect", nil, errRefused, 1, "connect to memory: connection refused"},
 		{"after so many retries", &Backoff{Retries: 3}, errRefused, 4, "gave up after 3 retries: connect to memory: connection refused"},
-		{"malformed address", &Backoff{}, &net.AddrError{Err: "missing port", Addr: "memory"}, 1, "connect to memory: address memory: missing port"},
+		{"malformed address", &Backoff{}, &net.AddrError{Err: "missing port", Addr: "memory"}, 1, "address memory: missing port"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -3,6 +3,7 @@ package client
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"iter"
@@ -13,7 +14,7 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// Zero values of StreamOptions.
+// Defaults of StreamOptions.
 const (
 	defaultConns         = 4
 	defaultItemsPerConn  = 64
@@ -22,106 +23,120 @@ const (
 	defaultAttempts      = 5
 )
 
-// StreamOptions says how [Stream] sends. The zero value is usable.
+// StreamOptions configures a [Stream]. The zero value is usable.
 type StreamOptions struct {
-	// Dial makes each connection; nil means TCP.
+	// TLSConfig is used for tls:// addresses, as in Options.
+	TLSConfig *tls.Config
+
+	// Dial makes the connections. Nil means [DialConn] with TLSConfig.
 	Dial DialFunc
 
-	// Conns is how many connections there are at most. They are made when there
-	// is something to send. Zero means 4.
+	// Conns is the maximum number of connections. A connection is made when there
+	// is something to send on it. Zero means 4.
 	Conns int
 
-	// InFlight bounds the items that have been taken from the source and whose
-	// result has not been handled by the consumer. A connection has its share of
-	// them under way at the most. Zero means 64 for each connection.
+	// InFlight is the maximum number of items in flight: items that were taken from
+	// the source and whose result the consumer has not handled. Each connection
+	// sends at most an equal share of them ahead of the echo. Zero means 64 for
+	// each connection.
 	InFlight int
 
-	// InFlightBytes bounds the bytes of those items; a single item may be
-	// longer. Zero means 4 MiB.
+	// InFlightBytes is the maximum number of bytes in these items. A single item
+	// may be larger. Zero means 4 MiB.
 	InFlightBytes int
 
-	// Ordered hands the results out in the order of the items. Otherwise they
-	// come as the echoes do.
+	// Ordered returns the results in the order of the items. If it is false, they
+	// are returned in the order of the echoes.
 	Ordered bool
 
-	// Reconnect, if not nil, makes a connection that ends be made again, and what
-	// had not come back be sent again. Its waits grow while nothing comes back over
-	// the connection itself; its limits count from the last time that anything came back
-	// over any. If it is nil, the first connection that ends, ends the stream.
+	// Reconnect, if not nil, makes a connection again when it ends, and sends again
+	// what had not come back. Waits are reset by an echo on the same connection,
+	// limits by an echo on any connection. If Reconnect is nil, the stream ends
+	// with the first connection that ends.
 	Reconnect *Backoff
 
-	// StallTimeout is how long not a byte may come back over a connection while something
-	// is due, before it is given up. Zero means 30 s, less than zero for ever.
+	// StallTimeout is the time after which a connection is closed if nothing comes
+	// back while an echo is outstanding. It also limits the time to connect. Zero
+	// means 30 s. A negative value means no limit.
 	StallTimeout time.Duration
 
-	// Attempts is how many connections in a row may end with the same item as the next
-	// that is due, while others come back, before the item is given up. Zero means 5.
+	// Attempts is the number of connections that may end with the same item next in
+	// line, while other items come back. After that the item fails, so that an item
+	// that makes a server close the connection cannot block the others. Zero means
+	// 5.
 	Attempts int
 
-	// OnNotice, if not nil, is called with each notice, and OnReconnect with the
-	// reason before each wait for another connection; by several goroutines at a time.
-	OnNotice    func(Notice)
+	// OnNotice, if not nil, is called with each notice. It must be safe for
+	// concurrent use.
+	OnNotice func(Notice)
+
+	// OnReconnect, if not nil, is called before each wait for a new connection, with
+	// the reason. It must be safe for concurrent use.
 	OnReconnect func(reason error)
 }
 
-// An Item is something to send. Key is the caller's, to know it by.
+// An Item is something to send.
 type Item[K any] struct {
-	Key  K
-	Data []byte // not to be changed until the item's result has come
+	Key  K      // identifies the item to the caller
+	Data []byte // must not be changed before the item's result is returned
 }
 
-// A Result says what became of an item. Err is nil when its echo has come back: byte
-// for byte Data.
+// A Result says what became of an item.
 type Result[K any] struct {
 	Item[K]
+
+	// Err is nil if the echo came back and was identical to Data.
 	Err error
 
-	// Sent is how often the item was sent. A server may have seen it as often.
+	// Sent is the number of times that the item was sent, which is also the largest
+	// number of times that a server can have received it.
 	Sent int
 
-	// Idle says that no other result is ready: a good moment to flush what was written.
+	// Idle means that no other result is ready. It is a good time to flush buffered
+	// output.
 	Idle bool
 }
 
-// ErrUnfinished is wrapped by the errors of items that were taken, and had not come back
-// when the stream ended. They may be sent again.
-var ErrUnfinished = errors.New("the stream ended before its echo came")
-
-var (
-	errReturned = errors.New("the consumer of the results has returned")
-	errFinished = errors.New("everything has come back")
-	errStalled  = errors.New("nothing has come back in time")
-	errLeft     = errors.New("all that was sent has come back")
-)
-
-// Stream sends items over several connections at once, and returns what became of
-// each. It takes no more from the source than may be in flight, so that a slow server
-// or consumer slows the source down.
+// Stream sends items over several connections to the server at address, and
+// returns the result of each. It takes no more items from the source than may be
+// in flight, so a slow server or a slow consumer slows the source down.
 //
-// Each item taken from the source has exactly one result, unless the consumer breaks
-// off. An echo that differs, which is a *[CorruptionError], and an item that was given up
-// are errors of that item alone. An error of the source ends the stream once everything
-// taken before has come back. When connections are no longer to be had, nothing more is sent, and
-// when the context ends connections are closed: what does not come back has that as its
-// error. In all three cases the error itself is the last that is yielded, with an empty Result.
+// Each item taken from the source has exactly one result, unless the consumer
+// stops the iteration. If the echo of an item differs, or the item has used up its
+// attempts, only that item fails. A differing echo is a [*CorruptionError].
 //
-// When the server announces its end, each connection finishes what is outstanding,
-// half-closes, and with opts.Reconnect is made again.
+// These events end the stream. Each is reported as the last error, with an empty
+// Result:
 //
-// The iterator is for single use. A panic of the source ends the program. The source is ranged over by a goroutine of Stream's,
-// which is awaited before the iteration ends, however it ends. A source that waits for
-// something must heed a context of the caller's, as that of [FromChannel] does, and the caller
-// end it when the last error is yielded, or before breaking off.
-func Stream[K any](ctx context.Context, address string, items iter.Seq2[Item[K], error], opts StreamOptions) iter.Seq2[Result[K], error] {
+//   - The source yields an error. Stream first waits for the echo of all items
+//     taken before.
+//   - A connection ends, and opts.Reconnect is nil or its limits are reached.
+//     Nothing more is sent. Other connections finish what they have sent.
+//   - The context ends. All connections are closed.
+//
+// Items whose echo did not come back before the end fail with [ErrUnfinished].
+//
+// When the server announces a shutdown, each connection finishes its outstanding
+// items and half-closes. With opts.Reconnect, it is then made again.
+//
+// The iterator can be used once. A goroutine of Stream ranges over the source, and
+// the iteration waits for that goroutine before it ends. So a source that blocks
+// must also end by itself: use a context, as [FromChannel] does, and cancel it
+// when the last error is returned or before stopping the iteration. A panic of the
+// source ends the program.
+func Stream[K any](
+	ctx context.Context, address string, items iter.Seq2[Item[K], error], opts StreamOptions,
+) iter.Seq2[Result[K], error] {
 	return func(yield func(Result[K], error) bool) {
 		s := newStream[K](ctx, address, opts)
 		var running sync.WaitGroup
 		running.Go(func() { s.run(items) })
 		defer running.Wait()
-		defer s.end(errReturned)
+		defer s.cancel(errConsumerDone)
 		for e := range s.completed {
 			for e = s.order.put(e); e != nil; e = s.order.next() {
-				if !yield(Result[K]{Item: e.Item, Err: e.err, Sent: e.sent, Idle: len(s.completed) == 0 && !s.order.ready()}, nil) {
+				idle := len(s.completed) == 0 && !s.order.ready()
+				if !yield(Result[K]{Item: e.Item, Err: e.err, Sent: e.sent, Idle: idle}, nil) {
 					return
 				}
 				s.release(e)
@@ -133,8 +148,8 @@ func Stream[K any](ctx context.Context, address string, items iter.Seq2[Item[K],
 	}
 }
 
-// FromChannel makes a source of a channel. It ends when the channel is closed, or with
-// the context's cause.
+// FromChannel returns a source of the items received from a channel. It ends when
+// the channel is closed, or with the context's cause when the context ends.
 func FromChannel[K any](ctx context.Context, items <-chan Item[K]) iter.Seq2[Item[K], error] {
 	return func(yield func(Item[K], error) bool) {
 		for {
@@ -151,49 +166,48 @@ func FromChannel[K any](ctx context.Context, items <-chan Item[K]) iter.Seq2[Ite
 	}
 }
 
-// An entry is an item on its way. It belongs to whoever holds it: the feeder, a
-// channel, a connection, the consumer.
+// An entry is an item in flight. At any time one goroutine or channel owns it: the
+// feeder, a channel of the stream, a connection, or the consumer.
 type entry[K any] struct {
 	Item[K]
-	index  int64 // its place in the source
-	weight int64 // the room for bytes that it takes
-	end    int64 // where it ends in what its connection sends
-	sent   int
-	err    error
-	suspicion
+	index    int64 // position in the source
+	weight   int64 // bytes acquired from stream.bytes
+	end      int64 // offset of its end in what its connection sends
+	sent     int   // number of times sent
+	err      error
+	failures failureCount
 }
 
-// stream is one call of Stream.
+// A stream is one call of Stream.
 type stream[K any] struct {
 	address string
-	opts    StreamOptions
+	opts    StreamOptions // with defaults filled in
 
-	// ctx ends with the caller's, and when all is over: connections are closed. intake
-	// ends before, with what is fatal: nothing more is sent, and what is due may still come.
-	ctx, intake context.Context
-	end, halt   context.CancelCauseFunc
+	// ctx ends with the caller's context, and when all is done. Connections are
+	// then closed. sendCtx ends earlier, on a fatal error: nothing more is sent,
+	// but outstanding echoes are received.
+	ctx, sendCtx context.Context
+	cancel       context.CancelCauseFunc // of ctx
+	stopSending  context.CancelCauseFunc // of sendCtx
 
-	items, bytes *semaphore.Weighted // room for what is in flight
+	items, bytes *semaphore.Weighted // limits of what is in flight
 
-	// Each has room for all that may be in flight, so that nobody waits to send.
-	queue     chan *entry[K]
-	again     chan *entry[K] // to be sent once more
+	// The capacity of each channel is InFlight, so sending to them never blocks.
+	queue     chan *entry[K] // to be sent for the first time
+	resend    chan *entry[K] // to be sent again
 	completed chan *entry[K]
 
-	offering sync.Mutex // held while an entry is taken, which ends with intake
-	over     bool       // guarded by offering: nothing more is taken
+	queueMu     sync.Mutex // held while an entry is queued, at most until sendCtx ends
+	queueClosed bool       // guarded by queueMu
 
-	unfinished sync.WaitGroup // the entries that are not completed
-	progress   atomic.Int64   // how many have come back
-	sourceErr  error          // set before ctx ends with errFinished
-	failure    error          // why not all was taken or sent; set before completed is closed
-	order      order[K]       // the consumer's
+	incomplete sync.WaitGroup // entries that are not completed
+	echoes     atomic.Int64   // number of items that have come back
+	sourceErr  error          // set before ctx ends with errAllDone
+	failure    error          // why the stream ended early; set before completed is closed
+	order      reorderBuffer[K]
 }
 
 func newStream[K any](ctx context.Context, address string, opts StreamOptions) *stream[K] {
-	if opts.Dial == nil {
-		opts.Dial = dialTCP
-	}
 	opts.Conns = max(cmp.Or(opts.Conns, defaultConns), 1)
 	opts.InFlight = max(cmp.Or(opts.InFlight, opts.Conns*defaultItemsPerConn), 1)
 	opts.InFlightBytes = max(cmp.Or(opts.InFlightBytes, defaultInFlightBytes), 1)
@@ -204,57 +218,59 @@ func newStream[K any](ctx context.Context, address string, opts StreamOptions) *
 		items:     semaphore.NewWeighted(int64(opts.InFlight)),
 		bytes:     semaphore.NewWeighted(int64(opts.InFlightBytes)),
 		queue:     make(chan *entry[K], opts.InFlight),
-		again:     make(chan *entry[K], opts.InFlight),
+		resend:    make(chan *entry[K], opts.InFlight),
 		completed: make(chan *entry[K], opts.InFlight),
 	}
 	if opts.Ordered {
 		s.order.waiting = make([]*entry[K], opts.InFlight)
 	}
-	s.ctx, s.end = context.WithCancelCause(ctx)
-	s.intake, s.halt = context.WithCancelCause(s.ctx)
+	s.ctx, s.cancel = context.WithCancelCause(ctx)
+	s.sendCtx, s.stopSending = context.WithCancelCause(s.ctx)
 	return s
 }
 
-// run is the goroutine that starts the others and awaits them.
+// run starts the other goroutines and waits for them.
 func (s *stream[K]) run(items iter.Seq2[Item[K], error]) {
 	var feeder, conns sync.WaitGroup
 	defer feeder.Wait()
 	feeder.Go(func() {
 		s.sourceErr = s.feed(items)
-		s.unfinished.Wait()
-		s.end(errFinished)
+		s.incomplete.Wait()
+		s.cancel(errAllDone)
 	})
 	for range s.opts.Conns {
-		conns.Go(func() { (&streamConn[K]{stream: s, room: make(chan struct{}, 1)}).run() })
+		conns.Go(func() { (&streamConn[K]{stream: s, freed: make(chan struct{}, 1)}).run() })
 	}
 	conns.Wait()
 	s.finish()
 }
 
-// finish completes what no connection will send, and ends the results. The source may still be waiting.
+// finish completes the entries that no connection will send, and closes
+// completed. The source may still be blocked.
 func (s *stream[K]) finish() {
-	s.offering.Lock()
-	defer s.offering.Unlock()
-	s.over = true
-	for _, left := range []chan *entry[K]{s.again, s.queue} {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	s.queueClosed = true
+	for _, left := range []chan *entry[K]{s.resend, s.queue} {
 		for len(left) > 0 {
-			s.complete(<-left, s.unfinishedBy())
+			s.complete(<-left, s.unfinished())
 		}
 	}
-	if s.failure = context.Cause(s.intake); errors.Is(s.failure, errFinished) {
+	if s.failure = context.Cause(s.sendCtx); errors.Is(s.failure, errAllDone) {
 		s.failure = s.sourceErr
 	}
 	close(s.completed)
 }
 
-// unfinishedBy is the error of an entry that has not come back, nor will.
-func (s *stream[K]) unfinishedBy() error {
-	return fmt.Errorf("%w: %w", ErrUnfinished, context.Cause(s.intake))
+// unfinished returns the error of an entry that will not come back.
+func (s *stream[K]) unfinished() error {
+	return fmt.Errorf("%w: %w", ErrUnfinished, context.Cause(s.sendCtx))
 }
 
-// feed takes items from the source while there is room for them. It returns the source's error.
+// feed takes items from the source while they may be in flight. It returns the
+// source's error.
 func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
-	if s.items.Acquire(s.intake, 1) != nil {
+	if s.items.Acquire(s.sendCtx, 1) != nil {
 		return nil
 	}
 	var index int64
@@ -262,80 +278,82 @@ func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
 		if err != nil {
 			return err
 		}
-		if !s.offer(&entry[K]{Item: item, index: index}) {
+		if !s.enqueue(&entry[K]{Item: item, index: index}) {
 			break
 		}
 		index++
-		if s.items.Acquire(s.intake, 1) != nil { // before the next is taken
+		if s.items.Acquire(s.sendCtx, 1) != nil { // before the next item is taken
 			break
 		}
 	}
 	return nil
 }
 
-// offer hands an entry to the connections. It reports false, and takes nothing, once all is over.
-func (s *stream[K]) offer(e *entry[K]) bool {
-	s.offering.Lock()
-	defer s.offering.Unlock()
-	if s.over {
+// enqueue queues an entry for the connections. It reports false if the queue is
+// closed.
+func (s *stream[K]) enqueue(e *entry[K]) bool {
+	s.queueMu.Lock()
+	defer s.queueMu.Unlock()
+	if s.queueClosed {
 		return false
 	}
-	s.unfinished.Add(1)
+	s.incomplete.Add(1)
 	e.weight = int64(min(len(e.Data), s.opts.InFlightBytes))
 	switch {
 	case e.weight == 0:
 		s.complete(e, nil)
-	case s.bytes.Acquire(s.intake, e.weight) != nil:
+	case s.bytes.Acquire(s.sendCtx, e.weight) != nil:
 		e.weight = 0
-		s.complete(e, s.unfinishedBy())
+		s.complete(e, s.unfinished())
 	default:
 		s.queue <- e
 	}
 	return true
 }
 
-// complete says what has become of an entry.
+// complete passes an entry to the consumer. A nil err means that it came back.
 func (s *stream[K]) complete(e *entry[K], err error) {
 	if e.err = err; err == nil {
-		s.progress.Add(1)
+		s.echoes.Add(1)
 	}
 	s.completed <- e
-	s.unfinished.Done()
+	s.incomplete.Done()
 }
 
-// release makes room for another.
+// release makes room for another item after the consumer has handled e.
 func (s *stream[K]) release(e *entry[K]) {
 	s.items.Release(1)
 	s.bytes.Release(e.weight)
 }
 
-// order puts entries back into the order of the source. Its zero value leaves them as they come.
-type order[K any] struct {
-	waiting []*entry[K] // by index modulo its length, which is as many as are in flight
-	due     int64       // index of the next
+// A reorderBuffer restores the order of the source. The zero value passes entries
+// on as they come. Only the consumer uses it.
+type reorderBuffer[K any] struct {
+	waiting []*entry[K] // by index modulo InFlight, its length
+	want    int64       // index of the next entry to return
 }
 
-// put takes an entry, and returns one whose turn it is, or nil.
-func (o *order[K]) put(e *entry[K]) *entry[K] {
+// put adds an entry and returns the next one in order, or nil if it is not there.
+func (o *reorderBuffer[K]) put(e *entry[K]) *entry[K] {
 	if o.waiting == nil {
 		return e
 	}
-	o.waiting[o.place(e.index)] = e
+	o.waiting[o.slot(e.index)] = e
 	return o.next()
 }
 
-// ready reports whether next has one.
-func (o *order[K]) ready() bool { return o.waiting != nil && o.waiting[o.place(o.due)] != nil }
+// ready reports whether next would return an entry.
+func (o *reorderBuffer[K]) ready() bool { return o.waiting != nil && o.waiting[o.slot(o.want)] != nil }
 
-// next returns another one whose turn it is, or nil.
-func (o *order[K]) next() *entry[K] {
+// next returns the next entry in order, or nil if it is not there.
+func (o *reorderBuffer[K]) next() *entry[K] {
 	if !o.ready() {
 		return nil
 	}
-	e := o.waiting[o.place(o.due)]
-	o.waiting[o.place(o.due)] = nil
-	o.due++
+	e := o.waiting[o.slot(o.want)]
+	o.waiting[o.slot(o.want)] = nil
+	o.want++
 	return e
 }
 
-func (o *order[K]) place(index int64) int64 { return index % int64(len(o.waiting)) }
+func (o *reorderBuffer[K]) slot(index int64) int64 { return index % int64(len(o.waiting)) }

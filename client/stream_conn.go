@@ -8,44 +8,47 @@ import (
 	"time"
 )
 
-// streamConn is the place of one connection of a stream, and its successors.
+// A streamConn is one of the Conns connections of a stream, and the connections
+// that replace it. Its run goroutine receives. While connected, a second goroutine
+// sends.
 type streamConn[K any] struct {
 	*stream[K]
 	retry retry
-	seen  int64         // the stream's progress when retry began to count
-	room  chan struct{} // holds something when due has become shorter
+	seen  int64         // stream.echoes at the last wait
+	freed chan struct{} // signals that outstanding has become shorter
 
-	mu      sync.Mutex  // guards what follows
-	due     []*entry[K] // what is sent, or about to be, and has not come back; the oldest first
-	sent    int64       // where the last of due ends
-	echoed  int64       // how much has come back
-	since   time.Time   // when the first of due became the first, or a part of it came back
-	leaving bool        // nothing more is sent: it ends with the last of due
+	mu          sync.Mutex  // guards the fields below
+	outstanding []*entry[K] // sent or about to be sent, and not come back; oldest first
+	sent        int64       // offset of the end of the last entry sent
+	echoed      int64       // offset up to which the echo has come back
+	since       time.Time   // when the oldest entry became the oldest, or the last byte came back
+	draining    bool        // nothing more is sent; close when outstanding is empty
 }
 
-// run is the goroutine of a place: it makes connections while there is something to send.
+// run makes connections while there is something to send.
 func (c *streamConn[K]) run() {
 	for e := c.take(nil); e != nil; e = c.take(nil) {
 		err := c.serve(e)
-		if c.opts.Reconnect == nil || malformed(err) {
-			c.halt(err)
+		if c.opts.Reconnect == nil || permanent(err) {
+			c.stopSending(err)
 		}
-		c.handBack(err)
-		if c.intake.Err() == nil {
+		c.returnOutstanding(err)
+		if c.sendCtx.Err() == nil {
 			c.backOff(err)
 		}
 	}
 }
 
-// take waits for an entry to send. It returns nil when there will be none, and once stop is closed.
+// take waits for an entry to send. It returns nil when stop is closed or nothing
+// more will be sent.
 func (c *streamConn[K]) take(stop <-chan struct{}) *entry[K] {
-	if e, decided := c.takeNow(stop); decided {
+	if e, decided := c.tryTake(stop); decided {
 		return e
 	}
 	select {
 	case <-stop:
-	case <-c.intake.Done():
-	case e := <-c.again:
+	case <-c.sendCtx.Done():
+	case e := <-c.resend:
 		return e
 	case e := <-c.queue:
 		return e
@@ -53,18 +56,22 @@ func (c *streamConn[K]) take(stop <-chan struct{}) *entry[K] {
 	return nil
 }
 
-// takeNow is take where that needs not wait.
-func (c *streamConn[K]) takeNow(stop <-chan struct{}) (e *entry[K], decided bool) {
+// tryTake is take without waiting. It prefers an end to an entry, and an entry to
+// be sent again to a new one. If take would have to wait, decided is false.
+func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *entry[K], decided bool) {
 	select {
 	case <-stop:
 		return nil, true
-	case <-c.intake.Done():
+	case <-c.sendCtx.Done():
 		return nil, true
 	default:
 	}
 	select {
-	case e = <-c.again:
+	case e = <-c.resend:
 		return e, true
+	default:
+	}
+	select {
 	case e = <-c.queue:
 		return e, true
 	default:
@@ -72,13 +79,13 @@ func (c *streamConn[K]) takeNow(stop <-chan struct{}) (e *entry[K], decided bool
 	}
 }
 
-// serve makes a connection, sends first and what else there is over it until it ends,
-// and returns why. It leaves in due what has not come back.
+// serve makes a connection, sends first and further entries on it until it ends,
+// and returns the reason. What has not come back is left in outstanding.
 func (c *streamConn[K]) serve(first *entry[K]) error {
-	c.sent, c.echoed, c.leaving = 0, 0, false
-	told := make(chan struct{})
-	stop := sync.OnceFunc(func() { close(told) })
-	link, err := dialLink(c.intake, c.opts.Dial, c.address, func(n Notice) {
+	c.sent, c.echoed, c.draining = 0, 0, false
+	noticed := make(chan struct{}) // closed when the server announces the end
+	stop := sync.OnceFunc(func() { close(noticed) })
+	conn, err := c.dial(func(n Notice) {
 		if c.opts.OnNotice != nil {
 			c.opts.OnNotice(n)
 		}
@@ -87,32 +94,44 @@ func (c *streamConn[K]) serve(first *entry[K]) error {
 		}
 	})
 	if err != nil {
-		c.due = []*entry[K]{first}
+		c.outstanding = []*entry[K]{first}
 		return err
 	}
-	sending, cancel := context.WithCancelCause(c.ctx)
+	sendCtx, cancel := context.WithCancelCause(c.ctx)
 	var sender sync.WaitGroup
-	sender.Go(func() { c.send(sending, link, first, told) })
-	watch := c.watchStall(link)
-	err = c.receive(link)
+	sender.Go(func() { c.send(sendCtx, conn, first, noticed) })
+	timer := c.watchStall(conn)
+	err = c.receive(conn)
 	stop()
 	cancel(err)
 	sender.Wait()
-	watch.stop()
-	_ = link.close(err)
+	timer.stop()
+	_ = conn.close(err)
 	return fmt.Errorf("stream to %s: %w", c.address, err)
 }
 
-// send sends until the server announces the connection's end, or all is over.
-func (c *streamConn[K]) send(ctx context.Context, link *link, e *entry[K], told <-chan struct{}) {
+// dial connects within the stall timeout.
+func (c *streamConn[K]) dial(onNotice func(Notice)) (*echoConn, error) {
+	ctx := c.sendCtx
+	if c.opts.StallTimeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, c.opts.StallTimeout, errDialTimeout)
+		defer cancel()
+	}
+	return dialEcho(ctx, c.address, c.opts.Dial, c.opts.TLSConfig, onNotice)
+}
+
+// send sends entries until the server announces the end of the connection, the
+// connection fails, or nothing more is to be sent.
+func (c *streamConn[K]) send(ctx context.Context, conn *echoConn, e *entry[K], noticed <-chan struct{}) {
 	var buf []byte
-	for ; e != nil; e = c.takeWithRoom(told) {
+	for ; e != nil; e = c.takeWithinShare(noticed) {
 		free := c.expect(e)
 		data := e.Data
-		if len(data) < chunkSize {
+		if len(data) < chunkSize { // send small entries together
 			buf = append(buf[:0], data...)
 			for free > 0 && len(buf) < chunkSize {
-				if e, _ = c.takeNow(told); e == nil {
+				if e, _ = c.tryTake(noticed); e == nil {
 					break
 				}
 				free = c.expect(e)
@@ -120,37 +139,39 @@ func (c *streamConn[K]) send(ctx context.Context, link *link, e *entry[K], told 
 			}
 			data = buf
 		}
-		if link.send(ctx, data) != nil {
-			break // receive says why
+		if err := conn.send(ctx, data); err != nil {
+			conn.abort(err)
+			break // receive returns the reason
 		}
 	}
 	if c.ctx.Err() != nil {
-		_ = link.close(context.Cause(c.ctx))
+		_ = conn.close(context.Cause(c.ctx))
 		return
 	}
-	_ = link.closeWrite() // which not all can
+	_ = conn.closeWrite() // if it is not supported, closeIfDone closes the connection
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.leaving = true
-	c.leave(link)
+	c.draining = true
+	c.closeIfDone(conn)
 }
 
-// takeWithRoom is take, once no more are due than this connection's share. A connection that does not answer must
-// not take up what others could send.
-func (c *streamConn[K]) takeWithRoom(told <-chan struct{}) *entry[K] {
+// takeWithinShare is take, but first waits until fewer entries are outstanding than
+// this connection's share of InFlight. So a connection that does not answer cannot
+// hold what others could send.
+func (c *streamConn[K]) takeWithinShare(noticed <-chan struct{}) *entry[K] {
 	for c.free() <= 0 {
 		select {
-		case <-c.room:
-		case <-told:
+		case <-c.freed:
+		case <-noticed:
 			return nil
-		case <-c.intake.Done():
+		case <-c.sendCtx.Done():
 			return nil
 		}
 	}
-	return c.take(told)
+	return c.take(noticed)
 }
 
-// free returns how many more may be due.
+// free returns how many more entries may be sent.
 func (c *streamConn[K]) free() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -159,113 +180,120 @@ func (c *streamConn[K]) free() int {
 
 func (c *streamConn[K]) freeLocked() int {
 	share := max(c.opts.InFlight/c.opts.Conns, 1)
-	return share - len(c.due)
+	return share - len(c.outstanding)
 }
 
-// leave closes the connection when all that was to be sent has come back. Its caller holds mu.
-func (c *streamConn[K]) leave(link *link) {
-	if c.leaving && len(c.due) == 0 {
-		_ = link.close(errLeft)
+// closeIfDone closes a draining connection when everything sent has come back. The
+// caller holds mu.
+func (c *streamConn[K]) closeIfDone(conn *echoConn) {
+	if c.draining && len(c.outstanding) == 0 {
+		_ = conn.close(errConnDone)
 	}
 }
 
-// expect notes that an entry is about to be sent, and returns how many more may be due.
+// expect records that an entry is about to be sent, and returns how many more may
+// be sent.
 func (c *streamConn[K]) expect(e *entry[K]) (free int) {
 	e.sent++
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.due) == 0 {
+	if len(c.outstanding) == 0 {
 		c.since = time.Now()
 	}
 	c.sent += int64(len(e.Data))
 	e.end = c.sent
-	c.due = append(c.due, e)
+	c.outstanding = append(c.outstanding, e)
 	return c.freeLocked()
 }
 
-// receive completes what comes back, until the connection ends. It returns why that is.
-func (c *streamConn[K]) receive(link *link) error {
+// receive completes the entries that come back until the connection ends. It
+// returns the reason.
+func (c *streamConn[K]) receive(conn *echoConn) error {
 	var done []*entry[K]
 	for {
-		n, err := link.advance(context.Background()) // send closes the link when all is over
+		n, err := conn.discard(context.Background()) // when c.ctx ends, send closes conn
 		if err != nil {
 			return err
 		}
-		done = c.confirm(link, n, done[:0])
+		done = c.advance(conn, n, done[:0])
 		for _, e := range done {
 			c.complete(e, nil)
 		}
 	}
 }
 
-// confirm appends to done what has come back with the next n bytes.
-func (c *streamConn[K]) confirm(link *link, n int, done []*entry[K]) []*entry[K] {
+// advance records that n more bytes came back, and appends to done the entries that
+// are complete with them.
+func (c *streamConn[K]) advance(conn *echoConn, n int, done []*entry[K]) []*entry[K] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.since = time.Now()
 	c.echoed += int64(n)
-	for len(c.due) > 0 && c.due[0].end <= c.echoed {
-		done = append(done, c.due[0])
-		c.due[0] = nil
-		c.due = c.due[1:]
+	for len(c.outstanding) > 0 && c.outstanding[0].end <= c.echoed {
+		done = append(done, c.outstanding[0])
+		c.outstanding[0] = nil
+		c.outstanding = c.outstanding[1:]
 	}
-	c.leave(link)
+	c.closeIfDone(conn)
 	if len(done) > 0 {
 		select {
-		case c.room <- struct{}{}:
+		case c.freed <- struct{}{}:
 		default:
 		}
 	}
 	return done
 }
 
-// handBack gives away what has not come back over a connection that has ended for the reason err.
-func (c *streamConn[K]) handBack(err error) {
-	due := c.due
-	c.due = nil
-	if len(due) > 0 && c.sent > 0 {
-		if err := c.blame(due[0], err); err != nil {
-			c.complete(due[0], err)
-			due = due[1:]
+// returnOutstanding queues the outstanding entries again after the connection has
+// ended with err, or completes them if nothing more is sent.
+func (c *streamConn[K]) returnOutstanding(err error) {
+	entries := c.outstanding
+	c.outstanding = nil
+	if len(entries) > 0 && c.sent > 0 {
+		if err := c.itemError(entries[0], err); err != nil {
+			c.complete(entries[0], err)
+			entries = entries[1:]
 		}
 	}
-	for _, e := range due {
-		if c.intake.Err() != nil {
-			c.complete(e, c.unfinishedBy())
+	for _, e := range entries {
+		if c.sendCtx.Err() != nil {
+			c.complete(e, c.unfinished())
 		} else {
-			c.again <- e
+			c.resend <- e
 		}
 	}
 }
 
-// blame returns the error of an entry that was the next due when a connection ended for
-// the reason err, or nil if it is to be sent again.
-func (c *streamConn[K]) blame(e *entry[K], err error) error {
-	if corruption, is := errors.AsType[*CorruptionError](err); is && len(corruption.Want) > 0 {
-		return corruption // else it came unasked, before that
+// itemError decides whether the oldest outstanding entry fails because its
+// connection ended with err. It returns nil if the entry is to be sent again.
+func (c *streamConn[K]) itemError(e *entry[K], err error) error {
+	if corruption, ok := errors.AsType[*CorruptionError](err); ok && len(corruption.Want) > 0 {
+		return corruption // with an empty Want, the bytes came before the entry was sent
 	}
-	if _, told := errors.AsType[*NoticeError](err); told {
-		return nil // the server has its own reasons to end it
+	if _, ok := errors.AsType[*NoticeError](err); ok {
+		return nil // the server had its own reason to close
 	}
-	if e.grows(c.progress.Load()) >= c.opts.Attempts {
+	if e.failures.add(c.echoes.Load()) >= c.opts.Attempts {
 		return fmt.Errorf("gave up after %d connections: %w", c.opts.Attempts, err)
 	}
 	return nil
 }
 
-// suspicion counts the connections that have ended with an item as the next that is due.
-// It grows only while others come back: a server that is gone says nothing about an item.
-type suspicion struct {
-	connections int
-	progress    int64 // of the stream, when the last of them ended
+// A failureCount counts the connections that have ended with an entry as the oldest
+// outstanding one. It counts only while other entries come back, because a server
+// that is down says nothing about an item.
+type failureCount struct {
+	n      int
+	echoes int64 // stream.echoes at the last failure
 }
 
-func (s *suspicion) grows(progress int64) int {
-	if progress > s.progress {
-		s.connections++
-		s.progress = progress
+// add counts one failure, given the value of stream.echoes, and returns the count.
+func (f *failureCount) add(echoes int64) int {
+	if echoes > f.echoes {
+		f.n++
+		f.echoes = echoes
 	}
-	return s.connections
+	return f.n
 }
 
 // backOff waits before the next connection.
@@ -273,61 +301,62 @@ func (c *streamConn[K]) backOff(err error) {
 	if c.opts.OnReconnect != nil {
 		c.opts.OnReconnect(err)
 	}
-	if now := c.progress.Load(); now != c.seen {
+	if now := c.echoes.Load(); now != c.seen {
 		c.seen = now
-		c.retry.hope()
+		c.retry.echoedElsewhere()
 	}
 	if c.echoed > 0 {
-		c.retry.reset()
+		c.retry.echoed()
 	}
 	c.retry.Backoff = *c.opts.Reconnect
-	if err := c.retry.wait(c.intake, err); err != nil {
-		c.halt(err) // for nothing where the wait has been ended by that
+	if err := c.retry.wait(c.sendCtx, err); err != nil {
+		c.stopSending(err) // no effect if the end of sendCtx ended the wait
 	}
 }
 
-// stallWatch closes a connection over which what is due does not come.
-type stallWatch struct {
+// A stallTimer closes a connection when the oldest outstanding entry does not
+// advance for the stall timeout.
+type stallTimer struct {
 	mu    sync.Mutex
-	timer *time.Timer // nil: stopped
+	timer *time.Timer // nil when stopped
 }
 
-func (c *streamConn[K]) watchStall(link *link) *stallWatch {
-	w := &stallWatch{}
+func (c *streamConn[K]) watchStall(conn *echoConn) *stallTimer {
+	t := &stallTimer{}
 	if c.opts.StallTimeout < 0 {
-		return w
+		return t
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.timer = time.AfterFunc(c.opts.StallTimeout, func() {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		if w.timer == nil {
-			return // stopped: what is due belongs to others
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.timer = time.AfterFunc(c.opts.StallTimeout, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if t.timer == nil {
+			return // the outstanding entries belong to others now
 		}
-		if left := c.patience(); left > 0 {
-			w.timer.Reset(left)
+		if left := c.stallLeft(); left > 0 {
+			t.timer.Reset(left)
 		} else {
-			_ = link.close(errStalled)
+			_ = conn.close(errStalled)
 		}
 	})
-	return w
+	return t
 }
 
-func (w *stallWatch) stop() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.timer != nil {
-		w.timer.Stop()
-		w.timer = nil
+func (t *stallTimer) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.timer != nil {
+		t.timer.Stop()
+		t.timer = nil
 	}
 }
 
-// patience is how long the next that is due may still take.
-func (c *streamConn[K]) patience() time.Duration {
+// stallLeft returns the time until the connection counts as stalled.
+func (c *streamConn[K]) stallLeft() time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if len(c.due) == 0 {
+	if len(c.outstanding) == 0 {
 		return c.opts.StallTimeout
 	}
 	return c.opts.StallTimeout - time.Since(c.since)

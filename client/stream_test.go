@@ -278,7 +278,7 @@ func TestStreamClosesItsConnections(t *testing.T) {
 	var made, closed atomic.Int64
 	address := listen(t, tells(30), dies(3), echoes)
 	dial := func(ctx context.Context, address string) (net.Conn, error) {
-		conn, err := dialTCP(ctx, address)
+		conn, err := DialConn(ctx, address, nil)
 		if err != nil {
 			return nil, err
 		}

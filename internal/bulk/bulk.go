@@ -227,11 +227,11 @@ func (r *run) reconnect(reason error) {
 // Describe says a notice in words.
 func Describe(n client.Notice) string {
 	switch n.Kind {
-	case client.Shutdown:
+	case client.NoticeShutdown:
 		return fmt.Sprintf("the server stops in %s: %s", n.Grace, n.Text)
-	case client.Paused:
+	case client.NoticePaused:
 		return "the server is paused"
-	case client.Busy:
+	case client.NoticeBusy:
 		return "the server is at its limit"
 	default:
 		return "notice: " + n.Text

@@ -101,13 +101,13 @@ func (u *user) ready() {
 func (u *user) told(n client.Notice) {
 	t := u.loop.tally
 	switch n.Kind {
-	case client.Shutdown:
+	case client.NoticeShutdown:
 		t.Notices.Shutdown++
-	case client.Paused:
+	case client.NoticePaused:
 		t.Notices.Paused++
-	case client.Busy:
+	case client.NoticeBusy:
 		t.Notices.Busy++
-	case client.Message:
+	case client.NoticeMessage:
 		t.Notices.Messages++
 	}
 	if n.Ends() {
