@@ -146,7 +146,7 @@ dist: ## build binaries for all SYSTEMS, and .deb and .rpm packages, into dist/ 
 # What a packager would object to, and whether the same commit makes the same bytes again.
 dist-check: dist ## check the packages: lintian, mandoc, and that a second build has the same bytes
 	lintian --fail-on error dist/*.deb
-	@for page in dist/docs/man/*.gz; do gzip -dc "$$page" | mandoc -T lint || exit 1; done
+	@for page in dist/docs/man/*.gz; do gzip -dc "$$page" | mandoc -T lint -W error || exit 1; done
 	@set -e; elsewhere=$$(mktemp -d); trap 'chmod -R u+w "$$elsewhere"; rm -rf "$$elsewhere"' EXIT; \
 	echo "== the same in a copy elsewhere, and a binary with nothing from the cache"; \
 	tar -cf - --exclude=./.git --exclude=./bin --exclude=./dist . | tar -xf - -C "$$elsewhere"; \

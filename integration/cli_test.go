@@ -68,7 +68,7 @@ func TestCouldNotStart(t *testing.T) {
 	}{
 		{"port in use", e.addr, filepath.Join(dir, "c"), "--listen " + e.addr + ": address already in use"},
 		{"no such address", "192.0.2.1:0", filepath.Join(dir, "c"), "--listen 192.0.2.1:0: cannot assign requested address"},
-		{"control socket live", "127.0.0.1:0", e.socket, e.socket + ": in use by a running server: give this one a --control of its own"},
+		{"control socket live", "127.0.0.1:0", e.socket, e.socket + ": in use by a running server: give this server another --control"},
 		{"control socket is a file", "127.0.0.1:0", file, "not a socket"},
 		{"control socket without a directory", "127.0.0.1:0", filepath.Join(dir, "no", "c"), "no such file or directory"},
 		{"control socket path too long", "127.0.0.1:0", filepath.Join(dir, strings.Repeat("x", 200)), "no more than"},

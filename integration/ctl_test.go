@@ -41,8 +41,8 @@ func TestCtlSpeaksToPeople(t *testing.T) {
 		stdout string
 		stderr string
 	}{
-		{"status", 0, `state +running\nlistening +127\.0\.0\.1:\d+, 0 waiting \(room for \d+\)\nconnections +2 open, 2 accepted\n` +
-			`bytes +26 B in, 26 B out\nup +\S+, since \S+ \S+\nprocess +\d+, version devel\n`, ""},
+		{"status", 0, `state +running\nlistening +127\.0\.0\.1:\d+, 0 of \d+ in the accept queue\nconnections +2 open, 2 accepted\n` +
+			`bytes +26 B in, 26 B out\nup +\S+, started \S+ \S+\nprocess +\d+, version devel\n`, ""},
 		{"resume", 0, `nothing to resume: the server is running\n`, ""},
 		{"pause --reason backup --ttl 1h", 0, `paused: hold h1, "backup", expires in (59m\S+|1h\S+), by uid \d+, pid \d+\n`, ""},
 		{"pause --mode reject", 0, `paused: hold h2, mode reject, by uid \d+, pid \d+\n`, ""},
@@ -52,7 +52,7 @@ func TestCtlSpeaksToPeople(t *testing.T) {
 		{"resume", 0, `released 1 hold: the server is running\n`, ""},
 		{"conns --limit 1", 0, `ID +REMOTE +LOCAL +STATE +OPEN +IDLE +IN +OUT +NOTIFIED\n1 +127\.0\.0\.1:\d+ +127\.0\.0\.1:\d+ +serving +\S+ +\S+ +13 B +13 B +no\n`, ""},
 		{"conns --min-idle 1h", 0, `ID[^\n]*\n`, ""},
-		{"notify maintenance at noon", 0, `sent to 2 clients, 0 not to be told\n`, ""},
+		{"notify maintenance at noon", 0, `sent to 2 clients, 0 failed\n`, ""},
 		{"wait --connections 2 --state running", 0, `running with 2 connections\n`, ""},
 		{"wait --connections 7 --timeout 10ms", 3, ``, "the wait timed out: the server is running with 2 connections"},
 		{"kill 99 1", 1, `killed connection 1\n`, "no such connection: 99"},
@@ -83,9 +83,9 @@ func TestCtlWhileDraining(t *testing.T) {
 	e.ctl("resume").expect(t, 1, ``, "the server is draining until 20")
 	e.ctl("wait", "--state", "running").expect(t, 1, ``, "the server is draining until 20")
 	e.ctl("pause", "--", "true").expect(t, 1, ``, "the server is draining until 20")
-	e.ctl("status").expect(t, 0, `state +draining\ndrain +upgrade, \S+ left, 1 notified, 0 not to be told\n.*`, "")
+	e.ctl("status").expect(t, 0, `state +draining\ndrain +upgrade, \S+ left, 1 notified, 0 could not be notified\n.*`, "")
 	e.ctl("conns").expect(t, 0, `ID.*serving.*yes\n`, "")
-	e.ctl("shutdown", "--grace", "1h").expect(t, 0, `draining, \S+ left, as before\n`, "")
+	e.ctl("shutdown", "--grace", "1h").expect(t, 0, `draining, \S+ left, unchanged: a drain can only be shortened\n`, "")
 	e.ctl("shutdown", "--grace", "20s").expect(t, 0, `draining, (20|19\.\d)s left\n`, "")
 	e.ctl("shutdown", "--now").expect(t, 0, `(draining|stopped), .*left\n`, "")
 	e.wait(0)
@@ -195,7 +195,7 @@ func TestCtlTrustsNobodyElsesDirectory(t *testing.T) {
 	defer ln.Close()
 	cmd := commandOf(built(t, echodBinary), "ctl", "status")
 	cmd.Env = environment("TMPDIR=" + dir)
-	run(t, cmd).expect(t, 2, ``, "is not to be trusted: others can enter it")
+	run(t, cmd).expect(t, 2, ``, "skipped "+private+": other users can write to it\n")
 }
 
 // TestCtlIgnoresWhatIsTheServers: both often share an environment.
@@ -225,7 +225,7 @@ func TestCtlFindsTheServer(t *testing.T) {
 				cmd.Env = env
 				return run(t, cmd)
 			}
-			ctl().expect(t, 2, ``, "no server answers: looked at "+dir+tt.path)
+			ctl().expect(t, 2, ``, "no server found: looked at "+dir+tt.path)
 			serve := commandOf(binary, "--log-format", "json", "--listen", "127.0.0.1:0")
 			serve.Env = env
 			e := launch(t, serve, dir+tt.path)

@@ -356,7 +356,7 @@ func TestTopNeedsATerminal(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	got := run(t, commandOf(built(t, echodBinary), "top", "--control", e.socket))
-	if want := "echod: top needs a terminal as its input and output; use 'echod ctl status' or 'echod ctl events' in scripts\nTry 'echod top --help'.\n"; got.code != 2 || got.stderr != want || got.stdout != "" {
+	if want := "echod: top needs a terminal: use 'echod ctl status' or 'echod ctl events' in scripts\nTry 'echod top --help'.\n"; got.code != 2 || got.stderr != want || got.stdout != "" {
 		t.Errorf("exit code %d, stderr %q, stdout %q", got.code, got.stderr, got.stdout)
 	}
 }

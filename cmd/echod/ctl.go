@@ -2,13 +2,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"echod/control"
@@ -21,19 +25,23 @@ func newCtlCommand() *cobra.Command {
 		Short: "Control a running server through its control socket",
 		Long: `Control a running server through its control socket.
 
-Without --control the socket is looked for where servers put theirs by default:
-$RUNTIME_DIRECTORY/control.sock, $XDG_RUNTIME_DIR/echod/control.sock, a private
-temporary directory, and /run/echod/control.sock.
+Without --control the first server found is used. The places are those where servers
+put their socket by default: $RUNTIME_DIRECTORY/control.sock,
+$XDG_RUNTIME_DIR/echod/control.sock, a private temporary or cache directory,
+/run/echod/control.sock and /run/echod-control.sock. Directories that another user
+controls are skipped.
 
 Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed out,
-64 usage; with 'pause -- COMMAND' the command's own.`,
+64 usage. 'pause -- COMMAND' exits with the command's code, or with 125 if the command
+succeeded but the pause ended before it did.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usagef("say what to do: status, pause, resume, conns, closed, kill, notify, wait, events or shutdown")
+			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events or shutdown")
 		},
 	}
-	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "control socket's `path`")
-	cmd.PersistentFlags().BoolVar(&ctl.json, "json", false, "print the server's answer as it is, in JSON")
+	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "`path` of the control socket")
+	cmd.PersistentFlags().BoolVar(&ctl.json, "json", false,
+		"print the server's answer unchanged, as JSON")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
 		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.shutdownCommand(),
@@ -41,16 +49,16 @@ Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed ou
 	return cmd
 }
 
-// ctl is what the ctl commands share.
+// ctl holds the flags that all ctl commands share.
 type ctl struct {
 	path string
 	json bool
 }
 
-// do calls f with a client. Under --json the answers are printed as they come, and what f writes for
-// people is not.
+// do calls f with a client. With --json it prints the answers as they come, and discards what f writes
+// to out for people.
 func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Client, out io.Writer) error) error {
-	c, err := controlClient(ctl.path)
+	c, err := controlClient(ctl.path, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
@@ -63,7 +71,374 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 	return interruptible(cmd.Context(), func(ctx context.Context) error { return f(ctx, c, out) })
 }
 
-// table writes rows in columns.
+func (ctl *ctl) statusCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Show the server's state, counts, holds and drain",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				st, err := c.Status(ctx)
+				if err != nil {
+					return err
+				}
+				return showStatus(out, st)
+			})
+		},
+	}
+}
+
+func showStatus(out io.Writer, st control.Status) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(w, name+"\t"+format+"\n", args...) }
+	row("state", "%s", st.State)
+	if d := st.Drain; d != nil {
+		row("drain", "%s, %s left, %d notified, %d could not be notified", d.Reason, span(max(0, time.Until(d.Deadline))), d.Notified, d.NoticeFailed)
+		if until := d.AcceptingUntil; until != nil && time.Now().Before(*until) {
+			row("accepting", "for another %s", span(time.Until(*until)))
+		}
+	}
+	for _, h := range st.Holds {
+		row("hold", "%s", describeHold(h))
+	}
+	for _, l := range st.Listeners {
+		queue := ""
+		if l.AcceptQueue != nil && l.AcceptQueueLimit != nil {
+			queue = fmt.Sprintf(", %d of %d in the accept queue", *l.AcceptQueue, *l.AcceptQueueLimit)
+		}
+		row("listening", "%s%s", l.Address, queue)
+	}
+	row("connections", "%d open, %d accepted", st.Connections, st.Accepted)
+	if len(st.Closed) > 0 {
+		reasons := slices.Sorted(maps.Keys(st.Closed))
+		for i, why := range reasons {
+			reasons[i] = fmt.Sprintf("%d %s", st.Closed[why], why)
+		}
+		row("closed", "%s", strings.Join(reasons, ", "))
+	}
+	row("bytes", "%s in, %s out", humanize.Bytes(st.BytesIn), humanize.Bytes(st.BytesOut))
+	row("up", "%s, started %s", seconds(st.UptimeSeconds), st.Started.Local().Format(time.DateTime))
+	row("process", "%d, version %s", st.PID, st.Version)
+	return w.Flush()
+}
+
+func describeHold(h control.Hold) string {
+	words := []string{h.ID}
+	if h.Reason != "" {
+		words = append(words, fmt.Sprintf("%q", h.Reason))
+	}
+	if h.Mode != "hold" {
+		words = append(words, "mode "+h.Mode)
+	}
+	if stood := time.Since(h.Since); stood >= time.Second {
+		words = append(words, "placed "+span(stood)+" ago")
+	}
+	if h.Expires != nil {
+		words = append(words, "expires in "+span(time.Until(*h.Expires)))
+	}
+	if h.UID != nil && h.PID != nil {
+		words = append(words, fmt.Sprintf("by uid %d, pid %d", *h.UID, *h.PID))
+	}
+	return strings.Join(words, ", ")
+}
+
+func (ctl *ctl) connsCommand() *cobra.Command {
+	var limit int
+	var minIdle time.Duration
+	cmd := &cobra.Command{
+		Use:   "conns",
+		Short: "List the open connections, oldest first",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < -1 {
+				return usagef("--limit %d: want a number, or -1 for all", limit)
+			}
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				list, err := c.Conns(ctx, limit, minIdle)
+				if err != nil {
+					return err
+				}
+				return table(out, "ID\tREMOTE\tLOCAL\tSTATE\tOPEN\tIDLE\tIN\tOUT\tNOTIFIED", func(row func(...any)) {
+					for _, c := range list.Connections {
+						row(c.ID, c.Remote, c.Local, c.State, span(time.Since(c.Opened)), seconds(c.IdleSeconds),
+							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified))
+					}
+				})
+			})
+		},
+	}
+	cmd.Flags().IntVar(&limit, "limit", -1, "list at most this `number`; -1 is all")
+	cmd.Flags().DurationVar(&minIdle, "min-idle", 0,
+		"only connections without traffic for this `time`")
+	return cmd
+}
+
+func (ctl *ctl) closedCommand() *cobra.Command {
+	var limit int
+	cmd := &cobra.Command{
+		Use:   "closed",
+		Short: "List the last closed connections and why they closed, latest first",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if limit < -1 {
+				return usagef("--limit %d: want a number, or -1 for all", limit)
+			}
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				list, err := c.Closed(ctx, limit)
+				if err != nil {
+					return err
+				}
+				return table(out, "ID\tREMOTE\tREASON\tCLOSED\tDURATION\tIN\tOUT\tNOTIFIED", func(row func(...any)) {
+					for _, c := range list.Connections {
+						row(c.ID, c.Remote, c.Reason, c.Closed.Local().Format(time.TimeOnly), seconds(c.DurationSeconds),
+							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified))
+					}
+				})
+			})
+		},
+	}
+	cmd.Flags().IntVar(&limit, "limit", 20,
+		"list at most this `number`; -1 is all that the server remembers,\nup to 1024")
+	return cmd
+}
+
+func yesNo(yes bool) string {
+	if yes {
+		return "yes"
+	}
+	return "no"
+}
+
+func (ctl *ctl) eventsCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "events",
+		Short: "Print events as they happen, until interrupted",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				for e, err := range c.Events(ctx) {
+					if err != nil {
+						return err
+					}
+					if _, err := fmt.Fprintln(out, describeEvent(e)); err != nil {
+						return fmt.Errorf("writing events: %w", err)
+					}
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func describeEvent(e control.Event) string {
+	what := e.Type
+	switch {
+	case e.Conn != nil:
+		what = fmt.Sprintf("opened    conn %d from %s", e.Conn.ID, e.Conn.Remote)
+	case e.Closed != nil:
+		what = fmt.Sprintf("closed    conn %d from %s: %s, %s in, %s out", e.Closed.ID, e.Closed.Remote, e.Closed.Reason,
+			humanize.Bytes(e.Closed.BytesIn), humanize.Bytes(e.Closed.BytesOut))
+	case e.Hold != nil && e.Cause != "":
+		what = fmt.Sprintf("released  %s: %s", e.Hold.ID, e.Cause)
+	case e.Hold != nil:
+		what = "hold      " + describeHold(*e.Hold)
+	case e.State != "":
+		what = "state     " + e.State
+	case e.Missed > 0:
+		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", count(e.Missed, "event"))
+	}
+	return e.Time.Local().Format("15:04:05.000") + "  " + what
+}
+
+func (ctl *ctl) waitCommand() *cobra.Command {
+	var (
+		state       string
+		connections int
+		timeout     time.Duration
+	)
+	cmd := &cobra.Command{
+		Use:   "wait",
+		Short: "Wait for a state or a number of open connections",
+		Args:  takes(cobra.NoArgs),
+		Example: `  echod ctl wait --state running --timeout 10s
+  echod ctl wait --connections 0`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			req := control.WaitRequest{State: state}
+			if cmd.Flags().Changed("connections") {
+				req.Connections = &connections
+			}
+			if cmd.Flags().Changed("timeout") {
+				req.Timeout = &timeout
+			}
+			if req.State == "" && req.Connections == nil {
+				return usagef("nothing to wait for: want --state, --connections or both")
+			}
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				seen, err := c.Wait(ctx, req)
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(out, "%s with %s\n", seen.State, count(seen.Connections, "connection"))
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringVar(&state, "state", "",
+		"`state` to wait for: running, paused, draining or stopped")
+	cmd.Flags().IntVar(&connections, "connections", 0, "exactly this `number` of open connections")
+	cmd.Flags().DurationVar(&timeout, "timeout", 0,
+		"give up, with exit code 3, after this `time` (default: never)")
+	return cmd
+}
+
+func (ctl *ctl) resumeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "resume [HOLD...]",
+		Short: "Release all holds, or the named ones",
+		RunE: func(cmd *cobra.Command, holds []string) error {
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				if len(holds) == 0 {
+					change, err := c.Resume(ctx)
+					if err != nil {
+						return err
+					}
+					if !change.Changed {
+						_, err = fmt.Fprintf(out, "nothing to resume: the server is %s\n", change.State)
+						return err
+					}
+					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", count(*change.Released, "hold"), change.State)
+					return err
+				}
+				for _, id := range holds {
+					change, err := c.ReleaseHold(ctx, id)
+					if err != nil {
+						return err
+					}
+					fmt.Fprintf(out, "released %s: the server is %s\n", id, change.State)
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func (ctl *ctl) killCommand() *cobra.Command {
+	var all bool
+	var minIdle time.Duration
+	cmd := &cobra.Command{
+		Use:   "kill ID... | --min-idle TIME | --all",
+		Short: "Close connections, after writing back what was read",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			idle := cmd.Flags().Changed("min-idle")
+			ways := 0
+			for _, given := range []bool{len(args) > 0, idle, all} {
+				if given {
+					ways++
+				}
+			}
+			if ways != 1 {
+				return usagef("want exactly one of: connection ids, --min-idle or --all")
+			}
+			ids := make([]uint64, len(args))
+			for i, arg := range args {
+				id, err := strconv.ParseUint(arg, 10, 64)
+				if err != nil {
+					return usagef("%q is not a connection id: see 'echod ctl conns'", arg)
+				}
+				ids[i] = id
+			}
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				switch {
+				case all:
+					change, err := c.KillAll(ctx)
+					return printKilled(out, change, err)
+				case idle:
+					change, err := c.KillIdle(ctx, minIdle)
+					return printKilled(out, change, err)
+				}
+				var errs []error
+				for _, id := range ids {
+					_, err := c.Kill(ctx, id)
+					if err == nil {
+						fmt.Fprintf(out, "killed connection %d\n", id)
+					}
+					errs = append(errs, err)
+				}
+				return errors.Join(errs...)
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "every connection")
+	cmd.Flags().DurationVar(&minIdle, "min-idle", 0, "connections without traffic for this `time`")
+	return cmd
+}
+
+func printKilled(out io.Writer, change control.Change, err error) error {
+	if err == nil {
+		_, err = fmt.Fprintf(out, "killed %s\n", count(*change.Killed, "connection"))
+	}
+	return err
+}
+
+func (ctl *ctl) notifyCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:     "notify TEXT...",
+		Short:   "Send the line 'NOTICE TEXT' to every client",
+		Args:    takes(cobra.MinimumNArgs(1)),
+		Example: `  echod ctl notify maintenance at noon`,
+		RunE: func(cmd *cobra.Command, words []string) error {
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				n, err := c.Notify(ctx, strings.Join(words, " "))
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(out, "sent to %s, %d failed\n", count(n.Sent, "client"), n.Failed)
+				return err
+			})
+		},
+	}
+}
+
+func (ctl *ctl) shutdownCommand() *cobra.Command {
+	var req control.ShutdownRequest
+	var grace time.Duration
+	cmd := &cobra.Command{
+		Use:   "shutdown",
+		Short: "Start the drain, shorten it, or close everything now",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("grace") {
+				if req.Now {
+					return usagef("--now and --grace exclude each other")
+				}
+				req.Grace = &grace
+			}
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				change, err := c.Shutdown(ctx, req)
+				if err != nil {
+					return err
+				}
+				left := "no time left"
+				if change.Drain != nil {
+					left = span(max(0, time.Until(change.Drain.Deadline))) + " left"
+				}
+				if !change.Changed {
+					left += ", unchanged: a drain can only be shortened"
+				}
+				_, err = fmt.Fprintf(out, "%s, %s\n", change.State, left)
+				return err
+			})
+		},
+	}
+	cmd.Flags().DurationVar(&grace, "grace", 0,
+		"`time` that clients have to finish (default: the server's --grace)")
+	cmd.Flags().StringVar(&req.Reason, "reason", "",
+		"`text` for the notice that clients get (default: control)")
+	cmd.Flags().BoolVar(&req.Now, "now", false, "close everything now")
+	return cmd
+}
+
+// table prints rows in columns.
 func table(out io.Writer, head string, rows func(row func(cells ...any))) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, head)
@@ -77,7 +452,7 @@ func table(out io.Writer, head string, rows func(row func(cells ...any))) error 
 	return w.Flush()
 }
 
-// span shows a duration to a precision that a person can read.
+// span formats a duration for people.
 func span(d time.Duration) string {
 	switch {
 	case d < time.Second:

@@ -8,17 +8,19 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
-	"os/signal"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"echod/control"
+	"echod/internal/bulk"
 )
 
-// What shells exit with when a command cannot be run, or is not there (POSIX, 2.8.2).
+// Exit codes of 'pause -- COMMAND'. Shells use the last two for a command that cannot be run or is not found
+// (POSIX, 2.8.2), and timeout(1) the first one for a failure of its own.
 const (
+	exitPauseEnded    = 125
 	exitNotExecutable = 126
 	exitNotFound      = 127
 )
@@ -27,15 +29,17 @@ func (ctl *ctl) pauseCommand() *cobra.Command {
 	var req control.PauseRequest
 	cmd := &cobra.Command{
 		Use:   "pause [-- COMMAND [ARG...]]",
-		Short: "Admit nobody new, until resumed or while COMMAND runs",
-		Long: `Admit nobody new. Clients that are being served notice nothing.
+		Short: "Stop accepting new clients, until resumed or while COMMAND runs",
+		Long: `Stop accepting new clients. Existing connections are not affected.
 
-Without a command the pause lasts until 'echod ctl resume', or for --ttl. With one it
-lasts while the command runs, whatever becomes of it or of echod ctl, and the exit code
-is the command's.
+Without a command the pause lasts until 'echod ctl resume', or for --ttl. With a command
+it ends when the command does, and the exit code is the command's. If the pause ends
+before the command (by a resume, --ttl or a restart of the server), the command keeps
+running, and the exit code is 125 if it succeeds. If echod ctl itself is killed, the pause
+ends and the command keeps running without it.
 
-Mode hold leaves new clients in the kernel's queue, to be served on resume; mode reject
-tells them PAUSED and closes.`,
+Mode hold leaves new clients in the accept queue and serves them on resume. Mode reject
+sends them PAUSED and closes.`,
 		Example: `  echod ctl pause --reason backup --ttl 10m
   echod ctl pause --reason backup -- /usr/local/bin/backup --full`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -46,10 +50,10 @@ tells them PAUSED and closes.`,
 		},
 		RunE: func(cmd *cobra.Command, command []string) error {
 			if cmd.Flags().Changed("ttl") && req.TTL <= 0 {
-				return usagef("--ttl %s: a pause of no time makes no sense", req.TTL)
+				return usagef("--ttl %s: must be positive", req.TTL)
 			}
 			if len(command) > 0 && ctl.json {
-				return usagef("--json does not go with a command, whose output it would be mixed up with")
+				return usagef("--json cannot be used with a command: the outputs would mix")
 			}
 			if len(command) > 0 {
 				return ctl.pauseWhile(cmd, req, command)
@@ -64,16 +68,17 @@ tells them PAUSED and closes.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&req.Reason, "reason", "", "`text` that says why")
-	cmd.Flags().DurationVar(&req.TTL, "ttl", 0, "resume by itself after this `time` (default: never)")
-	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode`: hold or reject new clients")
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "`text` for operators")
+	cmd.Flags().DurationVar(&req.TTL, "ttl", 0,
+		"resume automatically after this `time` (default: never)")
+	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
 	return cmd
 }
 
-// pauseWhile runs command while the server is paused. The hold is tied to this process's connection, so
-// that it goes however this process ends.
+// pauseWhile runs command while the server is paused. The hold is tied to this process's connection: the
+// server releases it however this process ends.
 func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command []string) error {
-	c, err := controlClient(ctl.path)
+	c, err := controlClient(ctl.path, cmd.ErrOrStderr())
 	if err != nil {
 		return err
 	}
@@ -87,12 +92,17 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 
 	child := exec.Command(command[0], command[1:]...)
 	child.Stdin, child.Stdout, child.Stderr = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
+	ended := false
 	code, err := runChild(child, lease, func() {
-		fmt.Fprintf(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s\n", lease.Why())
+		ended = true
+		fmt.Fprintf(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s\n", bulk.Printable(fmt.Sprint(lease.Why())))
 	})
 	releaseLease(ctx, c, lease)
 	if err != nil {
 		return &exitError{code, fmt.Errorf("running %s: %w", command[0], err)}
+	}
+	if code == 0 && ended {
+		code = exitPauseEnded
 	}
 	if code != 0 {
 		return &exitError{code: code}
@@ -100,8 +110,8 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 	return nil
 }
 
-// releaseLease resumes before this process says that it is done. Where that cannot be said to the server any more,
-// it knows by the connection's end.
+// releaseLease releases the hold before this process exits. If the server does not answer, the end of the
+// connection releases it.
 func releaseLease(ctx context.Context, c *control.Client, lease *control.Lease) {
 	select {
 	case <-lease.Ended():
@@ -112,18 +122,18 @@ func releaseLease(ctx context.Context, c *control.Client, lease *control.Lease) 
 	}
 }
 
-// runChild runs child to its end, passes on the signals that a terminal does not send it itself, and
-// returns its exit code as a shell would. early is called when the lease ends first.
+// runChild runs child until it exits, and returns its exit code as a shell would. It relays the signals that
+// a terminal does not send to the child itself. It calls early if the lease ends first.
 func runChild(child *exec.Cmd, lease *control.Lease, early func()) (code int, err error) {
 	signals := make(chan os.Signal, 16)
-	// Caught until this process ends: a signal that a terminal sends to both may reach this one when the command has
-	// ended already, and the hold is to be released and the command's exit code passed on all the same.
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
+	// These stay caught until this process exits. A terminal sends SIGINT to both processes; it may arrive here
+	// after the child has exited, and must not keep this process from releasing the hold.
+	notifySignals(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
 	if err := child.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
 			return exitNotFound, errors.New("command not found")
 		}
-		return exitNotExecutable, plainPath(err)
+		return exitNotExecutable, withoutPath(err)
 	}
 	done := make(chan error, 1)
 	go func() { done <- child.Wait() }()
@@ -131,19 +141,24 @@ func runChild(child *exec.Cmd, lease *control.Lease, early func()) (code int, er
 	for {
 		select {
 		case err := <-done:
+			select {
+			case <-ended:
+				early()
+			default:
+			}
 			return exitCode(child.ProcessState, err)
 		case <-ended:
 			early()
 			ended = nil
 		case sig := <-signals:
 			if sig == syscall.SIGTERM || sig == syscall.SIGHUP {
-				_ = child.Process.Signal(sig) // it may just have ended
+				_ = child.Process.Signal(sig) // the child may just have exited
 			}
 		}
 	}
 }
 
-func plainPath(err error) error {
+func withoutPath(err error) error {
 	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err
 	}

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -19,11 +22,11 @@ const (
 	exitUsage       = 2
 	exitUnreachable = 2  // ctl
 	exitTimeout     = 3  // ctl wait
-	exitUsageCtl    = 64 // ctl, where 2 is taken: EX_USAGE of sysexits.h
+	exitUsageCtl    = 64 // ctl, where 2 has another meaning: EX_USAGE of sysexits.h
 	exitSignal      = 128
 )
 
-// exitError ends the process with a code. Without an error it does so in silence, since all has been said.
+// exitError ends the process with an exit code. With a nil err nothing is printed.
 type exitError struct {
 	code int
 	err  error
@@ -38,12 +41,22 @@ func (e *exitError) Error() string {
 
 func (e *exitError) Unwrap() error { return e.err }
 
-// usageError says that the command line made no sense.
+// usageError is an error in the command line.
 type usageError struct{ error }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
-// report says err on stderr, and returns the exit code for it.
+// takes turns the errors of check into usage errors.
+func takes(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{err}
+		}
+		return nil
+	}
+}
+
+// report prints err to stderr and returns its exit code.
 func report(cmd *cobra.Command, err error) int {
 	if err == nil {
 		return 0
@@ -52,13 +65,19 @@ func report(cmd *cobra.Command, err error) int {
 	if isExit && exit.err == nil {
 		return exit.code
 	}
-	lines := strings.Split(err.Error(), "\n")
-	for i, line := range lines {
-		lines[i] = bulk.Printable(line)
+	// The journal takes a line without a prefix for an informational one.
+	prefix := ""
+	if stderrIsJournal() {
+		prefix = fmt.Sprintf("<%d>", journalError)
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "echod: %s\n", strings.Join(lines, "\n"))
+	for i, line := range strings.Split(err.Error(), "\n") {
+		if i == 0 {
+			line = "echod: " + line
+		}
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s%s\n", prefix, bulk.Printable(line))
+	}
 	if _, ok := errors.AsType[usageError](err); ok {
-		fmt.Fprintf(cmd.ErrOrStderr(), "Try '%s --help'.\n", cmd.CommandPath())
+		fmt.Fprintf(cmd.ErrOrStderr(), "%sTry '%s --help'.\n", prefix, cmd.CommandPath())
 		if strings.HasPrefix(cmd.CommandPath(), "echod ctl") {
 			return exitUsageCtl
 		}
@@ -76,7 +95,7 @@ func report(cmd *cobra.Command, err error) int {
 	return exitFailed
 }
 
-// signalNumber is what a shell adds to 128 for a process that sig has ended.
+// signalNumber returns what a shell adds to 128 for a process that sig has ended.
 func signalNumber(sig os.Signal) int {
 	if n, ok := sig.(syscall.Signal); ok {
 		return int(n)
@@ -84,12 +103,55 @@ func signalNumber(sig os.Signal) int {
 	return 0
 }
 
-// takes makes cobra's complaints about arguments usage errors.
-func takes(check cobra.PositionalArgs) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if err := check(cmd, args); err != nil {
-			return usageError{err}
+// notifySignals relays signals to c, except those that were ignored when the process started: nohup
+// ignores SIGHUP, and a shell without job control ignores SIGINT for its background jobs. At least one
+// of the signals must not be ignored.
+func notifySignals(c chan<- os.Signal, signals ...os.Signal) {
+	wanted := make([]os.Signal, 0, len(signals))
+	for _, sig := range signals {
+		if !signal.Ignored(sig) {
+			wanted = append(wanted, sig)
 		}
-		return nil
 	}
+	if len(wanted) > 0 { // without a signal, Notify relays all of them
+		signal.Notify(c, wanted...)
+	}
+}
+
+// onInterrupt calls f for each SIGINT, SIGTERM and one of the other signals that arrives, with the exit
+// code for it, until end is called. end waits for a call of f.
+func onInterrupt(f func(*exitError), others ...os.Signal) (end func()) {
+	signals := make(chan os.Signal, 2)
+	notifySignals(signals, append(others, os.Interrupt, syscall.SIGTERM)...)
+	done := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		for {
+			select {
+			case sig := <-signals:
+				f(&exitError{exitSignal + signalNumber(sig), errors.New("interrupted")})
+			case <-done:
+				return
+			}
+		}
+	})
+	return func() {
+		signal.Stop(signals)
+		close(done)
+		watching.Wait()
+	}
+}
+
+// interruptible calls f with a context that SIGINT, SIGTERM and the other signals cancel. If f then
+// returns an error, interruptible returns one with the exit code of a process that the signal has ended.
+func interruptible(ctx context.Context, f func(context.Context) error, others ...os.Signal) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(context.Canceled)
+	end := onInterrupt(func(e *exitError) { cancel(e) }, others...)
+	err := f(ctx)
+	end()
+	if interrupted, ok := errors.AsType[*exitError](context.Cause(ctx)); ok && err != nil {
+		return interrupted
+	}
+	return err
 }

@@ -11,22 +11,23 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
 )
 
-// generators are the commands that only a build for making packages has.
-func generators() []*cobra.Command {
-	return []*cobra.Command{{
+// gendocs is part of builds with the tag gendocs only: package doc adds a megabyte to the binary.
+func init() {
+	buildCommands = append(buildCommands, &cobra.Command{
 		Use:    "gendocs DIRECTORY",
 		Short:  "Write man pages and shell completions",
 		Hidden: true,
 		Args:   takes(cobra.ExactArgs(1)),
 		RunE:   func(cmd *cobra.Command, args []string) error { return generate(cmd.Root(), args[0]) },
-	}}
+	})
 }
 
-// generate writes man pages to man/, and completions as the shells want them named.
+// generate writes the man pages to dir/man, and the completions under the names that the shells expect.
 func generate(root *cobra.Command, dir string) error {
-	// The same source makes the same pages, whenever that is.
+	// A fixed date makes the same source produce the same pages.
 	seconds, err := strconv.ParseInt(os.Getenv("SOURCE_DATE_EPOCH"), 10, 64)
 	if err != nil {
 		return fmt.Errorf("SOURCE_DATE_EPOCH: %w", err)
@@ -36,7 +37,14 @@ func generate(root *cobra.Command, dir string) error {
 	if err := os.MkdirAll(man, 0o755); err != nil {
 		return err
 	}
-	if err := writeMan(root, man, date); err != nil {
+	root.DisableAutoGenTag = true
+	for _, cmd := range root.Commands() {
+		if cmd.Name() == "completion" {
+			cmd.Hidden = true // no pages for it
+		}
+	}
+	header := &doc.GenManHeader{Section: "1", Date: &date, Source: "echod " + version, Manual: "User Commands"}
+	if err := doc.GenManTree(root, header, man); err != nil {
 		return fmt.Errorf("writing man pages: %w", err)
 	}
 	for name, write := range map[string]func(io.Writer) error{
@@ -57,14 +65,4 @@ func generate(root *cobra.Command, dir string) error {
 		}
 	}
 	return nil
-}
-
-// writeMan writes the page of a command and of those below it.
-func writeMan(cmd *cobra.Command, dir string, date time.Time) error {
-	for _, below := range documented(cmd) {
-		if err := writeMan(below, dir, date); err != nil {
-			return err
-		}
-	}
-	return os.WriteFile(filepath.Join(dir, pageName(cmd)+".1"), manPage(cmd, date), 0o644)
 }

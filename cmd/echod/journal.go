@@ -1,54 +1,42 @@
 package main
 
 import (
-	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net"
-	"os"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/journal"
 	"go.uber.org/zap/buffer"
 	"go.uber.org/zap/zapcore"
 )
 
-// journalSocket takes entries with fields, see systemd's "Native Journal Protocol".
-const journalSocket = "/run/systemd/journal/socket"
-
-// underJournal reports whether stderr leads to systemd's journal, as systemd.exec(5) says that $JOURNAL_STREAM
-// tells.
-func underJournal() bool {
-	info, err := os.Stderr.Stat()
-	return err == nil && os.Getenv("JOURNAL_STREAM") == deviceAndInode(info)
+// stderrIsJournal reports whether stderr is connected to the systemd journal.
+func stderrIsJournal() bool {
+	is, err := journal.StderrIsJournalStream()
+	return err == nil && is // an error means a malformed $JOURNAL_STREAM
 }
 
-// openJournal opens the way for entries with fields, if there is one.
-func openJournal(socket string) (journalWriter, error) {
-	to := &net.UnixAddr{Name: socket, Net: "unixgram"}
-	there, err := net.DialUnix("unixgram", nil, to)
-	if err != nil {
-		return journalWriter{}, err
-	}
-	_ = there.Close()
-	from, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
-	return journalWriter{from, to}, err
+// journalEnabled reports whether the journal's socket accepts entries with fields.
+func journalEnabled() bool { return journal.Enabled() }
+
+const journalError = int(journal.PriErr)
+
+var priorities = map[zapcore.Level]journal.Priority{
+	zapcore.DebugLevel: journal.PriDebug, zapcore.InfoLevel: journal.PriInfo, zapcore.WarnLevel: journal.PriWarning,
+	zapcore.ErrorLevel: journal.PriErr, zapcore.DPanicLevel: journal.PriCrit, zapcore.PanicLevel: journal.PriCrit, zapcore.FatalLevel: journal.PriCrit,
 }
 
-// priorities are syslog's, as sd-daemon(3) has them.
-var priorities = map[zapcore.Level]int{
-	zapcore.DebugLevel: 7, zapcore.InfoLevel: 6, zapcore.WarnLevel: 4, zapcore.ErrorLevel: 3,
-	zapcore.DPanicLevel: 2, zapcore.PanicLevel: 2, zapcore.FatalLevel: 2,
-}
+// priorityEncoder prefixes each line with its priority, as sd-daemon(3) describes it.
+type priorityEncoder struct{ zapcore.Encoder }
 
-// prioritized puts before each line what tells the journal its level.
-type prioritized struct{ zapcore.Encoder }
+var buffers = buffer.NewPool()
 
-func (e prioritized) Clone() zapcore.Encoder { return prioritized{e.Encoder.Clone()} }
+func (e priorityEncoder) Clone() zapcore.Encoder { return priorityEncoder{e.Encoder.Clone()} }
 
-func (e prioritized) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*buffer.Buffer, error) {
+func (e priorityEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*buffer.Buffer, error) {
 	line, err := e.Encoder.EncodeEntry(entry, fields)
 	if err != nil {
 		return nil, err
@@ -60,68 +48,68 @@ func (e prioritized) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*
 	return prefixed, nil
 }
 
-var buffers = buffer.NewPool()
+// sendFunc sends an entry to the journal, like journal.Send.
+type sendFunc func(message string, priority journal.Priority, vars map[string]string) error
 
-// journalEncoder writes entries for the journal: each field becomes one of the journal's own, so that
-// journalctl CONN=17 finds it.
-type journalEncoder struct{ *zapcore.MapObjectEncoder }
-
-func newJournalEncoder() journalEncoder { return journalEncoder{zapcore.NewMapObjectEncoder()} }
-
-// Clone is zapcore.Encoder's.
-func (e journalEncoder) Clone() zapcore.Encoder {
-	clone := newJournalEncoder()
-	maps.Copy(clone.Fields, e.Fields)
-	return clone
+// sendToJournal can block while the journal's queue is full.
+func sendToJournal(message string, priority journal.Priority, vars map[string]string) error {
+	return journal.Send(message, priority, vars)
 }
 
-// EncodeEntry is zapcore.Encoder's.
-func (e journalEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*buffer.Buffer, error) {
-	all := e.Clone().(journalEncoder)
-	for _, f := range fields {
-		f.AddTo(all)
+// queued returns a sendFunc that leaves the sending to the sink.
+func (s *logSink) queued(send sendFunc) sendFunc {
+	return func(message string, priority journal.Priority, vars map[string]string) error {
+		s.put(func() error { return send(message, priority, vars) })
+		return nil
 	}
-	out := buffers.Get()
-	appendField(out, "SYSLOG_IDENTIFIER", "echod")
-	appendField(out, "PRIORITY", fmt.Sprint(priorities[entry.Level]))
-	names := make([]string, 0, len(all.Fields))
+}
+
+// journalCore logs to the journal. Each field of an entry becomes a field of the journal's, so that
+// journalctl CONN=17 finds it.
+type journalCore struct {
+	zapcore.LevelEnabler
+	with []zapcore.Field
+	send sendFunc
+}
+
+func (c journalCore) With(fields []zapcore.Field) zapcore.Core {
+	c.with = append(c.with[:len(c.with):len(c.with)], fields...)
+	return c
+}
+
+func (c journalCore) Check(entry zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(entry.Level) {
+		return ce.AddCore(entry, c)
+	}
+	return ce
+}
+
+func (c journalCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
+	values := zapcore.NewMapObjectEncoder()
+	for _, list := range [][]zapcore.Field{c.with, fields} {
+		for _, f := range list {
+			f.AddTo(values)
+		}
+	}
+	vars := map[string]string{"SYSLOG_IDENTIFIER": "echod"}
 	var message strings.Builder
 	message.WriteString(entry.Message)
-	for name := range all.Fields {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		value := journalValue(all.Fields[name])
-		appendField(out, journalName(name), value)
+	for _, name := range slices.Sorted(maps.Keys(values.Fields)) {
+		value := journalValue(values.Fields[name])
+		vars[journalName(name)] = value
 		message.WriteString("  " + name + "=" + quoteIfNeeded(value))
 	}
-	appendField(out, "MESSAGE", message.String())
-	return out, nil
+	return c.send(message.String(), priorities[entry.Level], vars)
 }
 
-// maxJournalValue bounds a field, so that an entry always fits into a datagram. Stacks are the longest there are.
-const maxJournalValue = 32 << 10
+func (c journalCore) Sync() error { return nil }
 
-// appendField writes one field. A value with a newline is written with its length.
-func appendField(out *buffer.Buffer, name, value string) {
-	value = value[:min(len(value), maxJournalValue)]
-	out.AppendString(name)
-	if strings.ContainsRune(value, '\n') {
-		out.AppendByte('\n')
-		_, _ = out.Write(binary.LittleEndian.AppendUint64(nil, uint64(len(value))))
-	} else {
-		out.AppendByte('=')
-	}
-	out.AppendString(value)
-	out.AppendByte('\n')
-}
-
-// journalName makes a field's name one that the journal takes. What has a meaning there already gets another.
+// journalName turns a field's name into one that the journal accepts. Names that mean something to the
+// journal get a prefix.
 func journalName(name string) string {
 	upper := strings.ToUpper(name)
 	switch upper {
-	case "PRIORITY", "MESSAGE":
+	case "PRIORITY", "MESSAGE", "SYSLOG_IDENTIFIER":
 		return "ECHOD_" + upper
 	}
 	return strings.TrimLeft(strings.Map(func(r rune) rune {
@@ -132,22 +120,29 @@ func journalName(name string) string {
 	}, upper), "_0123456789")
 }
 
-// journalValue gives a field's value as text, as the JSON log does where that is text.
+// maxJournalValue bounds a field in bytes. The longest ones are stacks.
+const maxJournalValue = 32 << 10
+
+// journalValue formats a field as text. Values that are text in the JSON log look the same here.
 func journalValue(v any) string {
+	text := ""
 	switch v := v.(type) {
 	case string:
-		return v
+		text = v
 	case []byte:
-		return string(v)
+		text = string(v)
 	case time.Duration:
-		return fmt.Sprint(v.Seconds())
+		text = fmt.Sprint(v.Seconds())
 	case time.Time:
-		return v.Format(time.RFC3339Nano)
+		text = v.Format(time.RFC3339Nano)
+	default:
+		if encoded, err := json.Marshal(v); err == nil {
+			text = string(encoded)
+		} else {
+			text = fmt.Sprint(v)
+		}
 	}
-	if text, err := json.Marshal(v); err == nil {
-		return string(text)
-	}
-	return fmt.Sprint(v)
+	return text[:min(len(text), maxJournalValue)]
 }
 
 func quoteIfNeeded(value string) string {
@@ -157,12 +152,3 @@ func quoteIfNeeded(value string) string {
 	}
 	return value
 }
-
-// journalWriter sends each write as an entry, to whoever has the journal's socket then: a journal that is started anew has another
-// one. What comes when there is none is lost, since a log never holds up the server.
-type journalWriter struct {
-	from *net.UnixConn
-	to   *net.UnixAddr
-}
-
-func (w journalWriter) Write(p []byte) (int, error) { return w.from.WriteToUnix(p, w.to) }

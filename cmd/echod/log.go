@@ -1,9 +1,12 @@
 package main
 
 import (
-	"fmt"
+	"bytes"
+	"errors"
 	"io"
 	"os"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -11,53 +14,45 @@ import (
 	"golang.org/x/term"
 )
 
-// Of lines with the same message, so many are logged in a second, and of the rest each so-maniest: a
-// flood of connections must not become a flood of writes.
+// Of the entries with the same message, the first logPerSecond of each second are logged, and of the
+// rest every logThereafter-th: a flood of connections must not become a flood of log lines.
 const (
 	logPerSecond  = 200
 	logThereafter = 100
 )
 
-// destination chooses the format where none is asked for, and where the log goes: to stderr, or to the journal by its socket.
-func destination(format, journal string) (chosen string, out io.Writer, err error) {
-	chosen = format
-	if format == "" {
-		switch {
-		case term.IsTerminal(int(os.Stderr.Fd())):
-			chosen = "console"
-		case underJournal():
-			chosen = "journal"
-		default:
-			chosen = "json"
-		}
-	}
-	if chosen != "journal" {
-		return chosen, os.Stderr, nil
-	}
-	out, err = openJournal(journal)
+// Causes for which log entries are dropped.
+const (
+	droppedBySampling = "sampling"
+	droppedBySlowness = "slow reader"
+)
+
+// chooseFormat returns the log format to use when format is empty: console on a terminal, journal when
+// stderr is connected to it, and json otherwise.
+func chooseFormat(format string) string {
 	switch {
-	case err == nil:
-		return chosen, out, nil
-	case format == "":
-		return "json", os.Stderr, nil // which the journal reads too, such as from where its socket is not to be seen
+	case format != "":
+		return format
+	case term.IsTerminal(int(os.Stderr.Fd())):
+		return "console"
+	case stderrIsJournal() && journalEnabled():
+		return "journal"
 	default:
-		return "", nil, fmt.Errorf("--log-format journal: %w", err)
+		return "json" // the journal reads it too, where its socket cannot be reached
 	}
 }
 
-// newLogger logs in format "console", "json" or "journal"; empty means console on a terminal, journal where stderr leads there,
-// and else json. The caller closes the sink.
-func newLogger(level, format string) (*zap.Logger, *logSink, error) {
-	least, err := zapcore.ParseLevel(level)
+// newLogger returns a logger that never blocks its caller, for the formats console, json and journal;
+// an empty format is chosen by what stderr is. onDropped, which may be nil, is told how many entries were
+// dropped and for which cause. The caller closes the sink.
+func newLogger(level, format string, onDropped func(cause string, entries int64)) (*zap.Logger, *logSink, error) {
+	enabled, err := zapcore.ParseLevel(level)
 	if err != nil {
 		return nil, nil, usagef("--log-level %q: want debug, info, warn or error", level)
 	}
-	format, out, err := destination(format, journalSocket)
-	if err != nil {
-		return nil, nil, err
-	}
+	sink := newLogSink(onDropped)
 	var encoder zapcore.Encoder
-	switch format {
+	switch format = chooseFormat(format); format {
 	case "json":
 		config := zap.NewProductionEncoderConfig()
 		config.TimeKey = "time"
@@ -70,22 +65,192 @@ func newLogger(level, format string) (*zap.Logger, *logSink, error) {
 		config.ConsoleSeparator = "  "
 		encoder = zapcore.NewConsoleEncoder(config)
 	case "journal":
-		encoder = newJournalEncoder()
+		if !journalEnabled() {
+			return nil, nil, errors.New("--log-format journal: cannot reach the systemd journal")
+		}
 	default:
 		return nil, nil, usagef("--log-format %q: want console, json or journal", format)
 	}
-	if format != "journal" && underJournal() {
-		encoder = prioritized{encoder}
+	if format == "journal" {
+		sink.core = journalCore{send: sendToJournal}
+		return zap.New(sampled(journalCore{LevelEnabler: enabled, send: sink.queued(sendToJournal)}, sink)), sink.start(), nil
 	}
-	sink := newLogSink(out, os.Stderr, func(lines int64) []byte {
-		line, err := encoder.Clone().EncodeEntry(
-			zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log lines dropped: their reader was too slow, or away"},
-			[]zap.Field{zap.Int64("lines", lines)})
-		if err != nil {
-			return nil
+	if stderrIsJournal() {
+		encoder = priorityEncoder{encoder}
+	}
+	sink.core = zapcore.NewCore(encoder, zapcore.AddSync(os.Stderr), zapcore.DebugLevel)
+	core := zapcore.NewCore(encoder, zapcore.AddSync(sink.writer(os.Stderr)), enabled)
+	return zap.New(sampled(core, sink)), sink.start(), nil
+}
+
+// samplingCore samples the entries of a core, except those that an operator relies on: who did what over
+// the control socket, and which clients the server cut off.
+type samplingCore struct {
+	zapcore.Core
+	sampler zapcore.Core // samples what it passes on to Core
+	all     bool         // a field added by With asks for every entry
+}
+
+func sampled(core zapcore.Core, sink *logSink) zapcore.Core {
+	count := zapcore.SamplerHook(func(_ zapcore.Entry, decision zapcore.SamplingDecision) {
+		if decision&zapcore.LogDropped != 0 {
+			sink.sampledOut()
 		}
-		return line.Bytes()
 	})
-	core := zapcore.NewCore(encoder, sink, least)
-	return zap.New(zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter)), sink, nil
+	return samplingCore{Core: core, sampler: zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter, count)}
+}
+
+func (c samplingCore) With(fields []zapcore.Field) zapcore.Core {
+	return samplingCore{c.Core.With(fields), c.sampler.With(fields), c.all || neverSampled(fields)}
+}
+
+func (c samplingCore) Check(entry zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(entry.Level) {
+		return ce.AddCore(entry, c)
+	}
+	return ce
+}
+
+func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
+	if c.all || neverSampled(fields) {
+		return c.Core.Write(entry, fields)
+	}
+	if ce := c.sampler.Check(entry, nil); ce != nil {
+		ce.Write(fields...)
+	}
+	return nil
+}
+
+// neverSampled reports whether fields belong to an audit line, which names the caller's uid, or to a
+// connection that the server cut off.
+func neverSampled(fields []zapcore.Field) bool {
+	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
+		return f.Key == "uid" || f.Key == "reason" && (f.String == "deadline" || f.String == "forced")
+	})
+}
+
+const (
+	logBacklog = 4096                   // entries that wait for a slow reader
+	logFlush   = 250 * time.Millisecond // for the reader to take them when the process ends
+	logLossGap = time.Second            // between two reports of entries dropped by sampling
+)
+
+// logSink writes the log without blocking its callers. Stderr may be a terminal that is stopped with
+// Ctrl-S, or a pipe whose reader hangs, and neither may stop the server. Entries that find the queue full
+// are dropped, and so are those that cannot be written. A log entry says how many, once the reader goes on.
+//
+// The sink's goroutine is started by start and ends with close. If stderr blocks it, it ends with the
+// process.
+type logSink struct {
+	queue      chan func() error
+	core       zapcore.Core // writes the entries about dropped entries, without the queue
+	onDropped  func(cause string, entries int64)
+	bySampling atomic.Int64
+	bySlowness atomic.Int64
+	wake       chan struct{} // sampling has dropped an entry
+	quit       chan struct{}
+	done       chan struct{}
+}
+
+func newLogSink(onDropped func(cause string, entries int64)) *logSink {
+	return &logSink{
+		queue: make(chan func() error, logBacklog), wake: make(chan struct{}, 1),
+		onDropped: onDropped, quit: make(chan struct{}), done: make(chan struct{}),
+	}
+}
+
+func (s *logSink) start() *logSink {
+	go s.run()
+	return s
+}
+
+// put queues a write. The queue never blocks.
+func (s *logSink) put(write func() error) {
+	select {
+	case s.queue <- write:
+	default:
+		s.bySlowness.Add(1)
+	}
+}
+
+// sampledOut counts an entry that sampling has dropped.
+func (s *logSink) sampledOut() {
+	s.bySampling.Add(1)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// writer returns a writer that queues what is written to out. Its Write never fails and never blocks.
+func (s *logSink) writer(out io.Writer) io.Writer { return queuedWriter{s, out} }
+
+type queuedWriter struct {
+	sink *logSink
+	out  io.Writer
+}
+
+func (w queuedWriter) Write(p []byte) (int, error) {
+	text := bytes.Clone(p)
+	w.sink.put(func() error {
+		_, err := w.out.Write(text)
+		return err
+	})
+	return len(p), nil
+}
+
+func (s *logSink) run() {
+	defer close(s.done)
+	var due <-chan time.Time
+	for {
+		select {
+		case write := <-s.queue:
+			s.write(write)
+		case <-s.wake:
+			if due == nil {
+				due = time.After(logLossGap)
+			}
+		case <-due:
+			due = nil
+			s.reportDropped(droppedBySampling, &s.bySampling)
+		case <-s.quit:
+			for len(s.queue) > 0 {
+				s.write(<-s.queue)
+			}
+			s.reportDropped(droppedBySampling, &s.bySampling)
+			return
+		}
+	}
+}
+
+func (s *logSink) write(write func() error) {
+	if write() != nil {
+		s.bySlowness.Add(1)
+	}
+	s.reportDropped(droppedBySlowness, &s.bySlowness)
+}
+
+// reportDropped logs how many entries were dropped. If that fails, the next report includes them.
+func (s *logSink) reportDropped(cause string, counter *atomic.Int64) {
+	n := counter.Swap(0)
+	if n == 0 {
+		return
+	}
+	entry := zapcore.Entry{Level: zapcore.WarnLevel, Time: time.Now(), Message: "log entries dropped"}
+	if s.core.Write(entry, []zapcore.Field{zap.String("cause", cause), zap.Int64("entries", n)}) != nil {
+		counter.Add(n)
+		return
+	}
+	if s.onDropped != nil {
+		s.onDropped(cause, n)
+	}
+}
+
+// close ends the sink once the reader has taken all entries, or after logFlush.
+func (s *logSink) close() {
+	close(s.quit)
+	select {
+	case <-s.done:
+	case <-time.After(logFlush):
+	}
 }

@@ -1,21 +1,31 @@
 // Echod is a graceful multi-client TCP echo server, the command that controls it, and a client.
 //
-// This is the only place that reads flags, the environment and signals, and that exits the process.
-// Its goroutines are the actors of the run group in serve.go, which waits for all of them, and in the
-// client commands those that the packages they use start and await.
+// Only this package reads flags, the environment and signals, and only main exits the process.
+// Each subcommand has a file of its own.
+//
+// The goroutines of serve are the actors of its run group, which waits for all of them, and the log's
+// writer. The client commands start none besides those of the packages that they use, and one that waits
+// for signals (see onInterrupt).
 package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"os"
+	"runtime"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func main() {
 	os.Exit(execute(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 
-// execute carries out one command line, and returns the exit code.
+// execute runs one command line and returns the exit code.
 func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := newRootCommand()
 	root.SetArgs(args)
@@ -24,4 +34,96 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(context.Background())
 	return report(cmd, err)
+}
+
+// buildCommands are commands that only some builds have, see gendocs.go.
+var buildCommands []*cobra.Command
+
+func newRootCommand() *cobra.Command {
+	root := newServeCommand("echod")
+	root.Short = "A graceful TCP echo server"
+	root.Long = `echod sends every TCP client its data back. You can pause and resume it while it
+runs (echod ctl). When it stops, it first notifies every client and gives them time
+to finish.
+
+Without a command it serves, like 'echod serve'. To try it:
+
+  echod                        start the server; then, in another terminal:
+  nc 127.0.0.1 9999            connect a client
+  echod ctl status             show the server's state
+  echod top                    watch the server
+  echod ctl pause -- COMMAND   accept no new clients while COMMAND runs
+
+` + serveHelp
+	root.Args = func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		err := fmt.Errorf("unknown command %q", args[0])
+		if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
+			err = fmt.Errorf("%w: did you mean %s?", err, strings.Join(near, " or "))
+		}
+		return usageError{err}
+	}
+	root.SilenceErrors = true
+	root.SilenceUsage = true
+	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
+		text, _, _ := strings.Cut(err.Error(), ": strconv.") // strconv's part repeats the value
+		return usageError{errors.New(text)}
+	})
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd) }
+	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newTopCommand())
+	root.AddCommand(newSendCommand(), newLoadCommand(), newPingCommand(), newVersionCommand())
+	root.AddCommand(buildCommands...)
+	return root
+}
+
+// variable returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
+// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the
+// server's environment, and must not take its settings for theirs.
+func variable(cmd *cobra.Command, flag string) string {
+	path := strings.Fields(cmd.CommandPath())
+	name := "echod-"
+	if len(path) > 1 && path[1] != "serve" {
+		name += path[1] + "-"
+	}
+	return strings.ToUpper(strings.ReplaceAll(name+flag, "-", "_"))
+}
+
+// setFromEnvironment sets each flag that was not given from its environment variable, if that is not
+// empty. For a flag that may be repeated the variable holds a comma-separated list.
+func setFromEnvironment(cmd *cobra.Command) error {
+	var err error
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		name := variable(cmd, f.Name)
+		value := os.Getenv(name)
+		if err != nil || f.Changed || value == "" || f.Name == "help" {
+			return
+		}
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			err = list.Replace(strings.Split(value, ","))
+			f.Changed = true // Replace does not set it
+		} else if cmd.Flags().Set(f.Name, value) != nil {
+			err = fmt.Errorf("invalid value for --%s", f.Name)
+		}
+		if err != nil {
+			err = usagef("environment variable %s=%q: %w", name, value, err)
+		}
+	})
+	return err
+}
+
+// version is set by the linker.
+var version = "devel"
+
+func newVersionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version",
+		Args:  takes(cobra.NoArgs),
+		Run: func(cmd *cobra.Command, _ []string) {
+			fmt.Fprintf(cmd.OutOrStdout(), "echod %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+		},
+	}
 }

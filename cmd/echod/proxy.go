@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -17,8 +18,14 @@ import (
 	"echod/server"
 )
 
-// parseTrusted reads the ranges of addresses that a PROXY header is expected from. They are compared with addresses that are neither
-// mapped nor have a zone.
+func init() {
+	// nginx writes IPv4 addresses into TCP6 headers when a client and the server differ in family.
+	proxyproto.V1AcceptIPv4InTCP6 = true
+	// A bound protects from senders that are not trusted; these here are, and have a time limit.
+	proxyproto.MaxV2HeaderSize = math.MaxUint16
+}
+
+// parseTrusted parses the address ranges of proxies. An IPv4-mapped range becomes an IPv4 range.
 func parseTrusted(ranges []string) (trusted []netip.Prefix, err error) {
 	for _, text := range ranges {
 		prefix, err := parseRange(strings.TrimSpace(text))
@@ -38,24 +45,24 @@ func parseRange(text string) (netip.Prefix, error) {
 	case err == nil:
 		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
 	case !strings.Contains(text, "/"):
-		return netip.Prefix{}, errors.New("it is neither")
+		return netip.Prefix{}, errNoRange
 	}
 	prefix, err := netip.ParsePrefix(text)
-	const mapped = 96 // bits before an IPv4 address in IPv6
+	const mapped = 96 // bits before the IPv4 address in an IPv4-mapped one
 	switch {
 	case err != nil:
-		return netip.Prefix{}, errors.New("it is neither")
+		return netip.Prefix{}, errNoRange
 	case !prefix.Addr().Is4In6():
 		return prefix, nil
 	case prefix.Bits() < mapped:
-		return netip.Prefix{}, errors.New("it reaches beyond the IPv4 addresses")
+		return netip.Prefix{}, errors.New("it covers more than the IPv4-mapped addresses")
 	default:
 		return netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-mapped), nil
 	}
 }
 
-// proxied reads the PROXY header, of version 1 or 2, of connections that come from a trusted address. What others
-// send is theirs, whatever it looks like.
+// proxied reads the PROXY header, version 1 or 2, of connections from trusted addresses. On other
+// connections everything is data.
 func proxied(trusted []netip.Prefix) server.Identify {
 	return func(nc net.Conn) (*net.TCPAddr, error) {
 		from, err := netip.ParseAddrPort(nc.RemoteAddr().String())
@@ -64,55 +71,55 @@ func proxied(trusted []netip.Prefix) server.Identify {
 		}
 		raw, err := readProxyHeader(nc)
 		if errors.Is(err, io.ErrUnexpectedEOF) {
-			err = errCut
+			err = errTruncated
 		}
 		if err != nil {
 			return nil, fmt.Errorf("reading the PROXY header: %w", err)
 		}
 		if isV2(raw) && raw[familyV2]>>4 == unspecified {
-			return nil, nil // the proxy cannot say, such as for a client of a family of its own
+			return nil, nil // the proxy does not know the client's address
 		}
 		header, err := proxyproto.Read(bufio.NewReader(bytes.NewReader(raw)))
 		if err != nil {
 			return nil, fmt.Errorf("reading the PROXY header %.40q: %w", raw, err)
 		}
 		if header.Command.IsLocal() {
-			return nil, nil // the proxy's own connection, such as a health check
+			return nil, nil // a connection of the proxy's own, such as a health check
 		}
-		client, _ := header.SourceAddr.(*net.TCPAddr) // nil where the proxy says that it does not know
+		client, _ := header.SourceAddr.(*net.TCPAddr) // nil if the proxy does not know it
 		return client, nil
 	}
 }
 
-// Bounds and marks of the two versions, https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt.
+// Signatures and sizes of the two versions, see https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt.
 const (
-	markV1     = "PROXY "
-	markV2     = "\r\n\r\n\x00\r\nQUIT\n"
-	longestV1  = 107
-	fixedV2    = 16
-	longestTLV = 4096 // what proxies add to an address; the protocol would allow 65,535
+	signatureV1 = "PROXY "
+	signatureV2 = "\r\n\r\n\x00\r\nQUIT\n"
+	maxV1       = 107
+	fixedV2     = 16 // before the addresses and TLVs, which are up to 65,535 bytes
 
-	familyV2    = 13 // the byte whose upper half is the family
+	familyV2    = 13 // offset of the byte whose upper half is the address family
 	unspecified = 0  // AF_UNSPEC
 )
 
 var (
-	errNoHeader = errors.New("it is none")
-	errCut      = errors.New("the connection has ended within it")
+	errNoRange   = errors.New("it is neither")
+	errNoHeader  = errors.New("not a PROXY header")
+	errTruncated = errors.New("the connection ended inside it")
 )
 
-func isV2(raw []byte) bool { return string(raw[:len(markV1)]) == markV2[:len(markV1)] }
+func isV2(raw []byte) bool { return string(raw[:len(signatureV1)]) == signatureV2[:len(signatureV1)] }
 
-// readProxyHeader reads a header, and not a byte of what follows it. The error wraps io.EOF where nothing came at all, and
-// io.ErrUnexpectedEOF where it was cut.
+// readProxyHeader reads a header and nothing of what follows it. The error wraps io.EOF if the stream ended
+// before the first byte, and io.ErrUnexpectedEOF if it ended inside the header.
 func readProxyHeader(r io.Reader) ([]byte, error) {
-	raw := make([]byte, len(markV1), fixedV2+longestTLV)
+	raw := make([]byte, len(signatureV1), maxV1)
 	if _, err := io.ReadFull(r, raw); err != nil {
 		return nil, err
 	}
 	switch {
-	case string(raw) == markV1:
-		return readToNewline(r, raw)
+	case string(raw) == signatureV1:
+		return readV1(r, raw)
 	case isV2(raw):
 		return readV2(r, raw)
 	default:
@@ -120,8 +127,9 @@ func readProxyHeader(r io.Reader) ([]byte, error) {
 	}
 }
 
-func readToNewline(r io.Reader, raw []byte) ([]byte, error) {
-	for len(raw) < longestV1 {
+// readV1 reads byte by byte: it must not take any byte after the newline.
+func readV1(r io.Reader, raw []byte) ([]byte, error) {
+	for len(raw) < maxV1 {
 		next := raw[len(raw) : len(raw)+1]
 		if err := readMore(r, next); err != nil {
 			return nil, err
@@ -131,24 +139,24 @@ func readToNewline(r io.Reader, raw []byte) ([]byte, error) {
 			return raw, nil
 		}
 	}
-	return nil, fmt.Errorf("%w: the line does not end within %d bytes", errNoHeader, longestV1)
+	return nil, fmt.Errorf("%w: no end of line within %d bytes", errNoHeader, maxV1)
 }
 
 func readV2(r io.Reader, raw []byte) ([]byte, error) {
-	begun := len(raw)
+	start := len(raw)
 	raw = raw[:fixedV2]
-	if err := readMore(r, raw[begun:]); err != nil {
+	if err := readMore(r, raw[start:]); err != nil {
 		return nil, err
 	}
 	length := int(binary.BigEndian.Uint16(raw[fixedV2-2:]))
-	if string(raw[:len(markV2)]) != markV2 || length > longestTLV {
-		return nil, fmt.Errorf("%w: it begins with %q, of %d bytes more", errNoHeader, raw[:len(markV2)], length)
+	if string(raw[:len(signatureV2)]) != signatureV2 {
+		return nil, fmt.Errorf("%w: it begins with %q", errNoHeader, raw[:len(signatureV2)])
 	}
-	raw = raw[:fixedV2+length]
+	raw = slices.Grow(raw, length)[:fixedV2+length]
 	return raw, readMore(r, raw[fixedV2:])
 }
 
-// readMore fills p with what a header that has begun goes on with.
+// readMore fills p with the next bytes of a header.
 func readMore(r io.Reader, p []byte) error {
 	_, err := io.ReadFull(r, p)
 	if errors.Is(err, io.EOF) {

@@ -20,18 +20,19 @@ import (
 	"echod/server"
 )
 
-const serveHelp = `Signals: the first SIGINT, SIGTERM or SIGQUIT, and SIGHUP, begin the drain: clients
-are told, and have --grace to finish. The second one closes everything at once;
-a second SIGQUIT writes all goroutine stacks to stderr first. SIGHUP never forces.
+const serveHelp = `Signals: the first SIGINT, SIGTERM, SIGQUIT or SIGHUP starts the drain: the server
+notifies its clients and gives them --grace to finish. A second SIGINT, SIGTERM or
+SIGQUIT closes everything at once; SIGQUIT writes all goroutine stacks to stderr first.
+SIGHUP never forces.
 
-Exit codes: 0 drained, 1 could not start or failed, 2 usage, 128+signal when forced
-by a second signal.
+Exit codes: 0 drained, 1 could not start or failed, 2 usage, 128+signal when a second
+signal forced the end.
 
-Every flag can be given as an environment variable too: --max-conns as
-ECHOD_MAX_CONNS, and so on; --listen takes a list with commas there. An empty
-variable counts as unset.`
+Each flag has an environment variable: ECHOD_MAX_CONNS for --max-conns, and so on. For
+flags that may be repeated it holds a comma-separated list. Flags take precedence. An
+empty variable counts as unset.`
 
-// serveFlags are the flags of serve, as given.
+// serveFlags holds the flags of serve, as given.
 type serveFlags struct {
 	listen        []string
 	control       string
@@ -52,15 +53,15 @@ type serveFlags struct {
 	logLevel      string
 	logFormat     string
 
-	listenGiven bool // and not the default
+	listenGiven bool // listen is not the default
 }
 
 func newServeCommand(use string) *cobra.Command {
 	var f serveFlags
 	cmd := &cobra.Command{
 		Use:   use,
-		Short: "Serve until a signal, or 'echod ctl shutdown', ends it",
-		Long: `Serve every TCP client what it sends, until a signal or 'echod ctl shutdown' ends it.
+		Short: "Run the server until a signal or 'echod ctl shutdown' stops it",
+		Long: `Run the echo server until a signal or 'echod ctl shutdown' stops it.
 
 ` + serveHelp,
 		Args: takes(cobra.NoArgs),
@@ -71,29 +72,59 @@ func newServeCommand(use string) *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.SortFlags = false
-	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"}, "`address` to serve on, such as :9999 or [::]:9999; may be\nrepeated")
-	flags.StringVar(&f.control, "control", "", "control socket's `path`, or off\n(default: what a socket unit hands over, else\n$RUNTIME_DIRECTORY/control.sock, else\n$XDG_RUNTIME_DIR/echod/control.sock, else in a private\ntemporary directory)")
-	flags.StringVar(&f.controlMode, "control-mode", "0600", "control socket's `mode`, in octal")
-	flags.StringVar(&f.controlGroup, "control-group", "", "control socket's `group`: a name or number")
-	flags.DurationVar(&f.grace, "grace", server.DefaultGrace, "`time` that clients have to finish when the server\nstops")
-	flags.DurationVar(&f.drainDelay, "drain-delay", 0, "`time` for which new clients are still served once the\nserver is to stop, before --grace begins, and it is not\nready: for load balancers to notice")
-	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0, "`time` after which a supervisor kills a server that it\nstops; one that may take longer says so at start; 0 is\nnot known")
-	flags.StringVar(&f.notice, "notice", server.DefaultNotice, "`text` sent to every client then, with {seconds}, {reason},\n{deadline} and Go escapes; sent as it is without \\n at its end;\nempty sends nothing\n(default: SHUTDOWN {seconds} {reason}\\n)")
-	flags.Lookup("notice").DefValue = "" // shown above: pflag would quote it once more
-	flags.IntVar(&f.maxConns, "max-conns", 0, "`number` of connections served at once; 0 is as many as the\nopen files limit allows")
-	flags.StringVar(&f.atLimit, "at-limit", "wait", "`action` for more clients: wait leaves them in the kernel's\nqueue, reject tells them BUSY")
-	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0, "`number` served at once from one address, more are told BUSY;\n0 is unlimited")
-	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0, "`time` without a byte after which a connection is closed;\n0 is never")
-	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout, "`time` for which a client may read nothing while data waits\nfor it; 0 is for ever")
-	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil, "`ranges` of addresses of proxies, such as 10.0.0.0/8, that\nsay who their clients are by the PROXY protocol")
-	flags.StringVar(&f.http, "http", "", "`address` of /livez, /readyz, /metrics and /v1/status, which\nchange nothing; a port alone is on 127.0.0.1")
-	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof there too")
-	flags.StringVar(&f.logLevel, "log-level", "info", "least `level` that is logged: debug, info, warn or\nerror")
-	flags.StringVar(&f.logFormat, "log-format", "", "`format` of the log: console, json or journal (default:\nconsole on a terminal, journal under systemd, else json)")
+	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"},
+		"`address` to listen on, such as [::1]:9999, or :9999 for all\naddresses; may be repeated")
+	flags.StringVar(&f.control, "control", "",
+		"`path` of the control socket, or off\n"+
+			"(default: the socket that systemd passes, else\n"+
+			"$RUNTIME_DIRECTORY/control.sock, else\n"+
+			"$XDG_RUNTIME_DIR/echod/control.sock, else a socket in a\n"+
+			"private temporary directory)")
+	flags.StringVar(&f.controlMode, "control-mode", "0600", "octal `mode` of the control socket")
+	flags.StringVar(&f.controlGroup, "control-group", "",
+		"`group` of the control socket, by name or number")
+	flags.DurationVar(&f.grace, "grace", server.DefaultGrace,
+		"`time` that clients have to finish during a drain")
+	flags.DurationVar(&f.drainDelay, "drain-delay", 0,
+		"`time` for which a stopping server is not ready but still\n"+
+			"accepts clients, before --grace begins: for load balancers")
+	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0,
+		"`time` after which the supervisor kills a stopping server; the\n"+
+			"server warns at start if a drain can take longer; 0 is unknown")
+	flags.StringVar(&f.notice, "notice", server.DefaultNotice,
+		"`text` sent to each client when the drain begins, with {seconds},\n"+
+			"{reason}, {deadline} and Go escapes; a text that does not end\n"+
+			"in \\n"+
+			" is sent exactly as it is; an empty one sends nothing\n"+
+			"(default: SHUTDOWN {seconds} {reason}\\n"+
+			")")
+	flags.Lookup("notice").DefValue = "" // pflag would quote the backslash of the default once more
+	flags.IntVar(&f.maxConns, "max-conns", 0,
+		"maximum `number` of connections served at once; 0 is as many as\nthe limit of open files allows")
+	flags.StringVar(&f.atLimit, "at-limit", "wait",
+		"`action` for clients beyond --max-conns: wait leaves them in the\n"+
+			"accept queue, reject sends them BUSY")
+	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0,
+		"maximum `number` of connections from one address; more are sent\nBUSY; 0 is unlimited")
+	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0,
+		"`time` without traffic after which a connection is closed;\n0 is never")
+	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
+		"`time` after which a client is closed that reads nothing while\ndata waits for it; 0 is never")
+	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil,
+		"address `ranges` of proxies that send a PROXY protocol header,\nsuch as 10.0.0.0/8")
+	flags.StringVar(&f.http, "http", "",
+		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
+			"read-only; a port alone is on 127.0.0.1")
+	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof on --http too")
+	flags.StringVar(&f.logLevel, "log-level", "info",
+		"lowest `level` that is logged: debug, info, warn\nor error")
+	flags.StringVar(&f.logFormat, "log-format", "",
+		"log `format`: console, json or journal (default: console on a\n"+
+			"terminal, journal under systemd, else json)")
 	return cmd
 }
 
-// options gives what the flags mean to the server.
+// options returns the server's options. All errors are usage errors.
 func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	opts := server.Options{
 		Logger: log, Grace: f.grace, MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP,
@@ -121,7 +152,7 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 			return opts, usagef("--%s %d: must not be negative", n.flag, n.value)
 		}
 	}
-	// The library's zero values mean its defaults, the flags' mean none.
+	// A zero flag means none; a zero option means the library's default.
 	if f.grace == 0 {
 		opts.Grace = -1
 	}
@@ -138,7 +169,7 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	}
 	notice, err := server.ParseNotice(f.notice)
 	if err != nil {
-		return opts, usagef("--%w", err) // it begins with: notice
+		return opts, usagef("--%w", err) // the error begins with "notice"
 	}
 	opts.Notice = notice
 	trusted, err := parseTrusted(f.proxyProtocol)
@@ -149,12 +180,12 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 		opts.Identify = proxied(trusted)
 	}
 	if f.pprof && f.http == "" {
-		return opts, usagef("--pprof: there is no --http for it to be served on")
+		return opts, usagef("--pprof: needs --http")
 	}
 	return opts, nil
 }
 
-// socketOptions gives what the flags mean to the control socket.
+// socketOptions returns the options of the control socket. All errors are usage errors.
 func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
 	mode, err := strconv.ParseUint(f.controlMode, 8, 32)
 	if err != nil || mode > 0o777 {
@@ -176,11 +207,17 @@ func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
 	return opts, nil
 }
 
-// serve runs the server to its end.
+// serve runs the server until it has stopped.
 func serve(ctx context.Context, f serveFlags) error {
-	// A log whose reader has gone must not end the server.
+	// Signals are caught before any socket opens: from the first client on, a signal starts a drain.
+	// Those that arrive before the run group starts wait in the channel.
+	caught := make(chan os.Signal, 16) // signal.Notify drops what does not fit
+	notifySignals(caught, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
+	// Logging to a pipe without a reader must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
-	log, sink, err := newLogger(f.logLevel, f.logFormat)
+
+	stats := metrics.New(version)
+	log, sink, err := newLogger(f.logLevel, f.logFormat, nil)
 	if err != nil {
 		return err
 	}
@@ -189,18 +226,17 @@ func serve(ctx context.Context, f serveFlags) error {
 	if err != nil {
 		return err
 	}
-	access, err := f.socketOptions()
+	socketOpts, err := f.socketOptions()
 	if err != nil {
 		return err
 	}
-	shown := metrics.New(version)
-	opts.OnClose = shown.OnClose
+	opts.OnClose = stats.OnClose
 	srv, err := server.New(server.Echo, opts)
 	if err != nil {
 		return err
 	}
-	shown.Watch(srv)
-	sockets, err := f.open(ctx, access, log)
+	stats.Watch(srv)
+	sockets, err := f.open(ctx, socketOpts, log)
 	if err != nil {
 		return err
 	}
@@ -210,22 +246,22 @@ func serve(ctx context.Context, f serveFlags) error {
 	var g run.Group
 	g.Add(control.ServerActor(srv, sockets.echo...))
 
-	signals := control.NewSignals(srv, notifySignals(), log, stacks{sink})
-	signals.Seen = shown.Signal
+	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
+	signals.Seen = stats.Signal
 	g.Add(signals.Actor())
 
-	planes := control.Options{Version: version, Logger: log, Metrics: shown, OnRequest: shown.Request, Pprof: f.pprof}
+	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request, Pprof: f.pprof}
 	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
-		plane := control.New(srv, planes)
+		plane := control.New(srv, planeOpts)
 		g.Add(plane.Actor(sockets.control))
 		probes = append(probes, plane.Probe)
 	}
 	if sockets.http != nil {
-		g.Add(control.NewWeb(srv, planes).Actor(sockets.http))
+		g.Add(control.NewWeb(srv, planeOpts).Actor(sockets.http))
 	}
-	if s := newSupervised(srv, log, probes...); s != nil {
-		g.Add(s.actor())
+	if n := newSDNotifier(srv, log, probes...); n != nil {
+		g.Add(n.actor())
 	}
 
 	if err := g.Run(); err != nil {
@@ -237,50 +273,38 @@ func serve(ctx context.Context, f serveFlags) error {
 	return nil
 }
 
-// lacking lists what echod cannot do on a system.
-func lacking(system string) []string {
+// warn logs what will not work as the flags and the manual suggest.
+func (f serveFlags) warn(log *zap.Logger) {
+	if missing := unsupported(runtime.GOOS); missing != nil {
+		log.Warn("not supported on this platform", zap.Strings("features", missing))
+	}
+	const end = 2 * time.Second // for the server to stop after the deadline
+	if longest := f.drainDelay + f.grace + end; f.stopTimeout > 0 && longest > f.stopTimeout {
+		then := "the supervisor kills the server during the drain"
+		if underSystemd() {
+			then = "the server asks systemd for more time"
+		}
+		log.Warn("a drain can take longer than --stop-timeout", zap.Duration("drain", longest),
+			zap.Duration("stop_timeout", f.stopTimeout), zap.String("then", then))
+	}
+}
+
+// unsupported lists the features that echod lacks on a system.
+func unsupported(system string) []string {
 	const (
-		queue   = "telling how many clients wait to be accepted"
-		resets  = "keeping new clients out of an accept queue that a drain empties"
-		callers = "telling who uses the control socket"
-		modes   = "the control socket's mode and group"
+		queue   = "the length of the accept queue"
+		filter  = "keeping new clients out of the accept queue during a drain"
+		callers = "the uid and pid of control clients"
+		modes   = "the mode and group of the control socket"
 	)
 	switch system {
 	case "linux":
 		return nil
 	case "darwin":
-		return []string{queue, resets}
+		return []string{queue, filter}
 	case "windows":
-		return []string{queue, resets, callers, modes}
+		return []string{queue, filter, callers, modes}
 	default:
-		return []string{queue, resets, callers}
-	}
-}
-
-// notifySignals registers for the signals that mean something here. One that nohup has told us to
-// ignore stays ignored.
-func notifySignals() <-chan os.Signal {
-	wanted := []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT}
-	if !signal.Ignored(syscall.SIGHUP) {
-		wanted = append(wanted, syscall.SIGHUP)
-	}
-	in := make(chan os.Signal, 16) // signal.Notify drops what does not fit
-	signal.Notify(in, wanted...)
-	return in
-}
-
-// warn says what will not be as one may expect.
-func (f serveFlags) warn(log *zap.Logger) {
-	if what := lacking(runtime.GOOS); what != nil {
-		log.Warn("not to be had on this system", zap.Strings("what", what))
-	}
-	const end = 2 * time.Second // after its deadline a drain is over
-	if takes := f.drainDelay + f.grace + end; f.stopTimeout > 0 && takes > f.stopTimeout {
-		then := "it is killed halfway"
-		if underSystemd() {
-			then = "systemd is asked for more time"
-		}
-		log.Warn("a drain may take longer than the supervisor waits", zap.Duration("drain", takes),
-			zap.Duration("stop_timeout", f.stopTimeout), zap.String("then", then))
+		return []string{queue, filter, callers}
 	}
 }

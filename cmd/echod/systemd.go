@@ -10,165 +10,133 @@ import (
 	"sync"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/zap"
 
 	"echod/server"
 )
 
-// The names under which a socket unit hands over its sockets (FileDescriptorName=).
-const (
-	echoSocket    = "echo"    // to serve on; may be several
-	controlSocket = "control" // of the control plane
-)
-
-// inherited are the sockets that systemd has opened for this process, see sd_listen_fds(3).
-type inherited struct {
-	echo    []net.Listener
-	control net.Listener // nil without one
-}
-
-// inheritSockets takes the sockets over. What their names do not explain is an error: it would be left to nobody.
-func inheritSockets() (in inherited, err error) {
-	byName, err := activation.ListenersWithNames()
-	if err != nil {
-		return in, fmt.Errorf("taking over systemd's sockets: %w", err)
-	}
-	for name, listeners := range byName {
-		for _, ln := range listeners {
-			switch {
-			case ln == nil:
-				err = fmt.Errorf("systemd's socket %q does not listen for a stream", name)
-			case name == echoSocket:
-				in.echo = append(in.echo, server.Inherited(ln))
-			case name == controlSocket && in.control == nil && ln.Addr().Network() == "unix":
-				in.control = ln
-			case name == controlSocket:
-				err = fmt.Errorf("systemd's socket %q, %s: there can be one, a Unix socket", name, ln.Addr())
-			default:
-				err = fmt.Errorf("systemd's socket %q, %s: want FileDescriptorName=%s or %s", name, ln.Addr(), echoSocket, controlSocket)
-			}
-		}
-	}
-	if err != nil {
-		in.close()
-	}
-	return in, err
-}
-
-func (in inherited) close() {
-	closeAll(in.echo)
-	if in.control != nil {
-		_ = in.control.Close()
-	}
-}
-
-// supervised tells systemd what the server does, see sd_notify(3).
-type supervised struct {
+// sdNotifier tells systemd about the server's state, see sd_notify(3).
+type sdNotifier struct {
 	srv    *server.Server
-	probes []func(context.Context) error // of the server and its control plane
+	probes []func(context.Context) error // all must succeed for the server to count as alive
 	log    *zap.Logger
-	tell   func(state string) // sd_notify
+	notify func(state string) // sd_notify
 }
 
-// statusEvery is how often the status is brought up to date.
-const statusEvery = time.Second
+// statusInterval is the time between two updates of the status.
+const statusInterval = time.Second
 
-// underSystemd says that systemd, or what takes its place, wants to be told.
+// underSystemd reports whether systemd, or a supervisor like it, waits for notifications.
 func underSystemd() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
 
-// newSupervised returns nil where nobody supervises. The server is alive while all probes say so.
-func newSupervised(srv *server.Server, log *zap.Logger, probes ...func(context.Context) error) *supervised {
+// newSDNotifier returns nil if no supervisor waits for notifications.
+func newSDNotifier(srv *server.Server, log *zap.Logger, probes ...func(context.Context) error) *sdNotifier {
 	if !underSystemd() {
 		return nil
 	}
-	return &supervised{srv: srv, probes: probes, log: log, tell: func(state string) {
-		if _, err := daemon.SdNotify(false, state); err != nil {
-			log.Warn("telling systemd", zap.String("state", state), zap.Error(err))
+	return &sdNotifier{srv: srv, probes: probes, log: log, notify: func(state string) {
+		if err := sdNotify(os.Getenv("NOTIFY_SOCKET"), state); err != nil {
+			log.Warn("notifying systemd", zap.String("state", state), zap.Error(err))
 		}
 	}}
 }
 
-var errSupervisionOver = errors.New("the server has stopped")
+// notifyTimeout bounds each notification: a supervisor that does not read must not delay the drain.
+const notifyTimeout = 100 * time.Millisecond
 
-// actor is the run.Group pair that keeps systemd informed until the server has stopped.
-func (s *supervised) actor() (execute func() error, interrupt func(error)) {
+// sdNotify sends one notification. Unlike daemon.SdNotify it does not wait for a full socket.
+func sdNotify(socket, state string) error {
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	_ = conn.SetWriteDeadline(time.Now().Add(notifyTimeout)) // it fails on closed connections only
+	_, err = conn.Write([]byte(state))
+	return err
+}
+
+var errStopped = errors.New("the server has stopped")
+
+// actor returns the run.Group pair that notifies systemd until the server has stopped.
+func (n *sdNotifier) actor() (execute func() error, interrupt func(error)) {
 	ending := make(chan struct{})
 	execute = func() error {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		var tasks sync.WaitGroup
-		tasks.Go(func() { s.announce(ctx) })
+		tasks.Go(func() { n.announce(ctx) })
 		if interval, err := daemon.SdWatchdogEnabled(false); err != nil {
-			s.log.Warn("reading systemd's watchdog interval", zap.Error(err))
+			n.log.Warn("reading systemd's watchdog interval", zap.Error(err))
 		} else if interval > 0 {
-			tasks.Go(func() { s.keepWatchdog(ctx, interval) })
+			tasks.Go(func() { n.pingWatchdog(ctx, interval) })
 		}
-		<-s.srv.Done()
-		cancel(errSupervisionOver)
+		<-n.srv.Done()
+		cancel(errStopped)
 		tasks.Wait()
-		<-ending // the group returns the first actor's error: that is not this one's
+		<-ending // the group's error is that of the first actor to return: not of this one
 		return nil
 	}
 	return execute, func(error) { close(ending) }
 }
 
-// announce says READY once the server and its control plane answer, and then what they do.
-func (s *supervised) announce(ctx context.Context) {
-	if !s.awaitReady(ctx) {
+// announce sends READY once all probes succeed, and the status and requests for time from then on.
+func (n *sdNotifier) announce(ctx context.Context) {
+	if !n.awaitReady(ctx) {
 		return
 	}
-	s.tell(daemon.SdNotifyReady)
+	n.notify(daemon.SdNotifyReady)
 	for last := ""; ctx.Err() == nil; {
-		st := s.srv.Status()
+		st := n.srv.Status()
 		if st.State >= server.Draining {
-			s.extend(st)
+			n.extendTimeout(st)
 		}
 		if line := statusLine(st); line != last {
-			s.tell("STATUS=" + line)
+			n.notify("STATUS=" + line)
 			last = line
 		}
-		s.awaitChange(ctx, st.State)
+		n.awaitChange(ctx, st.State)
 	}
 }
 
-// readyTry is how long a probe may take before the server is ready.
-const readyTry = 5 * time.Second
+// readyTimeout bounds the probes of a server that is not ready yet.
+const readyTimeout = 5 * time.Second
 
-// awaitReady waits until the server serves, and its probes say that it is alive.
-func (s *supervised) awaitReady(ctx context.Context) bool {
-	if s.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.Starting }) != nil {
+// awaitReady waits until the server is running and all probes succeed. It returns false if ctx ends first.
+func (n *sdNotifier) awaitReady(ctx context.Context) bool {
+	if n.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.Starting }) != nil {
 		return false
 	}
 	for {
-		err := s.probeFor(ctx, readyTry)
+		err := n.probe(ctx, readyTimeout)
 		switch {
 		case err == nil:
 			return true
 		case ctx.Err() != nil:
 			return false
 		}
-		s.log.Warn("not ready yet", zap.Error(err))
+		n.log.Warn("probe failed; not ready yet", zap.Error(err))
 		select {
-		case <-time.After(statusEvery):
+		case <-time.After(statusInterval):
 		case <-ctx.Done():
 			return false
 		}
 	}
 }
 
-// awaitChange waits for another state, for a while.
-func (s *supervised) awaitChange(ctx context.Context, state server.State) {
-	ctx, cancel := context.WithTimeoutCause(ctx, statusEvery, errSupervisionOver)
+// awaitChange waits until the state changes or statusInterval has passed.
+func (n *sdNotifier) awaitChange(ctx context.Context, state server.State) {
+	ctx, cancel := context.WithTimeoutCause(ctx, statusInterval, errStopped)
 	defer cancel()
-	_ = s.srv.AwaitStatus(ctx, func(now server.State, _ int) bool { return now != state })
+	_ = n.srv.AwaitStatus(ctx, func(now server.State, _ int) bool { return now != state })
 }
 
-// drainMargin is how much longer than its deadline a drain may take, with something to spare on a busy machine.
+// drainMargin is how long after its deadline a drain may end, generous for a busy machine.
 const drainMargin = 10 * time.Second
 
-// extend asks for the time that the drain still takes, whatever the unit's stop timeout is. One that is stuck gets no more.
-func (s *supervised) extend(st server.Status) {
+// extendTimeout asks systemd for the time that the drain still needs, whatever the unit's stop timeout is. A
+// drain that is stuck gets no more time.
+func (n *sdNotifier) extendTimeout(st server.Status) {
 	if st.Drain == nil || st.State == server.Stopped {
 		return
 	}
@@ -176,18 +144,18 @@ func (s *supervised) extend(st server.Status) {
 	if left <= 0 {
 		return
 	}
-	s.tell(daemon.SdNotifyStopping + "\nEXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10))
+	n.notify(daemon.SdNotifyStopping + "\nEXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10))
 }
 
-// keepWatchdog tells systemd that all is well, as long as it is. One that is wedged gets no word, and is restarted.
-func (s *supervised) keepWatchdog(ctx context.Context, interval time.Duration) {
+// pingWatchdog pings systemd's watchdog while the probes succeed. Systemd restarts a server that does not.
+func (n *sdNotifier) pingWatchdog(ctx context.Context, interval time.Duration) {
 	tick := time.NewTicker(interval / 3)
 	defer tick.Stop()
 	for ctx.Err() == nil {
-		if err := s.probeFor(ctx, interval/2); err == nil {
-			s.tell(daemon.SdNotifyWatchdog)
+		if err := n.probe(ctx, interval/2); err == nil {
+			n.notify(daemon.SdNotifyWatchdog)
 		} else if ctx.Err() == nil {
-			s.log.Error("not alive: the watchdog is not told otherwise", zap.Error(err))
+			n.log.Error("liveness check failed; not pinging the watchdog", zap.Error(err))
 		}
 		select {
 		case <-ctx.Done():
@@ -196,12 +164,12 @@ func (s *supervised) keepWatchdog(ctx context.Context, interval time.Duration) {
 	}
 }
 
-var errProbeSlow = errors.New("the probe took too long")
+var errProbeTimeout = errors.New("probe timed out")
 
-func (s *supervised) probeFor(ctx context.Context, d time.Duration) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, d, errProbeSlow)
+func (n *sdNotifier) probe(ctx context.Context, d time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, d, errProbeTimeout)
 	defer cancel()
-	for _, probe := range s.probes {
+	for _, probe := range n.probes {
 		if err := probe(ctx); err != nil {
 			return err
 		}
@@ -209,14 +177,15 @@ func (s *supervised) probeFor(ctx context.Context, d time.Duration) error {
 	return nil
 }
 
-// statusLine is what systemctl status shows.
+// statusLine returns the line that systemctl status shows.
 func statusLine(st server.Status) string {
+	connections := count(st.Connections, "connection")
 	switch {
 	case st.State == server.Paused:
-		return fmt.Sprintf("paused by %d: %d connections", len(st.Holds), st.Connections)
+		return fmt.Sprintf("paused by %s: %s", count(len(st.Holds), "hold"), connections)
 	case st.Drain != nil && st.State == server.Draining:
-		return fmt.Sprintf("draining until %s: %d connections", st.Drain.Deadline.Format(time.TimeOnly), st.Connections)
+		return fmt.Sprintf("draining until %s: %s", st.Drain.Deadline.Format(time.TimeOnly), connections)
 	default:
-		return fmt.Sprintf("%s: %d connections, %d accepted", st.State, st.Connections, st.Accepted)
+		return fmt.Sprintf("%s: %s, %d accepted", st.State, connections, st.Accepted)
 	}
 }

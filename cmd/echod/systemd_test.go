@@ -64,15 +64,15 @@ func (l fewListener) Close() error {
 func (l fewListener) Addr() net.Addr { return &net.TCPAddr{} }
 
 // supervise tells what there is to tell of srv, until the test ends.
-func supervise(t *testing.T, s *supervised, task func(context.Context)) *told {
+func supervise(t *testing.T, s *sdNotifier, task func(context.Context)) *told {
 	t.Helper()
 	var said told
-	s.tell = said.tell
+	s.notify = said.tell
 	ctx, cancel := context.WithCancelCause(context.Background())
 	var tasks sync.WaitGroup
 	tasks.Go(func() { task(ctx) })
 	t.Cleanup(func() {
-		cancel(errSupervisionOver)
+		cancel(errStopped)
 		tasks.Wait()
 	})
 	return &said
@@ -105,7 +105,7 @@ func newTestServer(t *testing.T, opts server.Options) (srv *server.Server, serve
 // probed is a probe that says what it is told to.
 type probed struct {
 	mu    sync.Mutex
-	err   error // errProbeSlow: it takes as long as it may
+	err   error // errProbeTimeout: it takes as long as it may
 	tries int
 }
 
@@ -114,7 +114,7 @@ func (p *probed) probe(ctx context.Context) error {
 	p.tries++
 	err := p.err
 	p.mu.Unlock()
-	if errors.Is(err, errProbeSlow) {
+	if errors.Is(err, errProbeTimeout) {
 		<-ctx.Done()
 		return context.Cause(ctx)
 	}
@@ -143,23 +143,23 @@ func TestReadyIsSaidOnceTheServerServesAndIsAlive(t *testing.T) {
 		srv, serve := newTestServer(t, server.Options{})
 		core, logs := observer.New(zap.WarnLevel)
 		plane := &probed{err: errors.New("not yet")}
-		s := &supervised{srv: srv, log: zap.New(core), probes: []func(context.Context) error{srv.Probe, plane.probe}}
+		s := &sdNotifier{srv: srv, log: zap.New(core), probes: []func(context.Context) error{srv.Probe, plane.probe}}
 		said := supervise(t, s, s.announce)
 		pass(time.Minute)
 		if lines := said.take(); plane.tried() > 0 || lines != nil {
 			t.Errorf("before it serves it was probed %d times, and systemd told %q", plane.tried(), lines)
 		}
 		serve()
-		pass(10*statusEvery - 1)
+		pass(10*statusInterval - 1)
 		if lines := said.take(); plane.tried() != 10 || lines != nil {
 			t.Errorf("it was probed %d times, want 10, and systemd told %q", plane.tried(), lines)
 		}
-		if n := logs.FilterMessage("not ready yet").Len(); n != 10 {
+		if n := logs.FilterMessage("probe failed; not ready yet").Len(); n != 10 {
 			t.Errorf("%d warnings, want 10", n)
 		}
 		plane.say(nil)
-		pass(statusEvery)
-		if got, want := said.take(), []string{"READY=1", "STATUS=running: 1 connections, 1 accepted"}; !slices.Equal(got, want) {
+		pass(statusInterval)
+		if got, want := said.take(), []string{"READY=1", "STATUS=running: 1 connection, 1 accepted"}; !slices.Equal(got, want) {
 			t.Errorf("systemd was told %q, want %q", got, want)
 		}
 	})
@@ -168,14 +168,14 @@ func TestReadyIsSaidOnceTheServerServesAndIsAlive(t *testing.T) {
 func TestWatchdogIsToldWhileEveryProbeSaysSo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		both := []*probed{{}, {}}
-		s := &supervised{log: zap.NewNop(), probes: []func(context.Context) error{both[0].probe, both[1].probe}}
-		said := supervise(t, s, func(ctx context.Context) { s.keepWatchdog(ctx, 6*time.Second) })
+		s := &sdNotifier{log: zap.NewNop(), probes: []func(context.Context) error{both[0].probe, both[1].probe}}
+		said := supervise(t, s, func(ctx context.Context) { s.pingWatchdog(ctx, 6*time.Second) })
 		pass(6*time.Second + 1)
 		if got := said.take(); len(got) != 4 || got[0] != "WATCHDOG=1" {
 			t.Errorf("in 6 s systemd was told %q, want WATCHDOG=1 at once and every 2 s", got)
 		}
 		for i, p := range both {
-			for _, err := range []error{errors.New("wedged"), errProbeSlow} {
+			for _, err := range []error{errors.New("wedged"), errProbeTimeout} {
 				p.say(err)
 				pass(20 * time.Second)
 				if got := said.take(); got != nil {
@@ -204,7 +204,7 @@ func TestDrainGetsTheTimeThatItTakesAndAStuckOneNoMore(t *testing.T) {
 		}))
 		srv, serve := newTestServer(t, server.Options{Logger: log, DrainDelay: 30 * time.Second})
 		serve()
-		s := &supervised{srv: srv, log: zap.NewNop()}
+		s := &sdNotifier{srv: srv, log: zap.NewNop()}
 		said := supervise(t, s, s.announce)
 		t.Cleanup(func() { close(release) })
 		pass(time.Second)

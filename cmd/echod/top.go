@@ -25,15 +25,15 @@ func newTopCommand() *cobra.Command {
 	var opts top.Options
 	cmd := &cobra.Command{
 		Use:   "top",
-		Short: "Watch a running server, and drive it by keys",
-		Long: `Watch a running server, and drive it by keys: its state, holds and drain, its rates
-over the last minute, and its connections, sorted and filtered as you like. Keys pause,
-resume, drain, and end a connection; each says first what will happen. ? lists them.
+		Short: "Watch and control a running server",
+		Long: `Watch a running server: its state, holds and drain, its rates over the last minute, and
+its connections, sorted and filtered. Keys pause, resume and drain the server and close
+connections, after a confirmation. ? lists the keys.
 
-It finds the server as 'echod ctl' does, and needs a terminal; scripts are better off with
-'echod ctl status' and 'echod ctl events'. When the server goes, it waits for the next.
+It finds the server like 'echod ctl', and needs a terminal; use 'echod ctl status' and
+'echod ctl events' in scripts. When the server stops, it waits for the next one.
 
-Exit codes: 0 quit, 1 failed, 2 usage, or no server answers.`,
+Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if opts.Interval < shortestInterval || opts.Interval > longestInterval {
@@ -41,9 +41,9 @@ Exit codes: 0 quit, 1 failed, 2 usage, or no server answers.`,
 			}
 			opts.In, opts.Out = terminalOf(cmd.InOrStdin()), terminalOf(cmd.OutOrStdout())
 			if opts.In == nil || opts.Out == nil {
-				return usagef("top needs a terminal as its input and output; use 'echod ctl status' or 'echod ctl events' in scripts")
+				return usagef("top needs a terminal: use 'echod ctl status' or 'echod ctl events' in scripts")
 			}
-			c, err := controlClient(path)
+			c, err := controlClient(path, cmd.ErrOrStderr())
 			if err != nil {
 				return err
 			}
@@ -54,13 +54,13 @@ Exit codes: 0 quit, 1 failed, 2 usage, or no server answers.`,
 			return interruptible(cmd.Context(), func(ctx context.Context) error { return top.Run(ctx, opts) }, syscall.SIGHUP)
 		},
 	}
-	cmd.Flags().StringVar(&path, "control", "", "control socket's `path`")
-	cmd.Flags().DurationVar(&opts.Interval, "interval", time.Second, "`time` between two looks at the server")
-	cmd.Flags().BoolVar(&noColor, "no-color", false, "no colours; the variable NO_COLOR says so too")
+	cmd.Flags().StringVar(&path, "control", "", "`path` of the control socket")
+	cmd.Flags().DurationVar(&opts.Interval, "interval", time.Second, "`time` between two updates")
+	cmd.Flags().BoolVar(&noColor, "no-color", false, "no colours; the NO_COLOR variable does the same")
 	return cmd
 }
 
-// terminalOf gives the file of a stream that is a terminal, else nil.
+// terminalOf returns the file behind a stream that is a terminal, and nil otherwise.
 func terminalOf(stream any) *os.File {
 	if file, ok := stream.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 		return file
@@ -68,8 +68,8 @@ func terminalOf(stream any) *os.File {
 	return nil
 }
 
-// speaksUTF8 says whether the terminal can be expected to show more than ASCII: by the first of the variables
-// that the locale is taken from (POSIX, 8.2). Windows has none of them, and shows it.
+// speaksUTF8 reports whether the terminal shows more than ASCII, by the variables that choose the locale
+// (POSIX, 8.2). Windows has none of them, and shows it.
 func speaksUTF8() bool {
 	for _, name := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
 		if locale := os.Getenv(name); locale != "" {

@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"echod/control"
+	"echod/internal/bulk"
+)
+
+const socketName = "control.sock"
+
+// Places of the service's control socket, which belong to the system.
+const (
+	serviceDirectory = "/run/echod"
+	unitSocket       = "/run/echod-control.sock" // of echod-control.socket
+)
+
+// A place is a directory for control sockets.
+type place struct {
+	dir   string
+	check func(dir string) error // rejects a directory that another user controls
+	own   bool                   // a server of this user makes it
+}
+
+// places returns the directories for control sockets, in the order in which servers and clients try them.
+func places() (all []place) {
+	if dir, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); dir != "" {
+		all = append(all, place{dir: dir, check: checkOwn})
+	}
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
+		all = append(all, place{filepath.Join(dir, "echod"), checkOwnAndParents, true})
+	}
+	all = append(all, place{filepath.Join(os.TempDir(), "echod-"+strconv.Itoa(os.Getuid())), checkOwnAndParents, true})
+	if dir, err := os.UserCacheDir(); err == nil {
+		all = append(all, place{filepath.Join(dir, "echod"), checkOwnAndParents, true})
+	}
+	return all
+}
+
+// listenDefault opens the control socket in the first of the places where that works. Places that another
+// user controls are skipped. The listener is nil if there is no place: the server serves without.
+func listenDefault(ctx context.Context, opts control.SocketOptions, log *zap.Logger) (ln net.Listener, path string, err error) {
+	for _, p := range places() {
+		err := p.prepare()
+		if err == nil {
+			path = filepath.Join(p.dir, socketName)
+			ln, err = control.Listen(ctx, path, opts)
+		}
+		if err == nil || errors.Is(err, control.ErrInUse) {
+			return ln, path, err
+		}
+		log.Warn("directory for the control socket skipped", zap.String("directory", p.dir), zap.Error(err))
+	}
+	log.Error("no directory for a control socket: serving without one; --control names a path")
+	return nil, "", nil
+}
+
+// prepare makes the directory if it is this user's to make, and checks it.
+func (p place) prepare() error {
+	if p.own {
+		if err := checkParents(p.dir); err != nil {
+			return err
+		}
+		if err := os.Mkdir(p.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	return p.check(p.dir)
+}
+
+// clientSocket returns the path of the first control socket that accepts connections. It skips the
+// directories that another user controls, who could pose as a server there. Notes says what was skipped
+// and which other servers were found.
+func clientSocket(notes io.Writer) (string, error) {
+	var paths, skipped, found []string
+	for _, p := range places() {
+		err := p.check(p.dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			skipped = append(skipped, fmt.Sprintf("%s: %v", p.dir, err))
+			continue
+		}
+		paths = append(paths, filepath.Join(p.dir, socketName))
+	}
+	paths = append(paths, filepath.Join(serviceDirectory, socketName), unitSocket)
+	var denied error
+	for _, path := range paths {
+		c, err := net.Dial("unix", path)
+		if errors.Is(err, fs.ErrPermission) && denied == nil {
+			denied = &control.UnreachableError{Path: path, Err: err}
+		}
+		if err == nil {
+			_ = c.Close()
+			found = append(found, path)
+		}
+	}
+	for _, s := range skipped {
+		fmt.Fprintf(notes, "echod: skipped %s\n", bulk.Printable(s))
+	}
+	switch {
+	case len(found) > 1:
+		fmt.Fprintf(notes, "echod: using %s; servers also answer at %s (--control chooses)\n", found[0], strings.Join(found[1:], ", "))
+		return found[0], nil
+	case len(found) == 1:
+		return found[0], nil
+	case denied != nil:
+		return "", denied
+	default:
+		return "", &exitError{exitUnreachable, fmt.Errorf("no server found: looked at %s (--control names another socket)", strings.Join(paths, ", "))}
+	}
+}
+
+// controlClient returns a client for the control socket at path. With an empty path it uses the socket of
+// a server in this environment ($ECHOD_CONTROL), or else the first one that clientSocket finds.
+func controlClient(path string, notes io.Writer) (*control.Client, error) {
+	if path == "" {
+		path = os.Getenv("ECHOD_CONTROL")
+	}
+	if path == "" || path == "off" {
+		found, err := clientSocket(notes)
+		if err != nil {
+			return nil, err
+		}
+		path = found
+	}
+	return control.NewClient(path), nil
+}

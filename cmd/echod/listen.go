@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"go.uber.org/zap"
+
+	"echod/control"
+	"echod/server"
+)
+
+// sockets are all sockets that the server listens on.
+type sockets struct {
+	echo    []net.Listener
+	control net.Listener // nil with --control off
+	http    net.Listener // nil without --http
+}
+
+// open opens the sockets that the flags ask for, and takes those that systemd passes. These replace the
+// default address and the default control socket. Addresses given with --listen are served as well. There
+// is only one control socket, so that a different --control is an error.
+//
+// The echo listeners are opened last: once a client can connect, nothing delays the start.
+func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger) (s sockets, err error) {
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	if s, err = inheritSockets(); err != nil {
+		return s, err
+	}
+	switch {
+	case s.control != nil && f.control != "" && f.control != s.control.Addr().String():
+		return s, fmt.Errorf("--control %s: systemd passes another control socket, %s: use only one of them", f.control, s.control.Addr())
+	case s.control != nil:
+		log.Info("control socket open", zap.Stringer("path", s.control.Addr()))
+	case f.control != "off":
+		if s.control, err = listenControl(ctx, f.control, opts, log); err != nil {
+			return s, err
+		}
+	}
+	if f.http != "" {
+		if s.http, err = listenHTTP(ctx, f.http, log); err != nil {
+			return s, err
+		}
+	}
+	if len(s.echo) == 0 || f.listenGiven {
+		listeners, err := listenEcho(ctx, f.listen)
+		if err != nil {
+			return s, err
+		}
+		s.echo = append(s.echo, listeners...)
+	}
+	return s, nil
+}
+
+func (s sockets) close() {
+	for _, ln := range append(s.echo, s.control, s.http) {
+		if ln != nil {
+			_ = ln.Close()
+		}
+	}
+}
+
+// Names of the sockets that systemd passes (FileDescriptorName=).
+const (
+	echoSocket    = "echo" // may be several
+	controlSocket = "control"
+)
+
+// inheritSockets takes the sockets that systemd passes, see sd_listen_fds(3). A socket with an unknown name
+// is an error: nobody would serve it.
+func inheritSockets() (s sockets, err error) {
+	byName, err := activation.ListenersWithNames()
+	if err != nil {
+		return s, fmt.Errorf("taking the sockets from systemd: %w", err)
+	}
+	for name, listeners := range byName {
+		for _, ln := range listeners {
+			switch {
+			case ln == nil:
+				err = fmt.Errorf("systemd socket %q: not a listening stream socket", name)
+			case name == echoSocket:
+				s.echo = append(s.echo, server.Inherited(ln))
+			case name == controlSocket && s.control == nil && ln.Addr().Network() == "unix":
+				s.control = ln
+			case name == controlSocket:
+				err = fmt.Errorf("systemd socket %q, %s: want a single Unix socket", name, ln.Addr())
+			default:
+				err = fmt.Errorf("systemd socket %q, %s: want FileDescriptorName=%s or %s", name, ln.Addr(), echoSocket, controlSocket)
+			}
+		}
+	}
+	if err != nil {
+		s.close()
+	}
+	return s, err
+}
+
+func listenEcho(ctx context.Context, addresses []string) ([]net.Listener, error) {
+	for _, address := range addresses {
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return nil, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999", address)
+		}
+	}
+	var listeners []net.Listener
+	for _, address := range addresses {
+		ln, err := server.Listen(ctx, address)
+		if err != nil {
+			sockets{echo: listeners}.close()
+			return nil, fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
+		}
+		listeners = append(listeners, ln)
+	}
+	return listeners, nil
+}
+
+// listenHTTP listens for probes and Prometheus. A port alone is on the loopback interface.
+func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+	full := address
+	if !strings.Contains(address, ":") {
+		full = ":" + address
+	}
+	host, port, err := net.SplitHostPort(full)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return nil, usagef("--http %q: want a port such as 9090, or an address such as 0.0.0.0:9090", address)
+	}
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, port))
+	if err != nil {
+		return nil, fmt.Errorf("--http %s: %w", address, withoutAddress(err))
+	}
+	log.Info("http open", zap.Stringer("address", ln.Addr()))
+	return ln, nil
+}
+
+// listenControl opens the control socket. With an empty path it uses the default; the listener is nil if
+// there is none.
+func listenControl(ctx context.Context, path string, opts control.SocketOptions, log *zap.Logger) (ln net.Listener, err error) {
+	if path == "" {
+		ln, path, err = listenDefault(ctx, opts, log)
+	} else {
+		ln, err = control.Listen(ctx, path, opts)
+	}
+	if errors.Is(err, control.ErrInUse) {
+		return nil, fmt.Errorf("%w: give this server another --control, or --control off", err)
+	}
+	if ln != nil && err == nil {
+		log.Info("control socket open", zap.String("path", path))
+	}
+	return ln, err
+}
+
+// withoutAddress strips what package net adds to an error, for messages that name the address already.
+func withoutAddress(err error) error {
+	if oe, ok := errors.AsType[*net.OpError](err); ok {
+		err = oe.Err
+	}
+	if se, ok := errors.AsType[*os.SyscallError](err); ok {
+		err = se.Err
+	}
+	return err
+}
