@@ -83,7 +83,7 @@ func benchMain(ctx context.Context, args []string) error {
 // plotsDir is where what belongs to the report in out is.
 func plotsDir(out string) string { return filepath.Join(out, "benchmarks") }
 
-func resultsFile(out string) string { return filepath.Join(plotsDir(out), "results.json") }
+func resultsFile(out string) string { return filepath.Join(out, "results.json") }
 
 func measureAll(ctx context.Context, f flags) (*results, error) {
 	s, err := f.suite()

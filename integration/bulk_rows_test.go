@@ -56,6 +56,7 @@ func expectRows(t *testing.T, path string, rows int) {
 // Two million rows through 16 connections, while the server is killed twice and restarted once: each row comes back once and in order,
 // and the client stays small.
 func TestBulkOfTwoMillionRowsSurvivesThreeRestarts(t *testing.T) {
+	slow(t)
 	const rows, mostMemory = 2_000_000, 64 << 10 // KiB
 	binary := built(t, leanBinary)
 	table := writeCSV(t, rows)

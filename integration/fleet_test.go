@@ -189,6 +189,7 @@ func (h *heeding) connection(front string, stop *atomic.Bool) error {
 
 // A rolling restart of three echods behind HAProxy: nobody's connect fails, and who heeds the notice loses no byte.
 func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
+	slow(t)
 	f := startFleet(t)
 	var stop atomic.Bool
 	var clients sync.WaitGroup

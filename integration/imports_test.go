@@ -1,3 +1,5 @@
+//go:build unix
+
 package integration
 
 import (
@@ -17,42 +19,44 @@ import (
 	"testing"
 )
 
-// TestImportsRunOneWay pins the layout: cmd -> control -> server, and client stands alone. Who embeds the library
-// gets three small modules besides the standard library, and nothing that goes behind the program's back to its
-// arguments, environment or signals.
-func TestImportsRunOneWay(t *testing.T) {
+// TestImports pins the layout: imports run from cmd to internal, control, metrics and client, and from control and
+// metrics to server. A program that embeds server gets three small modules besides the standard library.
+func TestImports(t *testing.T) {
+	t.Parallel()
+	module := modulePath(t)
 	layers := []struct {
 		name    string
 		pattern string
-		ours    []string // what it may reach of this module
-		modules []string // exactly what it reaches of others; nil: any
+		ours    []string // packages of this module that it may import, below the module's path
+		modules []string // exactly the other modules that it imports; nil: any
 	}{
-		{"server", "../server/...", []string{"echod/server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
-		{"client", "../client", []string{"echod/client"}, []string{"golang.org/x/sync"}},
-		{"load", "../internal/load", []string{"echod/client", "echod/internal/load"}, nil},
-		{"records", "../internal/records", []string{"echod/internal/records"}, []string{"github.com/klauspost/compress"}},
-		{"control", "../control/...", []string{"echod/control", "echod/server"}, nil},
-		{"metrics", "../metrics/...", []string{"echod/metrics", "echod/server"}, nil},
-		{"cmd", "../cmd/...", []string{"echod/client", "echod/cmd", "echod/control", "echod/internal", "echod/metrics", "echod/server"}, nil},
+		{"server", "../server/...", []string{"server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
+		{"client", "../client", []string{"client"}, []string{"golang.org/x/sync"}},
+		{"load", "../internal/load", []string{"client", "internal/load"}, nil},
+		{"records", "../internal/records", []string{"internal/records"}, []string{"github.com/klauspost/compress"}},
+		{"control", "../control/...", []string{"control", "server"}, nil},
+		{"metrics", "../metrics/...", []string{"metrics", "server"}, nil},
+		{"cmd", "../cmd/...", []string{"client", "cmd", "control", "internal", "metrics", "server"}, nil},
 	}
 	for _, layer := range layers {
 		t.Run(layer.name, func(t *testing.T) {
-			ours, modules := dependencies(t, layer.pattern)
+			ours, modules := dependencies(t, module, layer.pattern)
 			for _, pkg := range ours {
-				if !slices.ContainsFunc(layer.ours, func(root string) bool { return isWithin(pkg, root) }) {
-					t.Errorf("%s depends on %s", layer.name, pkg)
+				if !slices.ContainsFunc(layer.ours, func(root string) bool { return isWithin(pkg, module+"/"+root) }) {
+					t.Errorf("%s imports %s", layer.name, pkg)
 				}
 			}
 			if layer.modules != nil && !slices.Equal(modules, layer.modules) {
-				t.Errorf("%s depends on the modules %q, want %q", layer.name, modules, layer.modules)
+				t.Errorf("%s imports the modules %q, want %q", layer.name, modules, layer.modules)
 			}
 		})
 	}
 }
 
-// TestOnlyCmdTouchesTheProcess reads the sources of all systems, not only those that are built on this one.
-func TestOnlyCmdTouchesTheProcess(t *testing.T) {
-	elsewhere := []string{"../bench", "../cmd/echod", "../integration", "../tools"}
+// TestOnlyCmdReadsFlagsEnvironmentAndSignals reads the source files of all platforms, not only those built on this one.
+func TestOnlyCmdReadsFlagsEnvironmentAndSignals(t *testing.T) {
+	t.Parallel()
+	elsewhere := []string{"../bench", "../cmd/echod", "../examples", "../integration", "../tools"}
 	scanned := 0
 	err := filepath.WalkDir("..", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -79,7 +83,7 @@ func TestOnlyCmdTouchesTheProcess(t *testing.T) {
 	}
 }
 
-// checkProcessUse reports what the named source file takes from the process it runs in, or does to it.
+// checkProcessUse reports each use of the process's arguments, environment, signals or exit in a source file.
 func checkProcessUse(t *testing.T, name string) {
 	t.Helper()
 	fset := token.NewFileSet()
@@ -114,8 +118,17 @@ func checkProcessUse(t *testing.T, name string) {
 	})
 }
 
-// dependencies lists what the packages that match pattern reach: packages of this module, and the other modules.
-func dependencies(t *testing.T, pattern string) (ours, modules []string) {
+// modulePath is the path of this module, whatever 'make module' has made of it.
+func modulePath(t *testing.T) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-m").Output()
+	check(t, err)
+	return strings.TrimSpace(string(out))
+}
+
+// dependencies lists what the packages that match pattern import, directly or not: packages of this module, and the
+// other modules.
+func dependencies(t *testing.T, module, pattern string) (ours, modules []string) {
 	t.Helper()
 	list := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath,Standard,DepOnly,Module", pattern)
 	out, err := list.Output()
@@ -139,7 +152,7 @@ func dependencies(t *testing.T, pattern string) (ours, modules []string) {
 		matched = matched || !pkg.DepOnly
 		switch {
 		case pkg.Standard:
-		case isWithin(pkg.ImportPath, "echod"):
+		case isWithin(pkg.ImportPath, module):
 			ours = append(ours, pkg.ImportPath)
 		case !slices.Contains(modules, pkg.Module.Path):
 			modules = append(modules, pkg.Module.Path)

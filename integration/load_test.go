@@ -231,6 +231,7 @@ func TestLoadSeesAKill(t *testing.T) {
 
 // TestLoadOnARollingRestartBehindHAProxy: a whole rollout, and nothing refused, reset or lost.
 func TestLoadOnARollingRestartBehindHAProxy(t *testing.T) {
+	slow(t)
 	f := startFleet(t)
 	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json", "--max-refused", "0", "--max-disconnects", "0")
 	poll(t, "all to be connected", func() bool {

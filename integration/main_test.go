@@ -1,9 +1,11 @@
 //go:build unix
 
-// Package integration runs the real binary against real programs, over loopback only.
+// Package integration tests the real binary against real programs, over loopback only.
 //
-// Its goroutines: for each process that a test starts, one of os/exec that copies its stderr into a journal and one that
-// awaits its end, both over before the test's cleanup is; and the clients that a test plays, which the test awaits.
+// Goroutines: for each process that a test starts, os/exec has one that copies its stderr into a journal, and the test has
+// one that waits for its exit. Both have ended when the test's cleanup ends. Tests wait for the clients that they run.
+//
+// A test that takes seconds calls slow; 'make test' skips it and 'make check' runs it.
 package integration
 
 import (
@@ -19,7 +21,7 @@ import (
 	"go.uber.org/goleak"
 )
 
-// patience bounds every wait for something that should come at once; it is no promise of the server's.
+// patience bounds each wait for something that should happen at once. No promise of the server depends on it.
 const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
@@ -29,7 +31,7 @@ func TestMain(m *testing.M) {
 	}))
 }
 
-// builds is the directory for what was built.
+// builds is the directory of the binaries that the tests build.
 var builds = sync.OnceValue(func() string {
 	dir, err := os.MkdirTemp("", "echod-it-")
 	if err != nil {
@@ -38,16 +40,16 @@ var builds = sync.OnceValue(func() string {
 	return dir
 })
 
-// echodBinary is the path of the real thing, built once.
+// echodBinary builds cmd/echod once, and returns its path.
 var echodBinary = sync.OnceValues(func() (string, error) { return build("echod", "../cmd/echod", raceEnabled) })
 
-// leanBinary is the same without the race detector, for where it matters how much it takes.
+// leanBinary builds cmd/echod without the race detector, for tests that measure it.
 var leanBinary = sync.OnceValues(func() (string, error) { return build("echod-lean", "../cmd/echod", false) })
 
-// embedBinary is the path of a program that embeds the library, with handlers that misbehave on request.
+// embedBinary builds a program that embeds the library and whose handlers misbehave on request.
 var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed", raceEnabled) })
 
-// build builds with the race detector, or without, and for coverage data where GOCOVERDIR says to collect it.
+// build builds a package. If GOCOVERDIR is set, the binary collects coverage data.
 func build(name, pkg string, race bool) (string, error) {
 	path := filepath.Join(builds(), name)
 	args := []string{"build", "-buildvcs=false", "-o", path}
@@ -55,7 +57,7 @@ func build(name, pkg string, race bool) (string, error) {
 		args = append(args, "-race")
 	}
 	if os.Getenv("GOCOVERDIR") != "" {
-		args = append(args, "-cover", "-covermode=atomic", "-coverpkg=echod/...")
+		args = append(args, "-cover", "-covermode=atomic", "-coverpkg=../...")
 	}
 	if out, err := exec.Command("go", append(args, pkg)...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", pkg, err, out)
@@ -63,7 +65,7 @@ func build(name, pkg string, race bool) (string, error) {
 	return path, nil
 }
 
-// built gives the path of a binary, or ends the test.
+// built returns the path of a binary, or ends the test.
 func built(t testing.TB, binary func() (string, error)) string {
 	t.Helper()
 	path, err := binary()
@@ -71,7 +73,7 @@ func built(t testing.TB, binary func() (string, error)) string {
 	return path
 }
 
-// environment is what children get: ours without what would steer echod, and with variables of the test's.
+// environment returns the environment of child processes: ours without the variables that echod reads, and with variables.
 func environment(variables ...string) []string {
 	var env []string
 	for _, v := range os.Environ() {
@@ -80,12 +82,12 @@ func environment(variables ...string) []string {
 			env = append(env, v)
 		}
 	}
-	// The race detector's runtime would sleep for a second at exit, in vain: all goroutines have been awaited.
+	// By default the race detector's runtime sleeps for a second at exit.
 	return append(append(env, "GORACE=atexit_sleep_ms=0"), variables...)
 }
 
-// require gives the path of the first of the named programs that is there. Without any the test is
-// skipped, or fails where ECHOD_TEST_REQUIRE=1 says that all must be there.
+// require returns the path of the first of the named programs that is installed. If none is, it skips the test; with
+// ECHOD_TEST_REQUIRE=1 the test fails.
 func require(t testing.TB, names ...string) string {
 	t.Helper()
 	for _, name := range names {
@@ -97,13 +99,22 @@ func require(t testing.TB, names ...string) string {
 	return ""
 }
 
-// missing skips the test for want of something.
+// missing skips the test because the machine lacks something; with ECHOD_TEST_REQUIRE=1 the test fails.
 func missing(t testing.TB, what string) {
 	t.Helper()
 	if os.Getenv("ECHOD_TEST_REQUIRE") == "1" {
 		t.Fatalf("%s, and ECHOD_TEST_REQUIRE=1", what)
 	}
 	t.Skip(what)
+}
+
+// slow skips a test that takes seconds, unless ECHOD_TEST_SLOW=1 asks for it, as make check does.
+// It keeps make test quick.
+func slow(t testing.TB) {
+	t.Helper()
+	if os.Getenv("ECHOD_TEST_SLOW") != "1" {
+		t.Skip("slow: make check runs it, or ECHOD_TEST_SLOW=1")
+	}
 }
 
 // check ends the test on an error.
@@ -114,7 +125,7 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// each runs f for 0 to n-1 at the same time, awaits them all, and reports their errors.
+// each runs f(0) to f(n-1) concurrently, waits for all, and reports their errors.
 func each(t testing.TB, n int, f func(i int) error) {
 	t.Helper()
 	errs := make([]error, n)
@@ -133,7 +144,7 @@ func each(t testing.TB, n int, f func(i int) error) {
 		}
 	}
 	if failed > 0 {
-		t.Fatalf("%d of %d have failed", failed, n)
+		t.Fatalf("%d of %d failed", failed, n)
 	}
 }
 
@@ -144,7 +155,7 @@ func readFile(t testing.TB, path string) string {
 	return string(text)
 }
 
-// seconds reads a span of time as systemd, Kubernetes and Go all write it, such as 90s.
+// seconds parses a duration in the form that systemd, Kubernetes and Go share, such as 90s.
 func seconds(t testing.TB, span string) time.Duration {
 	t.Helper()
 	d, err := time.ParseDuration(span)
@@ -154,12 +165,12 @@ func seconds(t testing.TB, span string) time.Duration {
 
 const pollEvery = 20 * time.Millisecond
 
-// poll waits for what another program does, and tells nobody.
+// poll waits until done returns true. It is for states of other programs, which have no way to announce a change.
 func poll(t testing.TB, what string, done func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !done(); time.Sleep(pollEvery) {
 		if time.Now().After(end) {
-			t.Fatalf("waited in vain for %s", what)
+			t.Fatalf("timed out waiting for %s", what)
 		}
 	}
 }

@@ -35,7 +35,6 @@ func makePackage(t *testing.T, version string) string {
 // Versions as git describes them, each older than the next, for dpkg and for rpm.
 func TestPackageVersionsSort(t *testing.T) {
 	t.Parallel()
-	require(t, "make")
 	dpkg := require(t, "dpkg")
 	last := ""
 	for _, c := range []struct{ described, version string }{
@@ -51,7 +50,9 @@ func TestPackageVersionsSort(t *testing.T) {
 		{"v3.0.0-dirty", "3.0.0+dirty"},
 		{"v12.0.0", "12.0.0"},
 	} {
-		r := run(t, commandOf("make", "-s", "-C", "..", "--eval", "show: ; @echo $(PACKAGE_VERSION)", "show", "VERSION="+c.described))
+		cmd := commandOf("../scripts/dist.sh", "package-version")
+		cmd.Env = environment("VERSION=" + c.described)
+		r := run(t, cmd)
 		if got := strings.TrimSpace(r.stdout); got != c.version {
 			t.Errorf("%s makes a package of version %q %s, want %s", c.described, got, r.stderr, c.version)
 		}
@@ -124,6 +125,7 @@ func (s *systemd) serving(t *testing.T, version string) {
 
 // The real package on a real systemd, through all of its life.
 func TestDebianPackage(t *testing.T) {
+	slow(t)
 	require(t, "dpkg")
 	s := startSystemd(t, nil)
 	const newer = "v3.0.0-2-gabc1234" // two commits later
@@ -188,6 +190,7 @@ func TestDebianPackage(t *testing.T) {
 
 // Who has disabled the service is not overruled by an upgrade.
 func TestDebianPackageHeedsTheAdministrator(t *testing.T) {
+	slow(t)
 	require(t, "dpkg")
 	s := startSystemd(t, nil)
 	pkg := makePackage(t, "1.0.0")

@@ -12,13 +12,13 @@ import (
 	"time"
 )
 
-// peer is a TCP client that a test plays. Its methods return errors, so that many can be played at a time.
+// peer is a TCP client of a test. Its methods return errors, so that many clients can run concurrently.
 type peer struct {
 	*net.TCPConn
 	in *bufio.Reader
 }
 
-// connect makes a peer, whose reads and writes are bounded in time.
+// connect connects a peer whose reads and writes have a deadline.
 func connect(addr string) (*peer, error) {
 	nc, err := net.DialTimeout("tcp", addr, patience)
 	if err != nil {
@@ -29,8 +29,8 @@ func connect(addr string) (*peer, error) {
 	return p, p.SetDeadline(time.Now().Add(patience))
 }
 
-// connectSoon is connect for where nobody may be listening any more: the kernel drops what comes at the begin of a
-// drain, and a dropped SYN is sent again after a second only.
+// connectSoon is connect with a short timeout, for servers that may have stopped listening: at the start of a drain the
+// kernel drops SYNs, and a client sends a dropped SYN again only after a second.
 func connectSoon(addr string) (*peer, error) {
 	nc, err := net.DialTimeout("tcp", addr, 300*time.Millisecond)
 	if err != nil {
@@ -49,7 +49,7 @@ func (e *echod) dial() *peer {
 	return p
 }
 
-// served connects a peer that is being served.
+// served connects a peer and waits until the server serves it.
 func (e *echod) served() *peer {
 	e.t.Helper()
 	p := e.dial()
@@ -57,7 +57,7 @@ func (e *echod) served() *peer {
 	return p
 }
 
-// crowd connects n peers that are being served.
+// crowd connects n peers and waits until the server serves them.
 func (e *echod) crowd(n int) []*peer {
 	e.t.Helper()
 	peers := make([]*peer, n)
@@ -73,7 +73,7 @@ func (p *peer) send(text string) error {
 	return err
 }
 
-// expect reads exactly this text.
+// expect reads len(want) bytes, which must be want.
 func (p *peer) expect(want string) error {
 	got := make([]byte, len(want))
 	n, err := io.ReadFull(p.in, got)
@@ -91,7 +91,7 @@ func (p *peer) echo(text string) error {
 	return p.expect(text)
 }
 
-// rest reads to the end of the stream, which must be a FIN and not a reset.
+// rest reads to the end of the stream. A reset is an error.
 func (p *peer) rest() (string, error) {
 	got, err := io.ReadAll(p.in)
 	if err != nil {
@@ -100,7 +100,7 @@ func (p *peer) rest() (string, error) {
 	return string(got), nil
 }
 
-// expectRest reads exactly this text, and then the end of the stream.
+// expectRest reads to the end of the stream, which must be want and then a FIN.
 func (p *peer) expectRest(want string) error {
 	got, err := p.rest()
 	if err == nil && got != want {
@@ -109,7 +109,7 @@ func (p *peer) expectRest(want string) error {
 	return err
 }
 
-// leave says that no more will come, and expects the end of the stream.
+// leave half-closes, and expects the end of the stream.
 func (p *peer) leave() error {
 	if err := p.CloseWrite(); err != nil {
 		return err
@@ -117,13 +117,13 @@ func (p *peer) leave() error {
 	return p.expectRest("")
 }
 
-// vanish closes with a reset.
+// vanish closes the connection with an RST.
 func (p *peer) vanish() error {
 	_ = p.SetLinger(0)
 	return p.Close()
 }
 
-// flood writes without ever reading, until that is no longer possible.
+// flood writes without reading until a write fails.
 func (p *peer) flood() {
 	_ = p.SetReadBuffer(4 << 10)
 	block := bytes.Repeat([]byte("flood\n"), 8<<10)
@@ -134,7 +134,7 @@ func (p *peer) flood() {
 	}
 }
 
-// onlyOnce removes the one notice that is in what a client has received.
+// onlyOnce removes the notice from the bytes that a client received. It is an error if the notice is not in there once.
 func onlyOnce(received, notice string) (string, error) {
 	if n := strings.Count(received, notice); n != 1 {
 		return received, fmt.Errorf("the notice %q came %d times in %.300q", notice, n, received)

@@ -13,6 +13,7 @@ import (
 // whole grace, and all of them see a clean end of stream. One goroutine plays them all, one after another: what comes to
 // the others meanwhile waits in their sockets.
 func TestG4FifteenThousandClientsAreToldAndClosedByFIN(t *testing.T) {
+	slow(t)
 	const n = 15_000
 	var limit syscall.Rlimit
 	check(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))

@@ -21,6 +21,7 @@ import (
 
 // The real units under a real systemd.
 func TestSystemd(t *testing.T) {
+	slow(t)
 	s := startSystemd(t, map[string]string{
 		"echod.service": readFile(t, "../packaging/systemd/echod.service"),
 		"echod.socket":  readFile(t, "../packaging/systemd/echod.socket"),

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Lints every module: formatting, go.mod, scripts, vet, go fix, staticcheck, dead code, known vulnerabilities. Cheap
+# checks come first. VULNDB names a directory with a copy of the Go vulnerability database.
+set -eu
+cd "$(dirname "$0")/.."
+
+root=$PWD
+vulndb=${VULNDB:+file://$(cd "$VULNDB" && pwd)}
+
+modules=.
+[ "$(uname)" != Linux ] || modules="$modules bench" # bench runs on Linux only
+[ ! -e examples/go.mod ] || modules="$modules examples"
+
+# The development tools have a module of their own: their dependencies never reach users.
+tool() { go tool -modfile="$root/tools/go.mod" "$@"; }
+
+# silent runs a command that reports by printing, and fails if it printed anything.
+silent() {
+	out=$("$@") || return
+	if [ -n "$out" ]; then
+		echo "$out"
+		return 1
+	fi
+}
+
+echo '== gofumpt (to format: go tool -modfile=tools/go.mod gofumpt -w .)'
+silent tool gofumpt -l .
+
+echo '== shellcheck'
+if [ -n "${CI:-}" ] || command -v shellcheck >/dev/null; then
+	find . -name '*.sh' ! -path './.git/*' -exec shellcheck .ci/run {} +
+else
+	echo 'skipped: shellcheck is not installed'
+fi
+
+for module in $modules; do
+	cd "$root/$module"
+	echo "== $module: go mod tidy, vet, fix, staticcheck, deadcode"
+	go mod tidy -diff
+	systems=$(go env GOOS)
+	[ "$module" = bench ] || systems='linux darwin freebsd windows'
+	for os in $systems; do
+		CGO_ENABLED=0 GOOS=$os go vet ./...
+	done
+	go fix -diff ./...
+	tool staticcheck ./...
+	# Tests and examples count as callers: what the library exports is alive if one of them uses it.
+	silent tool deadcode -test ./...
+done
+cd "$root"
+
+# vulns checks packages of a module. Without network there is no database: that must not keep a person from working, but
+# CI must not pass unchecked.
+vulns() {
+	module=$1
+	shift
+	echo "== $module: govulncheck"
+	out=$(cd "$module" && tool govulncheck ${vulndb:+-db "$vulndb"} "$@" 2>&1) && return
+	case "${CI:-}$vulndb $out" in
+	' '*'fetching vulnerabilities'*) echo 'skipped: cannot reach the vulnerability database (VULNDB=DIR names a local copy)' ;;
+	*)
+		echo "$out"
+		return 1
+		;;
+	esac
+}
+
+for module in $modules; do
+	vulns "$module" ./...
+done
+vulns tools tool # the tools themselves
+
+# "DB updated: 2026-08-21 00:00:00 +0000 UTC"
+updated=$(tool govulncheck ${vulndb:+-db "$vulndb"} -version 2>/dev/null | sed -n 's/^DB updated: //p' | cut -d' ' -f1)
+if [ -n "$updated" ] && age=$((($(date +%s) - $(date -d "$updated" +%s)) / 86400)) && [ "$age" -gt 30 ]; then
+	echo "WARNING: the vulnerability database is $age days old ($updated): newer vulnerabilities are not known"
+fi
