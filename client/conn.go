@@ -14,8 +14,14 @@ import (
 	"time"
 )
 
-// chunkSize is the size of one read or write, in bytes.
-const chunkSize = 64 << 10
+const (
+	// chunkSize is the size of one read or write, in bytes.
+	chunkSize = 64 << 10
+
+	// abortTimeout is how long echoes are received after a failed send, on a
+	// connection that cannot be half-closed.
+	abortTimeout = time.Second
+)
 
 // An echoConn is one connection to the server. It separates the echo from the
 // notices. One goroutine may send while another receives.
@@ -30,6 +36,7 @@ type echoConn struct {
 	notice     *Notice // the last one that announced the end of the connection
 	ended      error   // why nothing more will be received
 	sendClosed error   // why nothing more can be sent: errHalfClosed or errTLSBroken
+	aborted    error   // why abort has set a read deadline
 }
 
 func newEchoConn(conn net.Conn, onNotice func(Notice)) *echoConn {
@@ -176,6 +183,9 @@ func (c *echoConn) fill(ctx context.Context) error {
 
 	c.mu.Lock()
 	notices, missing := c.dec.finish()
+	if c.aborted != nil && errors.Is(readErr, os.ErrDeadlineExceeded) {
+		readErr = c.aborted
+	}
 	c.mu.Unlock()
 	c.report(notices)
 	if readErr == io.EOF && missing > 0 {
@@ -273,12 +283,16 @@ func (c *echoConn) closeWrite() error {
 	}
 }
 
-// abort ends the connection after send has failed with err. It half-closes if it
-// can, so that what was sent before can still come back, and closes otherwise.
-// Without that, receive would wait for the echo of bytes that were never sent.
+// abort ends the connection after send has failed with err. Otherwise receive would
+// wait for the echo of bytes that were never sent. What was sent before can still
+// come back: until the server closes too, or for abortTimeout if the connection
+// cannot be half-closed.
 func (c *echoConn) abort(err error) {
 	if errors.Is(c.closeWrite(), errors.ErrUnsupported) {
-		_ = c.close(err)
+		c.mu.Lock()
+		c.aborted = err
+		c.mu.Unlock()
+		_ = c.conn.SetReadDeadline(time.Now().Add(abortTimeout))
 	}
 }
 

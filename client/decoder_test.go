@@ -11,15 +11,15 @@ import (
 	"pgregory.net/rapid"
 )
 
-// drain feeds p to d and returns the echo that is ready after it.
-func drain(d *decoder, p []byte) (echo []byte, notices []Notice, err error) {
+// feedAndTake feeds p to d and takes the echo that is then ready.
+func feedAndTake(d *decoder, p []byte) (echo []byte, notices []Notice, err error) {
 	notices, err = d.feed(p)
 	echo = bytes.Clone(d.ready())
 	d.take(len(echo))
 	return echo, notices, err
 }
 
-func lines(notices []Notice) []string {
+func noticeLines(notices []Notice) []string {
 	var s []string
 	for _, n := range notices {
 		s = append(s, n.String())
@@ -43,29 +43,29 @@ func TestDecoder(t *testing.T) {
 		{"before the echo", "hello\n", down + "\nhello\n", []string{down}, 0},
 		{"after the echo", "hello\n", "hello\n" + down + "\n", []string{down}, 0},
 		{"between lines", "a\nb\n", "a\n" + down + "\nb\n", []string{down}, 0},
-		{"in mid-line", "hello\n", "hel\n" + down + "\nlo\n", []string{down}, 0},
-		{"after an unfinished line", "hel", "hel\n" + down + "\n", []string{down}, 0},
-		{"several at once", "hello\n", "hel\nNOTICE x\n" + down + "\nNOTICE y\nlo\n", []string{"NOTICE x", down, "NOTICE y"}, 0},
-		{"newline owed", "hel\nlo\n", "hel\n" + down + "\n\nlo\n", []string{down}, 0},
-		{"newline owed after two", "hel\nlo\n", "hel\n" + down + "\nNOTICE x\n\nlo\n", []string{down, "NOTICE x"}, 0},
-		{"newline owed before an empty line", "hel\n\n\nlo\n", "hel\n" + down + "\n\n\n\nlo\n", []string{down}, 0},
-		{"newline not owed before an empty line", "hel\n\nlo\n", "hel\n" + down + "\n\nlo\n", []string{down}, 0},
-		{"newline owed at the end", "hel\n", "hel\n" + down + "\n\n", []string{down}, 0},
-		{"look-alike differs in its middle", down7, down + "\n" + down7, []string{down}, 0},
-		{"look-alike after the notice was inserted in mid-line", "hel" + down7, "hel\n" + down + "\n" + down7, []string{down}, 0},
-		{"look-alike split by a notice", down7, "SHUTDOWN 7 f\n" + down + "\noo\n", []string{down}, 0},
-		{"look-alike goes on where the notice ends", down + " and more\n", down + "\n" + down + " and more\n", []string{down}, 0},
-		{"look-alike echoed alone", down7, down7, nil, 0},
-		{"notice equals the message", word + "\n", word + "\n" + word + "\n", []string{word}, 0},
-		{"notice equals the message, which another one splits", word + "\n", word + "\nNOT\n" + down + "\nICE a\n", []string{word, down}, 0},
-		{"notice equals the next line, newline owed", "hel\n" + word + "\nfoo", "hel\n" + word + "\n\n" + word + "\nfoo", []string{word}, 0},
-		{"message is a notice's first byte", "S", down + "\nS", []string{down}, 0},
+		{"in the middle of a line", "hello\n", "hel\n" + down + "\nlo\n", []string{down}, 0},
+		{"after an incomplete line", "hel", "hel\n" + down + "\n", []string{down}, 0},
+		{"several in a row", "hello\n", "hel\nNOTICE x\n" + down + "\nNOTICE y\nlo\n", []string{"NOTICE x", down, "NOTICE y"}, 0},
+		{"a line's own newline comes after the notice", "hel\nlo\n", "hel\n" + down + "\n\nlo\n", []string{down}, 0},
+		{"a line's own newline comes after two notices", "hel\nlo\n", "hel\n" + down + "\nNOTICE x\n\nlo\n", []string{down, "NOTICE x"}, 0},
+		{"a line's own newline comes after the notice, before empty lines", "hel\n\n\nlo\n", "hel\n" + down + "\n\n\n\nlo\n", []string{down}, 0},
+		{"after a whole line, before an empty line", "hel\n\nlo\n", "hel\n" + down + "\n\nlo\n", []string{down}, 0},
+		{"a line's own newline comes after the notice, at the end", "hel\n", "hel\n" + down + "\n\n", []string{down}, 0},
+		{"a line looks like a notice and differs in the middle", down7, down + "\n" + down7, []string{down}, 0},
+		{"a line continues with text that looks like a notice", "hel" + down7, "hel\n" + down + "\n" + down7, []string{down}, 0},
+		{"a notice splits a line that looks like a notice", down7, "SHUTDOWN 7 f\n" + down + "\noo\n", []string{down}, 0},
+		{"a line begins with the text of the notice", down + " and more\n", down + "\n" + down + " and more\n", []string{down}, 0},
+		{"only a line that looks like a notice", down7, down7, nil, 0},
+		{"a notice equals the line", word + "\n", word + "\n" + word + "\n", []string{word}, 0},
+		{"a notice equals the line, and another splits it", word + "\n", word + "\nNOT\n" + down + "\nICE a\n", []string{word, down}, 0},
+		{"a notice equals the next line and comes before the newline", "hel\n" + word + "\nfoo", "hel\n" + word + "\n\n" + word + "\nfoo", []string{word}, 0},
+		{"the message is the first byte of the notice", "S", down + "\nS", []string{down}, 0},
 		{"rejected", "hello\n", "PAUSED\n", []string{"PAUSED"}, 6},
-		{"rejected, the first line looks like it", "BUSY\nfoo\n", "BUSY\n", []string{"BUSY"}, 9},
-		{"a message equal to the rejection", "BUSY\n", "BUSY\n", nil, 0},
-		{"a message equal to an operator's notice", "NOTICE 1\nNOTICE 2\n", "NOTICE 1\n", nil, 9},
-		{"cut short", "hello\n", "hel", nil, 3},
-		{"cut short in a notice", "hello\n", "hel\nSHUTD", nil, 3},
+		{"rejected, and the first line equals the rejection", "BUSY\nfoo\n", "BUSY\n", []string{"BUSY"}, 9},
+		{"only a line that equals a rejection", "BUSY\n", "BUSY\n", nil, 0},
+		{"cut off after a line that looks like a message", "NOTICE 1\nNOTICE 2\n", "NOTICE 1\n", nil, 9},
+		{"cut off", "hello\n", "hel", nil, 3},
+		{"cut off in a notice", "hello\n", "hel\nSHUTD", nil, 3},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -75,7 +75,7 @@ func TestDecoder(t *testing.T) {
 				var echo []byte
 				var notices []Notice
 				for chunk := range slices.Chunk([]byte(tt.recv), size) {
-					e, n, err := drain(d, chunk)
+					e, n, err := feedAndTake(d, chunk)
 					if err != nil {
 						t.Fatalf("chunks of %d: feed(%q): %v", size, chunk, err)
 					}
@@ -86,7 +86,7 @@ func TestDecoder(t *testing.T) {
 				}
 				n, missing := d.finish()
 				echo, notices = append(echo, d.ready()...), append(notices, n...)
-				if diff := cmp.Diff(tt.notices, lines(notices)); diff != "" {
+				if diff := cmp.Diff(tt.notices, noticeLines(notices)); diff != "" {
 					t.Errorf("chunks of %d: notices (-want +got):\n%s", size, diff)
 				}
 				if missing != tt.missing {
@@ -106,20 +106,20 @@ func TestDecoderCorruption(t *testing.T) {
 		want             CorruptionError
 	}{
 		{"wrong byte", "hello\n", "heLlo\n", CorruptionError{2, []byte("llo\n"), []byte("Llo\n")}},
-		{"nothing was due", "", "x", CorruptionError{0, nil, []byte("x")}},
+		{"nothing was sent", "", "x", CorruptionError{0, nil, []byte("x")}},
 		{"more than was sent", "ab", "abc", CorruptionError{2, nil, []byte("c")}},
 		{"a byte lost", "abc\n", "ac\n", CorruptionError{1, []byte("bc\n"), []byte("c\n")}},
-		{"newline, but no notice", "hello\n", "hel\nlo\n", CorruptionError{3, []byte("lo\n"), []byte("lo\n")}},
-		{"nearly a notice", "hello\n", "SHUTDOWN x\n", CorruptionError{0, []byte("hello\n"), []byte("SHUTDOWN x\n")}},
-		{"two newlines where one is owed", "a\nb\n", "a\nBUSY\n\n\n", CorruptionError{2, []byte("b\n"), []byte("\n")}},
-		{"newline owed where none can be", "\nb\n", "\nBUSY\n\n", CorruptionError{1, []byte("b\n"), []byte("\n")}},
-		{"endless notice", "x", "NOTICE " + strings.Repeat("x", maxNotice), CorruptionError{0, []byte("x"), []byte("NOTICE " + strings.Repeat("x", maxExcerpt-7))}},
+		{"a newline without a notice", "hello\n", "hel\nlo\n", CorruptionError{3, []byte("lo\n"), []byte("lo\n")}},
+		{"almost a notice", "hello\n", "SHUTDOWN x\n", CorruptionError{0, []byte("hello\n"), []byte("SHUTDOWN x\n")}},
+		{"two newlines after a notice", "a\nb\n", "a\nBUSY\n\n\n", CorruptionError{2, []byte("b\n"), []byte("\n")}},
+		{"a newline after a notice, before a line that needs none", "\nb\n", "\nBUSY\n\n", CorruptionError{1, []byte("b\n"), []byte("\n")}},
+		{"a notice without end", "x", "NOTICE " + strings.Repeat("x", maxNotice), CorruptionError{0, []byte("x"), []byte("NOTICE " + strings.Repeat("x", maxExcerpt-7))}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			d := newDecoder()
 			d.expect([]byte(tt.sent))
-			_, _, err := drain(d, []byte(tt.recv))
+			_, _, err := feedAndTake(d, []byte(tt.recv))
 			got, ok := errors.AsType[*CorruptionError](err)
 			if !ok {
 				t.Fatalf("error = %v, want a *CorruptionError", err)
@@ -131,23 +131,23 @@ func TestDecoderCorruption(t *testing.T) {
 	}
 }
 
-// TestDecoderConfirmsEarly pins when an echo is handed out: not while it may
-// still be a notice, but at once if nothing else is outstanding.
-func TestDecoderConfirmsEarly(t *testing.T) {
+// TestDecoderReady checks when an echo becomes ready: not while it may still be a
+// notice, but at once if nothing else is outstanding.
+func TestDecoderReady(t *testing.T) {
 	d := newDecoder()
 	d.expect([]byte("NOTICE a\n"))
-	if echo, notices, _ := drain(d, []byte("NOTICE a\n")); string(echo) != "NOTICE a\n" || notices != nil {
+	if echo, notices, _ := feedAndTake(d, []byte("NOTICE a\n")); string(echo) != "NOTICE a\n" || notices != nil {
 		t.Errorf("alone: echo %q, notices %v; want the echo", echo, notices)
 	}
 	d.expect([]byte("NOTICE a\nhel\n"))
-	if echo, notices, _ := drain(d, []byte("NOTICE a\n")); len(echo) > 0 || notices != nil {
-		t.Errorf("in doubt: echo %q, notices %v; want neither", echo, notices)
+	if echo, notices, _ := feedAndTake(d, []byte("NOTICE a\n")); len(echo) > 0 || notices != nil {
+		t.Errorf("ambiguous: echo %q, notices %v; want neither", echo, notices)
 	}
-	if echo, notices, _ := drain(d, []byte("h")); string(echo) != "NOTICE a\nh" || notices != nil {
-		t.Errorf("doubt resolved: echo %q, notices %v; want the echo", echo, notices)
+	if echo, notices, _ := feedAndTake(d, []byte("h")); string(echo) != "NOTICE a\nh" || notices != nil {
+		t.Errorf("no longer ambiguous: echo %q, notices %v; want the echo", echo, notices)
 	}
 	d.expect([]byte("more\n"))
-	if echo, _, _ := drain(d, []byte("el\n")); string(echo) != "el\n" {
+	if echo, _, _ := feedAndTake(d, []byte("el\n")); string(echo) != "el\n" {
 		t.Errorf("end of a line: echo %q, want %q", echo, "el\n")
 	}
 }
@@ -156,24 +156,24 @@ func TestDecoderRetract(t *testing.T) {
 	d := newDecoder()
 	d.expect([]byte("hello"))
 	d.retract(2)
-	if echo, _, err := drain(d, []byte("hel")); string(echo) != "hel" || err != nil {
+	if echo, _, err := feedAndTake(d, []byte("hel")); string(echo) != "hel" || err != nil {
 		t.Errorf("echo %q, error %v", echo, err)
 	}
 	if d.outstanding() != 0 {
 		t.Errorf("outstanding = %d, want 0", d.outstanding())
 	}
 	d.expect([]byte("ab"))
-	drain(d, []byte("a"))
-	d.retract(2) // one of the two was sent, or it would not have come back
+	feedAndTake(d, []byte("a"))
+	d.retract(2) // one of the two came back, so it was sent
 	if _, missing := d.finish(); missing != 0 {
 		t.Errorf("missing = %d, want 0", missing)
 	}
 }
 
-// TestDecoderMemory streams through a window and sees that memory stays near the
-// window's size, whatever the traffic looks like.
+// TestDecoderMemory keeps a constant number of bytes outstanding and checks that the
+// decoder's memory stays near that number.
 func TestDecoderMemory(t *testing.T) {
-	const window, total = 16 << 10, 1 << 20
+	const window, total = 16 << 10, 512 << 10
 	for name, line := range map[string]string{
 		"plain":     "hello, world\n",
 		"unbroken":  strings.Repeat("x", 1000),
@@ -185,33 +185,33 @@ func TestDecoderMemory(t *testing.T) {
 			d.expect(chunk)
 			for n := 0; n < total; n += len(chunk) {
 				d.expect(chunk)
-				if _, _, err := drain(d, chunk); err != nil {
+				if _, _, err := feedAndTake(d, chunk); err != nil {
 					t.Fatal(err)
 				}
 			}
 			if got := cap(d.sent.buf); got > 8*window {
-				t.Errorf("%d bytes are held for %d outstanding", got, d.outstanding())
+				t.Errorf("%d bytes of memory for %d outstanding", got, d.outstanding())
 			}
 		})
 	}
 }
 
-// TestDecoderNoticeFlood keeps lines in doubt and sees that no more than a few
-// notices are ever held back.
+// TestDecoderNoticeFlood sends notices while the echo is ambiguous, and checks that
+// the decoder holds back only a few of them.
 func TestDecoderNoticeFlood(t *testing.T) {
 	d := newDecoder()
 	d.expect([]byte(strings.Repeat("NOTICE a\nNOTICE b\n", 100) + "foo"))
 	const flood = 10_000
 	got := 0
 	for range flood {
-		_, notices, err := drain(d, []byte("NOTICE a\nNOTICE c\n"))
+		_, notices, err := feedAndTake(d, []byte("NOTICE a\nNOTICE c\n"))
 		if err != nil {
 			t.Fatal(err)
 		}
 		got += len(notices)
-		for _, r := range d.parses {
-			if len(r.pending) > 2*maxParses {
-				t.Fatalf("a reading holds %d notices back", len(r.pending))
+		for _, s := range d.parses {
+			if len(s.pending) > 2*maxParses {
+				t.Fatalf("a parse holds back %d notices", len(s.pending))
 			}
 		}
 	}
@@ -220,16 +220,15 @@ func TestDecoderNoticeFlood(t *testing.T) {
 	}
 }
 
-// A script is one run of the model of a server: what it was sent, what it
-// answered, and which notices it put in.
+// A script is what a model of a server was sent and what it has answered.
 type script struct {
 	sent    []byte
 	recv    []byte
-	notices []string
+	notices []string // that are in recv
 }
 
-// drawScript draws messages, splits them as a server may read them, and inserts
-// notices by the server's rule.
+// drawScript draws messages, splits them like the reads of a server, and inserts
+// notices as a server does.
 func drawScript(t *rapid.T, notice *rapid.Generator[string]) script {
 	message := rapid.OneOf(
 		rapid.SampledFrom([]string{
@@ -260,18 +259,19 @@ func drawScript(t *rapid.T, notice *rapid.Generator[string]) script {
 	return s
 }
 
-// play feeds the script to a decoder in pieces and returns what came out.
+// play feeds the script to a decoder in pieces. It checks the echo and returns the
+// notices.
 func (s script) play(t *rapid.T) (notices []string) {
 	d := newDecoder()
 	d.expect(s.sent)
 	var echo []byte
 	for rest := s.recv; len(rest) > 0; {
 		n := rapid.IntRange(1, len(rest)).Draw(t, "receive")
-		e, got, err := drain(d, rest[:n])
+		e, got, err := feedAndTake(d, rest[:n])
 		if err != nil {
 			t.Fatalf("sent %q, received %q: %v", s.sent, s.recv, err)
 		}
-		echo, notices = append(echo, e...), append(notices, lines(got)...)
+		echo, notices = append(echo, e...), append(notices, noticeLines(got)...)
 		rest = rest[n:]
 	}
 	if !bytes.Equal(echo, s.sent) {
@@ -281,10 +281,12 @@ func (s script) play(t *rapid.T) (notices []string) {
 	if missing != 0 {
 		t.Fatalf("sent %q, received %q: %d bytes missing", s.sent, s.recv, missing)
 	}
-	return append(notices, lines(got)...)
+	return append(notices, noticeLines(got)...)
 }
 
-func TestDecoderTellsAnyNoticeFromAnyEcho(t *testing.T) {
+// TestDecoderModel draws messages and notices that differ, and checks that the
+// decoder finds exactly the notices.
+func TestDecoderModel(t *testing.T) {
 	notice := rapid.SampledFrom([]string{"SHUTDOWN 5 SIGTERM", "SHUTDOWN 70 x", "NOTICE ab", "NOTICE backup at noon"})
 	rapid.Check(t, func(t *rapid.T) {
 		s := drawScript(t, notice)
@@ -294,10 +296,10 @@ func TestDecoderTellsAnyNoticeFromAnyEcho(t *testing.T) {
 	})
 }
 
-// Where a notice equals a line that was sent, no client can know which of the
-// two came first, and a piece of that line may pass for a notice as well. But the
-// echo is still whole, and no notice is lost.
-func TestDecoderEqualNotices(t *testing.T) {
+// TestDecoderModelEqualNotices draws notices that may equal a line that was sent.
+// The decoder cannot know which of the two came first, and may take a part of a line
+// for a notice. But the echo is complete, and no notice is lost.
+func TestDecoderModelEqualNotices(t *testing.T) {
 	notice := rapid.SampledFrom([]string{"SHUTDOWN 5 ", "SHUTDOWN 7 foo", "NOTICE a", "NOTICE b", "PAUSED", "BUSY", "SHUTDOWN 5 SIGTERM"})
 	rapid.Check(t, func(t *rapid.T) {
 		s := drawScript(t, notice)
@@ -323,7 +325,7 @@ func FuzzDecoder(f *testing.F) {
 		var echo []byte
 		inserted := 0
 		for chunk := range slices.Chunk(recv, max(1, int(size))) {
-			e, notices, err := drain(d, chunk)
+			e, notices, err := feedAndTake(d, chunk)
 			echo = append(echo, e...)
 			for _, n := range notices {
 				inserted += len(n.String()) + 1

@@ -41,7 +41,7 @@ func TestParseNotice(t *testing.T) {
 	}
 }
 
-func TestParseNoticeRefuses(t *testing.T) {
+func TestParseNoticeInvalid(t *testing.T) {
 	for _, line := range []string{
 		"", "hello", "SHUTDOWN", "SHUTDOWN 5", "SHUTDOWN  x", "SHUTDOWN -1 x", "SHUTDOWN +1 x", "SHUTDOWN 05 x",
 		"SHUTDOWN 1.5 x", "SHUTDOWN 9223372037 x", "SHUTDOWN 99999999999999999999 x", "SHUTDOWN 5 a\x1b[2J",
@@ -54,7 +54,7 @@ func TestParseNoticeRefuses(t *testing.T) {
 	}
 }
 
-func TestMayBecomeNoticeRefuses(t *testing.T) {
+func TestMayBecomeNoticeInvalid(t *testing.T) {
 	for _, line := range []string{"x", "SHUTX", "SHUTDOWN x", "SHUTDOWN  ", "SHUTDOWN 12345678901", "PAUSED ", "BUSYB", "NOTICES"} {
 		if mayBecomeNotice([]byte(line)) {
 			t.Errorf("mayBecomeNotice(%q) = true", line)
@@ -73,7 +73,7 @@ func TestParseNoticeRoundTrip(t *testing.T) {
 
 func TestNoticeKind(t *testing.T) {
 	if got := NoticeKind(0).String(); got != "NoticeKind(0)" {
-		t.Errorf("zero kind: %q", got)
+		t.Errorf("NoticeKind(0).String() = %q", got)
 	}
 	for kind, ends := range map[NoticeKind]bool{NoticeShutdown: true, NoticePaused: true, NoticeBusy: true, NoticeMessage: false} {
 		if got := (Notice{Kind: kind}).Ends(); got != ends {
@@ -90,7 +90,7 @@ func TestErrors(t *testing.T) {
 	}{
 		{&EndError{Err: io.EOF}, "server closed the connection"},
 		{end, "server closed the connection (bytes not echoed: 3)"},
-		{&EndError{Err: errors.New("cable cut")}, "connection lost: cable cut"},
+		{&EndError{Err: errors.New("network is unreachable")}, "connection lost: network is unreachable"},
 		{&NoticeError{Notice: Notice{NoticeShutdown, 5 * time.Second, "SIGTERM"}}, "server is shutting down (SIGTERM)"},
 		{&NoticeError{Notice: Notice{Kind: NoticeShutdown}}, "server is shutting down"},
 		{&NoticeError{Notice{Kind: NoticePaused}, end}, "server is paused: server closed the connection (bytes not echoed: 3)"},
@@ -103,6 +103,6 @@ func TestErrors(t *testing.T) {
 		}
 	}
 	if err := error(&NoticeError{Notice{Kind: NoticePaused}, end}); !errors.Is(err, io.ErrUnexpectedEOF) {
-		t.Errorf("%v does not match what ended the connection", err)
+		t.Errorf("%v does not match io.ErrUnexpectedEOF", err)
 	}
 }

@@ -42,7 +42,8 @@ type StreamOptions struct {
 	InFlight int
 
 	// InFlightBytes is the maximum number of bytes in these items. A single item
-	// may be larger. Zero means 4 MiB.
+	// may be larger. One more item may have been taken from the source and wait for
+	// room. Zero means 4 MiB.
 	InFlightBytes int
 
 	// Ordered returns the results in the order of the items. If it is false, they

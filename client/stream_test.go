@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -16,7 +17,7 @@ import (
 	"time"
 )
 
-// numbered is a source of n lines.
+// numbered is a source of n lines. Their keys are their numbers.
 func numbered(n int) iter.Seq2[Item[int], error] {
 	return func(yield func(Item[int], error) bool) {
 		for i := range n {
@@ -27,20 +28,22 @@ func numbered(n int) iter.Seq2[Item[int], error] {
 	}
 }
 
-// outcome is all that came out of a stream.
+// An outcome is everything that a stream of numbered items has returned.
 type outcome struct {
-	order []int
-	errs  map[int]error // of items
-	sent  map[int]int   // how often
-	err   error
+	keys []int         // in the order of the results
+	errs map[int]error // of items, by key
+	sent map[int]int   // how often an item was sent, by key; at least 1
+	err  error         // the last error
 }
 
+// collect reads all results. It fails the test if an item has two results, or an
+// echo differs.
 func collect(t *testing.T, results iter.Seq2[Result[int], error]) outcome {
 	t.Helper()
 	o := outcome{errs: map[int]error{}, sent: map[int]int{}}
 	for r, err := range results {
 		if o.err != nil {
-			t.Error("there is a result behind the error that is to be the last")
+			t.Error("a result follows the last error")
 		}
 		if o.err = err; err != nil {
 			continue
@@ -48,7 +51,7 @@ func collect(t *testing.T, results iter.Seq2[Result[int], error]) outcome {
 		if o.sent[r.Key] > 0 {
 			t.Errorf("item %d has two results", r.Key)
 		}
-		o.order = append(o.order, r.Key)
+		o.keys = append(o.keys, r.Key)
 		o.sent[r.Key] = max(r.Sent, 1)
 		if r.Err != nil {
 			o.errs[r.Key] = r.Err
@@ -59,63 +62,16 @@ func collect(t *testing.T, results iter.Seq2[Result[int], error]) outcome {
 	return o
 }
 
-// wantAll fails the test unless each of n items has come back, once.
+// wantAll fails the test unless each of n items has come back.
 func (o outcome) wantAll(t *testing.T, n int) {
 	t.Helper()
-	if o.err != nil || len(o.order) != n || len(o.errs) > 0 {
-		t.Errorf("%d of %d items have a result, errors %v, at last: %v", len(o.order), n, o.errs, o.err)
+	if o.err != nil || len(o.keys) != n || len(o.errs) > 0 {
+		t.Errorf("%d of %d items have a result, errors %v, last error: %v", len(o.keys), n, o.errs, o.err)
 	}
 }
 
-func (o outcome) wantOrder(t *testing.T) {
-	t.Helper()
-	for i, key := range o.order {
-		if i != key {
-			t.Fatalf("result %d is of item %d", i, key)
-		}
-	}
-}
-
-// jittery echoes line by line, some later than others.
-func jittery(conn net.Conn) {
-	lines := bufio.NewReader(conn)
-	for {
-		line, err := lines.ReadString('\n')
-		if err != nil {
-			return
-		}
-		time.Sleep(rand.N(10 * time.Millisecond)) // of the bubble's time
-		_, _ = io.WriteString(conn, line)
-	}
-}
-
-func TestStreamBringsEverythingBack(t *testing.T) {
-	const n = 5000
-	address := listen(t, echoes)
-	collect(t, Stream(t.Context(), address, numbered(n), StreamOptions{})).wantAll(t, n)
-	o := collect(t, Stream(t.Context(), address, numbered(n), StreamOptions{Conns: 7, InFlight: 50, InFlightBytes: 200, Ordered: true}))
-	o.wantAll(t, n)
-	o.wantOrder(t)
-}
-
-func TestStreamOrders(t *testing.T) {
-	const n = 500
-	for _, ordered := range []bool{true, false} {
-		synctest.Test(t, func(t *testing.T) {
-			dial := pipes(t, jittery, jittery, jittery, jittery)
-			o := collect(t, Stream(t.Context(), "memory", numbered(n), StreamOptions{Dial: locked(dial), Ordered: ordered}))
-			o.wantAll(t, n)
-			if ordered {
-				o.wantOrder(t)
-			} else if inOrder(o.order) {
-				t.Error("the slow ones have held up the others")
-			}
-		})
-	}
-}
-
-func inOrder(keys []int) bool {
-	for i, key := range keys {
+func (o outcome) inOrder() bool {
+	for i, key := range o.keys {
 		if i != key {
 			return false
 		}
@@ -123,167 +79,296 @@ func inOrder(keys []int) bool {
 	return true
 }
 
-// locked makes a dial function safe for concurrent use.
-func locked(dial DialFunc) DialFunc {
-	var mu sync.Mutex
-	return func(ctx context.Context, address string) (net.Conn, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		return dial(ctx, address)
+// eachLine calls handle with each line until the connection ends or handle returns
+// false.
+func eachLine(conn net.Conn, handle func(line string) bool) {
+	lines := bufio.NewReader(conn)
+	for {
+		line, err := lines.ReadString('\n')
+		if err != nil || !handle(line) {
+			return
+		}
 	}
 }
 
-// An item of any size comes back, and one of none has a result, too.
-func TestStreamTakesItemsOfAnySize(t *testing.T) {
-	sizes := []int{0, 1, chunkSize - 1, chunkSize, chunkSize + 1, 3 << 20, 0, 5}
-	source := func(yield func(Item[int], error) bool) {
-		for i, size := range sizes {
-			if !yield(Item[int]{i, bytes.Repeat([]byte{'a' + byte(i)}, size)}, nil) {
-				return
+// jittery echoes line by line, after delays of up to 10 ms of the bubble's time.
+func jittery(conn net.Conn) {
+	eachLine(conn, func(line string) bool {
+		time.Sleep(rand.N(10 * time.Millisecond))
+		_, _ = io.WriteString(conn, line)
+		return true
+	})
+}
+
+// silent reads everything and echoes nothing.
+func silent(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }
+
+// announces echoes n lines, announces a shutdown, and echoes until the client
+// half-closes.
+func announces(n int) behaviour {
+	return func(conn net.Conn) {
+		i := 0
+		eachLine(conn, func(line string) bool {
+			if i == n {
+				_, _ = io.WriteString(conn, "SHUTDOWN 5 SIGTERM\n")
+			}
+			i++
+			_, _ = io.WriteString(conn, line)
+			return true
+		})
+	}
+}
+
+// dies echoes n lines and two more bytes, and closes.
+func dies(n int) behaviour {
+	return func(conn net.Conn) {
+		if i := 0; n > 0 {
+			eachLine(conn, func(line string) bool {
+				i++
+				_, _ = io.WriteString(conn, line)
+				return i < n
+			})
+		}
+		_, _ = io.WriteString(conn, "li")
+	}
+}
+
+func TestStreamOrder(t *testing.T) {
+	t.Run("ordered results come in the order of the items", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			opts := StreamOptions{Dial: pipes(t, jittery, jittery, jittery, jittery), Ordered: true}
+			o := collect(t, Stream(t.Context(), "memory", numbered(500), opts))
+			o.wantAll(t, 500)
+			if !o.inOrder() {
+				t.Errorf("the order is %v", o.keys)
+			}
+		})
+	})
+	t.Run("unordered results do not wait for slower ones", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			opts := StreamOptions{Dial: pipes(t, jittery, jittery, jittery, jittery)}
+			o := collect(t, Stream(t.Context(), "memory", numbered(500), opts))
+			o.wantAll(t, 500)
+			if o.inOrder() {
+				t.Error("results are in the order of the items")
+			}
+		})
+	})
+	t.Run("small limits do not break the order", func(t *testing.T) {
+		opts := StreamOptions{Conns: 7, InFlight: 50, InFlightBytes: 200, Ordered: true}
+		o := collect(t, Stream(t.Context(), listen(t, echoes), numbered(5000), opts))
+		o.wantAll(t, 5000)
+		if !o.inOrder() {
+			t.Error("results are not in the order of the items")
+		}
+	})
+	t.Run("items of any size come back, empty ones too", func(t *testing.T) {
+		sizes := []int{0, 1, chunkSize - 1, chunkSize, chunkSize + 1, 3 << 20, 0, 5}
+		source := func(yield func(Item[int], error) bool) {
+			for i, size := range sizes {
+				if !yield(Item[int]{i, bytes.Repeat([]byte{'a' + byte(i)}, size)}, nil) {
+					return
+				}
 			}
 		}
-	}
-	i := 0
-	for r, err := range Stream(t.Context(), listen(t, echoes), source, StreamOptions{Conns: 3, InFlightBytes: 1 << 20, Ordered: true}) {
-		if err != nil || r.Err != nil || r.Key != i || len(r.Data) != sizes[i] {
-			t.Fatalf("result %d is of item %d, %d bytes, %v, %v", i, r.Key, len(r.Data), r.Err, err)
+		i := 0
+		opts := StreamOptions{Conns: 3, InFlightBytes: 1 << 20, Ordered: true}
+		for r, err := range Stream(t.Context(), listen(t, echoes), source, opts) {
+			if err != nil || r.Err != nil || r.Key != i || len(r.Data) != sizes[i] {
+				t.Fatalf("result %d is of item %d, %d bytes, %v, %v", i, r.Key, len(r.Data), r.Err, err)
+			}
+			i++
 		}
-		i++
-	}
-	if i != len(sizes) {
-		t.Errorf("%d results, want %d", i, len(sizes))
-	}
+		if i != len(sizes) {
+			t.Errorf("%d results, want %d", i, len(sizes))
+		}
+	})
 }
 
-// No more is taken from the source than may be in flight, while nothing comes back and while nobody takes the results.
-func TestStreamHoldsTheSourceBack(t *testing.T) {
-	for name, c := range map[string]struct {
-		opts StreamOptions
-		most int64
-		how  behaviour
+// TestStreamBackpressure checks how many items are taken from the source and not
+// handled by the consumer.
+func TestStreamBackpressure(t *testing.T) {
+	for name, tt := range map[string]struct {
+		opts   StreamOptions
+		most   int64
+		server behaviour
 	}{
-		"by number, echoes": {StreamOptions{InFlight: 10}, 10, echoes},
-		"by bytes, echoes":  {StreamOptions{InFlightBytes: 70}, 11, echoes}, // of 7 bytes each; the last waits for room
-		"by number, none":   {StreamOptions{InFlight: 10, StallTimeout: -1}, 10, func(conn net.Conn) { _, _ = io.Copy(io.Discard, conn) }},
+		"InFlight": {StreamOptions{InFlight: 10}, 10, echoes},
+		// Ten items of 7 bytes, and one that waits for room.
+		"InFlightBytes":                       {StreamOptions{InFlightBytes: 70}, 11, echoes},
+		"InFlight while the server is silent": {StreamOptions{InFlight: 10, StallTimeout: -1}, 10, silent},
+		"InFlight of one item per connection": {StreamOptions{InFlight: 4}, 4, echoes},
+		"InFlight of fewer items than Conns":  {StreamOptions{InFlight: 1}, 1, echoes},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				var taken, handled atomic.Int64
 				source := func(yield func(Item[int], error) bool) {
-					for item, err := range numbered(10) { // so that all are as long
-						item.Key = int(taken.Add(1))
-						if !yield(item, err) {
-							return
-						}
-					}
-					for range 90 {
+					for range 100 {
 						if !yield(Item[int]{int(taken.Add(1)), []byte("line 9\n")}, nil) {
 							return
 						}
 					}
 				}
-				c.opts.Dial = locked(pipes(t, c.how, c.how, c.how, c.how))
+				tt.opts.Dial = pipes(t, tt.server, tt.server, tt.server, tt.server)
 				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
 				defer cancel()
-				for range Stream(ctx, "memory", source, c.opts) {
-					synctest.Wait() // the others do what they can
-					if got := taken.Load() - handled.Load(); got > c.most {
-						t.Fatalf("%d items are in flight, want at most %d", got, c.most)
-					}
+				peak := int64(0)
+				for range Stream(ctx, "memory", source, tt.opts) {
+					synctest.Wait() // until the source is blocked
+					peak = max(peak, taken.Load()-handled.Load())
 					handled.Add(1)
 				}
-				if got := handled.Load(); c.how == nil || got == 0 {
-					t.Errorf("%d items were handled", got)
+				if peak != tt.most {
+					t.Errorf("at most %d items were in flight, want %d", peak, tt.most)
 				}
 			})
 		})
 	}
 }
 
-// tells echoes n lines, announces its end, and echoes what comes until the client half-closes.
-func tells(n int) behaviour {
-	return func(conn net.Conn) {
-		lines := bufio.NewReader(conn)
-		for i := 0; ; i++ {
-			line, err := lines.ReadString('\n')
-			if err != nil {
-				return
+// TestStreamIdle checks that a consumer can tell when to flush.
+func TestStreamIdle(t *testing.T) {
+	for _, ordered := range []bool{false, true} {
+		t.Run(fmt.Sprintf("ordered %v", ordered), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const n = 10
+				atOnce := func(conn net.Conn) {
+					all := make([]byte, n*len("line 0\n"))
+					_, _ = io.ReadFull(conn, all)
+					_, _ = conn.Write(all)
+					silent(conn)
+				}
+				i := 0
+				opts := StreamOptions{Conns: 1, Ordered: ordered, Dial: pipes(t, atOnce)}
+				for r, err := range Stream(t.Context(), "memory", numbered(n), opts) {
+					if err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait() // until all echoes have arrived
+					if i++; i > 1 && r.Idle != (i == n) {
+						t.Errorf("result %d of %d: Idle = %v", i, n, r.Idle)
+					}
+				}
+				if i != n {
+					t.Errorf("%d results, want %d", i, n)
+				}
+			})
+		})
+	}
+}
+
+// TestStreamEnds also checks, by the end of each bubble, that no goroutine is left.
+func TestStreamEnds(t *testing.T) {
+	errStop := errors.New("stop")
+	t.Run("when the consumer stops, and so does the source", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ended := false
+			source := func(yield func(Item[int], error) bool) {
+				defer func() { ended = true }()
+				numbered(1000)(yield)
 			}
-			if i == n {
-				_, _ = io.WriteString(conn, "SHUTDOWN 5 SIGTERM\n")
+			n := 0
+			opts := StreamOptions{Dial: pipes(t, jittery, jittery, jittery, jittery)}
+			for range Stream(t.Context(), "memory", source, opts) {
+				if n++; n == 10 {
+					break
+				}
 			}
-			_, _ = io.WriteString(conn, line)
-		}
-	}
-}
-
-func TestStreamHeedsNotices(t *testing.T) {
-	var notices, reconnects atomic.Int64
-	address := listen(t, tells(30), tells(30), echoes)
-	o := collect(t, Stream(t.Context(), address, numbered(2000), StreamOptions{
-		Conns: 1, Reconnect: &Backoff{Min: time.Millisecond},
-		OnNotice:    func(Notice) { notices.Add(1) },
-		OnReconnect: func(error) { reconnects.Add(1) },
-	}))
-	o.wantAll(t, 2000)
-	for key, times := range o.sent {
-		if times != 1 {
-			t.Errorf("item %d was sent %d times: what was outstanding has not been waited for", key, times)
-		}
-	}
-	if notices.Load() != 2 || reconnects.Load() != 2 {
-		t.Errorf("%d notices, %d reconnects, want 2 of each", notices.Load(), reconnects.Load())
-	}
-}
-
-// dies echoes n lines and some of the next, and is gone.
-func dies(n int) behaviour {
-	return func(conn net.Conn) {
-		lines := bufio.NewReader(conn)
-		for range n {
-			line, err := lines.ReadString('\n')
-			if err != nil {
-				return
+			if !ended {
+				t.Error("the source still runs")
 			}
-			_, _ = io.WriteString(conn, line)
-		}
-		_, _ = io.WriteString(conn, "li")
-	}
+		})
+	})
+	t.Run("when the source fails, after what was taken has come back", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			source := func(yield func(Item[int], error) bool) {
+				numbered(20)(yield)
+				yield(Item[int]{}, errStop)
+			}
+			opts := StreamOptions{Dial: pipes(t, jittery, jittery, jittery, jittery)}
+			o := collect(t, Stream(t.Context(), "memory", source, opts))
+			if !errors.Is(o.err, errStop) {
+				t.Errorf("the last error is %v, want %v", o.err, errStop)
+			}
+			o.err = nil
+			o.wantAll(t, 20)
+		})
+	})
+	t.Run("when the context ends, with a result for each item taken", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			time.AfterFunc(time.Second, func() { cancel(errStop) })
+			hung, taken := hangs(t), 0
+			source := func(yield func(Item[int], error) bool) {
+				numbered(1000)(func(item Item[int], err error) bool { taken++; return yield(item, err) })
+			}
+			opts := StreamOptions{InFlight: 12, Dial: pipes(t, hung, hung, hung, hung)}
+			o := collect(t, Stream(ctx, "memory", source, opts))
+			if !errors.Is(o.err, errStop) || taken == 0 || len(o.keys) != taken || len(o.errs) != taken {
+				t.Fatalf("%d taken, %d results, %d errors, last error: %v", taken, len(o.keys), len(o.errs), o.err)
+			}
+			for key, err := range o.errs {
+				if !errors.Is(err, errStop) || !errors.Is(err, ErrUnfinished) {
+					t.Errorf("item %d: %v, want ErrUnfinished and %v", key, err, errStop)
+				}
+			}
+		})
+	})
+	t.Run("while the source waits, which the caller ends", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			items := make(chan Item[int], 1)
+			items <- Item[int]{0, []byte("line 0\n")}
+			var last error
+			opts := StreamOptions{Dial: pipes(t)}
+			for r, err := range Stream(t.Context(), "memory", FromChannel(ctx, items), opts) {
+				if err != nil {
+					last = err
+					items <- Item[int]{1, []byte("line 1\n")} // too late: nothing takes it
+					synctest.Wait()
+					cancel()
+				} else if !errors.Is(r.Err, ErrUnfinished) {
+					t.Errorf("item %d: %v, want ErrUnfinished", r.Key, r.Err)
+				}
+			}
+			if !errors.Is(last, errRefused) {
+				t.Errorf("the last error is %v, want %v", last, errRefused)
+			}
+		})
+	})
+	t.Run("when the context of FromChannel ends", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			items := make(chan Item[int])
+			go func() {
+				for item := range numbered(3) {
+					items <- item
+				}
+				cancel(errStop)
+			}()
+			opts := StreamOptions{Conns: 1, Dial: pipes(t, echoes)}
+			o := collect(t, Stream(t.Context(), "memory", FromChannel(ctx, items), opts))
+			if !errors.Is(o.err, errStop) {
+				t.Errorf("the last error is %v, want %v", o.err, errStop)
+			}
+			o.err = nil
+			o.wantAll(t, 3)
+		})
+	})
 }
 
-func TestStreamSendsAgainWhatDidNotComeBack(t *testing.T) {
-	address := listen(t, dies(10), dies(0), dies(500), dies(1), echoes)
-	o := collect(t, Stream(t.Context(), address, numbered(3000), StreamOptions{Conns: 2, Ordered: true, Reconnect: &Backoff{Min: time.Millisecond}}))
-	o.wantAll(t, 3000)
-	o.wantOrder(t)
-	again := 0
-	for _, times := range o.sent {
-		if times > 1 {
-			again++
-		}
-	}
-	if again == 0 {
-		t.Error("nothing was sent twice, where connections have died")
-	}
-}
-
-// An echo that differs is an error of its item, and the others go on.
-// An item that ends every connection is given up, and does not take the others with it.
-// A server that is gone says nothing about the item that it was sent last.
-// A connection that the server does not end is ended when what was sent has come back.
-// A server that is full for all but one connection costs no item anything.
-// A connection that does not answer has its share, and no more: the others go on.
-// Every connection that was made is closed.
 func TestStreamClosesItsConnections(t *testing.T) {
 	var made, closed atomic.Int64
-	address := listen(t, tells(30), dies(3), echoes)
+	address := listen(t, announces(30), dies(3), echoes)
 	dial := func(ctx context.Context, address string) (net.Conn, error) {
 		conn, err := DialConn(ctx, address, nil)
 		if err != nil {
 			return nil, err
 		}
 		made.Add(1)
-		return counted{conn.(*net.TCPConn), sync.OnceFunc(func() { closed.Add(1) })}, nil
+		return closeCounter{conn.(*net.TCPConn), sync.OnceFunc(func() { closed.Add(1) })}, nil
 	}
 	opts := StreamOptions{Conns: 3, Dial: dial, Reconnect: &Backoff{Min: time.Millisecond}}
 	collect(t, Stream(t.Context(), address, numbered(2000), opts)).wantAll(t, 2000)
@@ -292,42 +377,48 @@ func TestStreamClosesItsConnections(t *testing.T) {
 	}
 }
 
-type counted struct {
+type closeCounter struct {
 	*net.TCPConn
-	closed func()
+	count func()
 }
 
-func (c counted) Close() error {
-	c.closed()
+func (c closeCounter) Close() error {
+	c.count()
 	return c.TCPConn.Close()
 }
 
-// Who writes results can tell when to flush.
-func TestStreamSaysWhenNothingMoreIsReady(t *testing.T) {
-	for _, ordered := range []bool{false, true} {
-		synctest.Test(t, func(t *testing.T) {
-			const n = 10
-			atOnce := func(conn net.Conn) {
-				all := make([]byte, n*len("line 0\n"))
-				_, _ = io.ReadFull(conn, all)
-				_, _ = conn.Write(all)
-				_, _ = io.Copy(io.Discard, conn)
+// BenchmarkLines compares two ways to echo short lines over the loopback interface:
+// one after the other over one connection, and as a stream over 16.
+func BenchmarkLines(b *testing.B) {
+	line := []byte("a line of some sixty bytes, like the row of a common table...\n")
+	b.Run("loop", func(b *testing.B) {
+		c, err := Dial(b.Context(), listen(b, echoes), Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer c.Close()
+		b.SetBytes(int64(len(line)))
+		for b.Loop() {
+			if _, err := c.Echo(b.Context(), line); err != nil {
+				b.Fatal(err)
 			}
-			i := 0
-			for r, err := range Stream(t.Context(), "memory", numbered(n), StreamOptions{Conns: 1, Ordered: ordered, Dial: pipes(t, atOnce)}) {
-				if err != nil {
-					t.Fatal(err)
-				}
-				synctest.Wait() // all have come
-				if i++; i > 1 && r.Idle != (i == n) {
-					t.Errorf("result %d of %d is said to be idle: %v", i, n, r.Idle)
+		}
+	})
+	b.Run("stream", func(b *testing.B) {
+		address := listen(b, echoes)
+		b.SetBytes(int64(len(line)))
+		b.ReportAllocs()
+		source := func(yield func(Item[int], error) bool) {
+			for b.Loop() {
+				if !yield(Item[int]{Data: line}, nil) {
+					return
 				}
 			}
-		})
-	}
+		}
+		for r, err := range Stream(b.Context(), address, source, StreamOptions{Conns: 16, Ordered: true}) {
+			if err != nil || r.Err != nil {
+				b.Fatal(err, r.Err)
+			}
+		}
+	})
 }
-
-// Retries count from the last time that anything came back, over whichever connection.
-// What comes slowly is not stalled.
-// What is quiet because there is nothing to send is not stalled.
-// The end of a stream does not wait for a source that waits: the caller ends that.
