@@ -15,7 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"echod/control"
-	"echod/internal/bulk"
+	"echod/internal/text"
 )
 
 const socketName = "control.sock"
@@ -105,7 +105,7 @@ func clientSocket(notes io.Writer) (string, error) {
 		}
 	}
 	for _, s := range skipped {
-		fmt.Fprintf(notes, "echod: skipped %s\n", bulk.Printable(s))
+		fmt.Fprintf(notes, "echod: skipped %s\n", text.Printable(s))
 	}
 	switch {
 	case len(found) > 1:

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"echod/control"
+	"echod/internal/text"
 )
 
 func newCtlCommand() *cobra.Command {
@@ -245,7 +246,7 @@ func describeEvent(e control.Event) string {
 	case e.State != "":
 		what = "state     " + e.State
 	case e.Missed > 0:
-		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", count(e.Missed, "event"))
+		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", text.Count(e.Missed, "event"))
 	}
 	return e.Time.Local().Format("15:04:05.000") + "  " + what
 }
@@ -278,7 +279,7 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(out, "%s with %s\n", seen.State, count(seen.Connections, "connection"))
+				_, err = fmt.Fprintf(out, "%s with %s\n", seen.State, text.Count(seen.Connections, "connection"))
 				return err
 			})
 		},
@@ -306,7 +307,7 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 						_, err = fmt.Fprintf(out, "nothing to resume: the server is %s\n", change.State)
 						return err
 					}
-					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", count(*change.Released, "hold"), change.State)
+					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", text.Count(*change.Released, "hold"), change.State)
 					return err
 				}
 				for _, id := range holds {
@@ -375,7 +376,7 @@ func (ctl *ctl) killCommand() *cobra.Command {
 
 func printKilled(out io.Writer, change control.Change, err error) error {
 	if err == nil {
-		_, err = fmt.Fprintf(out, "killed %s\n", count(*change.Killed, "connection"))
+		_, err = fmt.Fprintf(out, "killed %s\n", text.Count(*change.Killed, "connection"))
 	}
 	return err
 }
@@ -392,7 +393,7 @@ func (ctl *ctl) notifyCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(out, "sent to %s, %d failed\n", count(n.Sent, "client"), n.Failed)
+				_, err = fmt.Fprintf(out, "sent to %s, %d failed\n", text.Count(n.Sent, "client"), n.Failed)
 				return err
 			})
 		},

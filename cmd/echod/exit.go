@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"echod/control"
-	"echod/internal/bulk"
+	"echod/internal/text"
 )
 
 // Exit codes.
@@ -74,7 +74,7 @@ func report(cmd *cobra.Command, err error) int {
 		if i == 0 {
 			line = "echod: " + line
 		}
-		fmt.Fprintf(cmd.ErrOrStderr(), "%s%s\n", prefix, bulk.Printable(line))
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s%s\n", prefix, text.Printable(line))
 	}
 	if _, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(cmd.ErrOrStderr(), "%sTry '%s --help'.\n", prefix, cmd.CommandPath())

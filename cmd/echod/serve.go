@@ -94,10 +94,8 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.notice, "notice", server.DefaultNotice,
 		"`text` sent to each client when the drain begins, with {seconds},\n"+
 			"{reason}, {deadline} and Go escapes; a text that does not end\n"+
-			"in \\n"+
-			" is sent exactly as it is; an empty one sends nothing\n"+
-			"(default: SHUTDOWN {seconds} {reason}\\n"+
-			")")
+			"in \\n is sent exactly as it is; an empty one sends nothing\n"+
+			"(default: SHUTDOWN {seconds} {reason}\\n)")
 	flags.Lookup("notice").DefValue = "" // pflag would quote the backslash of the default once more
 	flags.IntVar(&f.maxConns, "max-conns", 0,
 		"maximum `number` of connections served at once; 0 is as many as\nthe limit of open files allows")

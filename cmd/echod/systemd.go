@@ -13,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/zap"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -179,10 +180,10 @@ func (n *sdNotifier) probe(ctx context.Context, d time.Duration) error {
 
 // statusLine returns the line that systemctl status shows.
 func statusLine(st server.Status) string {
-	connections := count(st.Connections, "connection")
+	connections := text.Count(st.Connections, "connection")
 	switch {
 	case st.State == server.Paused:
-		return fmt.Sprintf("paused by %s: %s", count(len(st.Holds), "hold"), connections)
+		return fmt.Sprintf("paused by %s: %s", text.Count(len(st.Holds), "hold"), connections)
 	case st.Drain != nil && st.State == server.Draining:
 		return fmt.Sprintf("draining until %s: %s", st.Drain.Deadline.Format(time.TimeOnly), connections)
 	default:

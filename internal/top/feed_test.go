@@ -17,16 +17,16 @@ import (
 	"echod/control"
 )
 
-// patience bounds every wait for something that should come at once.
+// patience bounds each wait for something that should come at once.
 const patience = 20 * time.Second
 
-// fake is a control plane that answers as a test wants.
+// fake is a control plane.
 type fake struct {
-	events chan string // each a line of the stream; "" ends it
+	events chan string // lines of the stream; an empty one ends it
 	status func(w http.ResponseWriter)
 }
 
-// startFeed starts all parts of a feed against a fake, and gives the messages that they send.
+// startFeed starts all goroutines of a feed against a fake, and returns the messages that they send.
 func startFeed(t *testing.T, f *fake, interval time.Duration) (*feed, <-chan tea.Msg) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "top")
@@ -52,7 +52,7 @@ func startFeed(t *testing.T, f *fake, interval time.Duration) (*feed, <-chan tea
 	}
 	var parts sync.WaitGroup
 	parts.Go(func() { _ = srv.Serve(ln) })
-	for _, part := range []func(context.Context){feed.poll, feed.list, feed.follow, feed.deliver, feed.carry} {
+	for _, part := range []func(context.Context){feed.poll, feed.list, feed.follow, feed.deliver, feed.act} {
 		parts.Go(func() { part(ctx) })
 	}
 	t.Cleanup(func() {
@@ -97,7 +97,7 @@ func refused(w http.ResponseWriter) {
 	fmt.Fprint(w, `{"type":"urn:echod:problem:busy","title":"busy"}`)
 }
 
-// awaitMsg waits for a message of a type for which match holds.
+// awaitMsg waits for a message of type M that matches.
 func awaitMsg[M any](t *testing.T, messages <-chan tea.Msg, match func(M) bool) {
 	t.Helper()
 	late := time.After(patience)
@@ -108,14 +108,14 @@ func awaitMsg[M any](t *testing.T, messages <-chan tea.Msg, match func(M) bool) 
 				return
 			}
 		case <-late:
-			t.Fatalf("no such %T comes", *new(M))
+			t.Fatalf("no matching %T", *new(M))
 		}
 	}
 }
 
-// TestMissedEventsAreMadeUpForByAList: the interval is so long that none would come by itself.
-func TestMissedEventsAreMadeUpForByAList(t *testing.T) {
+func TestMissedEventsCauseAList(t *testing.T) {
 	f := &fake{status: running}
+	// With this interval there is no other list.
 	_, messages := startFeed(t, f, time.Hour)
 	listed := func(m listMsg) bool { return len(m.open) == 1 && m.open[0].ID == 7 }
 	awaitMsg(t, messages, listed)
@@ -125,7 +125,7 @@ func TestMissedEventsAreMadeUpForByAList(t *testing.T) {
 	awaitMsg(t, messages, listed)
 }
 
-func TestEventsAreFollowedAgainAfterTheirEnd(t *testing.T) {
+func TestEventStreamReconnects(t *testing.T) {
 	f := &fake{status: running}
 	_, messages := startFeed(t, f, time.Millisecond)
 	for id := range 3 {
@@ -135,21 +135,21 @@ func TestEventsAreFollowedAgainAfterTheirEnd(t *testing.T) {
 	}
 }
 
-func TestStatusIsAskedForAgainAfterAnAction(t *testing.T) {
+func TestActionRefreshesStatus(t *testing.T) {
 	f := &fake{status: running}
 	feed, messages := startFeed(t, f, time.Hour)
 	if !feed.do(func(context.Context, *control.Client) (string, error) { return "done", nil }) {
-		t.Fatal("the action is not taken")
+		t.Fatal("the action was refused")
 	}
-	awaitMsg(t, messages, func(m doneMsg) bool { return m.said == "done" && m.err == nil })
+	awaitMsg(t, messages, func(m doneMsg) bool { return m.result == "done" && m.err == nil })
 	awaitMsg(t, messages, func(m statusMsg) bool { return m.status.PID == 1 })
 	if !feed.do(failing(errors.ErrUnsupported)) {
-		t.Fatal("the second action is not taken")
+		t.Fatal("the second action was refused")
 	}
 	awaitMsg(t, messages, func(m doneMsg) bool { return errors.Is(m.err, errors.ErrUnsupported) })
 }
 
-func TestServerThatRefusesItsStatusIsSaidToBeLost(t *testing.T) {
+func TestRefusedStatusMeansLost(t *testing.T) {
 	f := &fake{status: refused}
 	_, messages := startFeed(t, f, time.Millisecond)
 	awaitMsg(t, messages, func(m lostMsg) bool {
@@ -158,7 +158,7 @@ func TestServerThatRefusesItsStatusIsSaidToBeLost(t *testing.T) {
 	})
 }
 
-func TestQueueIsBounded(t *testing.T) {
+func TestEventQueueLimit(t *testing.T) {
 	q := newQueue()
 	for range maxQueued + 1 {
 		q.put(control.Event{})

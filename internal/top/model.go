@@ -4,57 +4,59 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	tea "charm.land/bubbletea/v2"
 
 	"echod/control"
+	"echod/internal/text"
 )
 
-// server is what the model may ask of the feed.
-type server interface {
-	do(a action) bool
+// doer runs actions. The feed is one.
+type doer interface {
+	do(a action) bool // false: another action is still waiting
 }
 
-// model is what the screen shows. It is bubbletea's: one goroutine calls its methods.
+// model is the tea.Model: what the screen shows. Bubbletea calls its methods from one goroutine.
 type model struct {
 	path    string
-	server  server
+	doer    doer
 	glyphs  glyphs
-	now     time.Time // of the last message that says the time
+	now     time.Time // of the last message that carries a time
 	width   int
 	height  int
-	help    bool // shown instead of the table
+	help    bool // the help is shown instead of the table
 	history bool // the closed connections are shown instead of the open ones
 
-	status control.Status // the last that was got
+	status control.Status // the last one received
 	rates  rates
 	table  *table
-	closed []control.ClosedConn // the latest first
+	closed []control.ClosedConn // latest first
 
-	lost      error // why the server does not answer; nil while it does
+	lost      error // why the server does not answer; nil if it does
 	lostSince time.Time
-	stopped   bool // its events said that it has
+	stopped   bool // an event said that the server has stopped
 
-	dialog dialog // what is being asked of the operator; nil is nothing
-	busy   bool   // an action is under way
+	dialog dialog // nil without one
+	busy   bool   // an action is running
 	note   note
 }
 
-// note is a line that says what has happened, until a key is pressed or noteLasts is over.
+// note is a line about what has happened. It disappears with the next key or after noteTimeout.
 type note struct {
 	text string
 	bad  bool
 	at   time.Time
 }
 
-const noteLasts = 10 * time.Second
+const noteTimeout = 10 * time.Second
 
-func newModel(path string, interval time.Duration, ascii bool, s server) *model {
-	least := interval / 2
-	m := &model{path: path, server: s, glyphs: fancy, rates: rates{least: least}, table: newTable(least), now: time.Now()}
+func newModel(path string, interval time.Duration, ascii bool, d doer) *model {
+	minGap := interval / 2
+	m := &model{path: path, doer: d, glyphs: unicodeGlyphs, rates: rates{minGap: minGap}, table: newTable(minGap), now: time.Now()}
 	if ascii {
-		m.glyphs = plain
+		m.glyphs = asciiGlyphs
 	}
 	return m
 }
@@ -75,9 +77,9 @@ func (m *model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 			m.typed(e)
 		}
 	case statusMsg:
-		m.answered(msg)
+		m.setStatus(msg)
 	case lostMsg:
-		m.lose(msg)
+		m.setLost(msg)
 	case listMsg:
 		m.now = msg.at
 		if m.lost == nil {
@@ -86,32 +88,32 @@ func (m *model) Update(msg tea.Msg) (tea.Model, tea.Cmd) {
 		}
 	case eventsMsg:
 		m.now = msg.at
-		m.happened(msg)
+		m.addEvents(msg)
 	case troubleMsg:
-		m.say(fmt.Sprintf("no %s: %v", msg.of, msg.err), true)
+		m.say(fmt.Sprintf("%s: %v", msg.what, msg.err), true)
 	case doneMsg:
 		m.busy = false
 		if msg.err != nil {
-			m.say(inWords(msg.err), true)
+			m.say(describeError(msg.err), true)
 		} else {
-			m.say(msg.said, false)
+			m.say(msg.result, false)
 		}
 	}
 	return m, nil
 }
 
-func (m *model) say(text string, bad bool) { m.note = note{printable(text), bad, m.now} }
+// say shows a note.
+func (m *model) say(s string, bad bool) { m.note = note{text.Printable(s), bad, m.now} }
 
-// inWords says what became of an action that failed.
-func inWords(err error) string {
+func describeError(err error) string {
 	if _, ok := errors.AsType[*control.Problem](err); ok {
-		return "the server refuses: " + err.Error()
+		return "the server refused: " + err.Error()
 	}
 	return err.Error()
 }
 
-// answered takes a status, of the same server as before or of another one.
-func (m *model) answered(msg statusMsg) {
+// setStatus takes a new status, of the same server or of another one.
+func (m *model) setStatus(msg statusMsg) {
 	m.now = msg.at
 	before := m.status
 	m.status = msg.status
@@ -120,21 +122,21 @@ func (m *model) answered(msg statusMsg) {
 	case before.PID != msg.status.PID || !before.Started.Equal(msg.status.Started):
 		m.forget()
 		m.stopped = false
-		m.rates, m.closed = rates{least: m.rates.least}, nil
-		m.say(fmt.Sprintf("another server answers now: pid %d", msg.status.PID), false)
+		m.rates, m.closed = rates{minGap: m.rates.minGap}, nil
+		m.say(fmt.Sprintf("a new server answers: pid %d", msg.status.PID), false)
 	case m.lost != nil:
 		m.say(fmt.Sprintf("the server answers again, after %s", span(m.now.Sub(m.lostSince))), false)
 	}
 	m.lost = nil
 	m.rates.add(msg.at, msg.status)
-	if m.note.at.Add(noteLasts).Before(m.now) {
+	if m.note.at.Add(noteTimeout).Before(m.now) {
 		m.note = note{}
 	}
 }
 
-// lose takes that the server did not answer. Where it is not there, neither are its connections; where it is
-// but is stuck, they are.
-func (m *model) lose(msg lostMsg) {
+// setLost notes that the server did not answer. If it is away, so are its connections. If it hangs, they
+// remain.
+func (m *model) setLost(msg lostMsg) {
 	m.now = msg.at
 	if m.lost == nil {
 		m.lostSince = msg.at
@@ -143,26 +145,26 @@ func (m *model) lose(msg lostMsg) {
 	m.lost = msg.err
 	if m.away() {
 		m.forget()
-		if !before { // it was about the server that was there
+		if !before { // the note was about the server that is away now
 			m.note = note{}
 		}
 	}
 }
 
-// away says that there is no server on the socket.
+// away reports whether there is no server on the socket.
 func (m *model) away() bool {
 	_, away := errors.AsType[*control.UnreachableError](m.lost)
 	return away
 }
 
-// forget drops what is true of a server that is there only.
+// forget drops what belongs to a server that is away.
 func (m *model) forget() {
 	m.table.clear()
 	m.dialog = nil
 }
 
-// happened takes events.
-func (m *model) happened(msg eventsMsg) {
+// addEvents takes new events.
+func (m *model) addEvents(msg eventsMsg) {
 	for _, e := range msg.events {
 		switch {
 		case e.Conn != nil:
@@ -180,9 +182,102 @@ func (m *model) happened(msg eventsMsg) {
 	m.table.arrange()
 }
 
-// remember adds a closed connection to those remembered, unless the list has had it already.
+// remember adds a closed connection, unless the list had it already.
 func (m *model) remember(c control.ClosedConn) {
 	if !slices.ContainsFunc(m.closed, func(known control.ClosedConn) bool { return known.ID == c.ID }) {
 		m.closed = append(m.closed, c)
+	}
+}
+
+// press handles a key.
+func (m *model) press(key tea.KeyPressMsg) tea.Cmd {
+	if key.String() == "ctrl+c" {
+		return tea.Quit
+	}
+	if key.String() == "ctrl+z" {
+		return tea.Suspend
+	}
+	m.note = note{}
+	if m.dialog != nil {
+		m.dialog = m.dialog.press(m, key)
+		return nil
+	}
+	if m.help {
+		m.help = false
+		return nil
+	}
+	page := m.layout().rows
+	switch key.String() {
+	case "q":
+		return tea.Quit
+	case "?", "h":
+		m.help = true
+	case "up", "k":
+		m.table.move(-1, page)
+	case "down", "j":
+		m.table.move(1, page)
+	case "pgup", "ctrl+b":
+		m.table.move(-page, page)
+	case "pgdown", "ctrl+f", "space":
+		m.table.move(page, page)
+	case "home", "g":
+		m.table.move(-len(m.table.shown), page)
+	case "end", "G":
+		m.table.move(len(m.table.shown), page)
+	case "esc":
+		m.table.selected = 0
+		m.table.filter = ""
+		m.table.arrange()
+	case "tab":
+		m.history = !m.history
+	case "s", "right":
+		m.sortBy((m.table.by + 1) % nColumns)
+	case "S", "left":
+		m.sortBy((m.table.by + nColumns - 1) % nColumns)
+	case "r":
+		m.table.reversed = !m.table.reversed
+		m.table.arrange()
+	case "/":
+		m.dialog = m.askFilter()
+	case "p":
+		m.ask(m.askPause)
+	case "u":
+		m.ask(m.askResume)
+	case "x":
+		m.ask(m.askKill)
+	case "D":
+		m.ask(m.askDrain)
+	}
+	return nil
+}
+
+func (m *model) sortBy(c column) {
+	m.table.by, m.table.reversed = c, false
+	m.table.arrange()
+}
+
+// ask opens the dialog for an action of the server.
+func (m *model) ask(open func() dialog) {
+	switch {
+	case m.lost != nil:
+		m.say("the server does not answer", true)
+	case m.busy:
+		m.say("the server has not answered the last request yet", true)
+	default:
+		m.dialog = open()
+	}
+}
+
+// askFilter opens the dialog for the filter, which applies while it is typed.
+func (m *model) askFilter() dialog {
+	before := m.table.filter
+	filter := func(text string) {
+		m.table.filter = strings.ToLower(text)
+		m.table.arrange()
+	}
+	return &entry{
+		prompt: "Filter by address or phase: ", text: []rune(before), typed: filter,
+		accept: func(string) dialog { return nil },
+		cancel: func() { filter(before) },
 	}
 }

@@ -7,7 +7,7 @@ import (
 	"echod/control"
 )
 
-// series are what is measured per second.
+// series is something that is counted per second.
 type series int
 
 const (
@@ -20,37 +20,38 @@ const (
 
 const window = time.Minute
 
-// measured is how much came to pass per second, from one status to the next.
-type measured struct {
+// step holds the rates between two statuses.
+type step struct {
 	from, to time.Time
 	rate     [nSeries]float64
 }
 
-// rates knows the last minute.
+// rates holds the rates of the last minute.
 type rates struct {
-	least time.Duration // between two statuses that are compared: chance makes too much of what is shorter
-	last  counted
-	steps []measured // the oldest first
+	minGap time.Duration // between two statuses that are compared; shorter ones give noise
+	last   totals
+	steps  []step // oldest first
 }
 
-type counted struct {
+type totals struct {
 	at    time.Time
 	total [nSeries]uint64
 }
 
-// add takes the counters of a status. They never fall, but for those of bytes, which come together at different instants.
+// add takes the counters of a status. Byte counts can fall a little: the server does not read all of them at
+// the same instant.
 func (r *rates) add(at time.Time, st control.Status) {
 	closed := uint64(0)
 	for _, n := range st.Closed {
 		closed += n
 	}
-	now := counted{at, [nSeries]uint64{st.Accepted, closed, st.BytesIn, st.BytesOut}}
+	now := totals{at, [nSeries]uint64{st.Accepted, closed, st.BytesIn, st.BytesOut}}
 	if !r.last.at.IsZero() {
 		passed := at.Sub(r.last.at)
-		if passed < r.least {
+		if passed < r.minGap {
 			return
 		}
-		m := measured{from: r.last.at, to: at}
+		m := step{from: r.last.at, to: at}
 		for i := range m.rate {
 			m.rate[i] = float64(max(now.total[i], r.last.total[i])-r.last.total[i]) / passed.Seconds()
 		}
@@ -62,7 +63,7 @@ func (r *rates) add(at time.Time, st control.Status) {
 	}
 }
 
-// now is the latest rate, peak the highest of the minute before the given time.
+// now returns the latest rate.
 func (r *rates) now(s series) float64 {
 	if len(r.steps) == 0 {
 		return 0
@@ -70,6 +71,7 @@ func (r *rates) now(s series) float64 {
 	return r.steps[len(r.steps)-1].rate[s]
 }
 
+// peak returns the highest rate of the minute before until.
 func (r *rates) peak(s series, until time.Time) (peak float64) {
 	for _, m := range r.steps {
 		if !m.to.Before(until.Add(-window)) {
@@ -79,8 +81,8 @@ func (r *rates) peak(s series, until time.Time) (peak float64) {
 	return peak
 }
 
-// minute gives the minute before the given time in n equal parts, the mean of each; negative is a part of which nothing is known. The parts
-// begin at multiples of their length, so that a picture of them moves in steps and does not flicker.
+// minute divides the minute before until into n equal parts, and returns the mean of each; a negative mean is
+// unknown. The parts begin at multiples of their length, so that a chart moves in steps and does not flicker.
 func (r *rates) minute(s series, n int, until time.Time) []float64 {
 	means := make([]float64, n)
 	if n == 0 {
@@ -93,9 +95,9 @@ func (r *rates) minute(s series, n int, until time.Time) []float64 {
 		to := from.Add(part)
 		sum, known := 0.0, time.Duration(0)
 		for _, m := range r.steps {
-			if both := earlier(to, m.to).Sub(later(from, m.from)); both > 0 {
-				sum += m.rate[s] * both.Seconds()
-				known += both
+			if overlap := earlier(to, m.to).Sub(later(from, m.from)); overlap > 0 {
+				sum += m.rate[s] * overlap.Seconds()
+				known += overlap
 			}
 		}
 		means[i] = -1
@@ -120,7 +122,7 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// sparkline draws values with bars, the lowest first: nothing for what is not known, the lowest for zero.
+// sparkline draws values with bars, lowest first. An unknown value is a space, zero the lowest bar.
 func sparkline(values []float64, bars []rune) string {
 	peak := 0.0
 	for _, v := range values {

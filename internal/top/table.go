@@ -4,32 +4,34 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"echod/control"
+	"echod/internal/text"
 )
 
 const (
-	maxRows   = 20_000 // connections that are known at a time: the memory that a crowd may take
-	maxClosed = 200    // closed connections that are remembered
+	maxRows   = 20_000 // open connections in the table; bounds the memory
+	maxClosed = 200    // closed connections
 )
 
 // row is an open connection.
 type row struct {
 	control.Conn
-	addr netip.AddrPort // Remote, where it is an address and a port
-	seen time.Time      // when it was first heard of
+	addr netip.AddrPort // Remote, if it is an address and a port
+	seen time.Time      // the first time
 	rate float64        // bytes per second in both directions, between two lists
-	base uint64         // what the next rate is counted from: bytes in both directions,
-	at   time.Time      // at this time
+	base uint64         // bytes in both directions at the time at, for the next rate
+	at   time.Time
 }
 
-// table knows the open connections, and which of them are shown in which order.
+// table holds the open connections, and which of them are shown in which order.
 type table struct {
-	least time.Duration // between two lists that are compared
-	rows  map[uint64]*row
-	gone  map[uint64]time.Time // closed since the last list began, which may still have them
+	minGap time.Duration // between two lists that are compared
+	rows   map[uint64]*row
+	gone   map[uint64]time.Time // closed since the last list began, which may still contain them
 
 	by       column
 	reversed bool
@@ -40,8 +42,8 @@ type table struct {
 	offset   int    // of the first row on the screen
 }
 
-func newTable(least time.Duration) *table {
-	return &table{least: least, rows: map[uint64]*row{}, gone: map[uint64]time.Time{}, by: byRate}
+func newTable(minGap time.Duration) *table {
+	return &table{minGap: minGap, rows: map[uint64]*row{}, gone: map[uint64]time.Time{}, by: byRate}
 }
 
 func (t *table) clear() {
@@ -51,13 +53,13 @@ func (t *table) clear() {
 }
 
 func newRow(c control.Conn, at time.Time) *row {
-	c.Remote, c.Local, c.State = printable(c.Remote), printable(c.Local), printable(c.State)
+	c.Remote, c.Local, c.State = text.Printable(c.Remote), text.Printable(c.Local), text.Printable(c.State)
 	r := &row{Conn: c, seen: at, base: c.BytesIn + c.BytesOut, at: at}
-	r.addr, _ = netip.ParseAddrPort(c.Remote) // what is no address is sorted before those that are
+	r.addr, _ = netip.ParseAddrPort(c.Remote) // an invalid address sorts first
 	return r
 }
 
-// list takes all that the server has listed. What events have told since the list began is newer.
+// list takes a list of the server's. Events since it began are newer.
 func (t *table) list(msg listMsg) {
 	listed := make(map[uint64]bool, len(msg.open))
 	for _, c := range msg.open {
@@ -68,7 +70,7 @@ func (t *table) list(msg listMsg) {
 		now := newRow(c, msg.at)
 		if was := t.rows[c.ID]; was != nil {
 			now.seen = was.seen
-			if passed := now.at.Sub(was.at); passed >= t.least {
+			if passed := now.at.Sub(was.at); passed >= t.minGap {
 				now.rate = float64(max(now.base, was.base)-was.base) / passed.Seconds()
 			} else {
 				now.rate, now.base, now.at = was.rate, was.base, was.at
@@ -102,12 +104,12 @@ func (t *table) closed(id uint64, at time.Time) {
 	}
 }
 
-// matches says whether text has what is filtered for.
+// matches reports whether the texts contain the filter.
 func (t *table) matches(text ...string) bool {
 	return t.filter == "" || strings.Contains(strings.ToLower(strings.Join(text, " ")), t.filter)
 }
 
-// arrange sorts and filters what is shown. Equal ones are in the order in which they came.
+// arrange filters and sorts the rows. Equal ones are in the order of their ids.
 func (t *table) arrange() {
 	t.shown = t.shown[:0]
 	for _, r := range t.rows {
@@ -123,10 +125,10 @@ func (t *table) arrange() {
 	slices.SortFunc(t.shown, func(a, b *row) int {
 		return cmp.Or(direction*compare(a, b), cmp.Compare(a.ID, b.ID))
 	})
-	clear(t.shown[len(t.shown):cap(t.shown)]) // forgets those that were shown
+	clear(t.shown[len(t.shown):cap(t.shown)]) // for the garbage collector
 }
 
-// index is where the selected connection is, or -1.
+// index returns the position of the selected connection, or -1.
 func (t *table) index() int {
 	if t.selected == 0 {
 		return -1
@@ -134,7 +136,8 @@ func (t *table) index() int {
 	return slices.IndexFunc(t.shown, func(r *row) bool { return r.ID == t.selected })
 }
 
-// move selects the connection n rows further down, on a page of height rows. From none, a step leads to the first.
+// move selects the connection n rows further down, on a page of height rows. Without a selection, one step
+// leads to the first.
 func (t *table) move(n, height int) {
 	if len(t.shown) == 0 {
 		return
@@ -144,7 +147,7 @@ func (t *table) move(n, height int) {
 	t.scroll(height)
 }
 
-// scroll brings the selected row, or else the first, into a page of height rows.
+// scroll moves the page, of height rows, to the selected row, or else to the first.
 func (t *table) scroll(height int) {
 	at := t.index()
 	switch {
@@ -158,8 +161,169 @@ func (t *table) scroll(height int) {
 	t.offset = min(t.offset, max(0, len(t.shown)-height))
 }
 
-// page is what fits into height rows.
+// page returns the rows on a page of height rows.
 func (t *table) page(height int) []*row {
 	t.scroll(height)
 	return t.shown[t.offset:min(len(t.shown), t.offset+height)]
+}
+
+// column is a column of the table. The table is sorted by one of them.
+type column int
+
+const (
+	byID column = iota
+	byRemote
+	byLocal
+	byPhase
+	byAge
+	byIdle
+	byIn
+	byOut
+	byRate
+	nColumns
+)
+
+// columns defines what each column shows and how it sorts.
+var columns = [nColumns]struct {
+	title    string
+	width    int
+	right    bool // aligned to the right
+	falling  bool // greatest first
+	dropRank int  // the higher, the sooner it is left out on a narrow screen; 0 is never
+	text     func(r *row, now time.Time) string
+	compare  func(a, b *row) int
+}{
+	byID: {
+		"ID", 6, true, false, 0, func(r *row, _ time.Time) string { return strconv.FormatUint(r.ID, 10) },
+		func(a, b *row) int { return cmp.Compare(a.ID, b.ID) },
+	},
+	byRemote: {
+		"REMOTE", 21, false, false, 0, func(r *row, _ time.Time) string { return r.Remote },
+		func(a, b *row) int { return cmp.Or(a.addr.Compare(b.addr), cmp.Compare(a.Remote, b.Remote)) },
+	},
+	byLocal: {
+		"LOCAL", 21, false, false, 9, func(r *row, _ time.Time) string { return r.Local },
+		func(a, b *row) int { return cmp.Compare(a.Local, b.Local) },
+	},
+	byPhase: {
+		"PHASE", 9, false, false, 4, func(r *row, _ time.Time) string { return r.State },
+		func(a, b *row) int { return cmp.Compare(a.State, b.State) },
+	},
+	byAge: {
+		"AGE", 6, true, true, 5, func(r *row, now time.Time) string { return span(now.Sub(r.Opened)) },
+		func(a, b *row) int { return a.Opened.Compare(b.Opened) },
+	},
+	byIdle: {
+		"IDLE", 6, true, true, 6, func(r *row, _ time.Time) string { return span(seconds(r.IdleSeconds)) },
+		func(a, b *row) int { return cmp.Compare(b.IdleSeconds, a.IdleSeconds) },
+	},
+	byIn: {
+		"IN", 7, true, true, 8, func(r *row, _ time.Time) string { return bytes(r.BytesIn) },
+		func(a, b *row) int { return cmp.Compare(b.BytesIn, a.BytesIn) },
+	},
+	byOut: {
+		"OUT", 7, true, true, 7, func(r *row, _ time.Time) string { return bytes(r.BytesOut) },
+		func(a, b *row) int { return cmp.Compare(b.BytesOut, a.BytesOut) },
+	},
+	byRate: {
+		"RATE", 9, true, true, 3, func(r *row, _ time.Time) string { return perSecond(r.rate) },
+		func(a, b *row) int { return cmp.Compare(b.rate, a.rate) },
+	},
+}
+
+// fitting chooses the columns that fit into width cells beside the marker, and returns their widths. The ids
+// get at least ids cells, the remote addresses what is left over. The column that sorts always stays.
+func fitting(width int, sorting column, ids int) (chosen []column, widths [nColumns]int) {
+	room := width - len(marker)
+	for c := range nColumns {
+		chosen = append(chosen, c)
+		if widths[c] = columns[c].width; c == byID {
+			widths[c] = max(widths[c], ids)
+		}
+		room -= widths[c] + 1
+	}
+	for room < -1 { // the last column needs no gap
+		drop := -1
+		for i, c := range chosen {
+			if columns[c].dropRank > 0 && c != sorting && (drop < 0 || columns[c].dropRank > columns[chosen[drop]].dropRank) {
+				drop = i
+			}
+		}
+		if drop < 0 {
+			break
+		}
+		room += widths[chosen[drop]] + 1
+		chosen = append(chosen[:drop], chosen[drop+1:]...)
+	}
+	const longestRemote = 47 // [xxxx:xxxx:xxxx:xxxx:xxxx:xxxx:xxxx:xxxx]:xxxxx
+	widths[byRemote] = min(longestRemote, max(1, widths[byRemote]+room+1))
+	return chosen, widths
+}
+
+// marker precedes the selected row.
+const marker = "> "
+
+// connections draws the table of open connections: a heading and up to rows rows.
+func (m *model) connections(rows int) []string {
+	t := m.table
+	longest := len(strconv.FormatUint(m.status.Accepted, 10)) // ids count up
+	chosen, widths := fitting(m.width, t.by, longest)
+	line := func(mark string, text func(c column) string) string {
+		cells := make([]string, len(chosen))
+		for i, c := range chosen {
+			cells[i] = cell(text(c), widths[c], columns[c].right, m.glyphs.ellipsis)
+		}
+		return mark + strings.Join(cells, " ")
+	}
+	lines := []string{headline.Render(line(strings.Repeat(" ", len(marker)), func(c column) string {
+		switch {
+		case c != t.by:
+			return columns[c].title
+		case columns[c].falling != t.reversed:
+			return columns[c].title + m.glyphs.falling
+		default:
+			return columns[c].title + m.glyphs.rising
+		}
+	}))}
+	for _, r := range t.page(rows) {
+		text := func(c column) string { return columns[c].text(r, m.now) }
+		if r.ID == t.selected {
+			lines = append(lines, reverse.Render(line(marker, text)))
+		} else {
+			lines = append(lines, line(strings.Repeat(" ", len(marker)), text))
+		}
+	}
+	return lines
+}
+
+// recent draws the closed connections that match the filter, latest first.
+func (m *model) recent(rows int) []string {
+	widths := []int{len(marker) + 6, 21, 17, 8, 6, 7, 7}
+	room := m.width
+	for _, w := range widths {
+		room -= w + 1
+	}
+	for len(widths) > 3 && room < -1 {
+		room += widths[len(widths)-1] + 1
+		widths = widths[:len(widths)-1]
+	}
+	widths[1] = min(47, max(7, widths[1]+room+1))
+	line := func(texts ...string) string {
+		var cells []string
+		for i, w := range widths {
+			cells = append(cells, cell(texts[i], w, i == 0 || i > 2, m.glyphs.ellipsis))
+		}
+		return strings.Join(cells, " ")
+	}
+	lines := []string{headline.Render(line("ID", "REMOTE", "CLOSED", "AT", "AFTER", "IN", "OUT"))}
+	for _, c := range m.closed {
+		if len(lines) > rows {
+			break
+		}
+		if m.table.matches(c.Remote, c.Reason) {
+			lines = append(lines, line(strconv.FormatUint(c.ID, 10), text.Printable(c.Remote), text.Printable(c.Reason),
+				c.Closed.Local().Format(time.TimeOnly), span(seconds(c.DurationSeconds)), bytes(c.BytesIn), bytes(c.BytesOut)))
+		}
+	}
+	return lines
 }

@@ -1,3 +1,19 @@
+// Package top shows a running server on a terminal and controls it with keys. It gets all that it shows
+// through the control socket.
+//
+// The model holds what the screen shows. It changes by messages only: from the terminal, and from the
+// goroutines that talk to the server.
+//
+// # Goroutines
+//
+// Bubbletea has goroutines of its own, which draw and read keys. Besides, Run starts five, ends them by
+// their context, and waits for them:
+//
+//   - poll asks for the status at each interval,
+//   - list asks for the connections, with pauses so that the load on the server stays small,
+//   - follow reads events into a queue,
+//   - deliver sends the events to the model in batches, so that thousands a second are drawn at once,
+//   - act runs the operator's actions, one at a time.
 package top
 
 import (
@@ -15,21 +31,22 @@ import (
 	"echod/control"
 )
 
-// Options says how to show a server.
+// Options configures Run. Client, Interval, In and Out are required.
 type Options struct {
 	Client      *control.Client
-	Path        string        // of the control socket, for messages
-	Interval    time.Duration // between two looks at the server; must be positive
+	Path        string        // of the control socket; appears in messages
+	Interval    time.Duration // between two status requests
 	In, Out     *os.File      // a terminal
-	Environment []string      // NAME=value: TERM and the like, which say what the terminal can do
-	NoColor     bool          // no colours; bold and reverse remain where TERM has them
-	ASCII       bool          // bars, arrows and the like are drawn in ASCII
+	Environment []string      // NAME=value; TERM and others describe the terminal
+	NoColor     bool          // use no colours, only bold and reverse
+	ASCII       bool          // draw with ASCII characters only
 }
 
-// Run shows the server until the operator quits, which is nil, or ctx ends, whose cause it returns. The terminal is
-// then as it was before, also after a panic. Without a server to begin with, the error is the client's.
+// Run shows the server until the operator quits, and then returns nil. If ctx ends first, it returns its
+// cause. If the server does not answer at the start, it returns the client's error. Run restores the
+// terminal, also after a panic.
 func Run(ctx context.Context, opts Options) error {
-	first, err := look(ctx, opts.Client)
+	first, err := getStatus(ctx, opts.Client)
 	if err != nil {
 		return err
 	}
@@ -46,11 +63,11 @@ func Run(ctx context.Context, opts Options) error {
 	f.send = program.Send
 
 	var feeding sync.WaitGroup
-	for _, part := range []func(context.Context){f.poll, f.list, f.follow, f.deliver, f.carry} {
+	for _, part := range []func(context.Context){f.poll, f.list, f.follow, f.deliver, f.act} {
 		feeding.Go(func() {
 			defer func() {
 				if r := recover(); r != nil {
-					program.Kill() // gives the terminal back, for whoever is to read what follows
+					program.Kill() // restores the terminal, so that the panic can be read
 					panic(r)
 				}
 			}()
@@ -65,14 +82,14 @@ func Run(ctx context.Context, opts Options) error {
 	case ended != nil:
 		return ended
 	case errors.Is(err, io.EOF):
-		return errors.New("the terminal is gone")
+		return errors.New("the terminal was closed")
 	case err != nil:
-		return fmt.Errorf("on the terminal: %w", err)
+		return fmt.Errorf("terminal: %w", err)
 	}
 	return nil
 }
 
-// framesPerSecond bounds how often the screen is drawn, and so how late a key shows: 33 ms.
+// framesPerSecond limits how often the screen is drawn. A key shows after at most 33 ms.
 const framesPerSecond = 30
 
-var errQuit = errors.New("the operator has quit")
+var errQuit = errors.New("the operator quit")
