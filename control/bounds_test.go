@@ -2,8 +2,6 @@ package control
 
 import (
 	"bufio"
-	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -120,76 +118,6 @@ func TestIdleConnectionsAreClosed(t *testing.T) {
 		began := time.Now()
 		wantClosed(t, lines)
 		wantEqual(t, "time given", time.Since(began), idleTimeout)
-	})
-}
-
-func TestStreamsAreBoundedAndTheirPlacesComeBack(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{})
-		ctx, cancel := context.WithCancelCause(t.Context())
-		for range maxStreams {
-			go func() { _, _ = r.client.Wait(ctx, WaitRequest{State: "paused"}) }()
-		}
-		synctest.Wait()
-
-		_, err := r.client.Wait(t.Context(), WaitRequest{State: "running"})
-		problem := wantProblem(t, err, ProblemBusy)
-		wantEqual(t, "status", problem.Status, http.StatusServiceUnavailable)
-		_, err = r.client.PauseWhileConnected(t.Context(), PauseRequest{})
-		wantProblem(t, err, ProblemBusy)
-		for _, err := range r.client.Events(t.Context()) {
-			wantProblem(t, err, ProblemBusy)
-		}
-		must[Status](t)(r.client.Status(t.Context()))
-		must[Change](t)(r.client.Resume(t.Context()))
-
-		cancel(errors.New("enough"))
-		synctest.Wait()
-		must[Waited](t)(r.client.Wait(t.Context(), WaitRequest{State: "running"}))
-	})
-}
-
-func TestConnectionsBeyondTheLimitWaitAndAreServed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{})
-		var open []net.Conn
-		for range maxConnections {
-			open = append(open, r.rawConn(t))
-		}
-		synctest.Wait()
-		answered := make(chan error, 1)
-		go func() {
-			_, err := r.client.Status(t.Context())
-			answered <- err
-		}()
-		synctest.Wait()
-		select {
-		case err := <-answered:
-			t.Fatalf("connection %d was served (%v): want it to wait", maxConnections+1, err)
-		default:
-		}
-		_ = open[0].Close()
-		if err := receive(t, "the answer", answered); err != nil {
-			t.Errorf("the one who waited: %v", err)
-		}
-	})
-}
-
-func TestClosingWakesAListenerThatIsFull(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ln := limit(newPipeListener(), 0)
-		accepted := make(chan error, 1)
-		go func() {
-			_, err := ln.Accept()
-			accepted <- err
-		}()
-		synctest.Wait()
-		if err := ln.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if err := <-accepted; !errors.Is(err, net.ErrClosed) {
-			t.Errorf("Accept returned %v: want net.ErrClosed", err)
-		}
 	})
 }
 

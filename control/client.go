@@ -3,6 +3,7 @@ package control
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,58 +11,104 @@ import (
 	"io"
 	"io/fs"
 	"iter"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 )
 
-// Client talks to a control plane. All methods may be called concurrently. Their errors are a *Problem
-// where the server refused, an *UnreachableError where no server was there, or ctx's.
+// What a Client accepts of a server, which need not be a good one.
+const (
+	quietTimeout = 5 * time.Second       // for an answer to begin, and between its parts
+	busyRetry    = 50 * time.Millisecond // between attempts to connect to a server whose queue is full
+	busyTimeout  = 4 * time.Second       // to get into the queue of a server whose queue is full; less than quietTimeout
+	maxAnswer    = 64 << 20              // bytes
+	maxLine      = 1 << 20               // bytes of a line of a stream
+)
+
+// Client talks to a control plane. All methods may be called concurrently. Their errors are a *Problem if the
+// server refused, an *UnreachableError if no server answered, or the cause of ctx's end.
 type Client struct {
 	path string
 	http *http.Client
-	// OnAnswer, when not nil, gets each answer's body as it came, a line at a time in a stream, but no
-	// problems: they are errors. A lease's last line comes from a goroutine of its own. Set it before
-	// the first call.
+	// OnAnswer, if not nil, is called with the body of each answer as it came, in a stream with each line.
+	// Problems are not answers. The last line of a Lease comes from a goroutine of its own. Set OnAnswer before the
+	// first call.
 	OnAnswer func(body []byte)
 }
 
-// NewClient makes a client of the control socket at path. It connects when it is used.
+// NewClient returns a client of the control socket at path. It connects when it is used.
 func NewClient(path string) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", path)
-	}
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) { return dialSocket(ctx, path) }
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
-// Path is the control socket's.
+// dialSocket connects to the socket at path, which is always a file: a leading @ has no meaning of its own. While
+// the server's queue is full it tries again.
+func dialSocket(ctx context.Context, path string) (net.Conn, error) {
+	if strings.HasPrefix(path, "@") {
+		path = "./" + path
+	}
+	address, done, err := shortPath(path)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	giveUp := time.After(busyTimeout)
+	for {
+		conn, err := new(net.Dialer).DialContext(ctx, "unix", address)
+		if err == nil || !isBusy(err) {
+			return conn, err
+		}
+		select {
+		case <-time.After(busyRetry):
+		case <-giveUp:
+			return nil, errBusy
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// Path returns the path of the control socket.
 func (c *Client) Path() string { return c.path }
 
-// Close closes the connections that are kept for further calls.
+// Close closes idle connections. Calls may still be made after it.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// UnreachableError says that no server answered on the control socket, or not to the end.
+// UnreachableError means that no server answered on the control socket, or did not complete its answer.
 type UnreachableError struct {
 	Path string
 	Err  error
 }
 
+var (
+	errNoAnswer = fmt.Errorf("nothing came for %s", quietTimeout)
+	errBusy     = errors.New("its queue of connections is full")
+)
+
+// Error says what to tell the user.
 func (e *UnreachableError) Error() string {
-	if errors.Is(e.Err, io.EOF) || errors.Is(e.Err, io.ErrUnexpectedEOF) {
+	switch {
+	case errors.Is(e.Err, io.EOF) || errors.Is(e.Err, io.ErrUnexpectedEOF):
 		return fmt.Sprintf("the server on control socket %s went away before it had answered", e.Path)
-	}
-	if errors.Is(e.Err, fs.ErrPermission) {
+	case errors.Is(e.Err, fs.ErrPermission):
 		return fmt.Sprintf("control socket %s may not be used by this user: permission denied", e.Path)
+	case errors.Is(e.Err, errNoAnswer):
+		return fmt.Sprintf("the server on control socket %s does not answer: %v", e.Path, e.Err)
+	case errors.Is(e.Err, errBusy):
+		return fmt.Sprintf("the server on control socket %s is busy: %v", e.Path, e.Err)
 	}
 	return fmt.Sprintf("no server answers on control socket %s: %v", e.Path, bare(e.Err))
 }
 
-// Unwrap gives why.
+// Unwrap returns the cause.
 func (e *UnreachableError) Unwrap() error { return e.Err }
 
-// PauseRequest says how to pause; the zero value is a hold with neither reason nor end.
+// PauseRequest says how to pause. The zero value is a hold without a reason that lasts until it is released.
 type PauseRequest struct {
 	Reason string
 	TTL    time.Duration // zero: until released
@@ -79,26 +126,26 @@ func (p PauseRequest) body() map[string]any {
 	return body
 }
 
-// ShutdownRequest says how to drain.
+// ShutdownRequest says how to drain. The zero value is the server's own drain.
 type ShutdownRequest struct {
-	Reason string         // in the notice; empty means "control"
-	Grace  *time.Duration // nil: the server's own
+	Reason string         // told to clients; empty means "control"
+	Grace  *time.Duration // nil means the server's own
 	Now    bool           // close everything now
 }
 
 // WaitRequest says what to wait for: a state, a number of open connections, or both at once.
 type WaitRequest struct {
-	State       string         // empty: any
-	Connections *int           // nil: any number
-	Timeout     *time.Duration // nil: none but the context's
+	State       string         // empty means any
+	Connections *int           // nil means any number
+	Timeout     *time.Duration // nil means none but the context's
 }
 
-// Status asks for the server's status.
+// Status returns the server's status.
 func (c *Client) Status(ctx context.Context) (out Status, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/status", nil, nil, &out)
 }
 
-// Conns asks for up to limit open connections (negative: all) that have been idle for at least minIdle.
+// Conns returns up to limit open connections (negative: all) that have been idle for at least minIdle.
 func (c *Client) Conns(ctx context.Context, limit int, minIdle time.Duration) (out Conns, err error) {
 	query := url.Values{}
 	if limit >= 0 {
@@ -110,7 +157,7 @@ func (c *Client) Conns(ctx context.Context, limit int, minIdle time.Duration) (o
 	return out, c.call(ctx, http.MethodGet, "/v1/conns", query, nil, &out)
 }
 
-// Closed asks for up to limit closed connections (negative: all that are remembered).
+// Closed returns up to limit of the last closed connections (negative: all that the server remembers).
 func (c *Client) Closed(ctx context.Context, limit int) (out ClosedConns, err error) {
 	query := url.Values{}
 	if limit >= 0 {
@@ -119,22 +166,22 @@ func (c *Client) Closed(ctx context.Context, limit int) (out ClosedConns, err er
 	return out, c.call(ctx, http.MethodGet, "/v1/conns/closed", query, nil, &out)
 }
 
-// Kill ends one connection.
+// Kill closes one connection.
 func (c *Client) Kill(ctx context.Context, id uint64) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/conns/"+strconv.FormatUint(id, 10), nil, nil, &out)
 }
 
-// KillAll ends all connections.
+// KillAll closes all connections.
 func (c *Client) KillAll(ctx context.Context) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/conns", url.Values{"all": {"true"}}, nil, &out)
 }
 
-// KillIdle ends the connections that have been idle for at least minIdle.
+// KillIdle closes the connections that have been idle for at least minIdle.
 func (c *Client) KillIdle(ctx context.Context, minIdle time.Duration) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/conns", url.Values{"min_idle": {minIdle.String()}}, nil, &out)
 }
 
-// Pause pauses the server until the hold that it returns is released.
+// Pause pauses the server until the returned hold is released.
 func (c *Client) Pause(ctx context.Context, req PauseRequest) (out Hold, err error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/pause", nil, req.body(), &out)
 }
@@ -169,9 +216,15 @@ func (c *Client) Shutdown(ctx context.Context, req ShutdownRequest) (out Change,
 	return out, c.call(ctx, http.MethodPost, "/v1/shutdown", nil, body, &out)
 }
 
-// Wait returns when what is asked for holds. A *Problem of type ProblemTimeout says that it did not in time,
-// one of type ProblemDraining that it never will.
+// Wait returns when the condition holds. A *Problem of type ProblemTimeout means that it did not hold in time, one
+// of type ProblemDraining that it never will.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err error) {
+	// An answer may take any time: find out first whether the server answers at all.
+	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, quietTimeout)
+	if err != nil {
+		return out, err
+	}
+	_ = alive.Body.Close()
 	query := url.Values{}
 	if req.State != "" {
 		query.Set("state", req.State)
@@ -182,20 +235,19 @@ func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err err
 	if req.Timeout != nil {
 		query.Set("timeout", req.Timeout.String())
 	}
-	return out, c.call(ctx, http.MethodGet, "/v1/wait", query, nil, &out)
+	return out, c.callWithin(ctx, 0, http.MethodGet, "/v1/wait", query, nil, &out)
 }
 
-// Events ranges over what happens from now on, until ctx is done, the server has stopped, or the caller
-// has enough. An error ends it.
+// Events ranges over the events from now on, until ctx is done or the server has stopped. An error ends it.
 func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
-		resp, err := c.send(ctx, http.MethodGet, "/v1/events", nil, nil)
+		resp, err := c.stream(ctx, http.MethodGet, "/v1/events", nil, nil)
 		if err != nil {
 			yield(Event{}, err)
 			return
 		}
 		defer resp.Body.Close()
-		lines := bufio.NewReader(resp.Body)
+		lines := newLines(resp.Body)
 		for {
 			var e Event
 			if err := c.readLine(ctx, lines, &e); err != nil {
@@ -211,8 +263,7 @@ func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
 	}
 }
 
-// A Lease is a hold that lasts as long as its connection: the server releases it when the process that has it
-// dies.
+// Lease is a hold that lasts as long as its connection: the server releases it when the process that holds it dies.
 type Lease struct {
 	Hold  Hold
 	body  io.ReadCloser
@@ -222,11 +273,11 @@ type Lease struct {
 
 // PauseWhileConnected pauses the server until the lease is closed, ctx is done, or the process dies.
 func (c *Client) PauseWhileConnected(ctx context.Context, req PauseRequest) (*Lease, error) {
-	resp, err := c.send(ctx, http.MethodPost, "/v1/pause", url.Values{"while": {"connected"}}, req.body())
+	resp, err := c.stream(ctx, http.MethodPost, "/v1/pause", url.Values{"while": {"connected"}}, req.body())
 	if err != nil {
 		return nil, err
 	}
-	lines := bufio.NewReader(resp.Body)
+	lines := newLines(resp.Body)
 	l := &Lease{body: resp.Body, ended: make(chan struct{})}
 	if err := c.readLine(ctx, lines, &l.Hold); err != nil {
 		_ = resp.Body.Close()
@@ -236,42 +287,60 @@ func (c *Client) PauseWhileConnected(ctx context.Context, req PauseRequest) (*Le
 	return l, nil
 }
 
-// await reads why the server ended the hold; Close waits for it.
-func (l *Lease) await(ctx context.Context, c *Client, lines *bufio.Reader) {
+// await is the goroutine that reads why the server ended the hold; Close waits for it.
+func (l *Lease) await(ctx context.Context, c *Client, lines *bufio.Scanner) {
 	defer close(l.ended)
 	if c.readLine(ctx, lines, &l.why) != nil {
 		l.why = Released{Released: "the connection to the server has ended"}
 	}
 }
 
-// Ended is closed when the server has ended the hold before Close did.
+// Ended is closed when the hold has ended, or the connection.
 func (l *Lease) Ended() <-chan struct{} { return l.ended }
 
-// Why says, after Ended, why the hold ended.
+// Why says why the hold ended. Call it once Ended is closed.
 func (l *Lease) Why() string { return l.why.Released }
 
-// Close gives the connection up, and with it the hold, which the server releases at once, but after this
-// returns: release it with ReleaseHold before, where that matters.
+// Close closes the connection. The server then releases the hold, possibly after Close has returned: to be sure,
+// call ReleaseHold first.
 func (l *Lease) Close() {
 	_ = l.body.Close()
 	<-l.ended
 }
 
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, body, out any) error {
-	resp, err := c.send(ctx, method, path, query, body)
+	return c.callWithin(ctx, quietTimeout, method, path, query, body, out)
+}
+
+// callWithin makes a request and decodes its answer. quiet is how long the server may take to begin or continue its
+// answer; 0 means any time.
+func (c *Client) callWithin(ctx context.Context, quiet time.Duration, method, path string, query url.Values, body, out any) error {
+	resp, err := c.send(ctx, method, path, query, body, quiet)
 	if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(resp.Body)
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
 		return c.failed(ctx, err)
+	}
+	if len(answer) > maxAnswer {
+		return fmt.Errorf("control socket %s answers with more than %d MiB", c.path, maxAnswer>>20)
 	}
 	return c.decode(answer, out)
 }
 
-// send returns an answer that is not a problem.
-func (c *Client) send(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
+// stream makes a request whose answer begins at once, and lasts.
+func (c *Client) stream(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
+	resp, err := c.send(ctx, method, path, query, body, quietTimeout)
+	if err == nil {
+		resp.Body.(*answerBody).watch.setTimeout(0)
+	}
+	return resp, err
+}
+
+// send makes a request and returns its answer, unless that is a problem.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration) (*http.Response, error) {
 	var content io.Reader
 	if body != nil {
 		encoded, err := json.Marshal(body)
@@ -281,29 +350,96 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 		content = bytes.NewReader(encoded)
 	}
 	target := url.URL{Scheme: "http", Host: "echod", Path: path, RawQuery: query.Encode()}
-	req, err := http.NewRequestWithContext(ctx, method, target.String(), content)
+	watched, watch := newWatch(ctx, quiet)
+	req, err := http.NewRequestWithContext(watched, method, target.String(), content)
 	if err != nil {
+		watch.stop()
 		return nil, fmt.Errorf("making the request: %w", err)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return nil, c.failed(ctx, err)
+		defer watch.stop()
+		return nil, c.failed(watched, err)
 	}
+	watch.reset()
+	resp.Body = &answerBody{ReadCloser: resp.Body, ctx: watched, watch: watch}
 	if resp.StatusCode < 300 {
 		return resp, nil
 	}
 	defer resp.Body.Close()
 	var problem Problem
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&problem); err != nil || problem.Type == "" {
-		return nil, fmt.Errorf("control socket %s answers %s", c.path, resp.Status)
+		return nil, fmt.Errorf("control socket %s answers %s", c.path, printable(shorten(resp.Status)))
 	}
 	return nil, &problem
 }
 
-// failed says why a request was not sent, or its answer not read: ctx has ended, or the server gone.
+// watch ends a request's context when nothing has come from the server for too long.
+type watch struct {
+	cancel  context.CancelCauseFunc
+	timer   *time.Timer
+	timeout time.Duration // 0 means none
+}
+
+func newWatch(ctx context.Context, timeout time.Duration) (context.Context, *watch) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	const never = time.Duration(math.MaxInt64) // until reset
+	w := &watch{cancel: cancel, timer: time.AfterFunc(never, func() { cancel(errNoAnswer) }), timeout: timeout}
+	w.reset()
+	return ctx, w
+}
+
+func (w *watch) setTimeout(timeout time.Duration) {
+	w.timeout = timeout
+	w.reset()
+}
+
+// reset gives the server its whole time again.
+func (w *watch) reset() {
+	if w.timeout == 0 {
+		w.timer.Stop()
+		return
+	}
+	w.timer.Reset(w.timeout)
+}
+
+func (w *watch) stop() {
+	w.timer.Stop()
+	w.cancel(nil)
+}
+
+// answerBody is the body of an answer that must not stall.
+type answerBody struct {
+	io.ReadCloser
+	ctx   context.Context
+	watch *watch
+}
+
+// Read fails with errNoAnswer when nothing has come for too long.
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if n > 0 {
+		b.watch.reset()
+	}
+	if err != nil && errors.Is(context.Cause(b.ctx), errNoAnswer) {
+		err = errNoAnswer
+	}
+	return n, err
+}
+
+// Close ends the request.
+func (b *answerBody) Close() error {
+	defer b.watch.stop()
+	return b.ReadCloser.Close()
+}
+
+// failed returns the error for a request that was not sent, or whose answer was not read.
 func (c *Client) failed(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errNoAnswer):
+		err = cause
+	case cause != nil:
+		return cause
 	}
 	if ue, ok := errors.AsType[*url.Error](err); ok {
 		err = ue.Err
@@ -311,17 +447,33 @@ func (c *Client) failed(ctx context.Context, err error) error {
 	return &UnreachableError{Path: c.path, Err: err}
 }
 
-func (c *Client) readLine(ctx context.Context, r *bufio.Reader, out any) error {
-	line, err := r.ReadBytes('\n')
-	if err != nil {
-		return c.failed(ctx, err)
+// newLines reads the lines of a stream. A line that is cut short does not count.
+func newLines(r io.Reader) *bufio.Scanner {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, maxLine)
+	lines.Split(func(data []byte, _ bool) (advance int, token []byte, err error) {
+		if end := bytes.IndexByte(data, '\n') + 1; end > 0 {
+			return end, data[:end], nil
+		}
+		return 0, nil, nil
+	})
+	return lines
+}
+
+func (c *Client) readLine(ctx context.Context, lines *bufio.Scanner, out any) error {
+	if lines.Scan() {
+		return c.decode(bytes.Clone(lines.Bytes()), out)
 	}
-	return c.decode(line, out)
+	err := lines.Err()
+	if errors.Is(err, bufio.ErrTooLong) {
+		return fmt.Errorf("control socket %s answers with a line of more than %d MiB", c.path, maxLine>>20)
+	}
+	return c.failed(ctx, cmp.Or(err, io.EOF))
 }
 
 func (c *Client) decode(answer []byte, out any) error {
 	if err := json.Unmarshal(answer, out); err != nil {
-		return fmt.Errorf("control socket %s answers what is not understood: %w", c.path, err)
+		return fmt.Errorf("control socket %s answers something that is not the control API: %w", c.path, err)
 	}
 	if c.OnAnswer != nil {
 		c.OnAnswer(answer)

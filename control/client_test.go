@@ -146,7 +146,7 @@ func TestLeaseEndsWhenTheServerGoesAway(t *testing.T) {
 
 func TestAnswersThatAreNotUnderstood(t *testing.T) {
 	for _, other := range []struct{ answer, want string }{
-		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers what is not understood: invalid character 'h' looking for beginning of value"},
+		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers something that is not the control API: invalid character 'h' looking for beginning of value"},
 		{"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers 404 Not Found"},
 		{"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\n{}", "control socket /run/echod.sock answers 502 Bad Gateway"},
 	} {
@@ -169,7 +169,7 @@ func TestCallsEndWithTheirContextAndItsCause(t *testing.T) {
 				_, _ = io.Copy(io.Discard, conn) // until the caller has left
 			})
 			for _, call := range calls {
-				ctx, cancel := context.WithTimeoutCause(t.Context(), time.Minute, enough)
+				ctx, cancel := context.WithTimeoutCause(t.Context(), quietTimeout/2, enough)
 				if err := call.call(ctx, c); !errors.Is(err, enough) {
 					t.Errorf("%s after %q: error is %v: want the context's cause", call.name, half, err)
 				}

@@ -85,11 +85,11 @@ func TestStreamsGiveTheirPlaceUpWhenTheirCallerGoes(t *testing.T) {
 				conn := r.rawConn(t)
 				ask(t, conn, request+" HTTP/1.1\r\nHost: echod\r\n\r\n")
 				synctest.Wait()
-				wantEqual(t, "places taken", len(r.plane.streams), 1)
+				wantEqual(t, "places taken", r.plane.streams.count(), 1)
 				ask(t, conn, "\n") // the byte after which net/http no longer looks
 				_ = conn.Close()
 				synctest.Wait()
-				wantEqual(t, "places taken once the caller has gone", len(r.plane.streams), 0)
+				wantEqual(t, "places taken once the caller has gone", r.plane.streams.count(), 0)
 			})
 		})
 	}

@@ -19,7 +19,7 @@ func (r *rig) follow(ctx context.Context, t *testing.T) (collect func() []Event)
 	t.Helper()
 	var events []Event
 	done := make(chan struct{})
-	before := len(r.plane.streams)
+	before := r.plane.streams.count()
 	go func() {
 		defer close(done)
 		for e, err := range r.client.Events(ctx) {
@@ -31,7 +31,7 @@ func (r *rig) follow(ctx context.Context, t *testing.T) (collect func() []Event)
 		}
 	}()
 	synctest.Wait()
-	wantEqual(t, "streams under way", len(r.plane.streams), before+1)
+	wantEqual(t, "streams under way", r.plane.streams.count(), before+1)
 	return func() []Event { <-done; return events }
 }
 
@@ -107,7 +107,7 @@ func TestEventsEndWhenTheCallerHasEnough(t *testing.T) {
 		cancel()
 		wantEqual(t, "events", len(collect()), 2)
 		synctest.Wait()
-		wantEqual(t, "streams under way", len(r.plane.streams), 0)
+		wantEqual(t, "streams under way", r.plane.streams.count(), 0)
 
 		go func() {
 			for range r.client.Events(t.Context()) {
@@ -117,7 +117,7 @@ func TestEventsEndWhenTheCallerHasEnough(t *testing.T) {
 		synctest.Wait()
 		must[Change](t)(r.client.Resume(t.Context()))
 		synctest.Wait()
-		wantEqual(t, "streams under way after a break", len(r.plane.streams), 0)
+		wantEqual(t, "streams under way after a break", r.plane.streams.count(), 0)
 	})
 }
 
@@ -178,13 +178,13 @@ func TestReaderOfEventsWhoDoesNotReadIsDropped(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Hour)
-		wantEqual(t, "streams with nothing to read", len(r.plane.streams), 1)
+		wantEqual(t, "streams with nothing to read", r.plane.streams.count(), 1)
 		r.pauses(t, 100)
 		time.Sleep(answerTimeout - time.Millisecond)
-		wantEqual(t, "streams before the time is over", len(r.plane.streams), 1)
+		wantEqual(t, "streams before the time is over", r.plane.streams.count(), 1)
 		time.Sleep(2 * time.Millisecond)
 		synctest.Wait()
-		wantEqual(t, "streams after", len(r.plane.streams), 0)
+		wantEqual(t, "streams after", r.plane.streams.count(), 0)
 		_, err := io.Copy(io.Discard, conn)
 		wantEqual(t, "end of the stream", err, nil, cmpopts.EquateErrors())
 	})

@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"net"
 	"net/http"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -153,14 +155,7 @@ func TestEveryAnswerIsAsTheDocumentSays(t *testing.T) {
 		{post, "/v1/shutdown", huge, 413},
 	})
 
-	full := r.fillStreams(t)
-	doc.drive(t, r, seen, []exchange{
-		{get, "/v1/wait?state=running", "", 503},
-		{get, "/v1/events", "", 503},
-		{post, "/v1/pause?while=connected", "", 503},
-	})
-	full()
-
+	doc.driveBusy(t, r, seen)
 	streams := doc.followStreams(t, r, seen)
 	doc.drive(t, r, seen, []exchange{
 		{post, "/v1/shutdown", `{"grace":"1h","reason":"upgrade"}`, 202},
@@ -189,17 +184,39 @@ func TestEveryAnswerIsAsTheDocumentSays(t *testing.T) {
 	}
 }
 
-// fillStreams takes all places for streams; release gives them back.
-func (r *rig) fillStreams(t *testing.T) (release func()) {
+// driveBusy drives the answers that are given when too many requests last.
+func (d document) driveBusy(t *testing.T, r *rig, seen map[string]bool) {
 	t.Helper()
-	for range cap(r.plane.streams) {
-		r.plane.streams <- struct{}{}
+	var conns []net.Conn
+	last := func(request string, total int) {
+		conn := r.rawConn(t)
+		conns = append(conns, conn)
+		ask(t, conn, request+" HTTP/1.1\r\nHost: echod\r\nContent-Length: 0\r\n\r\n")
+		r.awaitStreams(t, total)
 	}
-	return func() {
-		for range cap(r.plane.streams) {
-			<-r.plane.streams
-		}
+	for n := range maxKept {
+		last("POST /v1/pause?while=connected", n+1)
 	}
+	d.drive(t, r, seen, []exchange{{http.MethodPost, "/v1/pause?while=connected", "", http.StatusServiceUnavailable}})
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	r.awaitStreams(t, 0)
+
+	conns = nil
+	var driving sync.WaitGroup
+	driving.Go(func() {
+		d.drive(t, r, seen, []exchange{{http.MethodGet, "/v1/wait?connections=77", "", http.StatusServiceUnavailable}})
+	})
+	r.awaitStreams(t, 1)
+	for n := range maxStreams {
+		last("GET /v1/events", min(n+2, maxStreams))
+	}
+	driving.Wait()
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	r.awaitStreams(t, 0)
 }
 
 // followStreams opens the two kinds of streams, lets every kind of event happen, and returns what

@@ -5,11 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net"
 	"net/http"
+	"path"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -17,86 +18,108 @@ import (
 	"echod/server"
 )
 
-// Bounds on what callers can make the control plane hold.
+// MaxCallers is how many connections a listener of a Plane keeps open at once. When one more comes, the
+// idlest is closed. A program needs as many open files in reserve for each listener that a Plane serves.
+const MaxCallers = 48
+
+// What callers can make a Plane hold is bounded.
 const (
-	headerTimeout  = 5 * time.Second  // for a request's headers to arrive
-	requestTimeout = 10 * time.Second // for its body
-	answerTimeout  = 10 * time.Second // for the caller to take the answer, or a line of a stream
-	idleTimeout    = 30 * time.Second // between requests of one connection
+	headerTimeout  = 5 * time.Second  // to receive a request's headers
+	requestTimeout = 10 * time.Second // to receive a request's body
+	answerTimeout  = 10 * time.Second // to send an answer, or one line of a stream
+	idleTimeout    = 30 * time.Second // between two requests on a connection
 	maxHeader      = 8 << 10          // bytes
-	maxConnections = 48               // more wait in the kernel's queue
-	maxStreams     = 32               // of these, requests that last: waits, events and pauses while connected
 	lingerTimeout  = 100 * time.Millisecond
 )
 
-// Options configures a Plane.
+// Options configures a Plane. The zero value is usable.
 type Options struct {
-	Version string      // of the program, for the status
-	Logger  *zap.Logger // nil logs nothing
-	// Metrics answers GET /metrics; nil: there is no such path.
+	Version string // of the program, shown in the status
+	// Logger logs every request that may change something, with the uid and pid of its caller, which a sampler
+	// should let pass. Nil logs nothing.
+	Logger *zap.Logger
+	// Metrics answers GET /metrics. Nil: there is no such path.
 	Metrics http.Handler
-	// OnRequest is told of every answer, but for those to Probe: the path of the route, empty where there is none such; the method, and the status code.
-	// It is called concurrently; nil is not called.
+	// OnRequest is called after each answer with the path of the route (empty for unknown paths), the method
+	// and the status code. Calls are concurrent. Requests made by Probe are left out. Nil is not called.
 	OnRequest func(route, method string, code int)
-	// Pprof adds /debug/pprof/ to a plane made by NewWeb.
-	Pprof bool
+
+	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
+	// there are no such paths.
+	Debug http.Handler
+	// Hosts lists the names by which callers may address a Plane made by NewWeb, without ports. IP addresses,
+	// "localhost" and "echod" are always allowed. See NewWeb.
+	Hosts []string
 }
 
-// Plane is the control plane of one server: an HTTP API, described by openapi.yaml. It is an
-// http.Handler that may be mounted anywhere, over HTTP/1 where it is to answer waits, events and pauses while
-// connected; Actor serves it on a socket of its own.
+// Plane is the control plane of one server: an http.Handler with the API of openapi.yaml. All methods may be
+// called concurrently.
+//
+// It can be mounted in any http.Server. Waits, events and pauses while connected then need HTTP/1.1, and the
+// audit needs ConnContext. Serve and Actor take care of both.
 type Plane struct {
-	srv     *server.Server
-	version string
-	log     *zap.Logger
-	routes  []route
-	streams chan struct{} // one token for each stream
-	http    *http.Server
-	door    *limitedListener // where Actor serves; nil before
-	linger  time.Duration    // for answers under way when the server has stopped
-
+	// Set once.
+	srv       *server.Server
+	version   string
+	log       *zap.Logger
 	onRequest func(route, method string, code int)
-	readOnly  bool // nothing here changes anything
+	routes    []route
+	mux       *http.ServeMux
+	http      *http.Server
+	readOnly  bool                // nothing here changes anything
+	hosts     map[string]struct{} // names that the Host header may have; nil: any
+	linger    time.Duration       // for requests in progress once the server has stopped
+
+	streams streams
+
+	mu        sync.Mutex
+	listeners []*callers // guarded by mu
 }
 
-// An endpoint answers one method of one path. What it returns is the caller's answer.
-type endpoint func(c *caller, r *http.Request, arg string) error
+// An endpoint answers a request. Its error is answered as a problem.
+type endpoint func(w *response, r *http.Request) error
 
-// route is a path, whose last segment may be "*" for an argument, with its endpoints by method.
+// route is an endpoint with its method and its pattern, as http.ServeMux understands it.
 type route struct {
-	path    string
-	methods map[string]endpoint
-	lasts   bool // an answer may take as long as its caller likes
+	method, pattern string
+	answer          endpoint
 }
 
-// New makes the control plane of srv.
+// New returns the control plane of srv.
 func New(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
-	p.routes = []route{
-		{"/v1/status", map[string]endpoint{http.MethodGet: p.getStatus}, false},
-		{"/v1/conns", map[string]endpoint{http.MethodGet: p.getConns, http.MethodDelete: p.deleteConns}, false},
-		{"/v1/conns/closed", map[string]endpoint{http.MethodGet: p.getClosed}, false},
-		{"/v1/conns/*", map[string]endpoint{http.MethodDelete: p.deleteConn}, false},
-		{"/v1/pause", map[string]endpoint{http.MethodPost: p.postPause}, false},
-		{"/v1/resume", map[string]endpoint{http.MethodPost: p.postResume}, false},
-		{"/v1/holds/*", map[string]endpoint{http.MethodDelete: p.deleteHold}, false},
-		{"/v1/notify", map[string]endpoint{http.MethodPost: p.postNotify}, false},
-		{"/v1/shutdown", map[string]endpoint{http.MethodPost: p.postShutdown}, false},
-		{"/v1/wait", map[string]endpoint{http.MethodGet: p.getWait}, true},
-		{"/v1/events", map[string]endpoint{http.MethodGet: p.getEvents}, true},
-	}
-	p.serveMetrics(opts.Metrics)
+	p.handle([]route{
+		{http.MethodGet, "/v1/status", p.getStatus},
+		{http.MethodGet, "/v1/conns", p.getConns},
+		{http.MethodDelete, "/v1/conns", p.deleteConns},
+		{http.MethodGet, "/v1/conns/closed", p.getClosed},
+		{http.MethodDelete, "/v1/conns/{id}", p.deleteConn},
+		{http.MethodPost, "/v1/pause", p.postPause},
+		{http.MethodPost, "/v1/resume", p.postResume},
+		{http.MethodDelete, "/v1/holds/{id}", p.deleteHold},
+		{http.MethodPost, "/v1/notify", p.postNotify},
+		{http.MethodPost, "/v1/shutdown", p.postShutdown},
+		{http.MethodGet, "/v1/wait", p.getWait},
+		{http.MethodGet, "/v1/events", p.getEvents},
+	}, metricsRoutes(opts.Metrics))
 	return p
 }
 
-// newPlane makes a plane without routes.
+func metricsRoutes(h http.Handler) []route {
+	if h == nil {
+		return nil
+	}
+	return []route{{http.MethodGet, "/metrics", foreign(h)}}
+}
+
+// newPlane returns a Plane without routes.
 func newPlane(srv *server.Server, opts Options) *Plane {
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
 	p := &Plane{
 		srv: srv, version: opts.Version, log: opts.Logger, onRequest: opts.OnRequest,
-		streams: make(chan struct{}, maxStreams), linger: lingerTimeout,
+		mux: http.NewServeMux(), linger: lingerTimeout,
 	}
 	errorLog, _ := zap.NewStdLogAt(p.log, zap.WarnLevel) // fails only for an unknown level
 	p.http = &http.Server{
@@ -107,26 +130,94 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          errorLog,
-		ConnContext:       withPeer,
+		ConnContext:       ConnContext,
 	}
 	return p
 }
 
-// ServeHTTP answers one request. Whatever would change something is logged with who asked for it.
-func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &caller{ResponseWriter: w}
-	defer c.end()
-	route, err := p.dispatch(c, r)
-	if err != nil {
-		p.problemOf(err).write(c)
+// handle adds routes. The mux chooses by path alone, so that every refusal is a problem.
+func (p *Plane) handle(tables ...[]route) {
+	p.routes = slices.Concat(tables...)
+	methods := map[string]map[string]endpoint{}
+	for _, route := range p.routes {
+		if methods[route.pattern] == nil {
+			methods[route.pattern] = map[string]endpoint{}
+		}
+		methods[route.pattern][route.method] = route.answer
 	}
-	p.logRequest(c, r, err)
-	if p.onRequest != nil && !peerFrom(r.Context()).probe {
-		p.onRequest(route, knownMethod(r.Method), c.status)
+	for pattern, byMethod := range methods {
+		label := strings.NewReplacer("{id}", "*", "{rest...}", "*").Replace(pattern)
+		p.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			answer := w.(*response)
+			answer.route = label
+			if !changes(r.Method) && !p.allowsHost(r) {
+				answer.err = refuseHost(answer)
+				return
+			}
+			answer.err = byMethodOf(byMethod, r.Method)(answer, r)
+		})
+	}
+	p.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		w.(*response).err = notFound("nothing is at %s", shorten(r.URL.Path))
+	})
+}
+
+// byMethodOf returns the endpoint for a method, or one that refuses it. A HEAD is answered like a GET, and
+// net/http leaves out the body.
+func byMethodOf(endpoints map[string]endpoint, method string) endpoint {
+	if answer, ok := endpoints[method]; ok {
+		return answer
+	}
+	if answer, ok := endpoints[http.MethodGet]; ok && method == http.MethodHead {
+		return answer
+	}
+	return func(w *response, r *http.Request) error {
+		var allowed []string
+		for method := range endpoints {
+			allowed = append(allowed, method)
+		}
+		slices.Sort(allowed)
+		return refuseMethod(w, r, strings.Join(allowed, ", "))
 	}
 }
 
-// knownMethod keeps callers from making up ever new methods, each of which would be remembered.
+func refuseMethod(w *response, r *http.Request, allowed string) error {
+	w.Header().Set("Allow", allowed)
+	return &Problem{
+		Type: ProblemMethod, Title: "Method not allowed", Status: http.StatusMethodNotAllowed,
+		Detail: shorten(r.Method) + " is not allowed here: want " + allowed,
+	}
+}
+
+// ServeHTTP answers one request, and logs it with its caller if it may change something.
+func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	answer := &response{ResponseWriter: w}
+	defer answer.close()
+	who := callerFrom(r.Context())
+	who.begin()
+	defer who.end()
+
+	switch clean := path.Clean(r.URL.Path); {
+	case clean != r.URL.Path && clean+"/" != r.URL.Path: // the mux would answer with a redirect
+		answer.err = notFound("nothing is at %s", shorten(r.URL.Path))
+	case changes(r.Method) && who.gone():
+		answer.err = errCallerGone
+	default:
+		p.mux.ServeHTTP(answer, r)
+	}
+	if answer.err != nil {
+		p.problemOf(answer.err).write(answer)
+	}
+	p.auditRequest(answer, r, answer.err)
+	if p.onRequest != nil && !who.probe {
+		p.onRequest(answer.route, knownMethod(r.Method), answer.status)
+	}
+}
+
+// changes reports whether requests with this method may change something.
+func changes(method string) bool { return method != http.MethodGet && method != http.MethodHead }
+
+// knownMethod keeps callers from adding a metric for every method that they can think of.
 func knownMethod(method string) string {
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
@@ -135,95 +226,97 @@ func knownMethod(method string) string {
 	return "other"
 }
 
-// logRequest logs, once, what would change something.
-func (p *Plane) logRequest(c *caller, r *http.Request, err error) {
-	if p.readOnly || c.logged || r.Method == http.MethodGet || r.Method == http.MethodHead {
+// auditRequest logs a request that may change something, once.
+func (p *Plane) auditRequest(answer *response, r *http.Request, err error) {
+	if p.readOnly || answer.logged || !changes(r.Method) {
 		return
 	}
-	c.logged = true
-	var refused []zap.Field
+	answer.logged = true
+	fields := []zap.Field{
+		zap.String("method", printable(shorten(r.Method))),
+		zap.String("path", printable(shorten(r.URL.Path))),
+	}
+	fields = append(fields, callerFrom(r.Context()).fields()...)
 	if err != nil {
 		problem := p.problemOf(err)
-		refused = []zap.Field{zap.Int("status", problem.Status), zap.Error(problem)}
+		fields = append(fields, zap.Int("status", problem.Status), zap.String("error", printable(problem.Error())))
 	}
-	p.log.Info("control request", slices.Concat(
-		[]zap.Field{zap.String("method", shorten(r.Method)), zap.String("path", shorten(r.URL.Path))},
-		peerFrom(r.Context()).fields(), refused)...)
+	p.log.Info("control request", fields...)
 }
 
-// dispatch answers a request, and returns the path of its route.
-func (p *Plane) dispatch(c *caller, r *http.Request) (path string, err error) {
-	for _, route := range p.routes {
-		arg, ok := route.match(r.URL.Path)
-		if !ok {
-			continue
-		}
-		answer, ok := route.methods[r.Method]
-		if !ok && r.Method == http.MethodHead && !route.lasts {
-			answer, ok = route.methods[http.MethodGet]
-		}
-		if ok && route.lasts {
-			return route.path, p.stream(c, r, answer)
-		}
-		if ok {
-			return route.path, answer(c, r, arg)
-		}
-		allowed := strings.Join(slices.Sorted(maps.Keys(route.methods)), ", ")
-		c.Header().Set("Allow", allowed)
-		return route.path, &Problem{
-			Type: ProblemMethod, Title: "Method not allowed", Status: http.StatusMethodNotAllowed,
-			Detail: shorten(r.Method) + " is not allowed here: want " + allowed,
-		}
+// foreign makes an endpoint of a handler. Unlike our own endpoints, the handler learns when its caller has gone.
+func foreign(h http.Handler) endpoint {
+	return func(w *response, r *http.Request) error {
+		h.ServeHTTP(w, r)
+		return nil
 	}
-	return "", notFound("nothing is at %s", shorten(r.URL.Path))
 }
 
-func (r route) match(path string) (arg string, ok bool) {
-	prefix, wild := strings.CutSuffix(r.path, "*")
-	if !wild {
-		return "", path == r.path
-	}
-	arg, ok = strings.CutPrefix(path, prefix)
-	return arg, ok && arg != "" && !strings.Contains(arg, "/")
-}
-
-// stream lets a request last. It bounds how many do, so that there is always room for the others.
-func (p *Plane) stream(c *caller, r *http.Request, next endpoint) error {
-	select {
-	case p.streams <- struct{}{}:
-	default:
-		return &Problem{
-			Type: ProblemBusy, Title: "Too many streams", Status: http.StatusServiceUnavailable,
-			Detail: "too many waits, events and pauses are under way: try again later",
-		}
-	}
-	ctx, err := c.takeOver(r.Context())
-	c.leave = append(c.leave, func() { <-p.streams })
-	if err != nil {
-		return err
-	}
-	return next(c, r.WithContext(ctx), "")
-}
-
-// answer writes v as the answer.
-func answer(w http.ResponseWriter, status int, v any) error {
+// answerJSON answers with v.
+func answerJSON(w http.ResponseWriter, status int, v any) error {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(v) // an error means that the caller has gone
 	return nil
 }
 
-// Actor returns the run.Group pair that serves the plane on ln. It serves until the server has
-// stopped, so that it can be asked about the drain to the end. Where it cannot, it returns at once, for
-// its error to be the group's, and the group's interrupts begin the drain.
+// response is the http.ResponseWriter for one request. It notes the status, and after hijack it writes to the
+// connection itself.
+type response struct {
+	http.ResponseWriter
+	route  string // the path of the route, with * for arguments; empty if there is none
+	err    error  // from the endpoint
+	status int    // 0 until the answer begins
+	logged bool   // the request is in the audit
+	hijacked
+}
+
+// Unwrap lets http.ResponseController reach the connection: a profile moves the deadline of its answer.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// Serve answers requests on ln until Shutdown is called. It always returns an error, and closes ln.
+// After Shutdown the error is http.ErrServerClosed.
+func (p *Plane) Serve(ln net.Listener) error { return p.serve(p.open(ln)) }
+
+// open makes ln known to Probe and bounds its connections.
+func (p *Plane) open(ln net.Listener) *callers {
+	l := limitCallers(ln, MaxCallers)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.listeners = append(p.listeners, l)
+	return l
+}
+
+func (p *Plane) serve(l *callers) error {
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.listeners = slices.DeleteFunc(p.listeners, func(other *callers) bool { return other == l })
+	}()
+	return p.http.Serve(l)
+}
+
+// Shutdown closes the listeners and waits until all requests, those that last included, are answered. When ctx
+// ends first, it closes their connections and returns ctx's error. It does not stop the server that the
+// Plane controls.
+func (p *Plane) Shutdown(ctx context.Context) error {
+	err := p.http.Shutdown(ctx)
+	if err != nil {
+		_ = p.http.Close()
+	}
+	return errors.Join(err, p.streams.shutdown(ctx)) // net/http does not wait for hijacked connections
+}
+
+// Actor returns the run.Group pair that serves the Plane on ln until the server has stopped. If the Plane
+// fails earlier, execute returns at once: its error becomes the group's, and the group's interrupts begin the drain.
 func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
-	p.door = limit(ln, maxConnections)
+	l := p.open(ln)
 	execute = func() error {
-		err := p.http.Serve(p.door)
+		err := p.serve(l)
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
-		p.log.Error("the control plane has failed", zap.Error(err)) // the group's end may be long in coming
+		p.log.Error("control plane failed", zap.Error(err)) // the group reports it only after the drain
 		return fmt.Errorf("control plane: %w", err)
 	}
 	interrupt = func(error) {
@@ -231,22 +324,29 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		<-p.srv.Done()
 		ctx, cancel := context.WithTimeoutCause(context.Background(), p.linger, http.ErrServerClosed)
 		defer cancel()
-		if p.http.Shutdown(ctx) != nil {
-			_ = p.http.Close()
-		}
-		p.awaitStreams(ctx)
+		_ = p.Shutdown(ctx) // callers that are slow to take their answer are cut off
 	}
 	return execute, interrupt
 }
 
-// awaitStreams waits for the streams to say their last line: net/http does not know of those that it
-// handed over. It takes their places, of which no new ones are wanted any more.
-func (p *Plane) awaitStreams(ctx context.Context) {
-	for range cap(p.streams) {
-		select {
-		case p.streams <- struct{}{}:
-		case <-ctx.Done():
-			return
+// ServerActor returns the run.Group pair that serves srv on its listeners, and drains srv when it is
+// interrupted. Add it first: the other actors' interrupts wait for the drain.
+func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() error, interrupt func(error)) {
+	execute = func() error {
+		errs := make([]error, len(listeners))
+		var serving sync.WaitGroup
+		for i, ln := range listeners {
+			serving.Go(func() { errs[i] = srv.Serve(ln) })
 		}
+		serving.Wait()
+		<-srv.Done() // also without listeners
+		for i, err := range errs {
+			if errors.Is(err, server.ErrServerClosed) {
+				errs[i] = nil
+			}
+		}
+		return errors.Join(errs...)
 	}
+	interrupt = func(error) { srv.Drain(0, "stopping") }
+	return execute, interrupt
 }

@@ -10,18 +10,18 @@ import (
 	"echod/server"
 )
 
-// Problem is an error as the control plane answers it: RFC 9457, with a type that does not change.
+// Problem is an error answered by the control plane, as in RFC 9457. Types are stable.
 type Problem struct {
 	Type     string     `json:"type"`
 	Title    string     `json:"title"`
 	Status   int        `json:"status"`
 	Detail   string     `json:"detail,omitempty"`
-	Field    string     `json:"field,omitempty"`    // invalid: the name of the field or parameter
-	State    string     `json:"state,omitempty"`    // draining: the state that refuses
-	Deadline *time.Time `json:"deadline,omitempty"` // draining: when the drain ends at the latest
+	Field    string     `json:"field,omitempty"`    // ProblemInvalid: the field or parameter
+	State    string     `json:"state,omitempty"`    // ProblemDraining and ProblemTimeout: the server's state
+	Deadline *time.Time `json:"deadline,omitempty"` // ProblemDraining: when the drain ends at the latest
 }
 
-// Error lets a Problem be returned as one.
+// Error returns the detail, or the title if there is none.
 func (p *Problem) Error() string {
 	if p.Detail == "" {
 		return p.Title
@@ -55,7 +55,7 @@ func notFound(format string, args ...any) *Problem {
 // maxDetail bounds what a problem repeats of its request, in bytes.
 const maxDetail = 512
 
-// problemOf gives the problem that err is for the caller.
+// problemOf returns what to answer for err.
 func (p *Plane) problemOf(err error) *Problem {
 	problem := p.classify(err)
 	problem.Detail, problem.Field = atMost(maxDetail, problem.Detail), shorten(problem.Field)
@@ -74,6 +74,9 @@ func (p *Plane) classify(err error) *Problem {
 	}
 	if errors.Is(err, server.ErrTooManyHolds) {
 		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}
+	}
+	if errors.Is(err, errCallerGone) {
+		return &Problem{Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout, Detail: err.Error()}
 	}
 	if errors.Is(err, server.ErrNoHold) || errors.Is(err, server.ErrNoConn) {
 		return notFound("%s", err)

@@ -147,6 +147,16 @@ func (r *rig) awaitStatus(t *testing.T, what string, match func(server.State, in
 	}
 }
 
+// awaitStreams waits until n requests last.
+func (r *rig) awaitStreams(t *testing.T, n int) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); r.plane.streams.count() != n; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d requests last: want %d", r.plane.streams.count(), n)
+		}
+	}
+}
+
 // echoClient connects a client to the echo server, and sees it served. What it is sent from then on
 // goes to its lines.
 func (r *rig) echoClient(t *testing.T) *echoClient {

@@ -12,39 +12,39 @@ import (
 	"echod/server"
 )
 
-// Signals turns signals into what they mean for a server:
+// Signals turns signals into drains:
 //
-//   - The first INT, TERM or QUIT begins the drain; when HUP or the control plane has begun it, that is
-//     adopted: logged, and its deadline kept, since supervisors and terminals send TERM and HUP in pairs.
-//   - The second one closes everything now. A QUIT writes the stacks of all goroutines first.
-//   - HUP begins the drain, and never counts towards forcing it.
+//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane has begun one, that drain
+//     goes on and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
+//   - The second one closes everything now. QUIT writes the stacks of all goroutines first.
+//   - HUP begins a drain, and never forces it.
 //
-// Its owner registers the channel before the run group starts, so that no signal finds the default
-// action. run.SignalHandler does not do: it stops listening after the first.
+// The program registers the channel with signal.Notify before it opens its listeners, so that no signal finds
+// the default action. run.SignalHandler does not fit: it stops listening after the first signal.
 type Signals struct {
 	srv    *server.Server
 	in     <-chan os.Signal
 	log    *zap.Logger
 	stacks io.Writer
-	// Seen, when not nil, is told the name of each signal that comes. Set it before Actor is called.
+	// Seen is called with the name of each signal. Set it before Actor is called; nil is not called.
 	Seen   func(name string)
 	forced atomic.Pointer[os.Signal]
 }
 
-// NewSignals makes the actor for the signals that come from in. Stacks are written to stacks.
+// NewSignals handles the signals received from in, and writes stacks to stacks.
 func NewSignals(srv *server.Server, in <-chan os.Signal, log *zap.Logger, stacks io.Writer) *Signals {
 	return &Signals{srv: srv, in: in, log: log, stacks: stacks}
 }
 
-// Actor returns the run.Group pair that handles signals until the server has stopped, and the group ends.
+// Actor returns the run.Group pair that handles signals until the server has stopped and the group ends.
 func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 	ending := make(chan struct{})
 	execute = func() error {
-		asked := 0 // how often INT, TERM or QUIT have come
+		asked := 0 // INT, TERM and QUIT so far
 		for {
 			select {
 			case <-s.srv.Done():
-				<-ending // the group returns the first actor's error: that is not this one's
+				<-ending // the group's error is that of the first actor to return, which must not be this one
 				return nil
 			case sig := <-s.in:
 				if sig != syscall.SIGHUP {
@@ -61,7 +61,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 	return execute, interrupt
 }
 
-// Forced returns the signal that forced the end, once the actor has returned; nil when none did.
+// Forced returns the signal that closed everything, once the actor has returned. It is nil if none did.
 func (s *Signals) Forced() os.Signal {
 	if sig := s.forced.Load(); sig != nil {
 		return *sig
@@ -75,7 +75,7 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 	}
 	name := zap.String("signal", SignalName(sig))
 	if sig != syscall.SIGHUP && asked >= 2 {
-		s.log.Warn("signal received again: closing everything now", name)
+		s.log.Warn("second signal received; closing everything now", name)
 		if sig == syscall.SIGQUIT {
 			_, _ = s.stacks.Write(allStacks())
 		}
@@ -86,11 +86,11 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 	}
 	s.log.Info("signal received", name)
 	if !s.srv.Drain(0, SignalName(sig)) {
-		s.log.Info("the drain under way goes on, its deadline is kept", name)
+		s.log.Info("drain already in progress; its deadline is unchanged", name)
 	}
 }
 
-// SignalName gives a signal's name as kill -l and notices have it, such as SIGTERM.
+// SignalName returns a signal's name, such as SIGTERM.
 func SignalName(sig os.Signal) string {
 	switch sig {
 	case syscall.SIGHUP:
@@ -106,7 +106,7 @@ func SignalName(sig os.Signal) string {
 	}
 }
 
-// allStacks returns the stacks of all goroutines, as runtime.Stack writes them.
+// allStacks returns the stacks of all goroutines, at most 64 MiB.
 func allStacks() []byte {
 	for size := 1 << 20; ; size *= 2 {
 		buf := make([]byte, size)

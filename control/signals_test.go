@@ -161,7 +161,7 @@ func TestSignals(t *testing.T) {
 				switch {
 				case row.force:
 					wantEqual(t, "signal that forced the end", s.signals.Forced(), row.sig)
-					wantLine(t, s, "signal received again: closing everything now")
+					wantLine(t, s, "second signal received; closing everything now")
 					<-s.ended
 					if took := time.Since(now); took > time.Second {
 						t.Errorf("closing by force took %s", took)
@@ -170,7 +170,7 @@ func TestSignals(t *testing.T) {
 					wantLine(t, s, "signal received")
 				default:
 					wantLine(t, s, "signal received")
-					wantLine(t, s, "the drain under way goes on, its deadline is kept")
+					wantLine(t, s, "drain already in progress; its deadline is unchanged")
 				}
 				wantEqual(t, "stacks written", s.stacks.text != "", row.force && row.sig == quit)
 				if !row.force {

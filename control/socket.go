@@ -10,67 +10,108 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"go.uber.org/zap"
 )
 
-// SocketOptions says who may use a control socket. The zero value lets nobody in: use 0o600 for its
-// owner alone.
+// SocketOptions says who may use a control socket. The zero value admits nobody: use 0o600 for the owner alone.
 type SocketOptions struct {
 	Mode fs.FileMode // permission bits
-	GID  *int        // group to own the socket; nil leaves it its owner's
+	GID  *int        // group of the socket; nil: the process's
+	// Logger logs when the socket's file is removed or replaced while it is open. Nil logs nothing.
+	Logger *zap.Logger
 }
 
-// Listen opens a control socket at path. Not for an instant is it more open than asked for. A socket there
-// that nobody serves any more is replaced; one that is served, and a file that is no socket, are
-// refused. Closing the listener removes the socket, unless another has taken its place.
+// ErrInUse means that a running server owns the control socket.
+var ErrInUse = errors.New("in use by a running server")
+
+const (
+	checkInterval = time.Second           // between two looks at the socket's file
+	lockTimeout   = 2 * time.Second       // to wait for another server that starts at the same path
+	lockRetry     = 20 * time.Millisecond // between two attempts to lock
+	dialTimeout   = time.Second           // to find out whether a socket is served
+	lockSuffix    = ".lock"               // of the file that is locked while a socket is made
+)
+
+// Listen opens a control socket at path. The file is never more open than asked for. A socket that is no longer
+// served is replaced. A socket in use is refused with ErrInUse, and a file that is not a socket is refused too.
+//
+// While the listener is open, a file that was removed or replaced is logged and made again, unless another
+// server uses it now. Close removes the file if it is still the listener's own.
 func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener, error) {
-	path, err := filepath.Abs(path)
+	return listenEvery(ctx, path, opts, checkInterval)
+}
+
+func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
+	full, err := filepath.Abs(path)
+	if err == nil && len(path) > maxSocketPath { // other clients could not connect to it
+		err = errPathTooLong(path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("control socket %s: %w", path, err)
 	}
-	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("control socket %s: the path has %d bytes, and a socket's can have no more than %d", path, len(path), maxSocketPath)
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
 	}
-	unlock, err := lockDirectory(ctx, filepath.Dir(path))
-	if err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", path, err)
+	s := &socket{path: full, opts: opts, log: opts.Logger.With(zap.String("path", full)), watched: make(chan struct{})}
+	if s.ln, s.file, err = s.bind(ctx); err != nil {
+		return nil, fmt.Errorf("control socket %s: %w", full, err)
 	}
-	defer unlock()
-	if err := removeDead(ctx, path); err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", path, err)
+	if err := checkDirectory(filepath.Dir(full)); err != nil {
+		s.log.Warn("control socket can be replaced by another user", zap.Error(err))
 	}
-	ln, err := bindPrivate(ctx, path)
-	if err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", path, bare(err))
-	}
-	ln.SetUnlinkOnClose(false)
-	s := &socket{UnixListener: ln, path: path}
-	if s.made, err = os.Lstat(path); err == nil {
-		err = open(path, opts)
-	}
-	if err != nil {
-		_ = s.Close()
-		return nil, fmt.Errorf("control socket %s: %w", path, err)
-	}
+	ctx, s.stop = context.WithCancelCause(context.Background())
+	go s.watch(ctx, interval)
 	return s, nil
 }
 
-// open gives a socket that only its owner can use to whom the options name.
-func open(path string, opts SocketOptions) error {
-	if opts.GID != nil {
-		if err := os.Lchown(path, -1, *opts.GID); err != nil {
-			return fmt.Errorf("giving it to group %d: %w", *opts.GID, bare(err))
-		}
-	}
-	if err := os.Chmod(path, opts.Mode.Perm()); err != nil {
-		return fmt.Errorf("setting its mode: %w", bare(err))
-	}
-	return nil
+// socket is a listener whose file is made again when it is lost.
+type socket struct {
+	path    string
+	opts    SocketOptions
+	log     *zap.Logger
+	stop    context.CancelCauseFunc // ends watch
+	watched chan struct{}           // closed when watch has ended
+	once    sync.Once
+	err     error // from closing
+
+	file fs.FileInfo // of ln; owned by watch
+
+	mu sync.Mutex
+	ln *net.UnixListener // guarded by mu
 }
 
-// ErrInUse: a live server has the control socket.
-var ErrInUse = errors.New("in use by a running server")
+// bind makes the socket's file, with the access asked for.
+func (s *socket) bind(ctx context.Context) (ln *net.UnixListener, file fs.FileInfo, err error) {
+	unlock, err := lock(ctx, s.path+lockSuffix)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer unlock()
+	if err := removeDead(ctx, s.path); err != nil {
+		return nil, nil, err
+	}
+	address, done, err := shortPath(s.path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer done()
+	if ln, err = bindPrivate(ctx, address); err != nil {
+		return nil, nil, bare(err)
+	}
+	ln.SetUnlinkOnClose(false)
+	if file, err = os.Lstat(s.path); err == nil {
+		err = setAccess(s.path, s.opts)
+	}
+	if err != nil {
+		removeOwn(s.path, file)
+		_ = ln.Close()
+		return nil, nil, bare(err)
+	}
+	return ln, file, nil
+}
 
-// removeDead makes way for a new socket at path.
+// removeDead removes a socket at path that is not served.
 func removeDead(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -79,7 +120,7 @@ func removeDead(ctx context.Context, path string) error {
 	case err != nil:
 		return bare(err)
 	case info.Mode().Type() != fs.ModeSocket:
-		return errors.New("there is a file that is not a socket: it is left alone")
+		return errors.New("a file that is not a socket is in the way: remove it, or choose another path")
 	}
 	if err := checkDead(ctx, path); err != nil {
 		return err
@@ -90,44 +131,119 @@ func removeDead(ctx context.Context, path string) error {
 	return nil
 }
 
-// checkDead returns an error unless nobody serves the socket at path, or it has just gone with its server.
+// checkDead returns nil if the socket at path is not served, or has just been removed.
 func checkDead(ctx context.Context, path string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, time.Second, ErrInUse)
+	address, done, err := shortPath(path)
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, ErrInUse)
 	defer cancel()
-	c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	c, err := new(net.Dialer).DialContext(ctx, "unix", address)
 	switch {
 	case err == nil:
 		_ = c.Close()
 		return ErrInUse
 	case isRefused(err), errors.Is(err, fs.ErrNotExist):
 		return nil
-	default: // alive with a full queue, or not ours to judge
-		return fmt.Errorf("%w, or not to be looked at (%w)", ErrInUse, bare(err))
+	default: // its queue is full, or it is another user's
+		return fmt.Errorf("%w, or not accessible (%w)", ErrInUse, bare(err))
 	}
 }
 
-// socket removes its file when it is closed.
-type socket struct {
-	*net.UnixListener
-	path string
-	made fs.FileInfo
-	once sync.Once
-	err  error // of closing
+// removeOwn removes the file at path if it is still the given one.
+func removeOwn(path string, file fs.FileInfo) {
+	if now, err := os.Lstat(path); err == nil && file != nil && os.SameFile(now, file) {
+		_ = os.Remove(path)
+	}
 }
 
-// Close may be called more than once.
+// watch is the goroutine that makes the file again when it is lost; Close ends it and waits for it.
+func (s *socket) watch(ctx context.Context, interval time.Duration) {
+	defer close(s.watched)
+	ticks := time.NewTicker(interval)
+	defer ticks.Stop()
+	var last error // what was logged, so that it is logged once
+	for {
+		select {
+		case <-ticks.C:
+		case <-ctx.Done():
+			return
+		}
+		now, err := os.Lstat(s.path)
+		if err == nil && os.SameFile(now, s.file) {
+			last = nil
+			continue
+		}
+		if last == nil {
+			s.log.Warn("control socket was removed or replaced by another program")
+		}
+		ln, file, err := s.bind(ctx)
+		switch {
+		case err == nil:
+			s.log.Info("control socket made again")
+			s.file = file
+			s.replace(ln)
+		case last == nil || err.Error() != last.Error():
+			s.log.Error("control socket cannot be made again", zap.Error(err))
+		}
+		last = err
+	}
+}
+
+// replace makes Accept go on with another listener.
+func (s *socket) replace(ln *net.UnixListener) {
+	s.mu.Lock()
+	before := s.ln
+	s.ln = ln
+	s.mu.Unlock()
+	_ = before.Close()
+}
+
+func (s *socket) listener() *net.UnixListener {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ln
+}
+
+// Accept waits for the next connection. When the file was made again, it returns os.ErrDeadlineExceeded, which
+// is temporary.
+func (s *socket) Accept() (net.Conn, error) {
+	ln := s.listener()
+	c, err := ln.Accept()
+	if err != nil && s.listener() != ln {
+		return nil, os.ErrDeadlineExceeded
+	}
+	return c, err
+}
+
+// SetDeadline sets the deadline of Accept.
+func (s *socket) SetDeadline(t time.Time) error { return s.listener().SetDeadline(t) }
+
+// Addr returns the socket's absolute path.
+func (s *socket) Addr() net.Addr { return &net.UnixAddr{Name: s.path, Net: "unix"} }
+
+// Close removes the file and closes the socket. It may be called more than once.
 func (s *socket) Close() error {
 	s.once.Do(func() {
-		if now, err := os.Lstat(s.path); err == nil && s.made != nil && os.SameFile(now, s.made) {
-			_ = os.Remove(s.path)
-		}
-		s.err = s.UnixListener.Close()
+		s.stop(net.ErrClosed)
+		<-s.watched
+		removeOwn(s.path, s.file)
+		s.err = s.ln.Close()
 	})
 	return s.err
 }
 
-// bare strips what the operating system's packages put around an error: the message has the path already.
+func errPathTooLong(path string) error {
+	return fmt.Errorf("the path has %d bytes: a socket's can have at most %d", len(path), maxSocketPath)
+}
+
+// bare removes what package os puts around an error: the message has the path already.
 func bare(err error) error {
+	if oe, ok := errors.AsType[*net.OpError](err); ok {
+		err = oe.Err
+	}
 	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err
 	}

@@ -88,7 +88,7 @@ func TestSocketIsItsOwnersAloneUntilItIsOpened(t *testing.T) {
 		defer ln.Close()
 		wantMode(t, path, 0o600)
 		wantEqual(t, "umask after it", syscall.Umask(mask), mask)
-		if err := open(path, SocketOptions{Mode: 0o660}); err != nil {
+		if err := setAccess(path, SocketOptions{Mode: 0o660}); err != nil {
 			t.Fatal(err)
 		}
 		wantMode(t, path, 0o660)
@@ -188,7 +188,7 @@ func TestWhatIsNoSocketIsLeftAlone(t *testing.T) {
 			}
 			before, _ := os.Lstat(path)
 			_, err := Listen(t.Context(), path, SocketOptions{Mode: 0o600})
-			want := "control socket " + path + ": there is a file that is not a socket: it is left alone"
+			want := "control socket " + path + ": a file that is not a socket is in the way: remove it, or choose another path"
 			if err == nil || err.Error() != want {
 				t.Errorf("error is %v: want: %s", err, want)
 			}
@@ -203,8 +203,8 @@ func TestWhatIsNoSocketIsLeftAlone(t *testing.T) {
 func TestPathsThatCannotBe(t *testing.T) {
 	dir := shortDir(t)
 	for _, bad := range []struct{ name, path, says string }{
-		{"too long", filepath.Join(dir, strings.Repeat("x", maxSocketPath)), "can have no more than " + strconv.Itoa(maxSocketPath)},
-		{"no directory", filepath.Join(dir, "none", "s"), "its directory: no such file or directory"},
+		{"too long", filepath.Join(dir, strings.Repeat("x", maxSocketPath)), "can have at most " + strconv.Itoa(maxSocketPath)},
+		{"no directory", filepath.Join(dir, "none", "s"), "no such file or directory"},
 		{"file as directory", filepath.Join(os.Args[0], "s"), "not a directory"},
 	} {
 		t.Run(bad.name, func(t *testing.T) {
@@ -306,9 +306,9 @@ func TestServerTakesOverFromOneThatIsClosing(t *testing.T) {
 	}
 }
 
-func TestListenWaitsForTheDirectoryAndForItsContext(t *testing.T) {
-	dir := shortDir(t)
-	unlock, err := lockDirectory(t.Context(), dir)
+func TestListenWaitsForItsLockAndItsContext(t *testing.T) {
+	path := filepath.Join(shortDir(t), "s")
+	unlock, err := lock(t.Context(), path+lockSuffix)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -316,7 +316,7 @@ func TestListenWaitsForTheDirectoryAndForItsContext(t *testing.T) {
 	enough := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(enough)
-	_, err = Listen(ctx, filepath.Join(dir, "s"), SocketOptions{Mode: 0o600})
+	_, err = Listen(ctx, path, SocketOptions{Mode: 0o600})
 	if !errors.Is(err, enough) {
 		t.Errorf("error is %v: want the context's cause", err)
 	}

@@ -7,8 +7,8 @@ import (
 	"echod/server"
 )
 
-// The types below are what the control plane says, as JSON. openapi.yaml describes them for everybody
-// else. Times are RFC 3339, and what is named _seconds is seconds.
+// The types below are the API's JSON, described by openapi.yaml. Times are RFC 3339; fields named _seconds are in
+// seconds.
 
 // Status answers GET /v1/status.
 type Status struct {
@@ -19,7 +19,7 @@ type Status struct {
 	UptimeSeconds float64           `json:"uptime_seconds"`
 	Listeners     []Listener        `json:"listeners"`
 	Connections   int               `json:"connections"`
-	Phases        map[string]int    `json:"phases"` // of the open connections; only those that there are
+	Phases        map[string]int    `json:"phases"` // open connections by phase, without zeros
 	Accepted      uint64            `json:"accepted"`
 	Closed        map[string]uint64 `json:"closed"`
 	BytesIn       uint64            `json:"bytes_in"`
@@ -28,39 +28,39 @@ type Status struct {
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
 
-	// Of a drain that names no grace itself: what clients have, and for how long new ones are served before it.
+	// What a drain uses that does not say otherwise.
 	GraceSeconds      float64 `json:"grace_seconds"`
 	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
 }
 
-// Notices counts the texts to clients since the start: of the drain, and of POST /v1/notify.
+// Notices counts the texts sent to clients since the start, by a drain and by POST /v1/notify.
 type Notices struct {
 	Sent   uint64 `json:"sent"`
 	Failed uint64 `json:"failed"`
 }
 
-// Listener is an open listener; the accept queue is left out where the system does not tell.
+// Listener is an open listener. The accept queue is missing where the system does not tell it.
 type Listener struct {
 	Address          string `json:"address"`
 	AcceptQueue      *int   `json:"accept_queue,omitempty"`
 	AcceptQueueLimit *int   `json:"accept_queue_limit,omitempty"`
 }
 
-// Hold is one reason for the server to be paused.
+// Hold keeps the server paused until it is released.
 type Hold struct {
 	ID      string     `json:"id"`
 	Reason  string     `json:"reason"`
 	Mode    string     `json:"mode"`
 	Since   time.Time  `json:"since"`
 	Expires *time.Time `json:"expires,omitempty"`
-	UID     *int       `json:"uid,omitempty"` // who asked, where the system tells
+	UID     *int       `json:"uid,omitempty"` // who placed it, if known
 	PID     *int       `json:"pid,omitempty"`
 }
 
-// Drain is the drain under way.
+// Drain is the drain in progress, or the one that has ended.
 type Drain struct {
 	Since          time.Time  `json:"since"`
-	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // where there is a delay: new clients are served as usual until then
+	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // with a delay: new clients are served until then
 	Deadline       time.Time  `json:"deadline"`
 	Reason         string     `json:"reason"`
 	Notified       int        `json:"notified"`
@@ -104,12 +104,12 @@ type ClosedConns struct {
 	Connections []ClosedConn `json:"connections"`
 }
 
-// Change answers the verbs: what changed, and what state holds now.
+// Change answers requests that change something: what has changed, and the state after that.
 type Change struct {
 	Changed  bool   `json:"changed"`
 	State    string `json:"state"`
-	Released *int   `json:"released,omitempty"` // how many holds, where that was asked for
-	Killed   *int   `json:"killed,omitempty"`   // how many connections, likewise
+	Released *int   `json:"released,omitempty"` // number of holds
+	Killed   *int   `json:"killed,omitempty"`   // number of connections
 	Drain    *Drain `json:"drain,omitempty"`
 }
 
@@ -125,13 +125,13 @@ type Waited struct {
 	Connections int    `json:"connections"`
 }
 
-// Released is the last line that POST /v1/pause?while=connected streams: the hold is gone.
+// Released is the last line of POST /v1/pause?while=connected, if the hold ends before the connection.
 type Released struct {
 	Released string `json:"released"` // why
 	State    string `json:"state"`
 }
 
-// Event is a line of GET /v1/events. Of the fields below Type, those that go with it are there.
+// Event is a line of GET /v1/events. Below Type, only the fields of that type are set.
 type Event struct {
 	Time   time.Time   `json:"time"`
 	Type   string      `json:"type"`

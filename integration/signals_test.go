@@ -194,7 +194,7 @@ func TestG6PairsOfSignalsForceNothing(t *testing.T) {
 			e.signal(pair[0])
 			e.awaitLog("signal received", "signal", control.SignalName(pair[0]))
 			e.signal(pair[1])
-			e.awaitLog("the drain under way goes on, its deadline is kept", "signal", control.SignalName(pair[1]))
+			e.awaitLog("drain already in progress; its deadline is unchanged", "signal", control.SignalName(pair[1]))
 			check(t, p.expect("SHUTDOWN 20 "+control.SignalName(pair[0])+"\n"))
 			check(t, p.echo("served on\n"))
 			check(t, p.leave())

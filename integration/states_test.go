@@ -222,7 +222,7 @@ func adopted(sig syscall.Signal) func(*testing.T, *scene) {
 		deadline := s.status().Drain.Deadline
 		s.signal(sig)
 		s.awaitLog("signal received", "signal", control.SignalName(sig))
-		s.awaitLog("the drain under way goes on, its deadline is kept", "signal", control.SignalName(sig))
+		s.awaitLog("drain already in progress; its deadline is unchanged", "signal", control.SignalName(sig))
 		s.goesOn(deadline)
 	}
 }
@@ -240,7 +240,7 @@ func (s *scene) forced(sig syscall.Signal) {
 	if took := s.gone.Sub(sent); took > 2*time.Second {
 		s.t.Errorf("it was gone after %s", took)
 	}
-	s.awaitLog("signal received again: closing everything now", "signal", control.SignalName(sig))
+	s.awaitLog("second signal received; closing everything now", "signal", control.SignalName(sig))
 	if sum := s.awaitLog("drained"); sum.num("forced") != 1 {
 		s.t.Errorf("the summary is %s", sum.text)
 	}
@@ -264,7 +264,7 @@ func quitForcesAndShowsStacks(t *testing.T, s *scene) {
 
 func adoptedThenForces(_ *testing.T, s *scene) {
 	s.signal(syscall.SIGTERM)
-	s.awaitLog("the drain under way goes on, its deadline is kept", "signal", "SIGTERM")
+	s.awaitLog("drain already in progress; its deadline is unchanged", "signal", "SIGTERM")
 	s.forced(syscall.SIGTERM)
 }
 

@@ -155,7 +155,7 @@ func TestCtrlCTwiceInATerminal(t *testing.T) {
 	term.types(ctrlC)
 	check(t, p.expect("SHUTDOWN 60 SIGINT\n"))
 	term.types(ctrlC)
-	term.awaits(`signal received again: closing everything now +\{"signal": "SIGINT"\}`)
+	term.awaits(`second signal received; closing everything now +\{"signal": "SIGINT"\}`)
 	term.awaits(`(?m)^code=130$`)
 }
 

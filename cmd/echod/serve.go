@@ -228,6 +228,7 @@ func serve(ctx context.Context, f serveFlags) error {
 	if err != nil {
 		return err
 	}
+	socketOpts.Logger = log
 	opts.OnClose = stats.OnClose
 	srv, err := server.New(server.Echo, opts)
 	if err != nil {
@@ -248,7 +249,10 @@ func serve(ctx context.Context, f serveFlags) error {
 	signals.Seen = stats.Signal
 	g.Add(signals.Actor())
 
-	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request, Pprof: f.pprof}
+	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request}
+	if f.pprof {
+		planeOpts.Debug = profiles()
+	}
 	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
 		plane := control.New(srv, planeOpts)

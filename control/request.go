@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -12,23 +13,27 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"echod/server"
 )
 
+// Requests are decoded strictly: a field or parameter that is unknown, given twice, null or of a wrong type is a
+// problem that names it. json.Decoder alone does not do this, even with DisallowUnknownFields: it takes
+// the last of two values, ignores null and the case of names, and its errors do not always name the field.
+
 // maxBody bounds a request's body, in bytes.
 const maxBody = 16 << 10
 
-// fields says which fields a request may have, and where each goes.
+// fields lists what a request may have, and where each value goes.
 type fields map[string]decoder
 
-// A decoder takes one field's JSON, or one query parameter's text as JSON, to where it belongs. Its
-// error says what is wrong without naming the field.
+// A decoder stores one value: a field's JSON, or a query parameter as JSON. Its error says what is wrong
+// without the name of the field.
 type decoder func(json.RawMessage) error
 
-// decodeBody reads the request's JSON object strictly: a field that is unknown, given twice or of a wrong
-// type is a problem that names it. No body is an empty object.
+// decodeBody decodes the request's JSON object. No body is an empty object.
 func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
@@ -43,7 +48,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
 	case len(bytes.TrimSpace(body)) == 0:
 		return nil
 	case !utf8.Valid(body):
-		return invalid("body", "not valid UTF-8") // encoding/json would put other text in its place
+		return invalid("body", "not valid UTF-8") // encoding/json would replace the invalid bytes
 	}
 	return decodeObject(body, want)
 }
@@ -85,7 +90,7 @@ func decodeObject(body []byte, want fields) error {
 	return nil
 }
 
-// cut puts words around the end of a body that came too early.
+// cut describes a body that ends too early.
 func cut(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errors.New("it ends in the middle")
@@ -93,7 +98,7 @@ func cut(err error) error {
 	return err
 }
 
-// decodeQuery reads the query's parameters as strictly as decodeBody reads a body.
+// decodeQuery decodes the request's query.
 func decodeQuery(r *http.Request, want fields) error {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
@@ -114,7 +119,7 @@ func decodeQuery(r *http.Request, want fields) error {
 	return nil
 }
 
-// literal gives a parameter's text as the JSON that it means: a number, true, false, or else a string.
+// literal returns a parameter's text as JSON: a number, true, false, or else a string.
 func literal(text string) json.RawMessage {
 	if _, err := strconv.Atoi(text); err == nil || text == "true" || text == "false" {
 		return json.RawMessage(text)
@@ -123,7 +128,7 @@ func literal(text string) json.RawMessage {
 	return quoted
 }
 
-// known says which fields there are.
+// known lists the fields for an error.
 func (f fields) known() string {
 	if len(f) == 0 {
 		return "none is known here"
@@ -131,17 +136,23 @@ func (f fields) known() string {
 	return "want " + strings.Join(slices.Sorted(maps.Keys(f)), ", ")
 }
 
-// text takes a string of one printable line.
+// text takes a string of one line. It reaches clients, logs and terminals.
 func text(to *string) decoder {
 	return func(raw json.RawMessage) error {
 		if err := unmarshal(raw, to, "a string"); err != nil {
 			return err
 		}
-		return server.CheckText(*to)
+		if err := server.CheckText(*to); err != nil {
+			return err
+		}
+		if printable(*to) != *to {
+			return errors.New(`"` + printable(shorten(*to)) + `" has a character that is not printable`)
+		}
+		return nil
 	}
 }
 
-// duration takes a Go duration that is not negative, given as a string.
+// duration takes a Go duration in a string, such as "1.5s". It must not be negative.
 func duration(to *time.Duration) decoder {
 	return func(raw json.RawMessage) error {
 		const want = `a duration such as "1.5s"`
@@ -199,7 +210,7 @@ func state(to *server.State) decoder {
 	}
 }
 
-// exactly takes one word, and notes that it was given.
+// exactly takes one word, and sets to when it is given.
 func exactly(word string, to *bool) decoder {
 	return func(raw json.RawMessage) error {
 		var got string
@@ -221,10 +232,37 @@ func unmarshal(raw json.RawMessage, to any, want string) error {
 // shorten keeps an error about a long value readable.
 func shorten(s string) string { return atMost(60, s) }
 
-// atMost cuts s to n bytes.
+// atMost returns at most the first n bytes of s.
 func atMost(n int, s string) string {
 	if len(s) <= n {
 		return s
 	}
 	return strings.ToValidUTF8(s[:n], "") + "…"
+}
+
+// printable returns s with everything escaped that could change how a terminal shows the text around it: control
+// characters (newlines too), bidirectional controls, Unicode's line and paragraph separators, and bytes that
+// are not valid UTF-8.
+func printable(s string) string {
+	unsafe := func(r rune) bool {
+		return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) || r == '\u2028' || r == '\u2029'
+	}
+	if utf8.ValidString(s) && !strings.ContainsFunc(s, unsafe) {
+		return s
+	}
+	var out strings.Builder
+	for s != "" {
+		r, size := utf8.DecodeRuneInString(s)
+		switch {
+		case r == utf8.RuneError && size == 1:
+			fmt.Fprintf(&out, `\x%02x`, s[0])
+		case unsafe(r):
+			quoted := strconv.QuoteRuneToASCII(r)
+			out.WriteString(quoted[1 : len(quoted)-1])
+		default:
+			out.WriteRune(r)
+		}
+		s = s[size:]
+	}
+	return out.String()
 }

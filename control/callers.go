@@ -1,0 +1,301 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// limitCallers bounds how many connections of ln are open at once. Accept never waits for one of them to
+// end: it closes the idlest.
+func limitCallers(ln net.Listener, limit int) *callers {
+	l := &callers{
+		Listener: ln, limit: limit, probes: make(chan net.Conn, 1), closed: make(chan struct{}),
+		open: map[*callerConn]struct{}{},
+	}
+	l.waker, _ = ln.(interface{ SetDeadline(time.Time) error })
+	return l
+}
+
+// callers is a listener that keeps at most limit connections open.
+type callers struct {
+	net.Listener
+	limit     int
+	waker     interface{ SetDeadline(time.Time) error } // nil if Accept cannot be woken
+	probes    chan net.Conn                             // connections from dial, which do not count
+	closeOnce sync.Once
+	closed    chan struct{}
+
+	mu   sync.Mutex
+	open map[*callerConn]struct{} // guarded by mu
+}
+
+// callerConn is a connection of callers.
+type callerConn struct {
+	net.Conn
+	from *callers
+
+	// Guarded by from.mu.
+	serving bool      // a request is being answered
+	kept    bool      // never closed for a new connection
+	since   time.Time // of the last change of serving, or of the last event sent
+}
+
+// Accept returns the next connection.
+func (l *callers) Accept() (net.Conn, error) {
+	for {
+		select {
+		case <-l.closed:
+			return nil, net.ErrClosed
+		case c := <-l.probes:
+			return c, nil
+		default:
+		}
+		c, err := l.Listener.Accept()
+		switch {
+		case err == nil:
+			return l.admit(c), nil
+		case l.waker != nil && errors.Is(err, os.ErrDeadlineExceeded):
+			_ = l.waker.SetDeadline(time.Time{}) // woken by dial. Reset it before looking at probes, or one is missed
+		case isOutOfFiles(err) && l.closeIdlest():
+			runtime.Gosched() // one file is free again
+		default:
+			return nil, passing(err)
+		}
+	}
+}
+
+// admit adds a connection, and closes the idlest if there are too many.
+func (l *callers) admit(nc net.Conn) net.Conn {
+	c := &callerConn{Conn: nc, from: l, since: time.Now()}
+	l.mu.Lock()
+	full := len(l.open) >= l.limit
+	l.mu.Unlock()
+	if full {
+		l.closeIdlest()
+		runtime.Gosched() // under a flood, let a connection's request be read before it becomes the idlest
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[c] = struct{}{}
+	return c
+}
+
+// closeIdlest closes the connection that has been idle for longest, and reports whether there was one.
+// Connections without a request go first.
+func (l *callers) closeIdlest() bool {
+	l.mu.Lock()
+	var idlest *callerConn
+	for c := range l.open {
+		switch {
+		case c.kept:
+		case idlest == nil, !c.serving && idlest.serving:
+			idlest = c
+		case c.serving == idlest.serving && c.since.Before(idlest.since):
+			idlest = c
+		}
+	}
+	delete(l.open, idlest)
+	l.mu.Unlock()
+	if idlest == nil {
+		return false
+	}
+	_ = idlest.Conn.Close()
+	return true
+}
+
+// count returns the number of open connections.
+func (l *callers) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.open)
+}
+
+// dial connects from within the process, without the kernel and the limit. It wakes Accept, so that an
+// answer proves that the accept loop is alive.
+func (l *callers) dial(ctx context.Context) (net.Conn, error) {
+	if l.waker == nil {
+		return nil, errors.New("the listener has no SetDeadline to wake it")
+	}
+	near, far := net.Pipe()
+	select {
+	case l.probes <- probeConn{far}:
+	case <-l.closed:
+		return nil, net.ErrClosed
+	case <-ctx.Done(): // Accept has not taken an earlier one
+		return nil, context.Cause(ctx)
+	}
+	_ = l.waker.SetDeadline(time.Unix(1, 0)) // after the send, or Accept could miss it
+	return near, nil
+}
+
+// Close closes the listener. It may be called more than once.
+func (l *callers) Close() error {
+	l.closeOnce.Do(func() { close(l.closed) })
+	return l.Listener.Close()
+}
+
+// probeConn is the server's side of a connection made by dial.
+type probeConn struct{ net.Conn }
+
+// passing marks errors of accept(2) that concern the system and not the listener as temporary, so that
+// net/http tries again. By itself it knows fewer of them, and would stop for want of memory.
+func passing(err error) error {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok || errno == syscall.EBADF || errno == syscall.EINVAL || errno == syscall.ENOTSOCK {
+		return err
+	}
+	return passingError{err}
+}
+
+type passingError struct{ error }
+
+func (e passingError) Unwrap() error   { return e.error }
+func (e passingError) Timeout() bool   { return false }
+func (e passingError) Temporary() bool { return true }
+
+func (c *callerConn) set(change func()) {
+	c.from.mu.Lock()
+	defer c.from.mu.Unlock()
+	change()
+	c.since = time.Now()
+}
+
+// CloseWrite lets net/http end an answer before it closes the connection.
+func (c *callerConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// Close frees the connection's place.
+func (c *callerConn) Close() error {
+	err := c.Conn.Close()
+	c.from.mu.Lock()
+	defer c.from.mu.Unlock()
+	delete(c.from.open, c)
+	return err
+}
+
+// caller is the other end of a control connection. The zero value is an unknown caller.
+type caller struct {
+	uid, pid int // pid is 0 if they are not known
+	probe    bool
+	raw      net.Conn    // nil if not known
+	conn     *callerConn // nil unless accepted by callers
+}
+
+type callerKey struct{}
+
+// ConnContext is for http.Server.ConnContext when a Plane is mounted in a server of the program's own. Without
+// it, the audit does not know the caller's uid and pid.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	who := &caller{raw: c}
+	switch outer := c.(type) {
+	case probeConn:
+		who.probe = true
+	case *callerConn:
+		who.conn, who.raw = outer, outer.Conn
+	}
+	if unixConn, ok := who.raw.(*net.UnixConn); ok && peerOf != nil {
+		if raw, err := unixConn.SyscallConn(); err == nil {
+			_ = raw.Control(func(fd uintptr) { who.uid, who.pid = peerOf(int(fd)) }) // fails only once closed
+		}
+	}
+	return context.WithValue(ctx, callerKey{}, who)
+}
+
+// peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil
+// where the system does not tell both.
+var peerOf func(fd int) (uid, pid int)
+
+func callerFrom(ctx context.Context) *caller {
+	if who, ok := ctx.Value(callerKey{}).(*caller); ok {
+		return who
+	}
+	return &caller{}
+}
+
+func (c *caller) fields() []zap.Field {
+	if c.pid == 0 {
+		return nil
+	}
+	return []zap.Field{zap.Int("uid", c.uid), zap.Int("pid", c.pid)}
+}
+
+// begin and end enclose the answer to a request.
+func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
+func (c *caller) end()   { c.set(func() { c.conn.serving = false }) }
+
+// touch notes that the caller was sent something.
+func (c *caller) touch() { c.set(func() {}) }
+
+// keep protects the connection from being closed for a new one.
+func (c *caller) keep() { c.set(func() { c.conn.kept = true }) }
+
+func (c *caller) set(change func()) {
+	if c.conn != nil {
+		c.conn.set(change)
+	}
+}
+
+// gone reports whether the caller has closed its connection altogether. After a half-close it still waits for an answer.
+func (c *caller) gone() bool { return c.raw != nil && hungUp(c.raw) }
+
+// Probe returns nil if the Plane answers on all of its listeners: each accept loop runs, and a request for the
+// status is answered. It does not go through the listener's address, which this process may not be allowed to
+// open, and it does not count as a caller. The listeners must have a SetDeadline, as those of package net do.
+func (p *Plane) Probe(ctx context.Context) error {
+	p.mu.Lock()
+	listeners := append([]*callers(nil), p.listeners...)
+	p.mu.Unlock()
+	if len(listeners) == 0 {
+		return errors.New("probing the control plane: it is not served")
+	}
+	for _, l := range listeners {
+		if err := probe(ctx, l); err != nil {
+			return fmt.Errorf("probing the control plane: %w", err)
+		}
+	}
+	return nil
+}
+
+func probe(ctx context.Context, l *callers) error {
+	conn, err := l.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://echod/v1/status", nil)
+	if err != nil {
+		return err
+	}
+	request.Close = true
+	var answer *http.Response
+	if err = request.Write(conn); err == nil {
+		answer, err = http.ReadResponse(bufio.NewReader(conn), request)
+	}
+	switch {
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case err != nil:
+		return err
+	}
+	_ = answer.Body.Close()
+	if answer.StatusCode != http.StatusOK {
+		return errors.New(answer.Status)
+	}
+	return nil
+}

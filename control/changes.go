@@ -1,0 +1,151 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"echod/server"
+)
+
+// Endpoints that change something. Each can be repeated without harm, except that every pause places a hold.
+// Most answer what has changed and the state after that; a pause answers its hold, a notice how many got it.
+
+func (p *Plane) postPause(w *response, r *http.Request) error {
+	var connected bool
+	if err := decodeQuery(r, fields{"while": exactly("connected", &connected)}); err != nil {
+		return err
+	}
+	who := callerFrom(r.Context())
+	opts := server.PauseOptions{UID: who.uid, PID: who.pid}
+	ttl := time.Duration(-1)
+	err := decodeBody(w, r, fields{"reason": text(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode)})
+	switch {
+	case err != nil:
+		return err
+	case ttl == 0:
+		return invalid("ttl", "must be more than 0")
+	case ttl > 0:
+		opts.TTL = ttl
+	}
+	if connected {
+		return p.pauseWhileConnected(w, r, opts)
+	}
+	h, err := p.srv.Pause(opts)
+	if err != nil {
+		return err
+	}
+	w.Header().Set("Location", "/v1/holds/"+h.ID())
+	return answerJSON(w, http.StatusCreated, wireHold(h.Info()))
+}
+
+func (p *Plane) postResume(w *response, r *http.Request) error {
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, nil)); err != nil {
+		return err
+	}
+	n, err := p.srv.Resume()
+	if err != nil {
+		return err
+	}
+	return p.answerChange(w, Change{Changed: n > 0, Released: &n})
+}
+
+func (p *Plane) deleteHold(w *response, r *http.Request) error {
+	if err := decodeQuery(r, nil); err != nil {
+		return err
+	}
+	if err := p.srv.ReleaseHold(r.PathValue("id")); err != nil {
+		return err
+	}
+	return p.answerChange(w, Change{Changed: true, Released: new(1)})
+}
+
+func (p *Plane) deleteConn(w *response, r *http.Request) error {
+	if err := decodeQuery(r, nil); err != nil {
+		return err
+	}
+	id, err := strconv.ParseUint(r.PathValue("id"), 10, 64)
+	if err != nil {
+		return invalid("id", "%s is not a connection's id", strconv.Quote(shorten(r.PathValue("id"))))
+	}
+	if err := p.srv.Kill(id); err != nil {
+		return err
+	}
+	return p.answerChange(w, Change{Changed: true, Killed: new(1)})
+}
+
+func (p *Plane) deleteConns(w *response, r *http.Request) error {
+	var all bool
+	minIdle := time.Duration(-1)
+	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle)}); err != nil {
+		return err
+	}
+	if all == (minIdle >= 0) {
+		return invalid("all", "say which connections: either all=true or min_idle")
+	}
+	n := p.srv.KillFunc(func(c server.ConnInfo) bool { return all || c.Idle >= minIdle })
+	return p.answerChange(w, Change{Changed: n > 0, Killed: &n})
+}
+
+func (p *Plane) postNotify(w *response, r *http.Request) error {
+	var message string
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": text(&message)})); err != nil {
+		return err
+	}
+	if message == "" {
+		return invalid("text", "say what to tell the clients")
+	}
+	// A caller that half-closes gets its answer too. The server bounds how long it takes.
+	sent, failed, err := p.srv.Notify(context.WithoutCancel(r.Context()), message)
+	if err != nil {
+		return err
+	}
+	return answerJSON(w, http.StatusOK, Notified{Sent: sent, Failed: failed})
+}
+
+func (p *Plane) postShutdown(w *response, r *http.Request) error {
+	reason, grace, now := "", time.Duration(-1), false
+	err := errors.Join(
+		decodeQuery(r, nil),
+		decodeBody(w, r, fields{"grace": duration(&grace), "reason": text(&reason), "now": boolean(&now)}))
+	switch {
+	case err != nil:
+		return err
+	case now && grace > 0:
+		return invalid("now", "now leaves no grace period: give either now or grace")
+	}
+	reason = cmp.Or(reason, "control")
+	var changed bool
+	switch {
+	case now:
+		changed = p.srv.Force(reason)
+	case grace < 0:
+		changed = p.srv.Drain(0, reason) // the server's own grace period
+	case grace == 0:
+		changed = p.srv.Drain(-1, reason)
+	default:
+		changed = p.srv.Drain(grace, reason)
+	}
+	st := p.srv.Status()
+	status := http.StatusOK
+	if changed {
+		status = http.StatusAccepted
+	}
+	return answerJSON(w, status, Change{Changed: changed, State: st.State.String(), Drain: wireDrain(st.Drain)})
+}
+
+func (p *Plane) answerChange(w http.ResponseWriter, c Change) error {
+	c.State = p.srv.Status().State.String()
+	return answerJSON(w, http.StatusOK, c)
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}

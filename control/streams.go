@@ -1,0 +1,366 @@
+package control
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"echod/server"
+)
+
+// Requests that last until their caller goes: GET /v1/wait, GET /v1/events and POST /v1/pause?while=connected.
+
+const (
+	maxStreams = 32 // requests that last, at once: for one more, the idlest wait or events is ended
+	maxKept    = 16 // of these, pauses while connected, which are never ended for another
+)
+
+var (
+	errCallerGone = errors.New("the caller has closed its connection")
+	errReplaced   = errors.New("ended for a newer request: too many waits, events and pauses are in progress")
+	errWaitOver   = errors.New("the wait timed out")
+	errShutDown   = errors.New("the control plane is shutting down")
+)
+
+// streams are the requests in progress that last.
+type streams struct {
+	mu    sync.Mutex
+	open  map[*stream]struct{} // guarded by mu
+	ended chan struct{}        // guarded by mu; closed when one has finished, if shutdown waits for that
+}
+
+// stream is a request that lasts. Its context ends when the caller goes, or when its place is needed.
+type stream struct {
+	*response
+	who    *caller
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	kept   bool
+
+	// Guarded by streams.mu.
+	active   time.Time // of the last line sent
+	replaced bool      // ended for another, and finishing
+}
+
+// stream lets a request last. kept protects it from being ended for another; at most maxKept are kept.
+func (p *Plane) stream(w *response, r *http.Request, kept bool) (*stream, error) {
+	if r.Method == http.MethodHead {
+		return nil, refuseMethod(w, r, http.MethodGet)
+	}
+	s := &stream{response: w, who: callerFrom(r.Context()), kept: kept, active: time.Now()}
+	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(r.Context()))
+	if err := p.streams.add(s); err != nil {
+		s.cancel(err)
+		return nil, err
+	}
+	w.leave = append(w.leave, func() { p.streams.remove(s) })
+	if err := w.hijack(s.cancel, !kept); err != nil {
+		return nil, err
+	}
+	if kept {
+		s.who.keep()
+	}
+	return s, nil
+}
+
+func (s *streams) add(added *stream) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	kept, open := 0, 0
+	var idlest *stream
+	for other := range s.open {
+		if !other.replaced {
+			open++
+		}
+		switch {
+		case other.replaced:
+		case other.kept:
+			kept++
+		case idlest == nil || other.active.Before(idlest.active):
+			idlest = other
+		}
+	}
+	if added.kept && kept >= maxKept {
+		return &Problem{
+			Type: ProblemBusy, Title: "Too many pauses", Status: http.StatusServiceUnavailable,
+			Detail: fmt.Sprintf("%d pauses while connected are in progress: no more are allowed", maxKept),
+		}
+	}
+	if open >= maxStreams {
+		idlest.replaced = true
+		idlest.cancel(errReplaced)
+	}
+	if s.open == nil {
+		s.open = map[*stream]struct{}{}
+	}
+	s.open[added] = struct{}{}
+	return nil
+}
+
+func (s *streams) remove(removed *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	removed.cancel(nil)
+	delete(s.open, removed)
+	if s.ended != nil {
+		close(s.ended)
+		s.ended = nil
+	}
+}
+
+// shutdown waits until no request lasts any more. When ctx ends first, it cuts off those that do, and returns
+// ctx's error.
+func (s *streams) shutdown(ctx context.Context) error {
+	var err error
+	for done := ctx.Done(); ; {
+		s.mu.Lock()
+		if len(s.open) == 0 {
+			s.mu.Unlock()
+			return err
+		}
+		if s.ended == nil {
+			s.ended = make(chan struct{})
+		}
+		ended := s.ended
+		if err != nil {
+			for open := range s.open {
+				open.cancel(errShutDown)
+				open.cutOff()
+			}
+		}
+		s.mu.Unlock()
+		select {
+		case <-ended:
+		case <-done:
+			err, done = ctx.Err(), nil
+		}
+	}
+}
+
+// count returns how many requests last.
+func (s *streams) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.open)
+}
+
+// send writes v as a line. An error means that the caller has gone, or takes too long to read.
+func (s *stream) send(p *Plane, v any) error {
+	if err := json.NewEncoder(s.response).Encode(v); err != nil {
+		return err
+	}
+	s.who.touch()
+	p.streams.mu.Lock()
+	defer p.streams.mu.Unlock()
+	s.active = time.Now()
+	return nil
+}
+
+// start begins an answer of lines.
+func (s *stream) start(status int) {
+	s.Header().Set("Content-Type", "application/jsonl")
+	s.WriteHeader(status)
+}
+
+func (p *Plane) getWait(w *response, r *http.Request) error {
+	var (
+		wanted  server.State
+		open    = -1
+		timeout = time.Duration(-1)
+	)
+	if err := decodeQuery(r, fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}); err != nil {
+		return err
+	}
+	if wanted == server.Starting {
+		return invalid("state", "a server that answers has started")
+	}
+	if wanted == 0 && open < 0 {
+		return invalid("state", "say what to wait for: state, connections or both")
+	}
+	s, err := p.stream(w, r, false)
+	if err != nil {
+		return err
+	}
+	ctx := s.ctx
+	if timeout >= 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, timeout, errWaitOver)
+		defer cancel()
+	}
+
+	var seen Waited
+	var met bool
+	err = p.srv.AwaitStatus(ctx, func(st server.State, connections int) bool {
+		seen = Waited{State: st.String(), Connections: connections}
+		met = (wanted == 0 || st == wanted) && (open < 0 || connections == open)
+		never := st == server.Stopped || st == server.Draining && wanted != 0 && wanted < server.Draining
+		return met || never
+	})
+	switch {
+	case errors.Is(err, errReplaced):
+		return &Problem{Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable, Detail: err.Error()}
+	case err != nil:
+		return &Problem{
+			Type: ProblemTimeout, Title: "The wait timed out", Status: http.StatusRequestTimeout,
+			Detail: "the wait timed out: the server is " + seen.State + " with " + plural(seen.Connections, "connection"), State: seen.State,
+		}
+	case !met:
+		st := p.srv.Status()
+		return &server.DrainingError{Deadline: cmp.Or(st.Drain, &server.DrainInfo{}).Deadline}
+	default:
+		return answerJSON(s, http.StatusOK, seen)
+	}
+}
+
+func (p *Plane) getEvents(w *response, r *http.Request) error {
+	if err := decodeQuery(r, nil); err != nil {
+		return err
+	}
+	s, err := p.stream(w, r, false)
+	if err != nil {
+		return err
+	}
+	sub := p.srv.Subscribe()
+	defer sub.Close()
+	s.start(http.StatusOK)
+	for e := range sub.Events(s.ctx) {
+		if s.send(p, wireEvent(e)) != nil {
+			return nil
+		}
+	}
+	return nil
+}
+
+// pauseWhileConnected holds the server paused until the caller has gone.
+func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.PauseOptions) error {
+	s, err := p.stream(w, r, true)
+	if err != nil {
+		return err
+	}
+	h, err := p.srv.Pause(opts)
+	if err != nil {
+		return err
+	}
+	defer h.Release()
+	p.auditRequest(w, r, nil)
+	s.Header().Set("Location", "/v1/holds/"+h.ID())
+	s.start(http.StatusCreated)
+	if s.send(p, wireHold(h.Info())) != nil {
+		return nil
+	}
+	select {
+	case <-s.ctx.Done():
+	case <-h.Done():
+		_ = s.send(p, Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
+	}
+	return nil
+}
+
+// hijacked is the connection of a response that lasts. The Plane takes it over from net/http, which does not
+// notice the caller's end once the caller has sent a single byte after its request, such as a newline from a
+// shell script: a pause would outlive its owner.
+type hijacked struct {
+	mu     sync.Mutex
+	conn   net.Conn // nil before hijack; guarded by mu
+	header http.Header
+	began  bool     // the status line was written
+	leave  []func() // called by close, the last one first
+}
+
+// hijack takes the connection over, and calls gone when the caller goes. A caller that half-closes has gone,
+// unless it mayHalfClose. It needs HTTP/1.
+func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error {
+	conn, buffered, err := http.NewResponseController(w.ResponseWriter).Hijack()
+	if err != nil {
+		return fmt.Errorf("taking over the connection: %w", err)
+	}
+	_ = conn.SetDeadline(time.Time{})
+	w.mu.Lock()
+	w.conn, w.header = conn, http.Header{}
+	w.mu.Unlock()
+	ended := make(chan struct{})
+	go awaitEnd(conn, buffered, mayHalfClose, gone, ended)
+	w.leave = append(w.leave, func() {
+		_ = conn.Close()
+		<-ended
+	})
+	return nil
+}
+
+// awaitEnd is the goroutine that notices when the caller goes; response.close waits for it.
+func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc, ended chan<- struct{}) {
+	defer close(ended)
+	if _, err := io.Copy(io.Discard, buffered); err == nil && mayHalfClose {
+		if own, ok := conn.(*callerConn); ok {
+			conn = own.Conn
+		}
+		awaitHangup(conn)
+	}
+	gone(errCallerGone)
+}
+
+// cutOff closes the connection of a response that lasts.
+func (w *response) cutOff() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.conn != nil {
+		_ = w.conn.Close()
+	}
+}
+
+// close gives back what the response has taken.
+func (w *response) close() {
+	for i := len(w.leave) - 1; i >= 0; i-- {
+		w.leave[i]()
+	}
+}
+
+// Header returns the headers of the answer.
+func (w *response) Header() http.Header {
+	if w.conn != nil {
+		return w.header
+	}
+	return w.ResponseWriter.Header()
+}
+
+// WriteHeader begins the answer.
+func (w *response) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	if w.conn == nil {
+		w.ResponseWriter.WriteHeader(status)
+		return
+	}
+	w.began = true
+	w.header.Set("Connection", "close")
+	w.header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
+	var head bytes.Buffer
+	fmt.Fprintf(&head, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
+	_ = w.header.Write(&head) // a buffer takes everything
+	head.WriteString("\r\n")
+	_, _ = w.Write(head.Bytes()) // if the caller has gone, the stream's context ends
+}
+
+// Write writes a part of the answer. After hijack it fails if the caller does not take it in answerTimeout.
+func (w *response) Write(p []byte) (int, error) {
+	if w.conn == nil {
+		if w.status == 0 {
+			w.status = http.StatusOK
+		}
+		return w.ResponseWriter.Write(p)
+	}
+	if !w.began {
+		w.WriteHeader(http.StatusOK)
+	}
+	_ = w.conn.SetWriteDeadline(time.Now().Add(answerTimeout))
+	return w.conn.Write(p)
+}

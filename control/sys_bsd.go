@@ -1,0 +1,56 @@
+//go:build unix && !linux
+
+package control
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// bindPrivate binds a socket that only its owner can use from the first instant. Only the umask can do that
+// here. It is the whole process's: files made by others at this moment are more private than asked for, never less.
+func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
+	before := syscall.Umask(0o177)
+	defer syscall.Umask(before)
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return ln.(*net.UnixListener), nil
+}
+
+// setAccess sets the group and the mode of the socket at path. It never follows a link.
+func setAccess(path string, opts SocketOptions) error {
+	if opts.GID != nil {
+		if err := os.Lchown(path, -1, *opts.GID); err != nil {
+			return fmt.Errorf("giving it to group %d: %w", *opts.GID, bare(err))
+		}
+	}
+	if opts.Mode.Perm() == 0o600 {
+		return nil // bindPrivate's
+	}
+	if err := unix.Fchmodat(unix.AT_FDCWD, path, uint32(opts.Mode.Perm()), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("setting its mode: %w", err)
+	}
+	return nil
+}
+
+// shortPath returns an address for the socket at path that fits sun_path. done releases it.
+func shortPath(path string) (address string, done func(), err error) {
+	if len(path) <= maxSocketPath {
+		return path, func() {}, nil
+	}
+	if wd, err := os.Getwd(); err == nil {
+		if relative, err := filepath.Rel(wd, path); err == nil && len(relative) <= maxSocketPath {
+			return relative, func() {}, nil
+		}
+	}
+	return "", nil, errPathTooLong(path)
+}

@@ -1,0 +1,52 @@
+//go:build !unix
+
+package control
+
+import (
+	"context"
+	"errors"
+	"net"
+	"syscall"
+)
+
+// maxSocketPath is how many bytes sun_path holds, without its final zero (afunix.h).
+const maxSocketPath = 107
+
+// lock is not supported on this platform.
+func lock(context.Context, string) (unlock func(), err error) { return func() {}, nil }
+
+// checkDirectory checks nothing on this platform.
+func checkDirectory(string) error { return nil }
+
+// bindPrivate binds a socket. The directory's permissions say who can use it.
+func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return ln.(*net.UnixListener), nil
+}
+
+// setAccess does nothing: sockets have no mode on this platform.
+func setAccess(string, SocketOptions) error { return nil }
+
+func shortPath(path string) (address string, done func(), err error) {
+	if len(path) > maxSocketPath {
+		return "", nil, errPathTooLong(path)
+	}
+	return path, func() {}, nil
+}
+
+// wsaECONNREFUSED is Windows Sockets' connection refused.
+const wsaECONNREFUSED = syscall.Errno(10061)
+
+func isRefused(err error) bool { return errors.Is(err, wsaECONNREFUSED) }
+
+func isBusy(error) bool { return false }
+
+func isOutOfFiles(error) bool { return false }
+
+func hungUp(net.Conn) bool { return false }
+
+func awaitHangup(net.Conn) {}
