@@ -6,49 +6,67 @@ import (
 	"echod/server"
 )
 
-// collector reads a server's own figures at each scrape: they are of one instant, and agree with one another.
-type collector struct{ status func() server.Status }
-
-func desc(name, help string, labels ...string) *prometheus.Desc {
-	return prometheus.NewDesc("echod_"+name, help, labels, nil)
+// Options configures a Collector and Durations.
+type Options struct {
+	// Labels are added to every metric, for example to tell two servers in one process apart.
+	Labels prometheus.Labels
 }
 
-var (
-	stateDesc       = desc("state", "1 for the state that the server is in, 0 for the others.", "state")
-	transitionsDesc = desc("state_transitions_total", "How often each state was entered.", "state")
-	holdsDesc       = desc("holds", "Holds that stand: the server is paused while there is one.")
-	connsDesc       = desc("connections", "Open connections, by phase.", "phase")
-	connsLimitDesc  = desc("connections_limit", "How many connections are served at once. Absent where it is unlimited.")
-	acceptedDesc    = desc("connections_accepted_total", "Connections accepted, those that were turned away included.")
-	closedDesc      = desc("connections_closed_total", "Connections closed, by reason.", "reason")
-	rejectedDesc    = desc("connections_rejected_total", "Connections turned away, by reason. They count as closed too.", "reason")
-	bytesDesc       = desc("bytes_total", "Bytes read from clients (in) and written to them (out).", "direction")
-	noticesDesc     = desc("notices_total", "Notices to clients, by whether the kernel took them.", "result")
-	queueDesc       = desc("accept_queue_length", "Clients that wait in the kernel to be accepted.", "listener")
-	limitDesc       = desc("accept_queue_limit", "How many clients can wait in the kernel.", "listener")
-	drainDesc       = desc("drain_duration_seconds", "How long the drain took, once it is over.")
-)
+// Collector is a prometheus.Collector for the figures of a server's status. At each scrape it reads them at one
+// instant, so that they agree with one another. It may be registered with any registry, and used
+// concurrently.
+type Collector struct {
+	status func() server.Status
+
+	state, transitions, holds, conns, connsLimit, accepted, closed *prometheus.Desc
+	rejected, bytes, notices, queue, queueLimit, drain             *prometheus.Desc
+}
+
+// NewCollector returns a collector for srv.
+func NewCollector(srv *server.Server, opts Options) *Collector { return newCollector(srv.Status, opts) }
+
+func newCollector(status func() server.Status, opts Options) *Collector {
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc("echod_"+name, help, labels, opts.Labels)
+	}
+	return &Collector{
+		status:      status,
+		state:       desc("state", "1 for the server's state, 0 for the others.", "state"),
+		transitions: desc("state_transitions_total", "How often the server entered each state.", "state"),
+		holds:       desc("holds", "Holds in force. The server is paused while there is one."),
+		conns:       desc("connections", "Open connections, by phase.", "phase"),
+		connsLimit:  desc("connections_limit", "How many connections are served at once. Missing if there is no limit."),
+		accepted:    desc("connections_accepted_total", "Connections accepted, rejected ones included."),
+		closed:      desc("connections_closed_total", "Connections closed, by reason.", "reason"),
+		rejected:    desc("connections_rejected_total", "Connections rejected, by reason. They count as closed too.", "reason"),
+		bytes:       desc("bytes_total", "Bytes read from clients (in) and written to them (out).", "direction"),
+		notices:     desc("notices_total", "Notices to clients, by whether the kernel took them.", "result"),
+		queue:       desc("accept_queue_length", "Clients that wait in the kernel to be accepted.", "listener"),
+		queueLimit:  desc("accept_queue_limit", "How many clients can wait in the kernel.", "listener"),
+		drain:       desc("drain_duration_seconds", "How long the drain took, once it is over."),
+	}
+}
 
 var states = []server.State{server.Starting, server.Running, server.Paused, server.Draining, server.Stopped}
 
-// rejections are the close reasons of connections that were turned away, by the label's value.
+// rejections are the close reasons of rejected connections, by the value of the label.
 var rejections = map[string]server.Reason{
 	"paused": server.RejectedPaused, "limit": server.RejectedLimit, "draining": server.RejectedDraining,
 	"unidentified": server.RejectedUnidentified,
 }
 
-// Describe is prometheus.Collector's.
-func (c collector) Describe(ch chan<- *prometheus.Desc) {
+// Describe sends the descriptions of all metrics.
+func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		stateDesc, transitionsDesc, holdsDesc, connsDesc, connsLimitDesc, acceptedDesc, closedDesc,
-		rejectedDesc, bytesDesc, noticesDesc, queueDesc, limitDesc, drainDesc,
+		c.state, c.transitions, c.holds, c.conns, c.connsLimit, c.accepted, c.closed,
+		c.rejected, c.bytes, c.notices, c.queue, c.queueLimit, c.drain,
 	} {
 		ch <- d
 	}
 }
 
-// Collect is prometheus.Collector's.
-func (c collector) Collect(ch chan<- prometheus.Metric) {
+// Collect sends the figures of the server's status.
+func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	st := c.status()
 	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
@@ -61,40 +79,43 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		if s == st.State {
 			is = 1
 		}
-		gauge(stateDesc, is, s.String())
-		if s != server.Starting { // which nothing leads to
-			counter(transitionsDesc, st.Transitions[s], s.String())
+		gauge(c.state, is, s.String())
+		if s != server.Starting { // never entered again
+			counter(c.transitions, st.Transitions[s], s.String())
 		}
 	}
-	gauge(holdsDesc, float64(len(st.Holds)))
+	gauge(c.holds, float64(len(st.Holds)))
 	for phase := server.Waiting; phase <= server.Closing; phase++ {
-		gauge(connsDesc, float64(st.Phases[phase]), phase.String())
+		gauge(c.conns, float64(st.Phases[phase]), phase.String())
 	}
 	if st.MaxConns > 0 {
-		gauge(connsLimitDesc, float64(st.MaxConns))
+		gauge(c.connsLimit, float64(st.MaxConns))
 	}
-	counter(acceptedDesc, st.Accepted)
-	for _, why := range server.Reasons() { // all of them, or a rate would miss the first of each
-		counter(closedDesc, st.Closed[why], why.String())
+	counter(c.accepted, st.Accepted)
+	for _, why := range server.Reasons() { // zeros too, or a rate would miss the first of each
+		counter(c.closed, st.Closed[why], why.String())
 	}
 	for label, why := range rejections {
-		counter(rejectedDesc, st.Closed[why], label)
+		counter(c.rejected, st.Closed[why], label)
 	}
-	counter(bytesDesc, st.BytesIn, "in")
-	counter(bytesDesc, st.BytesOut, "out")
-	counter(noticesDesc, st.NoticesSent, "sent")
-	counter(noticesDesc, st.NoticesFailed, "failed")
+	counter(c.bytes, st.BytesIn, "in")
+	counter(c.bytes, st.BytesOut, "out")
+	counter(c.notices, st.NoticesSent, "sent")
+	counter(c.notices, st.NoticesFailed, "failed")
 	for _, ln := range st.Listeners {
 		if ln.AcceptQueue >= 0 {
-			gauge(queueDesc, float64(ln.AcceptQueue), ln.Address.String())
-			gauge(limitDesc, float64(ln.AcceptQueueLimit), ln.Address.String())
+			gauge(c.queue, float64(ln.AcceptQueue), ln.Address.String())
+			gauge(c.queueLimit, float64(ln.AcceptQueueLimit), ln.Address.String())
 		}
 	}
-	ch <- drainHistogram(st)
+	ch <- c.drainHistogram(st)
 }
 
-// drainHistogram has the one drain that a server can have, once it is over.
-func drainHistogram(st server.Status) prometheus.Metric {
+// drainBuckets are in seconds: a drain takes as long as its grace period.
+var drainBuckets = []float64{0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600}
+
+// drainHistogram holds the server's only drain, once it is over.
+func (c *Collector) drainHistogram(st server.Status) prometheus.Metric {
 	buckets := make(map[float64]uint64, len(drainBuckets))
 	var count uint64
 	var took float64
@@ -107,5 +128,20 @@ func drainHistogram(st server.Status) prometheus.Metric {
 			buckets[bound] = 1
 		}
 	}
-	return prometheus.MustNewConstHistogram(drainDesc, count, took, buckets)
+	return prometheus.MustNewConstHistogram(c.drain, count, took, buckets)
 }
+
+// Durations is a prometheus.Collector for how long closed connections were open. Its OnClose belongs in the server's
+// Options.
+type Durations struct{ prometheus.Histogram }
+
+// NewDurations returns a histogram without observations.
+func NewDurations(opts Options) Durations {
+	return Durations{prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "echod_connection_duration_seconds", Help: "How long closed connections were open.", ConstLabels: opts.Labels,
+		Buckets: []float64{0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600}, // in seconds
+	})}
+}
+
+// OnClose observes a closed connection.
+func (d Durations) OnClose(c server.ClosedConn) { d.Observe(c.Closed.Sub(c.Opened).Seconds()) }

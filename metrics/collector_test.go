@@ -2,17 +2,21 @@ package metrics
 
 import (
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"echod/server"
 )
 
-// figures are the lines of a scrape that tell of the server, sorted.
+// figures returns the lines of a scrape about the server, sorted.
 func figures(text string) (lines []string) {
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, "echod_") {
@@ -23,8 +27,14 @@ func figures(text string) (lines []string) {
 	return lines
 }
 
-// Every figure here is another one, so that each series is seen to be of the right one.
-func TestEveryFigureHasItsSeries(t *testing.T) {
+func TestCollector(t *testing.T) {
+	t.Run("every figure of a status is in its series", testEveryFigure)
+	t.Run("what is unknown or not over is left out", testUnknownFigures)
+	t.Run("two servers share a registry, told apart by a label", testTwoServers)
+}
+
+// testEveryFigure uses a different number for each figure, so that no two series can be confused.
+func testEveryFigure(t *testing.T) {
 	began := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	st := server.Status{
 		State: server.Stopped, Connections: 10, MaxConns: 11,
@@ -34,7 +44,7 @@ func TestEveryFigureHasItsSeries(t *testing.T) {
 		Holds: []server.HoldInfo{{ID: "h1"}, {ID: "h2"}},
 		Listeners: []server.ListenerInfo{
 			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9999}, AcceptQueue: 15, AcceptQueueLimit: 16},
-			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2), Port: 9999}, AcceptQueue: -1, AcceptQueueLimit: -1}, // not told
+			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2), Port: 9999}, AcceptQueue: -1, AcceptQueueLimit: -1}, // unknown
 		},
 		NoticesSent: 17, NoticesFailed: 18,
 		Transitions: map[server.State]uint64{server.Running: 19, server.Paused: 20, server.Draining: 21, server.Stopped: 22},
@@ -45,7 +55,7 @@ func TestEveryFigureHasItsSeries(t *testing.T) {
 		st.Closed[why] = uint64(100 + i)
 	}
 	m := New("1.2.3")
-	m.registry.MustRegister(collector{func() server.Status { return st }})
+	m.registry.MustRegister(newCollector(func() server.Status { return st }, Options{}))
 	for _, took := range []time.Duration{5 * time.Millisecond, 10 * time.Millisecond, 2 * time.Second, 8 * 24 * time.Hour} {
 		m.OnClose(server.ClosedConn{Opened: began, Closed: began.Add(took)})
 	}
@@ -133,20 +143,39 @@ echod_state{state="draining"} 0
 echod_state{state="stopped"} 1
 `)
 	if diff := cmp.Diff(want, figures(scrape(t, m))); diff != "" {
-		t.Errorf("the series are not as wanted (-want +got):\n%s", diff)
+		t.Errorf("series (-want +got):\n%s", diff)
 	}
 }
 
-// What is not known, or not over yet, has no series, or none that counts.
-func TestWhatThereIsNotHasNoSeries(t *testing.T) {
+func testUnknownFigures(t *testing.T) {
 	st := server.Status{State: server.Draining, Drain: &server.DrainInfo{Since: time.Now()}} // no limit
 	m := New("1.2.3")
-	m.registry.MustRegister(collector{func() server.Status { return st }})
+	m.registry.MustRegister(newCollector(func() server.Status { return st }, Options{}))
 	text := scrape(t, m)
 	if strings.Contains(text, "echod_connections_limit ") {
-		t.Error("there is a limit on connections, where there is none")
+		t.Error("there is a series for the limit on connections, and no limit")
 	}
 	if !strings.Contains(text, "\nechod_drain_duration_seconds_count 0\n") {
-		t.Error("a drain under way counts as one that is over")
+		t.Error("a drain in progress counts as over")
+	}
+}
+
+func testTwoServers(t *testing.T) {
+	registry := prometheus.NewPedanticRegistry()
+	for name, conns := range map[string]uint64{"a": 1, "b": 2} {
+		opts := Options{Labels: prometheus.Labels{"server": name}}
+		registry.MustRegister(
+			newCollector(func() server.Status { return server.Status{Accepted: conns} }, opts),
+			NewDurations(opts))
+	}
+	w := httptest.NewRecorder()
+	promhttp.HandlerFor(registry, promhttp.HandlerOpts{}).ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/", http.NoBody))
+	for _, line := range []string{
+		`echod_connections_accepted_total{server="a"} 1`, `echod_connections_accepted_total{server="b"} 2`,
+		`echod_connection_duration_seconds_count{server="a"} 0`, `echod_connection_duration_seconds_count{server="b"} 0`,
+	} {
+		if !slices.Contains(figures(w.Body.String()), line) {
+			t.Errorf("missing: %s", line)
+		}
 	}
 }

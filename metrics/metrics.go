@@ -1,5 +1,8 @@
-// Package metrics shows a server to Prometheus. Names and units follow its conventions:
-// https://prometheus.io/docs/practices/naming/. It starts no goroutine.
+// Package metrics exports a server's metrics to Prometheus, with the names and units of its conventions
+// (https://prometheus.io/docs/practices/naming/).
+//
+// NewCollector is for programs with a registry of their own. New is for programs that have none: it adds the
+// program's own metrics, and serves all of them over HTTP. The package starts no goroutines.
 package metrics
 
 import (
@@ -13,17 +16,19 @@ import (
 	"echod/server"
 )
 
-// Metrics counts what a server does not count itself, and shows both. Make one with New, give the server
-// its OnClose, and Watch the server. All methods may be called concurrently.
+// Metrics are all metrics of a program with one server: the server's, and those of signals, control requests, the
+// process and the Go runtime. All methods may be called concurrently.
+//
+// Give OnClose to the server's Options, then call Watch with the server.
 type Metrics struct {
 	registry  *prometheus.Registry
 	signals   *prometheus.CounterVec
 	requests  *prometheus.CounterVec
-	durations prometheus.Histogram
+	durations Durations
 	handler   http.Handler
 }
 
-// New makes the metrics of a program of the given version.
+// New returns the metrics of a program of the given version.
 func New(version string) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
@@ -33,9 +38,7 @@ func New(version string) *Metrics {
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "echod_control_requests_total", Help: "Requests answered on the control socket and over HTTP, by route, method and status code.",
 		}, []string{"route", "method", "code"}),
-		durations: prometheus.NewHistogram(prometheus.HistogramOpts{
-			Name: "echod_connection_duration_seconds", Help: "How long connections were open, of those that have closed.", Buckets: connectionBuckets,
-		}),
+		durations: NewDurations(Options{}),
 	}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "echod_build_info", Help: "1, with the version as a label.", ConstLabels: prometheus.Labels{"version": version},
@@ -47,25 +50,19 @@ func New(version string) *Metrics {
 	return m
 }
 
-// Buckets in seconds. Connections of an echo live for a moment or for days, drains as long as their grace.
-var (
-	connectionBuckets = []float64{0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600}
-	drainBuckets      = []float64{0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600}
-)
+// Watch adds the metrics of srv. Call it once.
+func (m *Metrics) Watch(srv *server.Server) { m.registry.MustRegister(NewCollector(srv, Options{})) }
 
-// Watch shows srv. It is for one server, once.
-func (m *Metrics) Watch(srv *server.Server) { m.registry.MustRegister(collector{srv.Status}) }
+// OnClose counts a closed connection. It is for the server's Options.
+func (m *Metrics) OnClose(c server.ClosedConn) { m.durations.OnClose(c) }
 
-// OnClose counts a closed connection; it is for server.Options.
-func (m *Metrics) OnClose(c server.ClosedConn) { m.durations.Observe(c.Closed.Sub(c.Opened).Seconds()) }
-
-// Signal counts a signal, by its name.
+// Signal counts a signal by its name.
 func (m *Metrics) Signal(name string) { m.signals.WithLabelValues(name).Inc() }
 
-// Request counts a request to the control plane, by the path of its route.
+// Request counts a request to the control plane. It is for control.Options.OnRequest.
 func (m *Metrics) Request(route, method string, code int) {
 	m.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
 }
 
-// ServeHTTP answers with all metrics, in the format that the request asks for.
+// ServeHTTP answers with all metrics in the format that the request accepts.
 func (m *Metrics) ServeHTTP(w http.ResponseWriter, r *http.Request) { m.handler.ServeHTTP(w, r) }

@@ -1,6 +1,9 @@
 package metrics
 
 import (
+	"bufio"
+	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http/httptest"
@@ -29,11 +32,10 @@ func scrape(t *testing.T, m *Metrics) string {
 	return w.Body.String()
 }
 
-// patience bounds every wait for what should come at once.
+// patience bounds waits for what should happen at once.
 const patience = 30 * time.Second
 
-// awaitLines waits until each of the lines is in what Prometheus would read: a client sees what becomes of it a moment before
-// that is booked.
+// awaitLines waits until a scrape has all the lines: a client sees its bytes a moment before they are counted.
 func awaitLines(t *testing.T, m *Metrics, lines ...string) {
 	t.Helper()
 	for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -43,12 +45,12 @@ func awaitLines(t *testing.T, m *Metrics, lines ...string) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Fatalf("there is no %q, but\n%s", missing, strings.Join(figures(text), "\n"))
+			t.Fatalf("missing: %q in\n%s", missing, strings.Join(figures(text), "\n"))
 		}
 	}
 }
 
-// value is that of the only series of a metric.
+// value returns the value of a metric with one series.
 func value(t *testing.T, m *Metrics, name string) float64 {
 	t.Helper()
 	_, after, _ := strings.Cut(scrape(t, m), "\n"+name+" ")
@@ -60,13 +62,13 @@ func value(t *testing.T, m *Metrics, name string) float64 {
 	return v
 }
 
-// serve runs an echo server that m shows.
+// serve runs an echo server that m watches.
 func serve(t *testing.T, m *Metrics, opts server.Options) (*server.Server, net.Addr) {
 	t.Helper()
 	return serveWith(t, m, server.Echo, opts)
 }
 
-// serveWith is serve with another handler.
+// serveWith runs a server that m watches.
 func serveWith(t *testing.T, m *Metrics, h server.Handler, opts server.Options) (*server.Server, net.Addr) {
 	t.Helper()
 	opts.OnClose = m.OnClose
@@ -94,7 +96,7 @@ func serveWith(t *testing.T, m *Metrics, h server.Handler, opts server.Options) 
 	return s, ln.Addr()
 }
 
-// client connects, and gets the echo of text.
+// client connects and exchanges text.
 func client(t *testing.T, address net.Addr, text string) *net.TCPConn {
 	t.Helper()
 	nc, err := net.Dial("tcp", address.String())
@@ -111,7 +113,14 @@ func client(t *testing.T, address net.Addr, text string) *net.TCPConn {
 	return nc.(*net.TCPConn)
 }
 
-func TestMetricsSayWhatTheClientsDid(t *testing.T) {
+func TestMetrics(t *testing.T) {
+	t.Run("count what clients do", testClients)
+	t.Run("have a close reason for each way that a handler ends", testCloseReasons)
+	t.Run("have the reason of a stop by force", testForced)
+	t.Run("follow Prometheus's conventions", testConventions)
+}
+
+func testClients(t *testing.T) {
 	m := New("1.2.3")
 	s, address := serve(t, m, server.Options{MaxConns: 9, MaxConnsPerIP: 2})
 	awaitLines(t, m, `echod_build_info{version="1.2.3"} 1`, `echod_state{state="running"} 1`, `echod_state{state="paused"} 0`,
@@ -164,7 +173,7 @@ func TestMetricsSayWhatTheClientsDid(t *testing.T) {
 		`echod_connections_closed_total{reason="client-left"} 1`, `echod_connection_duration_seconds_count 3`)
 }
 
-func TestMetricsFollowPrometheusConventions(t *testing.T) {
+func testConventions(t *testing.T) {
 	m := New("1.2.3")
 	serve(t, m, server.Options{})
 	m.Signal("SIGTERM")
@@ -176,4 +185,69 @@ func TestMetricsFollowPrometheusConventions(t *testing.T) {
 	for _, p := range problems {
 		t.Errorf("%s: %s", p.Metric, p.Text)
 	}
+}
+
+// obey is a handler that ends as the client says, and echoes other lines.
+func obey(_ context.Context, c *server.Conn) error {
+	lines := bufio.NewReader(c)
+	for {
+		line, err := lines.ReadString('\n')
+		switch {
+		case err != nil:
+			return err
+		case line == "done\n":
+			return nil
+		case line == "error\n":
+			return errors.New("as asked")
+		case line == "panic\n":
+			panic("as asked")
+		}
+		if _, err := io.WriteString(c, line); err != nil {
+			return err
+		}
+	}
+}
+
+// testCloseReasons covers the reasons that an echo does not have, or that a daemon has only when it is about to exit.
+// Package integration covers the others.
+func testCloseReasons(t *testing.T) {
+	m := New("1.2.3")
+	s, address := serveWith(t, m, server.HandlerFunc(obey), server.Options{})
+	for _, command := range []string{"done\n", "done\n", "done\n", "error\n", "error\n", "panic\n"} {
+		nc := client(t, address, "hello\n")
+		if _, err := io.WriteString(nc, command); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, nc) // until the server closes
+		_ = nc.Close()
+	}
+	awaitLines(t, m,
+		`echod_connections_closed_total{reason="handler-done"} 3`, `echod_connections_closed_total{reason="handler-error"} 2`,
+		`echod_connections_closed_total{reason="handler-panic"} 1`, `echod_connection_duration_seconds_count 6`)
+
+	// Two stay until the deadline of a drain.
+	for range 2 {
+		client(t, address, "hello\n")
+	}
+	s.Drain(time.Hour, "x")
+	awaitLines(t, m, `echod_notices_total{result="sent"} 2`, `echod_drain_duration_seconds_count 0`)
+	s.Drain(time.Nanosecond, "y")
+	<-s.Done()
+	awaitLines(t, m,
+		`echod_connections_closed_total{reason="deadline"} 2`, `echod_connections_closed_total{reason="forced"} 0`,
+		`echod_connections_accepted_total 8`, `echod_drain_duration_seconds_count 1`)
+	took := s.Status().Drain.Ended.Sub(s.Status().Drain.Since).Seconds()
+	if got := value(t, m, "echod_drain_duration_seconds_sum"); got != took || took <= 0 {
+		t.Errorf("the drain took %v s, and the metric says %v", took, got)
+	}
+}
+
+func testForced(t *testing.T) {
+	m := New("1.2.3")
+	s, address := serve(t, m, server.Options{})
+	client(t, address, "hello\n")
+	_ = s.Close()
+	awaitLines(t, m,
+		`echod_connections_closed_total{reason="forced"} 1`, `echod_connections_closed_total{reason="deadline"} 0`,
+		`echod_state_transitions_total{state="stopped"} 1`, `echod_drain_duration_seconds_count 1`)
 }

@@ -12,7 +12,7 @@ import (
 	"echod/server"
 )
 
-// series are those of a scrape: by name, the values that each label has. Prometheus itself adds job and instance.
+// series maps the names of a scrape to the values of each label. Prometheus itself adds job and instance.
 type series map[string]map[string][]string
 
 var (
@@ -38,9 +38,9 @@ func seriesOf(text string) series {
 	return all
 }
 
-// check says what a query asks for, or shows with its answer, that there is not.
+// check lists the metrics, labels and values that a query or its legend names and that do not exist.
 func (all series) check(query, legend string) (problems []string) {
-	var labels []string // of all that is asked for
+	var labels []string // of all metrics in the query
 	found := selector.FindAllStringSubmatch(query, -1)
 	if len(found) == 0 && !strings.Contains(query, "up{") {
 		problems = append(problems, "no metric")
@@ -59,7 +59,7 @@ func (all series) check(query, legend string) (problems []string) {
 			label, values := m[1], strings.Split(m[3], "|")
 			if _, ok := have[label]; !ok {
 				problems = append(problems, name+"{"+label+"}")
-			} else if label != "job" && label != "instance" { // whose values are Prometheus's
+			} else if label != "job" && label != "instance" { // their values are Prometheus's
 				for _, v := range values {
 					if !slices.Contains(have[label], v) {
 						problems = append(problems, fmt.Sprintf("%s{%s=%q}", name, label, v))
@@ -77,7 +77,7 @@ func (all series) check(query, legend string) (problems []string) {
 		}
 	}
 	if by := regexp.MustCompile(`\bby\s*\(([^)]*)\)`).FindStringSubmatch(query); by != nil {
-		labels = strings.Split(strings.ReplaceAll(by[1], " ", ""), ",") // what is left of them
+		labels = strings.Split(strings.ReplaceAll(by[1], " ", ""), ",") // the query drops the others
 	} else if strings.HasPrefix(query, "sum (") || strings.HasPrefix(query, "min (") {
 		labels = nil
 	}
@@ -89,7 +89,7 @@ func (all series) check(query, legend string) (problems []string) {
 	return problems
 }
 
-// scraped are the series of a server that has been through some things.
+// scraped returns the series of a server.
 func scraped(t *testing.T) series {
 	t.Helper()
 	m := New("1.2.3")
@@ -99,8 +99,12 @@ func scraped(t *testing.T) series {
 	return seriesOf(scrape(t, m))
 }
 
-// Whatever the dashboard asks for has to be there: the metric, its labels, and their values.
-func TestDashboardAsksForWhatThereIs(t *testing.T) {
+func TestPackagingNamesExistingSeries(t *testing.T) {
+	t.Run("the dashboard", testDashboard)
+	t.Run("the alerts and their tests", testAlerts)
+}
+
+func testDashboard(t *testing.T) {
 	all := scraped(t)
 	raw, err := os.ReadFile("../packaging/grafana/echod.json")
 	if err != nil {
@@ -122,28 +126,28 @@ func TestDashboardAsksForWhatThereIs(t *testing.T) {
 	}
 	for _, p := range dashboard.Panels {
 		if len(p.Targets) == 0 {
-			t.Errorf("panel %q asks for nothing", p.Title)
+			t.Errorf("panel %q has no query", p.Title)
 		}
 		for _, q := range p.Targets {
 			if problems := all.check(q.Expr, q.LegendFormat); problems != nil {
-				t.Errorf("panel %q asks for %q, which there is not: %s", p.Title, problems, q.Expr)
+				t.Errorf("panel %q names %q, which does not exist: %s", p.Title, problems, q.Expr)
 			}
 		}
 	}
 	for _, q := range dashboard.Annotations.List {
 		if problems := all.check(q.Expr, ""); problems != nil {
-			t.Errorf("an annotation asks for %q, which there is not: %s", problems, q.Expr)
+			t.Errorf("an annotation names %q, which does not exist: %s", problems, q.Expr)
 		}
 	}
 	for _, v := range dashboard.Templating.List {
 		if problems := all.check(v.Query, ""); v.Type == "query" && problems != nil {
-			t.Errorf("variable %s asks for %q, which there is not: %s", v.Name, problems, v.Query)
+			t.Errorf("variable %s names %q, which does not exist: %s", v.Name, problems, v.Query)
 		}
 	}
 }
 
-// The alert rules likewise; and their tests have to be on series with just the labels that there are, or they prove nothing.
-func TestAlertsAskForWhatThereIs(t *testing.T) {
+// testAlerts also checks that the rules' tests use exactly the labels that exist: with others they would prove nothing.
+func testAlerts(t *testing.T) {
 	all := scraped(t)
 	rules, err := os.ReadFile("../packaging/prometheus/alerts.yml")
 	if err != nil {
@@ -151,11 +155,11 @@ func TestAlertsAskForWhatThereIs(t *testing.T) {
 	}
 	alerts := regexp.MustCompile(`(?s)- alert: (\w+)\n\s+expr: ([^\n]*)\n(.*?)(?:\n\n|$)`).FindAllStringSubmatch(string(rules), -1)
 	if len(alerts) != strings.Count(string(rules), "- alert:") {
-		t.Fatalf("%d alerts are understood, of %d", len(alerts), strings.Count(string(rules), "- alert:"))
+		t.Fatalf("understood %d alerts of %d", len(alerts), strings.Count(string(rules), "- alert:"))
 	}
 	for _, a := range alerts {
 		if problems := all.check(a[2], a[3]); problems != nil {
-			t.Errorf("%s asks for %q, which there is not: %s", a[1], problems, a[2])
+			t.Errorf("%s names %q, which does not exist: %s", a[1], problems, a[2])
 		}
 	}
 	tests, err := os.ReadFile("../packaging/prometheus/alerts_test.yml")
@@ -164,7 +168,7 @@ func TestAlertsAskForWhatThereIs(t *testing.T) {
 	}
 	given := regexp.MustCompile(`series: '([a-z_]+)\{([^}]*)\}'`).FindAllStringSubmatch(string(tests), -1)
 	if len(given) != strings.Count(string(tests), "series: '") {
-		t.Fatalf("%d series are understood, of %d", len(given), strings.Count(string(tests), "series: '"))
+		t.Fatalf("understood %d series of %d", len(given), strings.Count(string(tests), "series: '"))
 	}
 	for _, g := range given {
 		var labels []string
@@ -180,7 +184,7 @@ func TestAlertsAskForWhatThereIs(t *testing.T) {
 		slices.Sort(labels)
 		slices.Sort(want)
 		if !slices.Equal(labels, want) {
-			t.Errorf("a test has %s with the labels %q, there are %q", g[1], labels, want)
+			t.Errorf("a test has %s with the labels %q, want %q", g[1], labels, want)
 		}
 	}
 }
