@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -24,18 +25,33 @@ func TestCSV(t *testing.T) {
 		"delimiter":     {"a;b\n1,5;2\n", Options{Delimiter: ';'}, `{"line":2,"a":"1,5","b":"2"}`},
 		"tab":           {"a\tb\n1 \t 2\n", Options{Delimiter: '\t'}, `{"line":2,"a":"1 ","b":" 2"}`},
 		"wide":          {"a·b\n1·\"x·\"\n", Options{Delimiter: '·'}, `{"line":2,"a":"1","b":"x·"}`},
-		"CRLF":          {"a,b\r\n1,2\r\n\"x\r\ny\",z\r\n", Options{}, `{"line":2,"a":"1","b":"2"} {"line":3,"a":"x\ny","b":"z"}`},
+		"CRLF":          {"a,b\r\n1,2\r\n\"x\r\ny\",z\r\n", Options{}, `{"line":2,"a":"1","b":"2"} {"line":3,"a":"x\r\ny","b":"z"}`},
 		"newlines":      {"a\n\"1\n\n2\"\n3\n", Options{}, `{"line":2,"a":"1\n\n2"} {"line":5,"a":"3"}`},
-		"empty lines":   {"\n\r\na\n\n\n1\n\n2\n\r", Options{}, `{"line":6,"a":"1"} {"line":8,"a":"2"}`},
+		"empty lines":   {"\n\r\na,b\n\n\n1,2\n\n3,4\n\r", Options{}, `{"line":6,"a":"1","b":"2"} {"line":8,"a":"3","b":"4"}`},
 		"no comments":   {"#a\n#1\n", Options{}, `{"line":2,"#a":"#1"}`},
 		"lazy":          {"a,b\n1\"2,\"3\"4\"\n", Options{LazyQuotes: true}, `{"line":2,"a":"1\"2","b":"3\"4"}`},
 		"byte order":    {"\ufeff\"a\"\n1\n", Options{}, `{"line":2,"a":"1"}`},
 		"only an order": {"\ufeff", Options{}, ""},
 		"order, empty":  {"\ufeff\na\n\ufeff1\n", Options{}, "{\"line\":3,\"a\":\"\ufeff1\"}"},
+		"CR":            {"a,b\r1,2\r\"x\ry\",z\r", Options{}, `{"line":2,"a":"1","b":"2"} {"line":3,"a":"x\ry","b":"z"}`},
+		"CR, no end":    {"a\r1\r2", Options{}, `{"line":2,"a":"1"} {"line":3,"a":"2"}`},
+		"mixed ends":    {"a\n1\r\n2\r3\n", Options{}, `{"line":2,"a":"1"} {"line":3,"a":"2"} {"line":3,"a":"3"}`},
+		"one column":    {"a\n\n1\n\r\n\"\"\n", Options{}, `{"line":2,"a":""} {"line":3,"a":"1"} {"line":4,"a":""} {"line":5,"a":""}`},
+		"comments":      {"#x\na,b\n#1,\"\n1,#2\n\"#3\",4\n#", Options{Comment: '#'}, `{"line":4,"a":"1","b":"#2"} {"line":5,"a":"#3","b":"4"}`},
+		"ragged":        {"a,column3\n1\n1,2,3,4\n", Options{AllowRagged: true}, `{"line":2,"a":"1"} {"line":3,"a":"1","column3":"2","column3_2":"3","column4":"4"}`},
+		"ragged fields": {"1\n1,2\n", Options{AllowRagged: true, NoHeader: true}, `{"line":1,"fields":["1"]} {"line":2,"fields":["1","2"]}`},
+		"named rows":    {"source,line\n1,2\n", Options{NameRows: true}, `{"line":2,"source":"data","source_2":"1","line_2":"2"}`},
+		"Latin-1":       {"a\n\xe9\x80\n", Options{Encoding: "latin1"}, "{\"line\":2,\"a\":\"é\u0080\"}"},
+		"windows-1252":  {"a\n\xe9\x80\n", Options{Encoding: "cp1252"}, `{"line":2,"a":"é€"}`},
+		"Shift JIS":     {"a\n\x93\xfa\n", Options{Encoding: "shift_jis"}, `{"line":2,"a":"日"}`},
+		"UTF-16":        {"\xff\xfea\x00\n\x00=\xd8\x00\xde\xfd\xff\n\x00", Options{}, "{\"line\":2,\"a\":\"😀\ufffd\"}"},
+		"UTF-16BE":      {"\x00a\x00\n\x00\xe9", Options{Encoding: "utf-16be"}, `{"line":2,"a":"é"}`},
+		"UTF-32":        {"\xff\xfe\x00\x00a\x00\x00\x00\n\x00\x00\x00\x00\xf6\x01\x00", Options{}, `{"line":2,"a":"😀"}`},
+		"mark wins":     {"\ufeffa\né\n", Options{Encoding: "latin1"}, `{"line":2,"a":"é"}`},
 		"duplicates":    {"n,n,n_2,n\n1,2,3,4\n", Options{}, `{"line":2,"n":"1","n_3":"2","n_2":"3","n_4":"4"}`},
 		"line":          {"line,line_2,line\n1,2,3\n", Options{}, `{"line":2,"line_3":"1","line_2":"2","line_4":"3"}`},
 		"nameless":      {",a,,column1\n1,2,3,4\n", Options{}, `{"line":2,"column1":"1","a":"2","column3":"3","column1_2":"4"}`},
-		"escapes":       {"\"k\"\"\"\n\"\"\"\\\x00\t\x1f<&>\u2028é\xff\xfe\"\n", Options{}, "{\"line\":2,\"k\\\"\":\"\\\"\\\\\\u0000\\t\\u001f<&>\u2028é\ufffd\ufffd\"}"},
+		"escapes":       {"\"k\"\"\"\n\"\"\"\\\x00\t\x1f<&>\u2028é\xff\xfe\"\n", Options{ReplaceInvalid: true}, "{\"line\":2,\"k\\\"\":\"\\\"\\\\\\u0000\\t\\u001f<&>\u2028é\ufffd\ufffd\"}"},
 		"empty values":  {"a,b\n,\n\"\",\n", Options{}, `{"line":2,"a":"","b":""} {"line":3,"a":"","b":""}`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -54,8 +70,8 @@ func TestCSV(t *testing.T) {
 	}
 }
 
-// A malformed row is named with its place and comes back as it was. The rows
-// around it are not touched.
+// The error of a malformed row has its place and its text. The rows around it are not
+// affected.
 func TestCSVMalformed(t *testing.T) {
 	const swallows = 200
 	for name, tt := range map[string]struct {
@@ -151,6 +167,36 @@ func TestCSVMalformed(t *testing.T) {
 			ErrTooLong,
 			[]string{"1@2", "data:3:1: too long: more than 24 bytes of JSON\n\"\x00\n\x00\x00\"\n", "3@5"},
 		},
+		"not UTF-8": {
+			"a,b\n1,\"x\n\xe9\"\n2,3\n",
+			Options{},
+			ErrEncoding,
+			[]string{"data:3:1: cannot be decoded: byte 0xE9 is not UTF-8\n1,\"x\n\xe9\"\n", "2@4"},
+		},
+		"not Shift JIS": {
+			"a\n\x93\xfa\xff\n2\n",
+			Options{Encoding: "shift_jis"},
+			ErrEncoding,
+			[]string{"data:2:4: cannot be decoded\n日\xff\n", "2@3"},
+		},
+		"half a pair of UTF-16": {
+			"\xfe\xff\x00a\x00\n\xd8\x3d\x00\n\x00b",
+			Options{},
+			ErrEncoding,
+			[]string{"data:2:1: cannot be decoded\n\xff\n", "2@3"},
+		},
+		"bare quote in a text of CR": {
+			"1,x\"\r2,3\r",
+			Options{NoHeader: true},
+			csv.ErrBareQuote,
+			[]string{"data:1:4: bare \" in non-quoted-field\n1,x\"\r", "2@2"},
+		},
+		"too many columns": {
+			"a,b\n" + strings.Repeat(",", maxColumns) + "\n1,2\n",
+			Options{},
+			ErrColumns,
+			[]string{fmt.Sprintf("data:2:%d: too many columns: more than %d\n%s\n", maxColumns+1, maxColumns, strings.Repeat(",", maxColumns)), "2@3"},
+		},
 		"after a byte order mark": {
 			"\ufeff1,\"x\"y\n",
 			Options{NoHeader: true},
@@ -188,10 +234,11 @@ func TestCSVMalformed(t *testing.T) {
 	}
 }
 
-// Without its header no row of a file means anything.
+// A malformed header ends the source.
 func TestCSVHeaderMalformed(t *testing.T) {
 	for text, want := range map[string]string{
 		"\na,b\"\n1,2\n":                   `read data: header, line 2, column 4: bare " in non-quoted-field (records before: 0)`,
+		"a\x00,\x00b\x00\n\x001\x00":       `read data: header, line 1: cannot be decoded: NUL bytes, as in UTF-16 without a byte order mark (records before: 0)`,
 		"a,\"b\n1,2\n":                     `read data: header, line 1, column 3: extraneous or missing " in quoted-field: not closed (records before: 0)`,
 		strings.Repeat("x", 100) + "\n1\n": "read data: header, line 1, column 1: too long: more than 64 bytes (records before: 0)",
 	} {
@@ -203,5 +250,39 @@ func TestCSVHeaderMalformed(t *testing.T) {
 		if got != nil || malformed != nil || fatal == nil || fatal.Error() != want {
 			t.Errorf("%q: got %v, %v, %v; want %s", text, got, malformed, fatal, want)
 		}
+	}
+}
+
+// A quote that is never closed costs time in proportion to the file, not to its square.
+func TestCSVUnclosedQuotesInLinearTime(t *testing.T) {
+	for _, lazy := range []bool{false, true} {
+		text := "a\n" + strings.Repeat("\"a\n", 1_100_000/3)
+		s, err := New(strings.NewReader(text), "data", Options{Format: CSV, LazyQuotes: lazy})
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		got, malformed, fatal := drain(t, s)
+		if took := time.Since(began); took > 20*time.Second || fatal != nil || len(malformed) == 0 { // 30 minutes if quadratic
+			t.Errorf("lazy: %v: %d records and %d errors in %v, %v", lazy, len(got), len(malformed), took, fatal)
+		}
+	}
+}
+
+// What AppendCSV writes is read as the same fields.
+func TestAppendCSV(t *testing.T) {
+	opts := Options{Format: CSV, Delimiter: ';', Comment: '#', NoHeader: true, AllowRagged: true}
+	want := [][]string{{""}, {"#a", "#b"}, {"a;b", "\"", "x\r\ny"}, {" ", "\r", "\n", ""}, {"é", "1,5"}}
+	var text []byte
+	for _, fields := range want {
+		text = AppendCSV(text, fields, opts)
+	}
+	got, malformed := read(t, string(text), opts)
+	var rows [][]string
+	for _, record := range got {
+		rows = append(rows, values(t, record.Data, true))
+	}
+	if diff := cmp.Diff(want, rows); diff != "" || malformed != nil {
+		t.Errorf("(-want +got):\n%s\nmalformed: %v\n%s", diff, malformed, text)
 	}
 }

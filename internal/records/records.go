@@ -1,3 +1,40 @@
+// Package records reads files, standard input and URLs as a stream of records:
+// lines, CSV rows as JSON, or blocks. It needs constant memory, whatever the input.
+//
+// [Open] and [New] make a [Source]; [Source.All] ranges over its records. A record
+// that cannot be sent is an *[Error], and reading continues after it.
+//
+// Formats Lines and CSV read text. A byte order mark selects UTF-8, UTF-16 or
+// UTF-32, Options.Encoding names any other encoding, and what is sent is UTF-8.
+// gzip, zstd, bzip2, xz and zip with one member are unpacked. Other archives and
+// binary formats are refused by name.
+//
+// # CSV
+//
+// The first row names the columns. Each later one becomes a line of JSON: the line
+// in the source where the row begins, then the columns in order, all strings:
+//
+//	{"line":2,"name":"Ada","born":"1815"}
+//
+// Without a header (Options.NoHeader) a row is
+//
+//	{"line":1,"fields":["Ada","1815"]}
+//
+// A row ends at LF, CRLF or CR, as in Python's csv module. Fields keep the line
+// breaks inside quotes as they are. Empty lines are skipped, but in a file of one
+// column they are rows with an empty value. Keys are unique: a repeated name
+// becomes "name_2", and a column without a name becomes "column3".
+//
+// A row is malformed if its number of fields differs from the header's, if a quote
+// is misplaced, or if it contains bytes that cannot be decoded. A quote that is
+// never closed would swallow the rest of the file. So the error names the place
+// where it opens, and the next row begins on the line after. Columns of errors are
+// bytes of UTF-8, from 1.
+//
+// # Goroutines
+//
+// The package starts none itself. A context.AfterFunc interrupts the read of an
+// open file, a timer a download that stalls. Close stops both.
 package records
 
 import (
@@ -8,18 +45,28 @@ import (
 	"io"
 	"io/fs"
 	"iter"
-	"net/http"
 	"strconv"
 	"sync/atomic"
+	"unicode/utf8"
 )
 
 const (
-	// defaultBlockSize is the zero value of Options.BlockSize: the buffer of
-	// io.Copy. A thousand blocks in flight are 32 MiB.
+	// defaultBlockSize is the zero value of Options.BlockSize, in bytes.
 	defaultBlockSize = 32 << 10
 
-	// defaultMaxRecord is the zero value of Options.MaxRecord.
+	// defaultMaxRecord is the zero value of Options.MaxRecord, in bytes.
 	defaultMaxRecord = 1 << 20
+
+	// excerpt is how much of a record that is too long its Error has, in bytes.
+	excerpt = 4 << 10
+)
+
+// Errors that an [Error], or an error that ends a source, may wrap. Misplaced quotes
+// and field counts are csv.ErrBareQuote, csv.ErrQuote and csv.ErrFieldCount.
+var (
+	ErrTooLong  = errors.New("too long")
+	ErrColumns  = errors.New("too many columns")
+	ErrEncoding = errors.New("cannot be decoded")
 )
 
 // Format says what a record is.
@@ -46,61 +93,116 @@ func (f Format) String() string {
 	}
 }
 
-// Options says how a source is read. The zero value is usable.
+// Options configures how a source is read. The zero value reads lines.
 type Options struct {
 	Format Format // zero means Lines
 
-	NoHeader   bool // CSV: the first row is data
-	Delimiter  rune // CSV: between fields; zero means a comma
-	LazyQuotes bool // CSV: quotes may stand anywhere in fields, as csv.Reader has it
+	NoHeader    bool // CSV: the first row is data
+	Delimiter   rune // CSV: between fields; zero means a comma
+	LazyQuotes  bool // CSV: quotes may stand anywhere in fields, as in encoding/csv
+	AllowRagged bool // CSV: rows may have fewer or more fields than the header
+	Comment     rune // CSV: skip lines that begin with it; zero means none
+	NameRows    bool // CSV: rows begin with "source", the name of the input
+
+	// Encoding is the name of the text's encoding, in Lines and CSV. A byte order
+	// mark takes precedence. Empty means UTF-8 for CSV, and any bytes for Lines.
+	Encoding string
+
+	// ReplaceInvalid sends U+FFFD for what cannot be decoded, and counts it.
+	// Otherwise the record is an Error.
+	ReplaceInvalid bool
 
 	// BlockSize is the size of a Raw record, in bytes; the last may be shorter.
 	// Zero means 32 KiB.
 	BlockSize int
 
-	// MaxRecord is the length of the longest line, or row and what becomes of
-	// it, in bytes. Zero means 1 MiB. It bounds the memory of a Source.
+	// MaxRecord is the length of the longest line, or row and its JSON, in bytes.
+	// Zero means 1 MiB. It bounds the memory of a Source.
 	MaxRecord int
 
-	// Pieces makes several records of a line longer than MaxRecord, which is an
-	// Error otherwise. All but the last have no newline, and belong together.
+	// Pieces splits a line longer than MaxRecord into several records. Only the
+	// last of them has a newline. Otherwise such a line is an Error.
 	Pieces bool
 
-	// Verbatim leaves what is gzip or zstd as it is.
+	// Verbatim does not unpack, and decodes CSV only.
 	Verbatim bool
 
-	// HTTP requests URLs; nil means a client that gives up connecting after
-	// 10 s. With any client, a server from which nothing comes for a minute is
-	// given up, at the start or later.
-	HTTP *http.Client
+	HTTP HTTPOptions // for URLs
+
+	validate bool // text must be UTF-8; set by Source
+
+	// From continues an input after this point instead of reading it from the
+	// start. Only URLs whose server supports it do: see Source.Point.
+	From *Point
+}
+
+// A Point is a place between two records of an input.
+type Point struct {
+	Bytes     int64    // before it
+	Records   int64    // before it
+	Lines     int64    // before it
+	Header    []string // of CSV
+	Validator string   // of the version of the URL
 }
 
 // A Record is one line, row or block.
 type Record struct {
-	Number int64 // from 1 within its source, those that are an Error counted too
+	Number int64 // from 1 within its source, malformed ones counted too
 	Line   int64 // of the source where the record begins, from 1; 0 for Raw
 
-	// Data is what is to be sent, and the receiver's own. It is the line as it
-	// stands in the source, the row as a line of JSON, or the block.
+	// Data is what to send, owned by the receiver: the line as it stands in the
+	// source, the row as a line of JSON, or the block.
 	Data []byte
 
-	// Unended says that Data is the last line of a source that ends without a
-	// newline. It has none either, so what is sent behind it would join it.
+	// Unended reports that Data is the last line of a source that ends without a
+	// newline. What is written after it would join it.
 	Unended bool
 }
 
-// A Source is an input from which records are read, by one goroutine at a time.
-// Name, Size, Consumed and Validator may be called concurrently.
+// An Error is a record that cannot be sent. Reading continues after it.
+type Error struct {
+	Source string // its Name
+	Number int64  // of the record, as in Record
+	Line   int64  // of the fault, from 1
+	Column int64  // in bytes, from 1; 0 means the whole line
+
+	Raw []byte // the record as it stands in the source, decoded
+	Cut bool   // Raw is only its beginning, because it is too long
+
+	Err error // wraps one of the package's errors or one of encoding/csv
+}
+
+// Error begins with the place, as compilers do: "data.csv:17:5: bare \" in
+// non-quoted-field".
+func (e *Error) Error() string {
+	place := e.Source + ":" + strconv.FormatInt(e.Line, 10)
+	if e.Column > 0 {
+		place += ":" + strconv.FormatInt(e.Column, 10)
+	}
+	return place + ": " + e.Err.Error()
+}
+
+// Unwrap returns e.Err.
+func (e *Error) Unwrap() error { return e.Err }
+
+// A Source is an input from which one goroutine at a time reads records. Name,
+// Size, Consumed, Replaced and Validator may be called concurrently.
 type Source struct {
 	in     *input
+	opts   Options
 	read   func() (Record, error)
-	rows   *rows // CSV, once it was begun
+	window *window  // Lines and CSV, once reading has begun
+	rows   *rows    // CSV, once reading has begun
+	ahead  buffered // between the input and the window: what was read and not yet used
 	number int64
 	err    error // the end of the records: io.EOF, or why
 
-	ahead    []interface{ Buffered() int } // what was read of in, and is in no record yet
+	exact    atomic.Bool // Consumed is exact: the input is neither packed nor decoded
 	consumed atomic.Int64
+	replaced atomic.Int64
 }
+
+type buffered interface{ Buffered() int }
 
 // New makes a source of r, which it does not close; name is for errors.
 func New(r io.Reader, name string, opts Options) (*Source, error) {
@@ -121,47 +223,86 @@ func newSource(in *input, opts Options) (*Source, error) {
 	if opts.MaxRecord <= 0 {
 		opts.MaxRecord = defaultMaxRecord
 	}
-	s := &Source{in: in}
-	s.read = func() (Record, error) { return s.begin(opts) }
-	switch {
-	case opts.Format < Lines || opts.Format > Raw:
-		return nil, errors.Join(fmt.Errorf("read %s: no such format: %v", in.name, opts.Format), in.close())
-	case !validDelimiter(opts.Delimiter):
-		return nil, errors.Join(fmt.Errorf("read %s: %q cannot be a delimiter", in.name, opts.Delimiter), in.close())
+	if err := opts.check(); err != nil {
+		return nil, errors.Join(fmt.Errorf("read %s: %w", in.name, err), in.close())
 	}
+	s := &Source{in: in, opts: opts}
+	s.read = s.begin
 	return s, nil
 }
 
-// begin reads the first record. What the input is like is seen only now, so that
-// opening does not wait for somebody to write it.
-func (s *Source) begin(opts Options) (Record, error) {
+// check reports the first option that makes no sense.
+func (o Options) check() error {
+	if o.Format < Lines || o.Format > Raw {
+		return fmt.Errorf("unknown format: %v", o.Format)
+	}
+	if !ValidDelimiter(o.Delimiter) {
+		return fmt.Errorf("%q cannot be a delimiter", o.Delimiter)
+	}
+	if o.Comment != 0 && (!ValidDelimiter(o.Comment) || o.Comment == o.Delimiter) {
+		return fmt.Errorf("%q cannot begin comments", o.Comment)
+	}
+	return CheckEncoding(o.Encoding)
+}
+
+// ValidDelimiter reports whether r can stand between fields of CSV.
+func ValidDelimiter(r rune) bool {
+	return r > 0 && r != '"' && r != '\r' && r != '\n' && r != utf8.RuneError && utf8.ValidRune(r)
+}
+
+// begin reads the first record. Only now is it known what the input contains, so
+// that opening does not wait for the writer of a pipe.
+func (s *Source) begin() (Record, error) {
 	var r io.Reader = s.in
-	if !opts.Verbatim {
-		var err error
-		if r, err = unpack(s.in); err != nil {
+	exact := true
+	from := s.opts.From
+	if from != nil && !s.in.resumed {
+		from = nil // the server sends the whole again
+	}
+	if !s.opts.Verbatim && from == nil {
+		content, unpacked, err := unpack(s.in, s.opts.Format)
+		if err != nil {
 			return Record{}, err
 		}
-		s.ahead = append(s.ahead, r.(interface{ Buffered() int }))
+		s.ahead = content.(buffered)
+		r, exact = content, !unpacked
 	}
-	if opts.Format == Raw {
-		s.read = func() (Record, error) { return readBlock(r, opts.BlockSize) }
+	s.opts.validate = s.opts.Format == CSV
+	if from == nil && (s.opts.Format == CSV || s.opts.Format == Lines && !s.opts.Verbatim) {
+		text, decoded, err := decode(r, s.opts)
+		if err != nil {
+			return Record{}, err
+		}
+		if s.ahead == nil {
+			s.ahead = text.(buffered)
+		}
+		r, exact = text, exact && !decoded
+		s.opts.validate = s.opts.validate || decoded
+	}
+	s.exact.Store(exact)
+	if s.opts.Format == Raw {
+		s.read = func() (Record, error) { return readBlock(r, s.opts.BlockSize) }
 		return s.read()
 	}
-	w := newWindow(r, opts.MaxRecord)
-	s.read = func() (Record, error) { return w.readRecord(opts.Pieces) }
-	if opts.Format == CSV {
-		s.rows = newRows(w, opts)
-		s.read = s.rows.readRecord
+	s.window = newWindow(r, s.opts.MaxRecord)
+	s.window.onlyLF = s.opts.Pieces
+	if from != nil {
+		s.number, s.window.line = from.Records, from.Lines+1
 	}
-	if _, packed := r.(*unpacker); !packed { // else its bytes are others
-		s.ahead = append(s.ahead, w)
+	s.read = s.readLine
+	if s.opts.Format == CSV {
+		s.rows = newRows(s.window, s.opts, s.in.name, &s.replaced)
+		if from != nil && from.Header != nil {
+			s.rows.setHeader(from.Header)
+		}
+		s.read = s.rows.read
 	}
 	return s.read()
 }
 
-// All returns the records in their order. A malformed one comes as an *Error,
-// with an empty Record; any other error is the last, and comes after all records
-// before it. A loop that was left is gone on with by the next.
+// All returns the records in order. A malformed one comes as an *Error with an
+// empty Record. Any other error is the last, and comes after all records before it.
+// A loop that breaks is continued by the next one.
 func (s *Source) All() iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
 		for s.err == nil {
@@ -182,8 +323,8 @@ func (s *Source) next() (Record, error) {
 	if err == nil {
 		record, err = s.read()
 	}
-	s.consume(err)
 	malformed, ok := errors.AsType[*Error](err)
+	s.consume(err == nil || ok)
 	switch {
 	case err == nil:
 		s.number++
@@ -200,12 +341,26 @@ func (s *Source) next() (Record, error) {
 	return Record{}, err
 }
 
-// Name returns what the source is called in errors: the file's name, the URL
-// without what may be secret in it, or "standard input".
+// consume updates Consumed after a record, or at the end of the input.
+func (s *Source) consume(record bool) {
+	n := s.in.consumed.Load()
+	if record {
+		if s.ahead != nil {
+			n -= int64(s.ahead.Buffered())
+		}
+		if s.exact.Load() && s.window != nil {
+			n -= int64(s.window.Buffered())
+		}
+	}
+	s.consumed.Store(n)
+}
+
+// Name returns the name of the source in errors: that of the file, the URL without
+// its secrets, or "standard input".
 func (s *Source) Name() string { return s.in.name }
 
-// Header returns the first row of CSV as it stands in the source, once the first
-// record, or an *Error, has come. It is nil where there is none.
+// Header returns the first row of CSV, once the first record or *Error has come. It
+// is nil if there is none.
 func (s *Source) Header() []string {
 	if s.rows == nil {
 		return nil
@@ -213,28 +368,43 @@ func (s *Source) Header() []string {
 	return s.rows.header
 }
 
-// Size returns the length of the input in bytes, packed as it is, if it is known:
-// of a regular file, and of a URL whose server tells it.
-func (s *Source) Size() (int64, bool) { return max(s.in.size, 0), s.in.size >= 0 }
-
-// Consumed returns how many bytes of the input, packed as it is, it took to get the
-// records so far; of packed input that is ahead of them, by some buffers.
-func (s *Source) Consumed() int64 { return s.consumed.Load() }
-
-// consume notes where a record, or with another error than its own the input, ends.
-func (s *Source) consume(err error) {
-	n := s.in.consumed.Load()
-	if _, malformed := errors.AsType[*Error](err); err == nil || malformed {
-		for _, buffer := range s.ahead {
-			n -= int64(buffer.Buffered())
-		}
+// Size returns the length of the input in bytes, as packed, if it is known: for a
+// regular file, and for a URL whose server sends it. A file that grows while it is
+// read has at least the size that was read.
+func (s *Source) Size() (int64, bool) {
+	if s.in.size < 0 {
+		return 0, false
 	}
-	s.consumed.Store(n)
+	return max(s.in.size, s.in.consumed.Load()), true
 }
 
-// Validator returns what the server of a URL says to tell one version of it from
-// another: the ETag, or the time of the last change. It is empty for all else.
+// Consumed returns how many bytes of the input, as packed, the records so far took.
+// For packed or decoded input it runs ahead of them by a few buffers.
+func (s *Source) Consumed() int64 { return s.consumed.Load() }
+
+// Replaced returns how many bytes or characters that could not be decoded were
+// replaced by U+FFFD.
+func (s *Source) Replaced() int64 { return s.replaced.Load() }
+
+// Validator returns the ETag of a URL, or else the time of its last change, as its
+// server sent it. It is empty for anything else.
 func (s *Source) Validator() string { return s.in.validator }
+
+// Resumed reports whether the source began at Options.From.
+func (s *Source) Resumed() bool { return s.in.resumed }
+
+// Point returns the place after the last record, and whether another source can
+// begin there: for a URL that was read plainly, and whose server sent a validator.
+func (s *Source) Point() (Point, bool) {
+	if !s.exact.Load() || s.in.validator == "" || s.window != nil && s.window.eol == '\r' {
+		return Point{}, false
+	}
+	p := Point{Bytes: s.Consumed(), Records: s.number, Header: s.Header(), Validator: s.in.validator}
+	if s.window != nil {
+		p.Lines = s.window.line - 1
+	}
+	return p, true
+}
 
 // Close closes the file or the connection that Open made. It must not be called
 // while another goroutine is in a loop. A second Close returns nil.
@@ -243,23 +413,8 @@ func (s *Source) Close() error {
 	return s.in.close()
 }
 
-// readRecord reads a line, or a piece of it.
-func (w *window) readRecord(pieces bool) (Record, error) {
-	w.begin()
-	line, err := w.readLine()
-	switch {
-	case err == ErrTooLong && pieces:
-		return Record{Line: w.first, Data: bytes.Clone(w.cut())}, nil
-	case err == ErrTooLong:
-		return Record{}, w.tooLong()
-	case err != nil:
-		return Record{}, err
-	}
-	return Record{Line: w.first, Data: bytes.Clone(line), Unended: line[len(line)-1] != '\n'}, nil
-}
-
-// readBlock reads a block of that size, so that blocks are the same whenever a
-// source is read.
+// readBlock reads a block of that size, however the input delivers it, so that each
+// reading of the same input has the same blocks.
 func readBlock(r io.Reader, size int) (Record, error) {
 	block := make([]byte, size)
 	n, err := io.ReadFull(r, block)

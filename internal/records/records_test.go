@@ -2,14 +2,17 @@ package records
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -38,8 +41,8 @@ func TestLines(t *testing.T) {
 	}
 }
 
-// A line that is too long costs neither its neighbours nor their numbers, whatever
-// pieces it comes in.
+// A line that is too long does not affect its neighbours or their numbers, however the
+// reads split it.
 func TestLineTooLong(t *testing.T) {
 	long := strings.Repeat("x", 200_000)
 	text := "a\n" + long + "\n12345\n123456\nb\n" + long
@@ -95,8 +98,8 @@ func TestRaw(t *testing.T) {
 	}
 }
 
-// Leaving a loop loses nothing: the next one goes on.
-func TestAllGoesOn(t *testing.T) {
+// A loop that breaks loses nothing: the next one continues.
+func TestAllContinues(t *testing.T) {
 	s, err := New(strings.NewReader("a\nb\nc\n"), "data", Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -116,7 +119,7 @@ func TestAllGoesOn(t *testing.T) {
 	}
 }
 
-// Of a closed source nothing more comes, and that is not taken for its end.
+// A closed source returns an error, not its end.
 func TestAllAfterClose(t *testing.T) {
 	s, err := New(strings.NewReader("a\nb\n"), "data", Options{})
 	if err != nil {
@@ -133,7 +136,7 @@ func TestAllAfterClose(t *testing.T) {
 	}
 }
 
-// A record owns its data: reading on does not change it.
+// Reading on does not change the data of a record.
 func TestDataIsOwned(t *testing.T) {
 	for _, format := range []Format{Lines, CSV, Raw} {
 		t.Run(format.String(), func(t *testing.T) {
@@ -156,8 +159,8 @@ func TestDataIsOwned(t *testing.T) {
 	}
 }
 
-// A read that fails ends the records after those before it, and is not taken for
-// the end of the input.
+// A read that fails comes after the records before it, and is not taken for the end of
+// the input.
 func TestReadError(t *testing.T) {
 	broken := errors.New("disk on fire")
 	for name, tt := range map[string]struct {
@@ -200,11 +203,13 @@ func (idleReader) Read([]byte) (int, error) { return 0, nil }
 
 func TestOptionsRefused(t *testing.T) {
 	for want, opts := range map[string]Options{
-		"read data: no such format: Format(4)":      {Format: 4},
-		"read data: no such format: Format(-1)":     {Format: -1},
+		"read data: unknown format: Format(4)":      {Format: 4},
+		"read data: unknown format: Format(-1)":     {Format: -1},
 		`read data: '"' cannot be a delimiter`:      {Format: CSV, Delimiter: '"'},
 		`read data: '\n' cannot be a delimiter`:     {Format: CSV, Delimiter: '\n'},
 		"read data: '\ufffd' cannot be a delimiter": {Format: CSV, Delimiter: -5},
+		"read data: ',' cannot begin comments":      {Format: CSV, Comment: ','},
+		"read data: unknown encoding \"klingon\": want one such as utf-8, utf-16, iso-8859-1, windows-1252, shift_jis or gb18030": {Encoding: "klingon"},
 	} {
 		if _, err := New(strings.NewReader(""), "data", opts); err == nil || err.Error() != want {
 			t.Errorf("%+v: error %v, want %s", opts, err, want)
@@ -273,7 +278,7 @@ func TestOpenFails(t *testing.T) {
 
 var errEnough = errors.New("enough")
 
-// The end of the context ends reading, even where records are there already.
+// The end of the context ends reading, even if records are buffered.
 func TestContextEnds(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	defer cancel(nil)
@@ -294,7 +299,7 @@ func TestContextEnds(t *testing.T) {
 	}
 }
 
-// A pipe to which nobody writes is left when the context ends.
+// The end of the context interrupts the read of a pipe.
 func TestContextInterruptsPipe(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("no /dev/fd")
@@ -311,7 +316,7 @@ func TestContextInterruptsPipe(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	time.AfterFunc(time.Millisecond, func() { cancel(errEnough) }) // before or while it waits: all the same
+	time.AfterFunc(time.Millisecond, func() { cancel(errEnough) }) // before or while it waits
 	if got, _, fatal := drain(t, s); got != nil || !errors.Is(fatal, errEnough) {
 		t.Errorf("got %v, %v", got, fatal)
 	}
@@ -325,4 +330,185 @@ func write(t *testing.T, name, text string) string {
 		t.Fatal(err)
 	}
 	return name
+}
+
+// Consumed ends with the record, however much was read ahead.
+func TestConsumedEndsWithTheRecord(t *testing.T) {
+	for name, c := range map[string]struct {
+		text string
+		opts Options
+		want []int64
+	}{
+		"lines":    {"one\ntwo\n\nthree", Options{}, []int64{4, 8, 9, 14}},
+		"too long": {"1234567\ntwo\n", Options{MaxRecord: 6}, []int64{8, 12}},
+		"pieces":   {"1234567\ntwo\n", Options{MaxRecord: 6, Pieces: true}, []int64{6, 8, 12}},
+		"verbatim": {"one\ntwo\n", Options{Verbatim: true}, []int64{4, 8}},
+		"csv":      {"a,b\n1,\"x\ny\"\n3\n", Options{Format: CSV}, []int64{12, 14}},
+		"raw":      {"12345", Options{Format: Raw, BlockSize: 2}, []int64{2, 4, 5}},
+	} {
+		s, err := New(strings.NewReader(c.text), name, c.opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []int64
+		for range s.All() {
+			got = append(got, s.Consumed())
+		}
+		if !slices.Equal(got, c.want) || s.Consumed() != int64(len(c.text)) {
+			t.Errorf("%s: %v, then %d; want %v, then %d", name, got, s.Consumed(), c.want, len(c.text))
+		}
+	}
+}
+
+// Consumed of packed input grows as the records come.
+func TestConsumedOfPackedInput(t *testing.T) {
+	var packed bytes.Buffer
+	gz := gzip.NewWriter(&packed)
+	_, _ = io.WriteString(gz, strings.Repeat("a line\n", 1_000_000))
+	_ = gz.Close()
+	s, err := New(&packed, "data", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	size, n := int64(packed.Len()), 0
+	for range s.All() {
+		if n++; n == 500_000 && (s.Consumed() < size*4/10 || s.Consumed() > size*6/10) {
+			t.Errorf("%d of %d bytes are consumed after half of the lines", s.Consumed(), size)
+		}
+	}
+	if s.Consumed() != size {
+		t.Errorf("%d of %d bytes are consumed at the end", s.Consumed(), size)
+	}
+}
+
+func TestPiecesOfLongLines(t *testing.T) {
+	long := strings.Repeat("x", 20)
+	for text, want := range map[string][]string{
+		long + "\nshort\n":         {"xxxxxxxx", "xxxxxxxx", "xxxx\n", "short\n"},
+		long[:8] + "\n":            {"xxxxxxxx", "\n"},
+		long[:9]:                   {"xxxxxxxx", "x"},
+		"\n" + long[:7] + "\ny":    {"\n", "xxxxxxx\n", "y"},
+		strings.Repeat("y", 1<<17): slices.Repeat([]string{"yyyyyyyy"}, 1<<14),
+	} {
+		got, malformed := read(t, text, Options{MaxRecord: 8, Pieces: true})
+		var pieces []string
+		for _, record := range got {
+			pieces = append(pieces, string(record.Data))
+		}
+		if malformed != nil || !slices.Equal(pieces, want) {
+			t.Errorf("%.30q: %d pieces, %.100q, and %v; want %.100q", text, len(pieces), pieces, malformed, want)
+		}
+	}
+}
+
+func TestPublicNameHidesSecrets(t *testing.T) {
+	for name, want := range map[string]string{
+		"-":                                   "standard input",
+		"dir/file":                            "dir/file",
+		"http":                                "http",
+		"https://me:secret@host/x?token=y#z":  "https://host/x?...",
+		"HTTP://host/%2Fx":                    "http://host/%2Fx",
+		"http://me:secret@host:port/x?token=": "URL",
+	} {
+		if got := PublicName(name); got != want {
+			t.Errorf("PublicName(%q) is %q, want %q", name, got, want)
+		}
+	}
+}
+
+func TestValidator(t *testing.T) {
+	for want, headers := range map[string]map[string]string{
+		"":                              {},
+		`"one"`:                         {"ETag": `"one"`, "Last-Modified": "Mon, 02 Jan 2006 15:04:05 GMT"},
+		"Mon, 02 Jan 2006 15:04:05 GMT": {"Last-Modified": "Mon, 02 Jan 2006 15:04:05 GMT"},
+	} {
+		address := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+			for name, value := range headers {
+				w.Header().Set(name, value)
+			}
+		})
+		s, err := Open(t.Context(), address, nil, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.Validator() != want {
+			t.Errorf("the validator is %q, want %q", s.Validator(), want)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestLinesOfText(t *testing.T) {
+	for name, tt := range map[string]struct {
+		text string
+		opts Options
+		want []string
+	}{
+		"CR":           {"a\rb\r", Options{}, []string{"a\r", "b\r"}},
+		"CR, no end":   {"a\rb", Options{}, []string{"a\r", "b"}},
+		"CR and LF":    {"a\rb\nc\rd\n", Options{}, []string{"a\rb\n", "c\rd\n"}},
+		"UTF-8 mark":   {"\ufeffa\n", Options{}, []string{"\ufeffa\n"}},
+		"UTF-16":       {"\xff\xfea\x00\n\x00\xe9\x00", Options{}, []string{"a\n", "é"}},
+		"windows-1252": {"\x80\n", Options{Encoding: "windows-1252"}, []string{"€\n"}},
+		"UTF-8":        {"a\xff\n", Options{Encoding: "utf-8", ReplaceInvalid: true}, []string{"a\ufffd\n"}},
+		"any bytes":    {"a\xff\n", Options{}, []string{"a\xff\n"}},
+		"long, of CR":  {strings.Repeat("x", 70_000) + "\r" + strings.Repeat("y", 70_000) + "\r", Options{MaxRecord: 80_000}, []string{strings.Repeat("x", 70_000) + "\r", strings.Repeat("y", 70_000) + "\r"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			records, malformed := read(t, tt.text, tt.opts)
+			var got []string
+			for _, r := range records {
+				got = append(got, string(r.Data))
+			}
+			if diff := cmp.Diff(tt.want, got); diff != "" || malformed != nil {
+				t.Errorf("(-want +got):\n%s\nmalformed: %v", diff, malformed)
+			}
+		})
+	}
+	_, malformed := read(t, "a\nb\xff\n", Options{Encoding: "utf-8"})
+	if len(malformed) != 1 || malformed[0].Error() != "data:2:2: cannot be decoded" || !errors.Is(malformed[0], ErrEncoding) {
+		t.Errorf("a line that is not UTF-8: %v", malformed)
+	}
+}
+
+func TestReplacedIsCounted(t *testing.T) {
+	for format, text := range map[Format]string{Lines: "\xc3\n\xfe\xfe\n", CSV: "a\n\"\xc3\"\n\xfe\xfe\n"} {
+		s, err := New(strings.NewReader(text), "data", Options{Format: format, Encoding: "utf-8", ReplaceInvalid: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, malformed, fatal := drain(t, s); malformed != nil || fatal != nil || s.Replaced() != 3 {
+			t.Errorf("%v: %d replaced, want 3; %v, %v", format, s.Replaced(), malformed, fatal)
+		}
+	}
+}
+
+// A file that shrinks is not taken for complete, nor half of its line for a line. The
+// progress of a file that grows does not exceed its size.
+func TestFileChangesWhileItIsRead(t *testing.T) {
+	for name, size := range map[string]int64{"shrinks": 150_001, "grows": 300_000} {
+		t.Run(name, func(t *testing.T) {
+			path := write(t, "data", strings.Repeat("a\n", 100_000))
+			s, err := Open(t.Context(), path, nil, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for range s.All() {
+				break
+			}
+			if err := os.Truncate(path, size); err != nil {
+				t.Fatal(err)
+			}
+			got, _, fatal := drain(t, s)
+			at, _ := s.Size()
+			switch {
+			case size < 200_000 && (fatal == nil || !strings.Contains(fatal.Error(), "the file shrank while it was read: it had 200000 bytes, and ends after 150001") || len(got) != 75_000-1):
+				t.Errorf("%d records, %v", len(got), fatal)
+			case size > 200_000 && (fatal != nil || at != size || s.Consumed() != size):
+				t.Errorf("%d of %d bytes, %v", s.Consumed(), at, fatal)
+			}
+		})
+	}
 }

@@ -14,12 +14,12 @@ import (
 )
 
 // Open opens a source: stdin if the name is "-", which Close leaves open, a URL if
-// it begins with http:// or https://, else a file. A user name and a password in
-// the URL are used, and shown nowhere, as little as the URL's query.
+// it begins with http:// or https://, and otherwise a file. User, password and query
+// of a URL are used, and never shown.
 //
-// The end of the context ends all reading, with its cause. Only a read of stdin
-// that waits for input, or one of a file on a system that cannot interrupt it, is
-// first waited for, and so is opening a named pipe to which nobody writes.
+// The end of the context ends all reading, with its cause. Exceptions are a read of
+// stdin, a read of a file on a system that cannot interrupt it, and the opening of a
+// named pipe that has no writer.
 func Open(ctx context.Context, name string, stdin io.Reader, opts Options) (*Source, error) {
 	var in *input
 	var err error
@@ -27,7 +27,7 @@ func Open(ctx context.Context, name string, stdin io.Reader, opts Options) (*Sou
 	case name == "-":
 		in = newInput(ctx, stdin, PublicName(name))
 	case isURL(name):
-		in, err = openURL(ctx, name, opts.HTTP)
+		in, err = openURL(ctx, name, opts)
 	default:
 		in, err = openFile(ctx, name)
 	}
@@ -37,7 +37,7 @@ func Open(ctx context.Context, name string, stdin io.Reader, opts Options) (*Sou
 	return newSource(in, opts)
 }
 
-// PublicName returns what Open calls the source of that name in errors, once it is open.
+// PublicName returns the name that Open gives to the source of that name.
 func PublicName(name string) string {
 	switch {
 	case name == "-":
@@ -47,7 +47,7 @@ func PublicName(name string) string {
 	}
 	u, err := url.Parse(name)
 	if err != nil {
-		return "URL" // nobody knows what in it is secret
+		return "URL" // any part of it may be secret
 	}
 	return publicName(u)
 }
@@ -57,17 +57,21 @@ func isURL(name string) bool {
 	return scheme == "http" || scheme == "https"
 }
 
-// An input is where the bytes come from, before they are unpacked.
+// An input is where the bytes come from, before they are unpacked and decoded.
 type input struct {
 	name  string
 	ctx   context.Context
 	r     io.Reader
-	size  int64        // -1 means unknown
+	size  int64        // at the start; -1 means unknown
 	close func() error // may be called again
 
-	validator string // of a URL's answer
+	file      interface{ Stat() (fs.FileInfo, error) } // a regular file, or nil
+	modified  time.Time                                // of file, at the start
+	url       bool
+	validator string // of a URL's response
+	resumed   bool   // began at Options.From
 
-	err      error // of r; it stays
+	err      error // of r, which stays
 	consumed atomic.Int64
 }
 
@@ -75,7 +79,7 @@ func newInput(ctx context.Context, r io.Reader, name string) *input {
 	in := &input{name: name, ctx: ctx, r: r, size: -1, close: func() error { return nil }}
 	if f, ok := r.(interface{ Stat() (fs.FileInfo, error) }); ok {
 		if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
-			in.size = info.Size()
+			in.file, in.size, in.modified = f, info.Size(), info.ModTime()
 		}
 	}
 	return in
@@ -85,13 +89,16 @@ func newInput(ctx context.Context, r io.Reader, name string) *input {
 func openFile(ctx context.Context, name string) (*input, error) {
 	f, err := os.Open(name)
 	if err != nil {
-		return nil, err
+		if path, ok := errors.AsType[*fs.PathError](err); ok {
+			err = path.Err
+		}
+		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
 	if info, err := f.Stat(); err == nil && info.IsDir() {
 		return nil, errors.Join(fmt.Errorf("read %s: is a directory", name), f.Close())
 	}
 	in := newInput(ctx, f, name)
-	// A pipe or terminal may have nothing to read for long. Regular files have no
+	// A pipe or a terminal may have nothing to read for long. Regular files have no
 	// deadlines, and need none.
 	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
 	in.close = func() error {
@@ -115,8 +122,25 @@ func (in *input) Read(p []byte) (n int, err error) {
 	if in.ctx.Err() != nil {
 		err = context.Cause(in.ctx)
 	} else if file, ok := errors.AsType[*fs.PathError](err); ok {
-		err = file.Err // the rest is said already
+		err = file.Err // the rest is in the error of the source
+	}
+	if err == io.EOF {
+		err = in.end()
 	}
 	in.err = err
 	return n, err
+}
+
+// end returns io.EOF, or an error if a regular file ends before the size that it had. Files
+// of /proc and /sys are shorter than their size, but do not change.
+func (in *input) end() error {
+	consumed := in.consumed.Load()
+	if in.file == nil || consumed >= in.size {
+		return io.EOF
+	}
+	info, err := in.file.Stat()
+	if err != nil || info.Size() == in.size && info.ModTime().Equal(in.modified) {
+		return io.EOF
+	}
+	return fmt.Errorf("the file shrank while it was read: it had %d bytes, and ends after %d", in.size, consumed)
 }
