@@ -199,7 +199,7 @@ func TestBulkSaysWhatIsWrong(t *testing.T) {
 	}{
 		"no such file":         {[]string{"--lines", dir + "/nosuch"}, 1, "read " + dir + "/nosuch: no such file or directory\n"},
 		"a directory":          {[]string{"--lines", dir}, 1, "is a directory"},
-		"not packed":           {[]string{"--lines", plain}, 1, "not packed by gzip, whatever its name says"},
+		"not packed":           {[]string{"--lines", plain}, 1, "the name says gzip, and the content is not"},
 		"a state nowhere":      {[]string{"--lines", "--resume", "-", table}, 2, "--resume -: want the name of a file"},
 		"two formats":          {[]string{"--lines", "--csv", table}, 2, "--lines, --csv and --raw: only one of them"},
 		"text with a flag":     {[]string{"--conns", "4", table}, 2, "--conns: arguments are text, unless"},

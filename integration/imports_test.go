@@ -33,7 +33,7 @@ func TestImports(t *testing.T) {
 		{"server", "../server/...", []string{"server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
 		{"client", "../client", []string{"client"}, []string{"golang.org/x/sync"}},
 		{"load", "../internal/load", []string{"client", "internal/load"}, nil},
-		{"records", "../internal/records", []string{"internal/records"}, []string{"github.com/klauspost/compress"}},
+		{"records", "../internal/records", []string{"internal/records"}, []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "golang.org/x/text"}},
 		{"control", "../control/...", []string{"control", "server"}, nil},
 		{"metrics", "../metrics/...", []string{"metrics", "server"}, nil},
 		{"cmd", "../cmd/...", []string{"client", "cmd", "control", "internal", "metrics", "server"}, nil},
