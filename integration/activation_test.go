@@ -14,14 +14,14 @@ import (
 	"echod/control"
 )
 
-// handedOver is a socket that a supervisor hands over, as systemd does: see sd_listen_fds(3).
-type handedOver struct {
+// passedSocket is a socket that a supervisor passes to the server, as systemd does; see sd_listen_fds(3).
+type passedSocket struct {
 	name string
 	ln   interface{ File() (*os.File, error) }
 }
 
-// activated is the command that runs a server with these sockets.
-func activated(t *testing.T, sockets []handedOver, flags ...string) *exec.Cmd {
+// activated returns a command that runs a server with these sockets.
+func activated(t *testing.T, sockets []passedSocket, flags ...string) *exec.Cmd {
 	t.Helper()
 	names := make([]string, len(sockets))
 	args := append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`, built(t, echodBinary), "serve", "--log-format", "json"}, flags...)
@@ -54,17 +54,17 @@ func unixSocket(t *testing.T) (ln *net.UnixListener, path string) {
 	return listener.(*net.UnixListener), path
 }
 
-func TestSocketsThatAreHandedOverAreServedByTheirNames(t *testing.T) {
+func TestSocketActivation(t *testing.T) {
 	t.Parallel()
-	for name, flags := range map[string][]string{"by default": nil, "with its path": {"--control"}} {
-		t.Run(name, func(t *testing.T) {
+	for name, flags := range map[string][]string{"by default": nil, "with --control": {"--control"}} {
+		t.Run("sockets are used by their names "+name, func(t *testing.T) {
 			t.Parallel()
 			one, two := tcpSocket(t), tcpSocket(t)
 			plane, path := unixSocket(t)
 			if flags != nil {
 				flags = append(flags, path)
 			}
-			e := launch(t, activated(t, []handedOver{{"echo", one}, {"control", plane}, {"echo", two}}, flags...), path)
+			e := launch(t, activated(t, []passedSocket{{"echo", one}, {"control", plane}, {"echo", two}}, flags...), path)
 			e.awaitLog("control socket open", "path", path)
 			for _, ln := range []*net.TCPListener{one, two} {
 				p, err := connect(ln.Addr().String())
@@ -80,25 +80,22 @@ func TestSocketsThatAreHandedOverAreServedByTheirNames(t *testing.T) {
 			e.wait(0)
 		})
 	}
-}
 
-func TestSocketsThatMeanNothingAreAnError(t *testing.T) {
-	t.Parallel()
 	echo, other := tcpSocket(t), tcpSocket(t)
 	plane, path := unixSocket(t)
 	second, _ := unixSocket(t)
 	for name, c := range map[string]struct {
-		sockets []handedOver
+		sockets []passedSocket
 		flags   []string
 		want    string
 	}{
-		"another name":         {[]handedOver{{"echo", echo}, {"http", other}}, nil, `systemd's socket "http", ` + other.Addr().String() + `: want FileDescriptorName=echo or control`},
-		"a control over TCP":   {[]handedOver{{"control", other}}, nil, "there can be one, a Unix socket"},
-		"two controls":         {[]handedOver{{"control", plane}, {"control", second}}, nil, "there can be one, a Unix socket"},
-		"another control path": {[]handedOver{{"control", plane}}, []string{"--control", "/elsewhere"}, "--control /elsewhere: systemd has handed over a control socket, " + path + ": leave out one of the two"},
-		"control off":          {[]handedOver{{"control", plane}}, []string{"--control", "off"}, "--control off: systemd has handed over a control socket, " + path + ": leave out one of the two"},
+		"another name":         {[]passedSocket{{"echo", echo}, {"http", other}}, nil, `socket "http", ` + other.Addr().String() + `: want FileDescriptorName=echo or control`},
+		"a control over TCP":   {[]passedSocket{{"control", other}}, nil, "want a single Unix socket"},
+		"two controls":         {[]passedSocket{{"control", plane}, {"control", second}}, nil, "want a single Unix socket"},
+		"another control path": {[]passedSocket{{"control", plane}}, []string{"--control", "/elsewhere"}, "--control /elsewhere: systemd passes another control socket, " + path},
+		"control off":          {[]passedSocket{{"control", plane}}, []string{"--control", "off"}, "--control off: systemd passes another control socket, " + path},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run("it is an error to pass "+name, func(t *testing.T) {
 			t.Parallel()
 			if got := run(t, activated(t, c.sockets, c.flags...)); got.code != 1 || !strings.Contains(got.stderr, c.want) {
 				t.Errorf("exit code %d, %q; want 1, and %q in it", got.code, got.stderr, c.want)

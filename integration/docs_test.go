@@ -18,7 +18,7 @@ import (
 	"testing"
 )
 
-// sources are the files of this repository that have such a name's end.
+// sources lists the files of this repository whose names end in ext.
 func sources(t *testing.T, ext string) (paths []string) {
 	t.Helper()
 	check(t, filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
@@ -39,7 +39,7 @@ var (
 	links   = regexp.MustCompile(`\]\(([^)\s]+)\)|(?:src|href)="([^"]+)"`)
 )
 
-// anchors are the places in a page that a link can point at, named as GitHub does.
+// anchors lists the anchors of a page's headings, as GitHub names them.
 func anchors(page string) (names []string) {
 	for _, h := range heading.FindAllStringSubmatch(code.ReplaceAllString(page, ""), -1) {
 		name := strings.ToLower(strings.TrimSpace(h[1]))
@@ -49,7 +49,7 @@ func anchors(page string) (names []string) {
 	return names
 }
 
-func TestLinksInTheDocsLeadSomewhere(t *testing.T) {
+func TestDocsLinks(t *testing.T) {
 	t.Parallel()
 	found := 0
 	for _, path := range sources(t, ".md") {
@@ -66,18 +66,18 @@ func TestLinksInTheDocsLeadSomewhere(t *testing.T) {
 				target = filepath.Join(filepath.Dir(path), file)
 			}
 			if _, err := os.Stat(target); err != nil {
-				t.Errorf("%s links to %s, which there is not", path, link)
+				t.Errorf("%s links to %s, which does not exist", path, link)
 			} else if anchor != "" && !slices.Contains(anchors(readFile(t, target)), anchor) {
-				t.Errorf("%s links to %s: %s has only the anchors %q", path, link, target, anchors(readFile(t, target)))
+				t.Errorf("%s links to %s: %s has the anchors %q", path, link, target, anchors(readFile(t, target)))
 			}
 		}
 	}
 	if found < 10 {
-		t.Errorf("only %d links were found", found)
+		t.Errorf("found only %d links", found)
 	}
 }
 
-// logged are the messages in the code, by level. What comes after a colon explains them.
+// logged lists the log messages in the code, with their levels. A message ends at a colon; an explanation follows it.
 func logged(t *testing.T) map[string]string {
 	t.Helper()
 	messages := make(map[string]string)
@@ -100,7 +100,7 @@ func logged(t *testing.T) map[string]string {
 				}
 				messages[message] = level
 			default:
-				t.Errorf("%s logs what is not a plain text", path)
+				t.Errorf("%s logs something other than a string literal", path)
 			}
 			return true
 		})
@@ -108,7 +108,8 @@ func logged(t *testing.T) map[string]string {
 	return messages
 }
 
-// logLine gives what a node logs: log.Info("text"), log.Check(zap.InfoLevel, "text"), or an entry that is written as it is.
+// logLine returns the level and the text that a node logs: log.Info("text"), log.Check(zap.InfoLevel, "text"), or a
+// zapcore.Entry.
 func logLine(n ast.Node) (level string, text ast.Expr) {
 	levelOf := func(x ast.Expr) string { // zap.InfoLevel
 		return strings.ToLower(strings.TrimSuffix(x.(*ast.SelectorExpr).Sel.Name, "Level"))
@@ -141,7 +142,7 @@ func logLine(n ast.Node) (level string, text ast.Expr) {
 	return level, text
 }
 
-// isLogger says whether an expression looks like a logger: log, s.log, a.srv.log, o.Logger.
+// isLogger reports whether an expression looks like a logger: log, s.log, a.srv.log, o.Logger.
 func isLogger(x ast.Expr) bool {
 	name := ""
 	switch x := x.(type) {
@@ -153,13 +154,13 @@ func isLogger(x ast.Expr) bool {
 	return name == "log" || name == "Logger"
 }
 
-// Whoever finds a line in the log finds it in the page on operations too, with its level.
-func TestEveryLogMessageIsExplained(t *testing.T) {
+// TestDocsExplainLogMessages compares the table in docs/operations.md with the messages in the code.
+func TestDocsExplainLogMessages(t *testing.T) {
 	t.Parallel()
 	page := readFile(t, "../docs/operations.md")
 	_, page, ok := strings.Cut(page, "| message | level | |\n")
 	if !ok {
-		t.Fatal("there is no table of messages")
+		t.Fatal("found no table of messages")
 	}
 	table, _, _ := strings.Cut(page, "\n\n")
 	explained := make(map[string]string)
@@ -171,44 +172,44 @@ func TestEveryLogMessageIsExplained(t *testing.T) {
 	}
 	messages := logged(t)
 	if len(messages) < 20 {
-		t.Fatalf("only %d messages were found", len(messages))
+		t.Fatalf("found only %d messages", len(messages))
 	}
 	for _, m := range slices.Sorted(maps.Keys(messages)) {
 		if level, ok := explained[m]; !ok {
-			t.Errorf("%q (%s) is not explained", m, messages[m])
+			t.Errorf("%q (%s) is not in the table", m, messages[m])
 		} else if level != messages[m] {
-			t.Errorf("%q is of level %s, explained as %s", m, messages[m], level)
+			t.Errorf("%q has level %s, the table says %s", m, messages[m], level)
 		}
 	}
 	for _, m := range slices.Sorted(maps.Keys(explained)) {
 		if _, ok := messages[m]; !ok {
-			t.Errorf("%q is explained, and never logged", m)
+			t.Errorf("%q is in the table, but never logged", m)
 		}
 	}
 }
 
-// The tables of reasons and metrics have to be complete, too.
-func TestEveryReasonAndMetricIsExplained(t *testing.T) {
+// TestDocsExplainReasonsAndMetrics compares docs/operations.md with what a server exports.
+func TestDocsExplainReasonsAndMetrics(t *testing.T) {
 	t.Parallel()
 	page := readFile(t, "../docs/operations.md")
 	e := start(t, "--http", "0")
 	got := e.scrape()
-	got["echod_signals_total"], got["echod_control_requests_total"] = 0, 0 // there once there was one
+	got["echod_signals_total"], got["echod_control_requests_total"] = 0, 0 // appear with the first one
 	for series := range got {
 		name, labels, _ := strings.Cut(series, "{")
 		if reason, ok := strings.CutPrefix(labels, `reason="`); ok && name == "echod_connections_closed_total" {
 			if reason = strings.TrimSuffix(reason, `"}`); !strings.Contains(page, fmt.Sprintf("`%s`", reason)) {
-				t.Errorf("the reason %s is not explained", reason)
+				t.Errorf("the reason %s is not in docs/operations.md", reason)
 			}
 		}
 		name = regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 		if strings.HasPrefix(name, "echod_") && !regexp.MustCompile("`"+name+"[`{]").MatchString(page) {
-			t.Errorf("the metric %s is not explained", name)
+			t.Errorf("the metric %s is not in docs/operations.md", name)
 		}
 	}
 	for _, m := range regexp.MustCompile("`(echod_[a-z_]+)").FindAllStringSubmatch(page, -1) {
 		if !slices.ContainsFunc(slices.Collect(maps.Keys(got)), func(series string) bool { return strings.HasPrefix(series, m[1]) }) {
-			t.Errorf("the metric %s is explained, and there is none", m[1])
+			t.Errorf("docs/operations.md has the metric %s, which does not exist", m[1])
 		}
 	}
 }

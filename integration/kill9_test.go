@@ -10,9 +10,9 @@ import (
 	"echod/control"
 )
 
-// TestKilledServerLeavesNothingStale: the next one starts with the same control socket and port, while the clients of
-// the first are still there.
-func TestKilledServerLeavesNothingStale(t *testing.T) {
+// TestKilledServer checks that a killed server keeps no successor from starting: with the same control socket and port,
+// while the clients of the first are still there.
+func TestKilledServer(t *testing.T) {
 	t.Parallel()
 	first := start(t)
 	peers := first.crowd(20)
@@ -21,7 +21,7 @@ func TestKilledServerLeavesNothingStale(t *testing.T) {
 	first.signal(syscall.SIGKILL)
 	first.wait(137)
 	if _, err := os.Lstat(first.socket); err != nil {
-		t.Errorf("it could not remove its control socket, so it should be there: %v", err)
+		t.Errorf("a killed server cannot remove its control socket, yet it is gone: %v", err)
 	}
 	first.ctl("status").expect(t, 2, ``, "no server answers on control socket "+first.socket+": ")
 
@@ -30,7 +30,7 @@ func TestKilledServerLeavesNothingStale(t *testing.T) {
 	p := second.served()
 	second.expectAccounts(map[string]uint64{})
 	for _, old := range peers {
-		_, _ = old.rest() // closed or reset: nobody could say goodbye
+		_, _ = old.rest() // closed or reset
 		_ = old.Close()
 	}
 	second.signal(syscall.SIGTERM)
@@ -42,10 +42,10 @@ func TestKilledServerLeavesNothingStale(t *testing.T) {
 	}
 }
 
-// TestKilledClientsAreBooked: real processes, killed with work under way, during a pause and while draining.
-func TestKilledClientsAreBooked(t *testing.T) {
+// TestKilledClients kills client processes while running, during a pause, and in a drain. Each must be counted.
+func TestKilledClients(t *testing.T) {
 	t.Parallel()
-	nc := require(t, "nc.openbsd", "nc")
+	nc := openbsdNC.find(t)[0]
 	e := start(t, "--grace", "20s")
 	host, port := e.hostPort()
 	const each = 5
@@ -78,10 +78,10 @@ func TestKilledClientsAreBooked(t *testing.T) {
 	e.expectAccounts(map[string]uint64{"client-closed": each})
 
 	e.pause(control.PauseRequest{})
-	kill(begin()) // they die in the kernel's queue, and are found there on resume
+	kill(begin()) // they die in the accept queue
 	e.expectState("paused")
 	e.resume()
-	survivor := e.served() // behind them
+	survivor := e.served() // behind them in the queue
 	e.awaitOpen(2*each + 1)
 	if st := e.status(); st.Accepted < 3*each+1 || st.Connections != 2*each+1 {
 		t.Errorf("the status is %+v", st)
@@ -105,8 +105,8 @@ func TestKilledClientsAreBooked(t *testing.T) {
 	}
 }
 
-// TestKilledControlCallersLeaveNothingStuck: waits and event streams of dead processes do not add up.
-func TestKilledControlCallersLeaveNothingStuck(t *testing.T) {
+// TestKilledControlClients checks that waits, event streams and holds end with the process that asked for them.
+func TestKilledControlClients(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.expectState("running")
@@ -120,7 +120,7 @@ func TestKilledControlCallersLeaveNothingStuck(t *testing.T) {
 		e.awaitState("paused")
 		for _, p := range callers {
 			check(t, p.cmd.Process.Kill())
-			check(t, p.stdin.Close()) // for cat, which nobody has ended
+			check(t, p.stdin.Close()) // ends cat, which has lost its parent
 			p.exits(137)
 		}
 		e.awaitState("running")

@@ -16,7 +16,41 @@ import (
 	"time"
 )
 
-// program is a client somebody else has written, run with pipes.
+// A kind of program, and how to recognise it. Names do not tell: nc is OpenBSD's, traditional, Nmap's or BusyBox's.
+type kind struct {
+	name     string
+	commands [][]string // that may start it
+	probe    string     // argument that makes it introduce itself
+	says     string     // part of its introduction
+}
+
+var (
+	openbsdNC     = kind{"OpenBSD's netcat", [][]string{{"nc.openbsd"}, {"nc"}}, "-h", "OpenBSD netcat"}
+	traditionalNC = kind{"the traditional netcat", [][]string{{"nc.traditional"}, {"nc"}}, "-h", "[v1.10"}
+	ncat          = kind{"ncat", [][]string{{"ncat"}, {"nc"}}, "--version", "Ncat: Version"}
+	socat         = kind{"socat", [][]string{{"socat"}}, "-V", "socat version"}
+	busyboxNC     = kind{"BusyBox's nc", [][]string{{"busybox", "nc"}, {"nc"}}, "--help", "BusyBox"}
+	busyboxTelnet = kind{"BusyBox's telnet", [][]string{{"busybox", "telnet"}, {"telnet"}}, "--help", "BusyBox"}
+)
+
+// find returns the command that starts a program of this kind. Without one the test is skipped, or fails; see missing.
+func (k kind) find(t testing.TB) []string {
+	t.Helper()
+	for _, command := range k.commands {
+		path, err := exec.LookPath(command[0])
+		if err != nil {
+			continue
+		}
+		command = append([]string{path}, command[1:]...)
+		if got := run(t, commandOf(append(command, k.probe)...)); strings.Contains(got.stdout+got.stderr, k.says) {
+			return command
+		}
+	}
+	missing(t, k.name+" is not installed")
+	return nil
+}
+
+// program is a client that somebody else wrote, run with pipes.
 type program struct {
 	t      testing.TB
 	cmd    *exec.Cmd
@@ -26,7 +60,7 @@ type program struct {
 	over   chan struct{} // closed when it has exited
 }
 
-// startProgram runs a program until it ends by itself, or the test does.
+// startProgram starts a program. It is killed when the test ends, or after patience.
 func startProgram(t testing.TB, argv ...string) *program {
 	t.Helper()
 	p := &program{t: t, cmd: commandOf(argv...), stderr: newJournal(), over: make(chan struct{})}
@@ -54,13 +88,14 @@ func startProgram(t testing.TB, argv ...string) *program {
 	return p
 }
 
+// say writes text to the program's standard input.
 func (p *program) say(text string) {
 	p.t.Helper()
 	_, err := io.WriteString(p.stdin, text)
 	check(p.t, err)
 }
 
-// reads reads exactly this text from the program.
+// reads reads len(want) bytes of the program's standard output, which must be want.
 func (p *program) reads(want string) {
 	p.t.Helper()
 	got := make([]byte, len(want))
@@ -69,7 +104,7 @@ func (p *program) reads(want string) {
 	}
 }
 
-// readsUpTo reads up to this text, whatever is before it.
+// readsUpTo reads the program's standard output up to and including want.
 func (p *program) readsUpTo(want string) {
 	p.t.Helper()
 	var got strings.Builder
@@ -82,19 +117,31 @@ func (p *program) readsUpTo(want string) {
 	}
 }
 
-// ends reads the rest, and expects the program to exit by itself, its standard input still open.
+// ends waits for the program to exit by itself with code 0; the rest of its output must be rest.
 func (p *program) ends(rest string) {
 	p.t.Helper()
-	got, err := io.ReadAll(p.stdout)
-	_ = p.cmd.Wait()
-	close(p.over)
-	if err != nil || string(got) != rest || p.cmd.ProcessState.ExitCode() != 0 {
-		p.t.Errorf("%s ends with %q (%v, %v, stderr %q), want %q and exit code 0",
-			p.cmd.Args[0], got, err, p.cmd.ProcessState, p.stderr.String(), rest)
+	got := p.exitsByItself()
+	if got != rest || p.cmd.ProcessState.ExitCode() != 0 {
+		p.t.Errorf("%s ends with %q (%v, stderr %q), want %q and exit code 0",
+			p.cmd.Args[0], got, p.cmd.ProcessState, p.stderr.String(), rest)
 	}
 }
 
-// hostPort splits the server's address as most programs want it.
+// exitsByItself waits for the program to exit and returns the rest of its output. Being killed for taking too long is
+// an error.
+func (p *program) exitsByItself() string {
+	p.t.Helper()
+	got, err := io.ReadAll(p.stdout)
+	check(p.t, err)
+	_ = p.cmd.Wait()
+	close(p.over)
+	if !p.cmd.ProcessState.Exited() {
+		p.t.Errorf("%s did not exit: %v, output %q", p.cmd.Args[0], p.cmd.ProcessState, got)
+	}
+	return string(got)
+}
+
+// hostPort splits the server's address, as most programs want it.
 func (e *echod) hostPort() (host, port string) {
 	e.t.Helper()
 	host, port, err := net.SplitHostPort(e.addr)
@@ -102,24 +149,31 @@ func (e *echod) hostPort() (host, port string) {
 	return host, port
 }
 
-// TestInteractivePrograms show the echo and the notice, and stay until the server's end of stream. From then on nc and
-// ncat wait only for their own input to end, which in a terminal it does with the next line; socat does not wait.
-func TestInteractivePrograms(t *testing.T) {
+// TestClientPrograms runs the server against programs that people use as clients: what they show, and that they end by
+// themselves when the server closes.
+func TestClientPrograms(t *testing.T) {
 	t.Parallel()
+	plain := func(host, port string) []string { return []string{host, port} }
+	viaSocat := func(host, port string) []string { return []string{"-", "TCP:" + host + ":" + port} }
+
+	// At the server's FIN OpenBSD's nc and ncat wait for their own input to end. On a terminal it ends with the next line
+	// that a user types. The others exit.
 	for _, tt := range []struct {
-		names    []string
+		kind     kind
 		args     func(host, port string) []string
 		endInput bool
 	}{
-		{[]string{"nc.openbsd", "nc"}, func(host, port string) []string { return []string{host, port} }, true},
-		{[]string{"ncat"}, func(host, port string) []string { return []string{host, port} }, true},
-		{[]string{"socat"}, func(host, port string) []string { return []string{"-", "TCP:" + host + ":" + port} }, false},
+		{openbsdNC, plain, true},
+		{ncat, plain, true},
+		{socat, viaSocat, false},
+		{traditionalNC, plain, false},
+		{busyboxNC, plain, false},
 	} {
-		t.Run(tt.names[0], func(t *testing.T) {
-			path := require(t, tt.names...)
+		t.Run("an interactive user of "+tt.kind.name+" sees echo and notice", func(t *testing.T) {
+			t.Parallel()
+			command := tt.kind.find(t)
 			e := start(t, "--grace", "500ms")
-			host, port := e.hostPort()
-			p := startProgram(t, append([]string{path}, tt.args(host, port)...)...)
+			p := startProgram(t, append(command, tt.args(e.hostPort())...)...)
 			p.say("hello\n")
 			p.reads("hello\n")
 			p.say("a line and\na half")
@@ -136,20 +190,43 @@ func TestInteractivePrograms(t *testing.T) {
 			p.ends("")
 		})
 	}
-}
 
-// TestListeningPrograms have no input, and end by themselves, in success, when the server says so.
-func TestListeningPrograms(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct{ names, options []string }{
-		{[]string{"nc.openbsd", "nc"}, []string{"-d"}},
-		{[]string{"ncat"}, []string{"--recv-only"}},
+	// Line endings, exit codes and last words differ between versions of telnet.
+	for _, tt := range []struct {
+		name string
+		find func(t *testing.T) []string
+	}{
+		{"telnet", func(t *testing.T) []string { return []string{require(t, "telnet")} }},
+		{"BusyBox's telnet", func(t *testing.T) []string { return busyboxTelnet.find(t) }},
 	} {
-		t.Run(tt.names[0], func(t *testing.T) {
-			path := require(t, tt.names...)
+		t.Run("an interactive user of "+tt.name+" sees echo and notice", func(t *testing.T) {
+			t.Parallel()
+			command := tt.find(t)
 			e := start(t, "--grace", "500ms")
 			host, port := e.hostPort()
-			p := startProgram(t, append(append([]string{path}, tt.options...), host, port)...)
+			p := startProgram(t, append(command, host, port)...)
+			p.say("hello\n")
+			p.readsUpTo("hello")
+			e.signal(syscall.SIGINT)
+			p.readsUpTo("SHUTDOWN 1 SIGINT")
+			e.wait(0)
+			p.exitsByItself()
+		})
+	}
+
+	for _, tt := range []struct {
+		kind   kind
+		option string
+	}{
+		{openbsdNC, "-d"},
+		{ncat, "--recv-only"},
+	} {
+		t.Run("a user of "+tt.kind.name+" without input gets the notice, and success", func(t *testing.T) {
+			t.Parallel()
+			command := tt.kind.find(t)
+			e := start(t, "--grace", "500ms")
+			host, port := e.hostPort()
+			p := startProgram(t, append(command, tt.option, host, port)...)
 			e.awaitOpen(1)
 			e.signal(syscall.SIGTERM)
 			p.reads("SHUTDOWN 1 SIGTERM\n")
@@ -157,133 +234,119 @@ func TestListeningPrograms(t *testing.T) {
 			e.wait(0)
 		})
 	}
+
+	for _, tt := range []struct {
+		kind kind
+		args func(host, port string) []string
+	}{
+		{openbsdNC, func(host, port string) []string { return []string{"-N", host, port} }},
+		{ncat, plain},
+		{socat, func(host, port string) []string { return append([]string{"-t", "20"}, viaSocat(host, port)...) }},
+		{busyboxNC, plain},
+	} {
+		t.Run(tt.kind.name+" half-closes in a drain and gets everything back", func(t *testing.T) {
+			t.Parallel()
+			command := tt.kind.find(t)
+			e := start(t, "--grace", "20s")
+			testHalfClose(t, e, startProgram(t, append(command, tt.args(e.hostPort())...)...))
+		})
+	}
+
+	t.Run("a Python client leaves at exactly SHUTDOWN", func(t *testing.T) {
+		t.Parallel()
+		python := require(t, "python3")
+		e := start(t, "--notice", "SHUTDOWN", "--grace", "20s")
+		host, port := e.hostPort()
+		clients := make([]*program, 3)
+		for i := range clients {
+			clients[i] = startProgram(t, python, "-c", pythonClient, host, port)
+		}
+		for _, p := range clients {
+			p.reads("ready\n")
+		}
+		e.signal(syscall.SIGTERM)
+		for _, p := range clients {
+			p.ends("left\n")
+		}
+		e.wait(0)
+		if sum := e.awaitLog("drained"); sum.num("notified") != 3 || sum.num("left_by_themselves") != 3 {
+			t.Errorf("the summary is %s", sum.text)
+		}
+	})
 }
 
-func TestTelnet(t *testing.T) {
-	t.Parallel()
-	telnet := require(t, "telnet")
-	e := start(t, "--grace", "500ms")
-	host, port := e.hostPort()
-	p := startProgram(t, telnet, host, port)
-	p.readsUpTo("Escape character is '^]'.\n")
-	p.say("hello\n")
-	p.readsUpTo("hello\n")
-	e.signal(syscall.SIGINT)
-	p.readsUpTo("SHUTDOWN 1 SIGINT\n")
-	_, err := io.ReadAll(p.stdout) // its exit code differs between versions, and so do its words
+// testHalfClose sends half of the input before the notice and half after it, half-closes, and reads to the end.
+func testHalfClose(t *testing.T, e *echod, p *program) {
+	t.Helper()
+	const lines, notice = 20_000, "SHUTDOWN 20 SIGTERM\n"
+	var b strings.Builder
+	for n := range lines {
+		fmt.Fprintf(&b, "line %d\n", n)
+	}
+	input := b.String()
+	half := len(input) / 2
+
+	p.say("first\n")
+	p.reads("first\n")
+	e.signal(syscall.SIGTERM)
+	told := make(chan struct{})
+	fed := make(chan error, 1)
+	go func() {
+		_, first := io.WriteString(p.stdin, input[:half])
+		<-told
+		_, second := io.WriteString(p.stdin, input[half:])
+		fed <- errors.Join(first, second, p.stdin.Close())
+	}()
+	var got []byte
+	for !bytes.HasSuffix(got, []byte(notice)) {
+		line, err := p.stdout.ReadBytes('\n')
+		got = append(got, line...)
+		if err != nil {
+			close(told)
+			<-fed
+			t.Fatalf("no notice in %d bytes: %v", len(got), err)
+		}
+	}
+	close(told)
+	rest, err := io.ReadAll(p.stdout)
 	check(t, err)
+	check(t, <-fed)
+	// In the middle of a line the notice has a newline of its own in front.
+	before := strings.TrimSuffix(string(got), notice)
+	if !strings.HasPrefix(input, before) {
+		before = strings.TrimSuffix(before, "\n")
+	}
+	if before+string(rest) != input {
+		t.Errorf("%d bytes came back, want the %d that were sent", len(before)+len(rest), len(input))
+	}
 	e.wait(0)
 }
 
-// TestHalfClosingPrograms send all they have, half-close, and read to the end, while the server drains.
-func TestHalfClosingPrograms(t *testing.T) {
-	t.Parallel()
-	const lines = 20_000
-	var input strings.Builder
-	for n := range lines {
-		fmt.Fprintf(&input, "line %d\n", n)
-	}
-	for _, tt := range []struct {
-		names []string
-		args  func(host, port string) []string
-	}{
-		{[]string{"nc.openbsd", "nc"}, func(host, port string) []string { return []string{"-N", host, port} }},
-		{[]string{"ncat"}, func(host, port string) []string { return []string{host, port} }},
-		{[]string{"socat"}, func(host, port string) []string {
-			return []string{"-t", "20", "-", "TCP:" + host + ":" + port}
-		}},
-	} {
-		t.Run(tt.names[0], func(t *testing.T) {
-			path := require(t, tt.names...)
-			e := start(t, "--grace", "20s")
-			host, port := e.hostPort()
-			p := startProgram(t, append([]string{path}, tt.args(host, port)...)...)
-			p.say("first\n")
-			p.reads("first\n")
-			const notice = "SHUTDOWN 20 SIGTERM\n"
-			half := input.Len() / 2
-			e.signal(syscall.SIGTERM)
-			told := make(chan struct{})
-			fed := make(chan error, 1)
-			go func() {
-				_, first := io.WriteString(p.stdin, input.String()[:half])
-				<-told
-				_, second := io.WriteString(p.stdin, input.String()[half:])
-				fed <- errors.Join(first, second, p.stdin.Close())
-			}()
-			var got []byte
-			for !bytes.HasSuffix(got, []byte(notice)) {
-				line, err := p.stdout.ReadBytes('\n')
-				got = append(got, line...)
-				if err != nil {
-					t.Fatalf("ended untold after %d bytes: %v", len(got), err)
-				}
-			}
-			close(told)
-			rest, err := io.ReadAll(p.stdout)
-			check(t, err)
-			check(t, <-fed)
-			got = append(got, rest...)
-			// The notice stands where the echo was when it came, with a newline of its own in the middle of a line.
-			before, after, found := strings.Cut(string(got), notice)
-			if before != "" && !strings.HasPrefix(input.String(), before) {
-				before = strings.TrimSuffix(before, "\n")
-			}
-			if !found || before+after != input.String() {
-				t.Errorf("%d bytes of %d came back, told: %v", len(before)+len(after), input.Len(), found)
-			}
-			e.wait(0)
-		})
-	}
-}
-
-// pythonClient sends raw bytes without newlines, and leaves when it has received exactly SHUTDOWN after its echo.
+// pythonClient sends bytes without newlines, and leaves when it has received exactly SHUTDOWN after its echo. It keeps to
+// Python 3.6.
 const pythonClient = `
 import os, socket, sys
 
-host, port = sys.argv[1], int(sys.argv[2])
-with socket.create_connection((host, port), timeout=20) as s:
-    for n in (1, 7, 4096, 100_000):
+def read(s, n):
+    got = b""
+    while len(got) < n:
+        more = s.recv(n - len(got))
+        if not more:
+            break
+        got += more
+    return got
+
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20) as s:
+    for n in (1, 7, 4096, 100000):
         data = os.urandom(n).replace(b"\n", b"\r")
         s.sendall(data)
-        back = b""
-        while len(back) < n:
-            back += s.recv(n - len(back))
-        assert back == data, "the echo is not what was sent"
+        assert read(s, n) == data, "the echo is not what was sent"
     print("ready", flush=True)
-    notice = b""
-    while len(notice) < 8:
-        more = s.recv(100)
-        assert more, "closed without a notice"
-        notice += more
+    notice = read(s, 8)
     assert notice == b"SHUTDOWN", notice
     s.sendall(b"last")
     s.shutdown(socket.SHUT_WR)
-    back = b""
-    while more := s.recv(100):
-        back += more
-    assert back == b"last", back
+    rest = read(s, 100)
+    assert rest == b"last", rest
 print("left", flush=True)
 `
-
-func TestPythonClientLeavesOnExactlyShutdown(t *testing.T) {
-	t.Parallel()
-	python := require(t, "python3")
-	e := start(t, "--notice", "SHUTDOWN", "--grace", "20s")
-	host, port := e.hostPort()
-	clients := make([]*program, 3)
-	for i := range clients {
-		clients[i] = startProgram(t, python, "-c", pythonClient, host, port)
-	}
-	for _, p := range clients {
-		p.reads("ready\n")
-	}
-	e.signal(syscall.SIGTERM)
-	for _, p := range clients {
-		p.ends("left\n")
-	}
-	e.wait(0)
-	if sum := e.awaitLog("drained"); sum.num("notified") != 3 || sum.num("left_by_themselves") != 3 {
-		t.Errorf("the summary is %s", sum.text)
-	}
-}

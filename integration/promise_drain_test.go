@@ -17,178 +17,307 @@ import (
 	"echod/control"
 )
 
-// TestG4ClientsOfAPauseAreToldInADrain: those who wait in the kernel's queue get the notice, and their time.
-func TestG4ClientsOfAPauseAreToldInADrain(t *testing.T) {
+// goneBy is when the process must have exited, counted from a signal that starts a drain. The promise is grace + 2 s. The
+// rest is for this process, which at that moment runs hundreds of clients, to see the end.
+func goneBy(grace time.Duration) time.Duration {
+	const ownScheduling = 250 * time.Millisecond
+	return grace + 2*time.Second + ownScheduling
+}
+
+func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 	t.Parallel()
-	e := start(t, "--grace", "20s")
-	old := e.served()
-	e.pause(control.PauseRequest{})
-	const clients, notice = 50, "SHUTDOWN 20 SIGTERM\n"
-	peers := make([]*peer, clients)
+
+	// A client that the server lets connect must be told, though clients keep coming while the drain begins.
+	t.Run("clients of a connect storm", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "20s")
+		const workers, least, most = 8, 20, 2000
+		var told atomic.Int64
+		var connected, signalled sync.WaitGroup
+		connected.Add(workers) // done when a worker has its first clients, or none
+		signalled.Go(func() {
+			connected.Wait()
+			_ = e.cmd.Process.Signal(syscall.SIGTERM)
+		})
+		each(t, workers, func(int) error {
+			var peers []*peer
+			for len(peers) < most {
+				p, err := connectSoon(e.addr)
+				if err != nil {
+					break // the server accepts no more
+				}
+				defer p.Close()
+				if peers = append(peers, p); len(peers) == least {
+					connected.Done()
+				}
+			}
+			if len(peers) < least {
+				connected.Done()
+				return fmt.Errorf("only %d clients could connect", len(peers))
+			}
+			for _, p := range peers {
+				if err := p.expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
+					return err
+				}
+				told.Add(1)
+				if err := p.leave(); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		signalled.Wait()
+		e.wait(0)
+		if sum := e.awaitLog("drained"); sum.num("notified") != int(told.Load()) {
+			t.Errorf("%d clients were told; the summary is %s", told.Load(), sum.text)
+		}
+	})
+
+	t.Run("clients that a pause keeps in the accept queue", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "20s")
+		old := e.served()
+		e.pause(control.PauseRequest{})
+		const clients, notice = 50, "SHUTDOWN 20 SIGTERM\n"
+		peers := make([]*peer, clients)
+		for i := range peers {
+			peers[i] = e.dial()
+			check(t, peers[i].send("first\n"))
+		}
+		e.signal(syscall.SIGTERM)
+		check(t, old.expect(notice))
+		each(t, clients, func(i int) error {
+			p := peers[i]
+			got := make([]byte, len("first\n"+notice))
+			if _, err := io.ReadFull(p.in, got); err != nil {
+				return fmt.Errorf("after %q: %w", got, err)
+			}
+			if echoed, err := onlyOnce(string(got), notice); err != nil || echoed != "first\n" {
+				return fmt.Errorf("got %q, %w", got, err)
+			}
+			if err := p.echo("served during the grace period\n"); err != nil {
+				return err
+			}
+			return p.leave()
+		})
+		check(t, old.leave())
+		e.wait(0)
+		if sum := e.awaitLog("drained"); sum.num("notified") != clients+1 || sum.num("left_by_themselves") != clients+1 {
+			t.Errorf("the summary is %s", sum.text)
+		}
+	})
+
+	t.Run("after the last listener has stopped accepting", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "20s", "--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0")
+		peers, first := e.crowd(20), e.served()
+		e.signal(syscall.SIGHUP)
+		check(t, first.expect("SHUTDOWN 20 SIGHUP\n"))
+		if st := e.status(); len(st.Listeners) != 0 {
+			t.Errorf("still listening: %+v", st.Listeners)
+		}
+		check(t, first.leave())
+		each(t, len(peers), func(i int) error {
+			if err := peers[i].expect("SHUTDOWN 20 SIGHUP\n"); err != nil {
+				return err
+			}
+			for _, addr := range e.addrs {
+				if p, err := connectSoon(addr); err == nil {
+					_ = p.Close()
+					return fmt.Errorf("%s accepts a client after the notice", addr)
+				}
+			}
+			return peers[i].leave()
+		})
+		e.wait(0)
+	})
+
+	t.Run("on a line of its own", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "20s")
+		silent, midLine, atLine := e.dial(), e.dial(), e.served()
+		check(t, midLine.echo("no newline"))
+		e.awaitOpen(3)
+		e.signal(syscall.SIGINT)
+		check(t, silent.expect("SHUTDOWN 20 SIGINT\n"))
+		check(t, midLine.expect("\nSHUTDOWN 20 SIGINT\n"))
+		check(t, atLine.expect("SHUTDOWN 20 SIGINT\n"))
+		for _, p := range []*peer{silent, midLine, atLine} {
+			check(t, p.leave())
+		}
+		e.wait(0)
+	})
+
+	t.Run("fifteen thousand clients", testDrainOfFifteenThousand)
+}
+
+// testDrainOfFifteenThousand: half of the clients leave when told. The others have the whole grace period, and then read a
+// FIN. One goroutine runs all clients, one after another: what the others receive meanwhile waits in their sockets.
+func testDrainOfFifteenThousand(t *testing.T) {
+	slow(t)
+	const n = 15_000
+	var limit syscall.Rlimit
+	check(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	const others = 256 // files that this process and the server have besides
+	if files := uint64(limit.Cur); files < n+others {
+		missing(t, fmt.Sprintf("the limit on open files, %d, is too low for %d clients", files, n))
+	}
+	const grace = 10 * time.Second // telling and leaving take a fraction of it, on a busy machine too
+	e := start(t, "--grace", grace.String())
+	peers := make([]*peer, n)
+	began := time.Now()
 	for i := range peers {
-		peers[i] = e.dial()
-		check(t, peers[i].send("first\n"))
+		peers[i] = e.served()
 	}
-	e.signal(syscall.SIGTERM)
-	check(t, old.expect(notice))
-	each(t, clients, func(i int) error {
-		p := peers[i]
-		got := make([]byte, len("first\n"+notice))
-		if _, err := io.ReadFull(p.in, got); err != nil {
-			return fmt.Errorf("after %q: %w", got, err)
+	t.Logf("%d clients were served after %s", n, time.Since(began))
+
+	checkPeer := func(i int, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("client %d of %d: %v", i, n, err)
 		}
-		if echoed, err := onlyOnce(string(got), notice); err != nil || echoed != "first\n" {
-			return fmt.Errorf("got %q, %w", got, err)
-		}
-		if err := p.echo("served on\n"); err != nil {
-			return err
-		}
-		return p.leave()
-	})
-	check(t, old.leave())
-	e.wait(0)
-	if sum := e.awaitLog("drained"); sum.num("notified") != clients+1 || sum.num("left_by_themselves") != clients+1 {
-		t.Errorf("the summary is %s", sum.text)
 	}
-}
-
-// TestG4NobodyIsResetInAStorm: whoever can connect is told, though clients keep coming while the drain begins.
-func TestG4NobodyIsResetInAStorm(t *testing.T) {
-	t.Parallel()
-	e := start(t, "--grace", "20s")
-	var stormers, told atomic.Int64
-	const workers = 8
-	coming := make(chan struct{}, workers)
-	drains := make(chan struct{})
-	go func() {
-		defer close(drains)
-		for range workers { // each has come at least once
-			<-coming
-		}
-		_ = e.cmd.Process.Signal(syscall.SIGTERM)
-	}()
-	each(t, workers, func(int) error {
-		var peers []*peer
-		for len(peers) < 2000 {
-			p, err := connectSoon(e.addr)
-			if err != nil {
-				break // not let in any more
-			}
-			defer p.Close()
-			peers = append(peers, p)
-			if len(peers) == 20 {
-				coming <- struct{}{}
-			}
-		}
-		if len(peers) < 20 {
-			coming <- struct{}{}
-			return fmt.Errorf("only %d could connect", len(peers))
-		}
-		for _, p := range peers {
-			stormers.Add(1)
-			if err := p.expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
-				return err
-			}
-			told.Add(1)
-			if err := p.leave(); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	<-drains
-	e.wait(0)
-	t.Logf("%d of %d clients were told", told.Load(), stormers.Load())
-}
-
-// TestG4AcceptingHasStoppedWhenTheFirstIsTold: whoever reads the notice cannot connect again.
-func TestG4AcceptingHasStoppedWhenTheFirstIsTold(t *testing.T) {
-	t.Parallel()
-	e := start(t, "--grace", "20s", "--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0")
-	peers, first := e.crowd(20), e.served()
-	e.signal(syscall.SIGHUP)
-	check(t, first.expect("SHUTDOWN 20 SIGHUP\n"))
-	if st := e.status(); len(st.Listeners) != 0 {
-		t.Errorf("listening still: %+v", st.Listeners)
+	begun := e.signal(syscall.SIGTERM)
+	for i, p := range peers {
+		checkPeer(i, p.SetDeadline(time.Now().Add(patience)))
+		checkPeer(i, p.expect("SHUTDOWN 10 SIGTERM\n"))
 	}
-	check(t, first.leave())
-	each(t, len(peers), func(i int) error {
-		if err := peers[i].expect("SHUTDOWN 20 SIGHUP\n"); err != nil {
-			return err
-		}
-		for _, addr := range e.addrs {
-			if p, err := connectSoon(addr); err == nil {
-				_ = p.Close()
-				return fmt.Errorf("%s lets a client in after the notice", addr)
-			}
-		}
-		return peers[i].leave()
-	})
-	e.wait(0)
-}
+	t.Logf("the last was told %s after the signal", time.Since(begun))
 
-// TestG4NoticeStandsOnItsOwnLine: after an echo that ended without a newline, one goes first.
-func TestG4NoticeStandsOnItsOwnLine(t *testing.T) {
-	t.Parallel()
-	e := start(t, "--grace", "20s")
-	silent, midLine, atLine := e.dial(), e.dial(), e.served()
-	check(t, midLine.echo("no newline"))
-	e.awaitOpen(3)
-	e.signal(syscall.SIGINT)
-	check(t, silent.expect("SHUTDOWN 20 SIGINT\n"))
-	check(t, midLine.expect("\nSHUTDOWN 20 SIGINT\n"))
-	check(t, atLine.expect("SHUTDOWN 20 SIGINT\n"))
-	for _, p := range []*peer{silent, midLine, atLine} {
-		check(t, p.leave())
+	stay := n / 2 // the first of those that stay
+	for i, p := range peers[:stay] {
+		checkPeer(i, p.CloseWrite())
 	}
-	e.wait(0)
-}
-
-// TestG5EveryByteComesBack: clients stream random bytes, the drain comes in the middle, and each half-closes when told.
-func TestG5EveryByteComesBack(t *testing.T) {
-	e := start(t, "--grace", "20s")
-	const clients, warm = 200, 16 << 10
-	streams := make([]*stream, clients)
-	ready := make(chan struct{}, clients)
-	for i := range streams {
-		p := e.dial()
-		streams[i] = &stream{peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 20 SIGTERM\n"), told: make(chan struct{}), progress: make(chan struct{}, 1)}
+	for i, p := range peers[:stay] {
+		checkPeer(i, p.expectRest(""))
+		checkPeer(i, p.Close())
 	}
-	signalled := make(chan struct{})
-	go func() {
-		defer close(signalled)
-		for range clients {
-			<-ready
+	for i, p := range peers[stay:] {
+		checkPeer(stay+i, p.expectRest("")) // a FIN: a reset is an error
+		if took := time.Since(begun); took < grace {
+			t.Fatalf("client %d was closed %s before the deadline", stay+i, grace-took)
 		}
-		_ = e.cmd.Process.Signal(syscall.SIGTERM)
-	}()
-	each(t, clients, func(i int) error { return streams[i].run(warm, func() { ready <- struct{}{} }) })
-	<-signalled
-	e.wait(0)
+		checkPeer(stay+i, p.Close())
+	}
+	t.Logf("the last was closed %s after the deadline", time.Since(begun)-grace)
 
-	total := 0
-	for _, s := range streams {
-		total += s.sent
+	e.wait(0)
+	if took := e.gone.Sub(begun); took > goneBy(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
 	}
 	sum := e.awaitLog("drained")
-	if sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
+	if sum.num("notified") != n || sum.num("notices_failed") != 0 ||
+		sum.num("left_by_themselves") != stay || sum.num("closed_at_deadline") != n-stay {
 		t.Errorf("the summary is %s", sum.text)
 	}
-	t.Logf("%d bytes of %d clients came back", total, clients)
 }
 
-// stream is a client that sends random bytes until it is told to stop, and then wants all of them back.
+func TestG5DrainLosesNoByte(t *testing.T) {
+	t.Parallel()
+
+	t.Run("clients that stream random bytes", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "20s")
+		const clients, warm = 100, 16 << 10
+		streams := make([]*stream, clients)
+		ready := make(chan struct{}, clients)
+		for i := range streams {
+			p := e.dial()
+			streams[i] = &stream{peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 20 SIGTERM\n"), told: make(chan struct{}), progress: make(chan struct{}, 1)}
+		}
+		signalled := make(chan struct{})
+		go func() {
+			defer close(signalled)
+			for range clients {
+				<-ready
+			}
+			_ = e.cmd.Process.Signal(syscall.SIGTERM)
+		}()
+		each(t, clients, func(i int) error { return streams[i].run(warm, func() { ready <- struct{}{} }) })
+		<-signalled
+		e.wait(0)
+		total := 0
+		for _, s := range streams {
+			total += s.sent
+		}
+		sum := e.awaitLog("drained")
+		if sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
+			t.Errorf("the summary is %s", sum.text)
+		}
+		t.Logf("%d bytes of %d clients came back", total, clients)
+	})
+
+	// Not even a client that goes on sending until it reads the FIN sees a reset.
+	t.Run("clients that read to the end and never stop sending", func(t *testing.T) {
+		t.Parallel()
+		e := start(t, "--grace", "300ms")
+		const notice = "SHUTDOWN 1 SIGTERM\n"
+		peers := e.crowd(5)
+		var senders sync.WaitGroup
+		for _, p := range peers {
+			senders.Go(func() {
+				for p.send("x") == nil { // small, so that the server can read what is on the way while it lingers
+				}
+			})
+		}
+		each(t, len(peers), func(i int) error { return peers[i].expect("xxx") })
+		e.signal(syscall.SIGTERM)
+		each(t, len(peers), func(i int) error {
+			got, err := peers[i].rest()
+			_ = peers[i].Close()
+			if err != nil {
+				return fmt.Errorf("%d bytes, then %w", len(got), err)
+			}
+			got, err = onlyOnce(got, notice)
+			if strings.Trim(got, "x") != "\n" && strings.Trim(got, "x") != "" {
+				return fmt.Errorf("not an echo: %.300q", strings.Trim(got, "x"))
+			}
+			return err
+		})
+		senders.Wait()
+		e.wait(0)
+	})
+
+	// The client has read nothing yet, and goes on sending. Unread input at close would make the kernel send an RST and
+	// discard what waits to be sent.
+	t.Run("a killed client", func(t *testing.T) {
+		t.Parallel()
+		e := start(t)
+		p := e.dial()
+		check(t, p.SetReadBuffer(16<<10))
+		const size = 128 << 10
+		data := string(randomBytes(1, size))
+		check(t, p.send(data))
+		poll(t, "the echo of all bytes", func() bool { return e.status().BytesOut == size })
+		_, err := e.control.Kill(within(t, patience), 1)
+		check(t, err)
+		for range 10 {
+			check(t, p.send("x"))
+		}
+		got, err := p.rest()
+		check(t, err)
+		// A read that was in progress when the connection was killed may return these bytes too.
+		if more, ok := strings.CutPrefix(got, data); !ok || strings.Trim(more, "x") != "" {
+			t.Errorf("got %d bytes, want the %d that the server had read", len(got), len(data))
+		}
+		_ = p.Close()
+		e.awaitOpen(0)
+		e.expectAccounts(map[string]uint64{"killed": 1})
+	})
+}
+
+// stream is a client that sends random bytes until the notice comes, half-closes, and reads all of them back.
 type stream struct {
 	*peer
 	seed     uint64
 	notice   []byte
 	told     chan struct{} // closed when the notice has come
-	progress chan struct{} // something has come back
-	sent     int           // by the sender, until it is awaited
+	progress chan struct{} // bytes have come back
+	sent     int           // owned by the sender until it ends
 	received atomic.Int64
 }
 
-// outstanding bounds what a stream has on its way, so that all of them move at a like pace.
+// outstanding bounds the bytes that a stream has on the way, so that all streams move at a similar pace.
 const outstanding = 64 << 10
 
 func (s *stream) run(warm int, ready func()) error {
@@ -205,14 +334,14 @@ func (s *stream) run(warm int, ready func()) error {
 	if !found || bytes.Contains(after, s.notice) {
 		return fmt.Errorf("the notice did not come once")
 	}
-	// A newline goes first where the echo did not end in one.
+	// If the echo did not end in a newline, the notice has one in front.
 	want := randomBytes(s.seed, s.sent)
 	whole := slices.Concat(before, after)
 	if n := len(before) - 1; n >= 0 && before[n] == '\n' && len(whole) == len(want)+1 {
 		whole = slices.Delete(whole, n, n+1)
 	}
 	if !bytes.Equal(whole, want) {
-		return fmt.Errorf("%d bytes came back, and not those %d that were sent", len(whole), len(want))
+		return fmt.Errorf("%d bytes came back, which are not the %d that were sent", len(whole), len(want))
 	}
 	return nil
 }
@@ -250,7 +379,7 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 			ready()
 		}
 		if !told {
-			close(s.told) // the sender must not wait for what does not come
+			close(s.told) // release the sender
 		}
 	}()
 	block := make([]byte, 32<<10)
@@ -280,85 +409,117 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 	}
 }
 
-// TestG5ClientThatReadsToTheEndSeesNoReset: not even one that goes on sending until the server's end of stream.
-func TestG5ClientThatReadsToTheEndSeesNoReset(t *testing.T) {
-	t.Parallel()
-	e := start(t, "--grace", "300ms")
-	const notice = "SHUTDOWN 1 SIGTERM\n"
-	peers := e.crowd(5)
-	var senders sync.WaitGroup
-	for _, p := range peers {
-		senders.Go(func() {
-			for p.send("x") == nil { // small, so that what is on its way can be read while the server lingers
+func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
+	// Each signal that starts a drain. The deadline is far away: the server must stop when the last client has left.
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP} {
+		t.Run("and the server stops when the last has left, after "+control.SignalName(sig), func(t *testing.T) {
+			e := start(t, "--grace", "60s")
+			peers := e.crowd(300)
+			begun := e.signal(sig)
+			e.expectTold(peers, begun, "SHUTDOWN 60 "+control.SignalName(sig)+"\n")
+			e.awaitLog("signal received", "signal", control.SignalName(sig))
+			each(t, len(peers), func(i int) error { return peers[i].echo(fmt.Sprintf("%d, in the grace period\n", i)) })
+			e.expectState("draining")
+			last, others := peers[0], peers[1:]
+			each(t, len(others), func(i int) error { return others[i].leave() })
+			check(t, last.echo("still here\n"))
+			left := time.Now()
+			check(t, last.leave())
+			e.wait(0)
+			if took := e.gone.Sub(left); took > 2*time.Second {
+				t.Errorf("the server stopped %s after the last client had left", took)
+			}
+			if sum := e.awaitLog("drained"); sum.num("left_by_themselves") != 300 || sum.num("notices_failed") != 0 {
+				t.Errorf("the summary is %s", sum.text)
 			}
 		})
 	}
-	each(t, len(peers), func(i int) error { return peers[i].expect("xxx") })
-	e.signal(syscall.SIGTERM)
-	each(t, len(peers), func(i int) error {
-		got, err := peers[i].rest()
-		_ = peers[i].Close()
-		if err != nil {
-			return fmt.Errorf("%d bytes, then %w", len(got), err)
+
+	// Beside 20 clients that flood and never read, 300 others get the notice as soon, are served, and read a FIN at the
+	// deadline, not before.
+	t.Run("beside clients that flood and never read", func(t *testing.T) {
+		const grace = 1500 * time.Millisecond
+		e := start(t, "--grace", grace.String())
+		peers := e.crowd(300)
+		var flooders sync.WaitGroup
+		defer flooders.Wait()
+		for range 20 {
+			p := e.dial()
+			flooders.Go(p.flood)
 		}
-		got, err = onlyOnce(got, notice)
-		if strings.Trim(got, "x") != "\n" && strings.Trim(got, "x") != "" {
-			return fmt.Errorf("not an echo: %.300q", strings.Trim(got, "x"))
+		e.awaitOpen(320)
+		e.awaitBlocked(20)
+
+		begun := e.signal(syscall.SIGTERM)
+		e.expectTold(peers, begun, "SHUTDOWN 2 SIGTERM\n")
+		each(t, len(peers), func(i int) error { return peers[i].echo("in the grace period\n") })
+		each(t, len(peers), func(i int) error {
+			err := peers[i].expectRest("") // a FIN: a reset is an error
+			early := grace - time.Since(begun)
+			_ = peers[i].Close()
+			if err == nil && early > 0 {
+				err = fmt.Errorf("closed %s before the deadline", early)
+			}
+			return err
+		})
+		e.wait(0)
+		if took := e.gone.Sub(begun); took > goneBy(grace) {
+			t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
 		}
+		if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 320 {
+			t.Errorf("the summary is %s", sum.text)
+		}
+	})
+
+	t.Run("and a handler that ignores its context is named, and delays nothing", func(t *testing.T) {
+		t.Parallel()
+		const grace = 200 * time.Millisecond
+		e := startEmbedding(t, "--grace", grace.String())
+		stuck := e.served()
+		check(t, stuck.send("ignore\n"))
+		good := e.served()
+		sent := e.signal(syscall.SIGTERM)
+		check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
+		check(t, good.leave())
+		e.wait(0)
+		if took := e.gone.Sub(sent); took > goneBy(grace) {
+			t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+		}
+		if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
+			t.Errorf("the handler's name is missing: %s", line.text)
+		}
+	})
+}
+
+// expectTold checks that each of the peers reads the notice soon after begun.
+func (e *echod) expectTold(peers []*peer, begun time.Time, notice string) {
+	e.t.Helper()
+	const soon = 500 * time.Millisecond
+	told := make([]time.Time, len(peers))
+	each(e.t, len(peers), func(i int) error {
+		err := peers[i].expect(notice)
+		told[i] = time.Now()
 		return err
 	})
-	senders.Wait()
-	e.wait(0)
+	last := slices.MaxFunc(told, time.Time.Compare)
+	if took := last.Sub(begun); took > soon {
+		e.t.Errorf("the last of %d clients was told after %s, want at most %s", len(peers), took, soon)
+	}
 }
 
-// TestG5KilledClientGetsAllThatWasRead, though it has read nothing so far, and goes on sending: input that nobody reads
-// must not make the kernel reset the connection, and throw away what waits to be sent.
-func TestG5KilledClientGetsAllThatWasRead(t *testing.T) {
-	t.Parallel()
-	e := start(t)
-	p := e.dial()
-	check(t, p.SetReadBuffer(16<<10))
-	const size = 128 << 10
-	data := string(randomBytes(1, size))
-	check(t, p.send(data))
-	for deadline := time.Now().Add(patience); e.status().BytesOut < size; e.pass(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("only %d bytes were echoed", e.status().BytesOut)
+// awaitBlocked waits until the server can write no more to n connections. Nothing announces that: it shows in connections
+// that have received much, and on which no byte moves.
+func (e *echod) awaitBlocked(n int) {
+	e.t.Helper()
+	poll(e.t, fmt.Sprintf("%d connections that cannot be written to", n), func() bool {
+		conns, err := e.control.Conns(within(e.t, patience), -1, 50*time.Millisecond)
+		check(e.t, err)
+		blocked := 0
+		for _, c := range conns.Connections {
+			if c.BytesOut > 64<<10 {
+				blocked++
+			}
 		}
-	}
-	_, err := e.control.Kill(within(t, patience), 1)
-	check(t, err)
-	for range 10 {
-		check(t, p.send("x"))
-	}
-	got, err := p.rest()
-	check(t, err)
-	// A read that was under way when the connection was killed may still bring what came right behind, and that too
-	// is written back.
-	if more, ok := strings.CutPrefix(got, data); !ok || strings.Trim(more, "x") != "" {
-		t.Errorf("got %d bytes, want the %d that were read before", len(got), len(data))
-	}
-	_ = p.Close()
-	e.awaitOpen(0)
-	e.expectAccounts(map[string]uint64{"killed": 1})
-}
-
-// TestG6HandlerThatIgnoresItsContextIsNamed: it cannot keep the process from ending.
-func TestG6HandlerThatIgnoresItsContextIsNamed(t *testing.T) {
-	t.Parallel()
-	const grace = 200 * time.Millisecond
-	e := startEmbedding(t, "--grace", grace.String())
-	stuck := e.served()
-	check(t, stuck.send("ignore\n"))
-	good := e.served()
-	sent := e.signal(syscall.SIGTERM)
-	check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
-	check(t, good.leave())
-	e.wait(0)
-	if took := e.gone.Sub(sent); took > goneBy(grace) {
-		t.Errorf("the process was gone after %s", took)
-	}
-	if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
-		t.Errorf("the handler's name is missing: %s", line.text)
-	}
+		return blocked >= n
+	})
 }

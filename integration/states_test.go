@@ -13,21 +13,20 @@ import (
 	"echod/control"
 )
 
-// cell is one of the state table: an event, while the server is in a state.
+// cell is a cell of the state table: an event, while the server is in a state.
 type cell struct {
 	event, while string
 	test         func(t *testing.T, s *scene)
 }
 
-// scene is a server with a client, brought to a state.
+// scene is a server in a state, with one client.
 type scene struct {
 	*echod
 	client *peer
-	grace  string // as the notice has it
+	grace  string // as the notice says it
 }
 
-// TestStateTable has a test for each cell of the table of states and events, but those that cannot be: a second signal
-// comes while draining, because of the first.
+// TestStateTable has a subtest for each cell of the table of states and events in docs/design.md.
 func TestStateTable(t *testing.T) {
 	t.Parallel()
 	int1, term1, quit1, hup := drains(syscall.SIGINT), drains(syscall.SIGTERM), drains(syscall.SIGQUIT), drains(syscall.SIGHUP)
@@ -91,21 +90,21 @@ func TestStateTable(t *testing.T) {
 	}
 }
 
-// begin begins the drain with a signal.
+// begin starts the drain with a signal.
 func (s *scene) begin(sig syscall.Signal) {
 	s.t.Helper()
 	s.signal(sig)
 	check(s.t, s.client.expect("SHUTDOWN "+s.grace+" "+control.SignalName(sig)+"\n"))
 }
 
-// goesOn checks that the drain is still the same, and ends with the last client.
+// goesOn checks that the drain has not changed, and that it ends with the last client.
 func (s *scene) goesOn(deadline time.Time) {
 	s.t.Helper()
 	st := s.status()
 	if st.State != "draining" || !st.Drain.Deadline.Equal(deadline) {
 		s.t.Errorf("%s until %s, want draining until %s", st.State, st.Drain.Deadline, deadline)
 	}
-	check(s.t, s.client.echo("served on\n"))
+	check(s.t, s.client.echo("served in the drain\n"))
 	check(s.t, s.client.leave())
 	s.wait(0)
 }
@@ -118,7 +117,7 @@ func pauses(t *testing.T, s *scene) {
 	s.expectState("paused")
 	late := s.dial()
 	check(t, late.send("late\n"))
-	check(t, s.client.echo("I notice nothing\n"))
+	check(t, s.client.echo("served during the pause\n"))
 	if n := len(s.admitted()); n != 1 {
 		t.Errorf("%d admitted during the pause", n-1)
 	}
@@ -135,7 +134,7 @@ func resumeChangesNothing(t *testing.T, s *scene) {
 
 func drains(sig syscall.Signal) func(*testing.T, *scene) {
 	return func(t *testing.T, s *scene) {
-		waiting := s.dial() // in a pause: in the kernel's queue
+		waiting := s.dial() // during a pause, in the accept queue
 		check(t, waiting.send("waiting\n"))
 		if s.status().State == "running" {
 			check(t, waiting.expect("waiting\n"))
@@ -148,7 +147,7 @@ func drains(sig syscall.Signal) func(*testing.T, *scene) {
 		_, err := io.ReadFull(waiting.in, got)
 		check(t, err)
 		if echoed, err := onlyOnce(string(got), "SHUTDOWN 30 "+control.SignalName(sig)+"\n"); err != nil || echoed != "waiting\n" {
-			t.Errorf("who waited got %q: %v", got, err)
+			t.Errorf("the waiting client got %q: %v", got, err)
 		}
 		check(t, waiting.leave())
 		s.goesOn(s.status().Drain.Deadline)
@@ -205,14 +204,14 @@ func resumeIsRefused(t *testing.T, s *scene) {
 	s.expectConflict(err)
 }
 
-// expectConflict checks that err is a refusal that says until when the drain lasts.
+// expectConflict checks that err is a conflict that states the drain's deadline.
 func (s *scene) expectConflict(err error) {
 	s.t.Helper()
 	deadline := s.status().Drain.Deadline
 	problem, ok := errors.AsType[*control.Problem](err)
 	if !ok || problem.Status != 409 || problem.Type != control.ProblemDraining || problem.State != "draining" ||
 		problem.Deadline == nil || !problem.Deadline.Equal(deadline) || !strings.Contains(problem.Detail, deadline.Format(time.RFC3339)) {
-		s.t.Errorf("refused with %+v, want a conflict that says %s", err, deadline)
+		s.t.Errorf("got %+v, want a conflict that states %s", err, deadline)
 	}
 	s.goesOn(deadline)
 }
@@ -231,20 +230,19 @@ func forces(sig syscall.Signal) func(*testing.T, *scene) {
 	return func(_ *testing.T, s *scene) { s.forced(sig) }
 }
 
-// forced sends the signal that is one too many.
+// forced sends a signal that must close everything.
 func (s *scene) forced(sig syscall.Signal) {
 	s.t.Helper()
 	sent := s.signal(sig)
 	s.wait(128 + int(sig))
-	// Far less than the grace. What is promised after a deadline is enough when there is none.
-	if took := s.gone.Sub(sent); took > 2*time.Second {
-		s.t.Errorf("it was gone after %s", took)
+	if took := s.gone.Sub(sent); took > 2*time.Second { // far less than the grace period
+		s.t.Errorf("the process exited after %s", took)
 	}
 	s.awaitLog("second signal received; closing everything now", "signal", control.SignalName(sig))
 	if sum := s.awaitLog("drained"); sum.num("forced") != 1 {
 		s.t.Errorf("the summary is %s", sum.text)
 	}
-	if got, _ := s.client.rest(); got != "" { // a reset will do here
+	if got, _ := s.client.rest(); got != "" { // a reset is fine here
 		s.t.Errorf("the client got %q", got)
 	}
 }
@@ -271,7 +269,7 @@ func adoptedThenForces(_ *testing.T, s *scene) {
 func hangupChangesNothing(_ *testing.T, s *scene) {
 	deadline := s.status().Drain.Deadline
 	before := len(s.log.find("signal received", "signal", "SIGHUP"))
-	for n := range 3 { // standard signals do not queue up: one after the other
+	for n := range 3 { // one after the other: pending standard signals merge
 		s.signal(syscall.SIGHUP)
 		s.awaitNth(before+n+1, "signal received", "signal", "SIGHUP")
 	}
@@ -311,4 +309,59 @@ func shutdownChangesNothing(t *testing.T, s *scene) {
 		t.Errorf("shutdown answers %+v", change)
 	}
 	s.goesOn(deadline)
+}
+
+// TestSignals has what the state table has not: signals that are ignored, and signals that come in pairs.
+func TestSignals(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name    string
+		wrapper func(t *testing.T) []string
+	}{
+		{"under nohup a hangup is ignored", func(t *testing.T) []string { return []string{require(t, "nohup")} }},
+		{"after trap in a shell a hangup is ignored", func(t *testing.T) []string {
+			return []string{require(t, "sh"), "-c", `trap "" HUP; exec "$0" "$@"`}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			e := startAs(t, tt.wrapper(t), "--grace", "20s")
+			p := e.served()
+			e.signal(syscall.SIGHUP)
+			e.signal(syscall.SIGTERM)
+			check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+			check(t, p.leave())
+			e.wait(0)
+			if seen := e.log.find("signal received", "signal", "SIGHUP"); len(seen) > 0 {
+				t.Errorf("the hangup was received: %s", seen[0].text)
+			}
+		})
+	}
+
+	// Supervisors and terminals send TERM and HUP together.
+	for _, pair := range [][2]syscall.Signal{{syscall.SIGTERM, syscall.SIGHUP}, {syscall.SIGHUP, syscall.SIGTERM}} {
+		first, second := control.SignalName(pair[0]), control.SignalName(pair[1])
+		t.Run(first+" and "+second+" force nothing", func(t *testing.T) {
+			t.Parallel()
+			e := start(t, "--grace", "20s")
+			p := e.served()
+			e.signal(pair[0])
+			e.awaitLog("signal received", "signal", first)
+			e.signal(pair[1])
+			e.awaitLog("signal received", "signal", second)
+			check(t, p.expect("SHUTDOWN 20 "+first+"\n"))
+			check(t, p.echo("served in the drain\n"))
+			check(t, p.leave())
+			e.wait(0)
+		})
+	}
+}
+
+// pass waits for d on the server's clock, for tests of what the server does in that time.
+func (e *echod) pass(d time.Duration) {
+	e.t.Helper()
+	_, err := e.control.Wait(within(e.t, patience), control.WaitRequest{Connections: new(1 << 30), Timeout: &d})
+	if problem, ok := errors.AsType[*control.Problem](err); !ok || problem.Type != control.ProblemTimeout {
+		e.t.Fatalf("waiting for a time: %v", err)
+	}
 }

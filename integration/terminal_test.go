@@ -23,17 +23,17 @@ import (
 	"echod/control"
 )
 
-// terminal is a shell on a pseudo terminal, as a person would have it.
+// terminal is an interactive shell on a pseudo terminal.
 type terminal struct {
 	t     testing.TB
 	tty   *os.File
 	mu    sync.Mutex
 	shown bytes.Buffer
-	grown chan struct{} // closed, and made anew, when more is shown
+	grown chan struct{} // closed and replaced when shown grows
 	over  chan struct{}
 }
 
-// openTerminal starts an interactive shell, in which $ECHOD is the program and $SOCKET a path for its control socket.
+// openTerminal starts an interactive shell. Its variables: $ECHOD is the program, $SOCKET a path for a control socket.
 func openTerminal(t testing.TB) (term *terminal, socket string) {
 	t.Helper()
 	socket = filepath.Join(shortDir(t), "c")
@@ -45,7 +45,7 @@ func openTerminal(t testing.TB) (term *terminal, socket string) {
 	term = &terminal{t: t, tty: tty, grown: make(chan struct{}), over: make(chan struct{})}
 	go term.show()
 	t.Cleanup(func() {
-		_ = tty.Close() // hangs up, which ends all that runs in it
+		_ = tty.Close() // hangs up, which ends the programs in it
 		<-term.over
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
@@ -56,7 +56,7 @@ func openTerminal(t testing.TB) (term *terminal, socket string) {
 	return term, socket
 }
 
-// closable makes a file of which a read under way ends when it is closed.
+// closable returns a non-blocking copy of file. Closing it interrupts a Read. It closes the original.
 func closable(t testing.TB, file *os.File) *os.File {
 	t.Helper()
 	fd, err := syscall.Dup(int(file.Fd()))
@@ -67,7 +67,7 @@ func closable(t testing.TB, file *os.File) *os.File {
 	return os.NewFile(uintptr(fd), file.Name())
 }
 
-// show takes what the terminal shows, until it is closed.
+// show collects the terminal's output until it is closed.
 func (term *terminal) show() {
 	defer close(term.over)
 	block := make([]byte, 4<<10)
@@ -90,14 +90,14 @@ func (term *terminal) screen() string {
 	return term.shown.String()
 }
 
-// types types text.
+// types sends text as if typed.
 func (term *terminal) types(text string) {
 	term.t.Helper()
 	_, err := io.WriteString(term.tty, text)
 	check(term.t, err)
 }
 
-// awaits waits until the terminal shows what matches pattern, and returns the submatches.
+// awaits waits until the output matches pattern, and returns the submatches.
 func (term *terminal) awaits(pattern string) []string {
 	term.t.Helper()
 	want := regexp.MustCompile(pattern)
@@ -112,7 +112,7 @@ func (term *terminal) awaits(pattern string) []string {
 		select {
 		case <-grown:
 		case <-impatient:
-			term.t.Fatalf("the terminal never shows %s", pattern)
+			term.t.Fatalf("timed out waiting for the terminal to show %s", pattern)
 		}
 	}
 }
@@ -126,7 +126,7 @@ const (
 func (term *terminal) serveIn(flags string) *peer {
 	term.t.Helper()
 	term.types(`$ECHOD --listen 127.0.0.1:0 --control $SOCKET ` + flags + `; echo "code=$?"` + "\n")
-	addr := term.awaits(`(?m)^\S+ +INFO +listening +\{"address": "([^"]+)"\}$`)[1] // the console format, since this is a terminal
+	addr := term.awaits(`(?m)^\S+ +INFO +listening +\{"address": "([^"]+)"\}$`)[1] // console format, because stderr is a terminal
 	p, err := connect(addr)
 	check(term.t, err)
 	term.t.Cleanup(func() { _ = p.Close() })
@@ -134,58 +134,57 @@ func (term *terminal) serveIn(flags string) *peer {
 	return p
 }
 
-func TestCtrlCInATerminal(t *testing.T) {
+func TestTerminal(t *testing.T) {
 	t.Parallel()
-	term, _ := openTerminal(t)
-	p := term.serveIn("--grace 20s")
-	term.types(ctrlC)
-	check(t, p.expect("SHUTDOWN 20 SIGINT\n"))
-	term.awaits(`signal received +\{"signal": "SIGINT"\}`)
-	term.awaits(`draining +\{"seconds_left": (20|1\d), "connections": 1\}`)
-	check(t, p.echo("served on\n"))
-	check(t, p.leave())
-	term.awaits(`drained +\{"reason": "SIGINT".*"notified": 1, .*"left_by_themselves": 1`)
-	term.awaits(`(?m)^code=0$`)
+	t.Run("Ctrl-C drains", func(t *testing.T) {
+		t.Parallel()
+		term, _ := openTerminal(t)
+		p := term.serveIn("--grace 20s")
+		term.types(ctrlC)
+		check(t, p.expect("SHUTDOWN 20 SIGINT\n"))
+		term.awaits(`signal received +\{"signal": "SIGINT"\}`)
+		term.awaits(`draining +\{"seconds_left": (20|1\d), "connections": 1\}`)
+		check(t, p.echo("served in the drain\n"))
+		check(t, p.leave())
+		term.awaits(`drained +\{"reason": "SIGINT".*"notified": 1, .*"left_by_themselves": 1`)
+		term.awaits(`(?m)^code=0$`)
+	})
+	t.Run("a second Ctrl-C forces", func(t *testing.T) {
+		t.Parallel()
+		term, _ := openTerminal(t)
+		p := term.serveIn("--grace 60s")
+		term.types(ctrlC)
+		check(t, p.expect("SHUTDOWN 60 SIGINT\n"))
+		term.types(ctrlC)
+		term.awaits(`(?m)^code=130$`)
+	})
+	t.Run("a second Ctrl-backslash forces and shows the stacks", func(t *testing.T) {
+		t.Parallel()
+		term, _ := openTerminal(t)
+		p := term.serveIn("--grace 60s")
+		term.types(ctrlBackslash)
+		check(t, p.expect("SHUTDOWN 60 SIGQUIT\n"))
+		term.types(ctrlBackslash)
+		term.awaits(`goroutine \d+ `)
+		term.awaits(`(?m)^code=131$`)
+	})
+	// The terminal sends the signal to ctl and to the command. The command decides how it ends.
+	t.Run("Ctrl-C during 'ctl pause -- COMMAND' reaches the command, and resumes", func(t *testing.T) {
+		t.Parallel()
+		e := start(t)
+		term, _ := openTerminal(t)
+		term.types(`$ECHOD ctl --control ` + e.socket + ` pause -- sh -c 'trap "echo caught; exit 9" INT; echo set; read x'; echo "code=$?"` + "\n")
+		term.awaits(`set\n`)
+		e.expectState("paused")
+		term.types(ctrlC)
+		term.awaits(`caught\n`)
+		term.awaits(`(?m)^code=9$`)
+		e.expectState("running")
+	})
+	t.Run("closing the terminal drains", testClosingATerminal)
 }
 
-func TestCtrlCTwiceInATerminal(t *testing.T) {
-	t.Parallel()
-	term, _ := openTerminal(t)
-	p := term.serveIn("--grace 60s")
-	term.types(ctrlC)
-	check(t, p.expect("SHUTDOWN 60 SIGINT\n"))
-	term.types(ctrlC)
-	term.awaits(`second signal received; closing everything now +\{"signal": "SIGINT"\}`)
-	term.awaits(`(?m)^code=130$`)
-}
-
-func TestCtrlBackslashTwiceInATerminal(t *testing.T) {
-	t.Parallel()
-	term, _ := openTerminal(t)
-	p := term.serveIn("--grace 60s")
-	term.types(ctrlBackslash)
-	check(t, p.expect("SHUTDOWN 60 SIGQUIT\n"))
-	term.types(ctrlBackslash)
-	term.awaits(`goroutine \d+ `)
-	term.awaits(`(?m)^code=131$`)
-}
-
-// TestCtrlCDuringACommandThatPauses: the terminal sends the signal to the command too, and what that makes of it counts.
-func TestCtrlCDuringACommandThatPauses(t *testing.T) {
-	t.Parallel()
-	e := start(t)
-	term, _ := openTerminal(t)
-	term.types(`$ECHOD ctl --control ` + e.socket + ` pause -- sh -c 'trap "echo caught; exit 9" INT; echo set; read x'; echo "code=$?"` + "\n")
-	term.awaits(`set\n`)
-	e.expectState("paused")
-	term.types(ctrlC)
-	term.awaits(`caught\n`)
-	term.awaits(`(?m)^code=9$`)
-	e.expectState("running")
-}
-
-// TestClosingATerminal: the hangup drains.
-func TestClosingATerminal(t *testing.T) {
+func testClosingATerminal(t *testing.T) {
 	t.Parallel()
 	tmux := require(t, "tmux")
 	dir := shortDir(t)
@@ -197,7 +196,7 @@ func TestClosingATerminal(t *testing.T) {
 	}
 	log, socket := filepath.Join(dir, "log"), filepath.Join(dir, "c")
 	check(t, syscall.Mkfifo(log, 0o600))
-	// Opened for writing as well, so that opening does not wait.
+	// Opened for writing too, because opening a FIFO for reading waits for a writer.
 	fifo, err := os.OpenFile(log, os.O_RDWR, 0)
 	check(t, err)
 	journal := newJournal()
@@ -225,13 +224,13 @@ func TestClosingATerminal(t *testing.T) {
 	check(t, err)
 }
 
-// TestLogWhoseReaderHasStopped: behind stderr may be a terminal after Ctrl-S. The server serves on, and ends in time.
-func TestLogWhoseReaderHasStopped(t *testing.T) {
+// TestLogReaderStops checks that a log that nobody reads, such as a terminal after Ctrl-S, does not block the server.
+func TestLogReaderStops(t *testing.T) {
 	t.Parallel()
 	const grace = time.Second
 	fifo := filepath.Join(shortDir(t), "log")
 	check(t, syscall.Mkfifo(fifo, 0o600))
-	read, err := os.OpenFile(fifo, os.O_RDWR, 0) // so that it need not wait for a writer
+	read, err := os.OpenFile(fifo, os.O_RDWR, 0) // for writing too, so that it does not wait for a writer
 	check(t, err)
 	defer read.Close()
 	write, err := os.OpenFile(fifo, os.O_WRONLY, 0)
@@ -254,7 +253,7 @@ func TestLogWhoseReaderHasStopped(t *testing.T) {
 	stayer, err := connect(addr)
 	check(t, err)
 	defer stayer.Close()
-	for range 10 { // of which the log would have something to say
+	for range 10 { // each adds lines to the log
 		p, err := connect(addr)
 		check(t, err)
 		check(t, errors.Join(p.echo("hello\n"), p.leave(), p.Close()))
@@ -265,14 +264,14 @@ func TestLogWhoseReaderHasStopped(t *testing.T) {
 	check(t, stayer.expectRest("SHUTDOWN 1 SIGTERM\n"))
 	_ = cmd.Wait()
 	if took := time.Since(sent); took > grace+2*time.Second {
-		t.Errorf("gone after %v, want at most %v", took, grace+2*time.Second)
+		t.Errorf("the process exited after %v, want at most %v", took, grace+2*time.Second)
 	}
 	if code := exitCode(cmd.ProcessState); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
 }
 
-// fill writes to a pipe until it takes no more.
+// fill writes to a pipe until it is full.
 func fill(t *testing.T, fifo string) {
 	t.Helper()
 	fd, err := syscall.Open(fifo, syscall.O_WRONLY|syscall.O_NONBLOCK, 0)
@@ -288,8 +287,8 @@ func fill(t *testing.T, fifo string) {
 	}
 }
 
-// TestLogWithoutAReader: whoever reads the log may go away, and the server lives on.
-func TestLogWithoutAReader(t *testing.T) {
+// TestLogReaderGone checks that the server survives when the reader of its log exits.
+func TestLogReaderGone(t *testing.T) {
 	t.Parallel()
 	read, write, err := os.Pipe()
 	check(t, err)

@@ -12,10 +12,10 @@ import (
 	"echod/control"
 )
 
-// controlUnit is where echod-control.socket listens, as seen from here.
+// controlUnit is the path of echod-control.socket, outside systemd's mount namespace.
 func (s *systemd) controlUnit() string { return "/proc/" + s.pid + "/root/run/echod-control.sock" }
 
-// freshWithControl is fresh, with the control socket of its own unit.
+// freshWithControl is fresh with the control socket of echod-control.socket.
 func (s *systemd) freshWithControl(t *testing.T) {
 	t.Helper()
 	s.ctl(t, "stop", "echod.socket", "echod.service")
@@ -25,7 +25,7 @@ func (s *systemd) freshWithControl(t *testing.T) {
 	s.fresh(t)
 }
 
-// The service can neither open this socket nor choose who may.
+// testControlSocket uses a control socket that systemd owns, with its own owner and mode.
 func (s *systemd) testControlSocket(t *testing.T) {
 	s.freshWithControl(t)
 	check(t, s.peer(t).leave())
@@ -36,14 +36,14 @@ func (s *systemd) testControlSocket(t *testing.T) {
 	if st.State != "running" || st.Accepted != 1 {
 		t.Errorf("the control socket says %s, %d accepted", st.State, st.Accepted)
 	}
-	if r := run(t, s.command("/run/test/echod", "ctl", "status")); r.code != 0 { // which looks for it by itself
+	if r := run(t, s.command("/run/test/echod", "ctl", "status")); r.code != 0 { // finds the socket by itself
 		t.Errorf("echod ctl status: %+v", r)
 	}
 	pid, restarts := s.property(t, "MainPID"), s.restarts(t)
 	first := s.watchdogAt(t)
-	poll(t, "the watchdog to be told for longer than WatchdogSec", func() bool { return s.watchdogAt(t)-first > 3*time.Second })
+	poll(t, "watchdog pings for longer than WatchdogSec", func() bool { return s.watchdogAt(t)-first > 3*time.Second })
 	if s.property(t, "MainPID") != pid || s.restarts(t) != restarts {
-		t.Error("the watchdog has ended a process that was alive")
+		t.Error("the watchdog killed a process that was alive")
 	}
 	s.ctl(t, "restart", "echod.service") // the socket stays
 	st, err = plane.Status(within(t, patience))
@@ -53,7 +53,7 @@ func (s *systemd) testControlSocket(t *testing.T) {
 	}
 }
 
-// watchdogAt is when systemd was told last that the service is alive, since the machine was started.
+// watchdogAt is the time of the last watchdog ping, since boot.
 func (s *systemd) watchdogAt(t *testing.T) time.Duration {
 	t.Helper()
 	us, err := strconv.ParseInt(s.property(t, "WatchdogTimestampMonotonic"), 10, 64)
@@ -61,8 +61,8 @@ func (s *systemd) watchdogAt(t *testing.T) time.Duration {
 	return time.Duration(us) * time.Microsecond
 }
 
-// A process that runs, and whose accept loop or control plane does not come round any more. Both are wedged in the same way: systemd shares
-// its sockets with the service, and one that is made to block holds up whoever accepts from it, for good.
+// testWedge blocks an accept loop or the control plane of a running process, and waits for the watchdog's restart. systemd
+// shares its sockets with the service: making one of them blocking blocks the service's accept for good.
 func (s *systemd) testWedge(t *testing.T) {
 	_, port, err := net.SplitHostPort(s.addr)
 	check(t, err)
@@ -85,13 +85,13 @@ func (s *systemd) testWedge(t *testing.T) {
 			s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
 			s.peer(t)
 			if len(s.entries(t, invocation, "PRIORITY=3")) == 0 {
-				t.Error("the journal does not say that it was not alive")
+				t.Error("the journal has no error of the liveness check")
 			}
 		})
 	}
 }
 
-// makeBlocking makes the listening socket of systemd's blocking whose address isIt says so of.
+// makeBlocking makes one of systemd's listening sockets blocking: the first for whose address isIt returns true.
 func (s *systemd) makeBlocking(t *testing.T, isIt func(unix.Sockaddr) bool) {
 	t.Helper()
 	pid, err := strconv.Atoi(s.pid)
