@@ -39,7 +39,11 @@ const (
 // While the listener is open, a file that was removed or replaced is logged and made again, unless another
 // server uses it now. Close removes the file if it is still the listener's own.
 func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener, error) {
-	return listenEvery(ctx, path, opts, checkInterval)
+	s, err := listenEvery(ctx, path, opts, checkInterval)
+	if err != nil {
+		return nil, err // not a nil *socket in an interface
+	}
+	return s, nil
 }
 
 func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
