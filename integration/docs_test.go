@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // sources lists the files of this repository whose names end in ext.
@@ -210,6 +212,98 @@ func TestDocsExplainReasonsAndMetrics(t *testing.T) {
 	for _, m := range regexp.MustCompile("`(echod_[a-z_]+)").FindAllStringSubmatch(page, -1) {
 		if !slices.ContainsFunc(slices.Collect(maps.Keys(got)), func(series string) bool { return strings.HasPrefix(series, m[1]) }) {
 			t.Errorf("docs/operations.md has the metric %s, which does not exist", m[1])
+		}
+	}
+}
+
+// TestDocsFlags checks that docs/flags.md has the help text of each command. With ECHOD_UPDATE=1 it writes the file.
+func TestDocsFlags(t *testing.T) {
+	t.Parallel()
+	const path = "../docs/flags.md"
+	var page strings.Builder
+	page.WriteString("# Flags\n\nThe help text of each command. `ECHOD_UPDATE=1 go test -run TestDocsFlags ./integration` writes this page.\n")
+	var add func(command ...string)
+	add = func(command ...string) {
+		help := run(t, commandOf(append(append([]string{built(t, echodBinary)}, command...), "--help")...))
+		if help.code != 0 {
+			t.Fatalf("echod %q --help: %+v", command, help)
+		}
+		fmt.Fprintf(&page, "\n## %s\n\n```\n%s```\n", strings.Join(append([]string{"echod"}, command...), " "), help.stdout)
+		_, commands, _ := strings.Cut(help.stdout, "Available Commands:\n")
+		for line := range strings.Lines(commands) {
+			name, ok := strings.CutPrefix(line, "  ")
+			if !ok {
+				break
+			}
+			if name, _, _ = strings.Cut(name, " "); name != "completion" && name != "help" {
+				add(append(slices.Clone(command), name)...)
+			}
+		}
+	}
+	add()
+	if os.Getenv("ECHOD_UPDATE") == "1" {
+		check(t, os.WriteFile(path, []byte(page.String()), 0o644))
+	}
+	if diff := cmp.Diff(page.String(), readFile(t, path)); diff != "" {
+		t.Errorf("docs/flags.md is not what the commands say (-want +got):\n%s", diff)
+	}
+}
+
+// TestDocsControlAPI checks that docs/reference.md has each path of openapi.yaml.
+func TestDocsControlAPI(t *testing.T) {
+	t.Parallel()
+	page := readFile(t, "../docs/reference.md")
+	paths := regexp.MustCompile(`(?m)^  (/\S+):$`).FindAllStringSubmatch(readFile(t, "../control/openapi.yaml"), -1)
+	if len(paths) < 10 {
+		t.Fatalf("found only %d paths in openapi.yaml", len(paths))
+	}
+	for _, path := range paths {
+		if !regexp.MustCompile(regexp.QuoteMeta(path[1]) + "[`?]").MatchString(page) {
+			t.Errorf("docs/reference.md does not have %s", path[1])
+		}
+	}
+}
+
+// TestDocsDependencies compares the table in docs/dependencies.md with go.mod.
+func TestDocsDependencies(t *testing.T) {
+	t.Parallel()
+	var want, got []string
+	for _, m := range regexp.MustCompile(`(?m)^\t(\S+) v\S+$`).FindAllStringSubmatch(readFile(t, "../go.mod"), -1) {
+		want = append(want, m[1])
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([a-z.]+/\\S+)` \\|").FindAllStringSubmatch(readFile(t, "../docs/dependencies.md"), -1) {
+		got = append(got, m[1])
+	}
+	slices.Sort(want)
+	slices.Sort(got)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("docs/dependencies.md does not list the direct dependencies of go.mod (-want +got):\n%s", diff)
+	}
+}
+
+// TestDocsChangelog checks the headings: Unreleased, then versions with dates, latest first. Each tag has an entry.
+func TestDocsChangelog(t *testing.T) {
+	t.Parallel()
+	log := readFile(t, "../CHANGELOG.md")
+	headings := regexp.MustCompile(`(?m)^## (.*)$`).FindAllStringSubmatch(log, -1)
+	if len(headings) < 2 || headings[0][1] != "[Unreleased]" {
+		t.Fatalf("the headings are %q, want [Unreleased] and versions", headings)
+	}
+	last := ""
+	for _, h := range headings[1:] {
+		m := regexp.MustCompile(`^\[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$`).FindStringSubmatch(h[1])
+		if m == nil {
+			t.Errorf("the heading %q is not [X.Y.Z] - YYYY-MM-DD", h[1])
+		} else if last != "" && m[2] > last {
+			t.Errorf("version %s of %s comes after one of %s", m[1], m[2], last)
+		} else {
+			last = m[2]
+		}
+	}
+	tags := run(t, commandOf("git", "--git-dir=../.git", "tag", "--list", "v*"))
+	for tag := range strings.FieldsSeq(tags.stdout) {
+		if !strings.Contains(log, "\n## ["+strings.TrimPrefix(tag, "v")+"] - ") {
+			t.Errorf("CHANGELOG.md has no entry for %s", tag)
 		}
 	}
 }
