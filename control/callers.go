@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,7 +23,6 @@ import (
 func limitCallers(ln net.Listener, limit int) *callers {
 	l := &callers{
 		Listener: ln, limit: limit, probes: make(chan net.Conn, 1), closed: make(chan struct{}),
-		open: map[*callerConn]struct{}{},
 	}
 	l.waker, _ = ln.(interface{ SetDeadline(time.Time) error })
 	return l
@@ -37,7 +38,7 @@ type callers struct {
 	closed    chan struct{}
 
 	mu   sync.Mutex
-	open map[*callerConn]struct{} // guarded by mu
+	open []*callerConn // the idlest first; guarded by mu
 }
 
 // callerConn is a connection of callers.
@@ -45,10 +46,11 @@ type callerConn struct {
 	net.Conn
 	from *callers
 
+	asked atomic.Bool // something was received
+
 	// Guarded by from.mu.
-	serving bool      // a request is being answered
-	kept    bool      // never closed for a new connection
-	since   time.Time // of the last change of serving, or of the last event sent
+	serving bool // a request is being answered
+	kept    bool // never closed for a new connection
 }
 
 // Accept returns the next connection.
@@ -77,7 +79,7 @@ func (l *callers) Accept() (net.Conn, error) {
 
 // admit adds a connection, and closes the idlest if there are too many.
 func (l *callers) admit(nc net.Conn) net.Conn {
-	c := &callerConn{Conn: nc, from: l, since: time.Now()}
+	c := &callerConn{Conn: nc, from: l}
 	l.mu.Lock()
 	full := len(l.open) >= l.limit
 	l.mu.Unlock()
@@ -87,31 +89,50 @@ func (l *callers) admit(nc net.Conn) net.Conn {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.open[c] = struct{}{}
+	l.open = append(l.open, c)
 	return c
 }
 
-// closeIdlest closes the connection that has been idle for longest, and reports whether there was one.
-// Connections without a request go first.
+// closeIdlest closes the connection that has been idle for longest, and reports whether there was one. Silent
+// connections go first, then those without a whole request, and those with a request last.
 func (l *callers) closeIdlest() bool {
 	l.mu.Lock()
-	var idlest *callerConn
-	for c := range l.open {
-		switch {
-		case c.kept:
-		case idlest == nil, !c.serving && idlest.serving:
-			idlest = c
-		case c.serving == idlest.serving && c.since.Before(idlest.since):
-			idlest = c
+	var chosen *callerConn
+	for _, c := range l.open {
+		if !c.kept && (chosen == nil || c.rank() < chosen.rank()) {
+			if chosen = c; c.rank() == 0 {
+				break
+			}
 		}
 	}
-	delete(l.open, idlest)
+	l.remove(chosen)
 	l.mu.Unlock()
-	if idlest == nil {
+	if chosen == nil {
 		return false
 	}
-	_ = idlest.Conn.Close()
+	_ = chosen.Conn.Close()
 	return true
+}
+
+func (c *callerConn) rank() int {
+	switch {
+	case c.serving:
+		return 2
+	case c.asked.Load():
+		return 1
+	case hasInput(c.Conn): // under a flood, net/http may not have come to read it
+		c.asked.Store(true)
+		return 1
+	default:
+		return 0
+	}
+}
+
+// remove takes c out of open; l.mu is held.
+func (l *callers) remove(c *callerConn) {
+	if i := slices.Index(l.open, c); i >= 0 {
+		l.open = slices.Delete(l.open, i, i+1)
+	}
 }
 
 // count returns the number of open connections.
@@ -168,7 +189,18 @@ func (c *callerConn) set(change func()) {
 	c.from.mu.Lock()
 	defer c.from.mu.Unlock()
 	change()
-	c.since = time.Now()
+	if i := slices.Index(c.from.open, c); i >= 0 { // it is not idle now
+		c.from.open = append(slices.Delete(c.from.open, i, i+1), c)
+	}
+}
+
+// Read notes that the caller has sent something.
+func (c *callerConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.asked.Store(true)
+	}
+	return n, err
 }
 
 // CloseWrite lets net/http end an answer before it closes the connection.
@@ -184,7 +216,7 @@ func (c *callerConn) Close() error {
 	err := c.Conn.Close()
 	c.from.mu.Lock()
 	defer c.from.mu.Unlock()
-	delete(c.from.open, c)
+	c.from.remove(c)
 	return err
 }
 
@@ -236,7 +268,7 @@ func (c *caller) fields() []zap.Field {
 
 // begin and end enclose the answer to a request.
 func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
-func (c *caller) end()   { c.set(func() { c.conn.serving = false }) }
+func (c *caller) end()   { c.set(func() { c.conn.serving = false; c.conn.asked.Store(false) }) }
 
 // touch notes that the caller was sent something.
 func (c *caller) touch() { c.set(func() {}) }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -186,3 +187,29 @@ func TestLeaseIsGivenUpByItsContext(t *testing.T) {
 	<-lease.Ended()
 	wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
 }
+
+func TestStreamsNeedHijack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{})
+		w := &plainWriter{header: http.Header{}}
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "/v1/pause?while=connected", http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.plane.ServeHTTP(w, req)
+		wantEqual(t, "status", w.status, http.StatusInternalServerError)
+		wantEqual(t, "problem", strings.Contains(w.body.String(), ProblemUnexpected), true)
+		wantEqual(t, "state", r.srv.Status().State, server.Running)
+	})
+}
+
+// plainWriter is a response of a server that cannot hand over its connections, as with HTTP/2.
+type plainWriter struct {
+	header http.Header
+	status int
+	body   strings.Builder
+}
+
+func (w *plainWriter) Header() http.Header         { return w.header }
+func (w *plainWriter) WriteHeader(status int)      { w.status = status }
+func (w *plainWriter) Write(p []byte) (int, error) { return w.body.Write(p) }

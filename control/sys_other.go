@@ -50,3 +50,5 @@ func isOutOfFiles(error) bool { return false }
 func hungUp(net.Conn) bool { return false }
 
 func awaitHangup(net.Conn) {}
+
+func hasInput(net.Conn) bool { return false }

@@ -150,6 +150,18 @@ func awaitHangup(conn net.Conn) {
 	}
 }
 
+// hasInput reports whether there is something to read from conn.
+func hasInput(conn net.Conn) (pending bool) {
+	if raw := rawConn(conn); raw != nil {
+		_ = raw.Control(func(fd uintptr) { // fails only once conn is closed
+			var b [1]byte
+			n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			pending = err == nil && n > 0
+		})
+	}
+	return pending
+}
+
 func rawConn(conn net.Conn) syscall.RawConn {
 	if sc, ok := conn.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
