@@ -3,6 +3,7 @@ package integration
 import (
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,13 +28,13 @@ func makePackage(t *testing.T, version string) string {
 	found, err := filepath.Glob(filepath.Join(dir, "*.deb"))
 	check(t, err)
 	if len(found) != 1 {
-		t.Fatalf("make dist has made the packages %q, want one", found)
+		t.Fatalf("make dist built %q, want one package", found)
 	}
 	return found[0]
 }
 
-// Versions as git describes them, each older than the next, for dpkg and for rpm.
-func TestPackageVersionsSort(t *testing.T) {
+// Each version that git describes sorts before the next one, for dpkg and for rpm.
+func TestPackageVersions(t *testing.T) {
 	t.Parallel()
 	dpkg := require(t, "dpkg")
 	last := ""
@@ -54,17 +55,17 @@ func TestPackageVersionsSort(t *testing.T) {
 		cmd.Env = environment("VERSION=" + c.described)
 		r := run(t, cmd)
 		if got := strings.TrimSpace(r.stdout); got != c.version {
-			t.Errorf("%s makes a package of version %q %s, want %s", c.described, got, r.stderr, c.version)
+			t.Errorf("%s gives the package version %q %s, want %s", c.described, got, r.stderr, c.version)
 		}
 		version := strings.ReplaceAll(c.version, "-", "~") // as nfpm writes it
 		if last != "" {
 			if r := run(t, commandOf(dpkg, "--compare-versions", last, "lt", version)); r.code != 0 {
-				t.Errorf("dpkg does not take %s for older than %s", last, version)
+				t.Errorf("dpkg does not sort %s before %s", last, version)
 			}
-			if rpm, err := exec.LookPath("rpm"); err == nil { // no other test needs it
+			if rpm, err := exec.LookPath("rpm"); err == nil { // rpm is optional
 				compare := fmt.Sprintf(`%%{lua:print(rpm.vercmp("%s","%s"))}`, last, version)
 				if r := run(t, commandOf(rpm, "--eval", compare)); strings.TrimSpace(r.stdout) != "-1" {
-					t.Errorf("rpm does not take %s for older than %s: %+v", last, version, r)
+					t.Errorf("rpm does not sort %s before %s: %+v", last, version, r)
 				}
 			}
 		}
@@ -72,7 +73,7 @@ func TestPackageVersionsSort(t *testing.T) {
 	}
 }
 
-// dpkg runs it beside systemd; it must succeed.
+// dpkg runs dpkg in the namespaces of systemd and fails the test if it fails.
 func (s *systemd) dpkg(t *testing.T, args ...string) {
 	t.Helper()
 	if r := run(t, s.command(append([]string{"dpkg"}, args...)...)); r.code != 0 {
@@ -80,10 +81,10 @@ func (s *systemd) dpkg(t *testing.T, args ...string) {
 	}
 }
 
-// books are what dpkg, man and systemd itself keep.
-var books = regexp.MustCompile(`^/run/test/upper/(var/(lib/dpkg|log|cache/man)/|etc/\.pwd\.lock$)`)
+// databases are files that dpkg, man and systemd write.
+var databases = regexp.MustCompile(`^/run/test/upper/(var/(lib/dpkg|log|cache/man)/|etc/\.pwd\.lock$)`)
 
-// written lists what there is besides the machine's own files.
+// written lists the files that the machine itself does not have.
 func (s *systemd) written(t *testing.T) (paths []string) {
 	t.Helper()
 	root := filepath.Join("/proc", s.pid, "root")
@@ -95,7 +96,7 @@ func (s *systemd) written(t *testing.T) (paths []string) {
 				return nil
 			case err != nil:
 				return err
-			case !d.IsDir() && !books.MatchString(name):
+			case !d.IsDir() && !databases.MatchString(name):
 				paths = append(paths, name)
 			}
 			return nil
@@ -105,7 +106,7 @@ func (s *systemd) written(t *testing.T) (paths []string) {
 	return paths
 }
 
-// serving checks that both units are up, that clients are served, and that this version does it.
+// serving checks that both units are active and that this version serves clients.
 func (s *systemd) serving(t *testing.T, version string) {
 	t.Helper()
 	r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service"))
@@ -119,11 +120,11 @@ func (s *systemd) serving(t *testing.T, version string) {
 	st, err := plane.Status(within(t, patience))
 	check(t, err)
 	if st.Version != version {
-		t.Errorf("version %s serves, want %s", st.Version, version)
+		t.Errorf("version %s is running, want %s", st.Version, version)
 	}
 }
 
-// The real package on a real systemd, through all of its life.
+// TestDebianPackage installs, upgrades, removes and purges the real package on a real systemd.
 func TestDebianPackage(t *testing.T) {
 	slow(t)
 	require(t, "dpkg")
@@ -141,14 +142,14 @@ func TestDebianPackage(t *testing.T) {
 	}
 	for _, argv := range [][]string{{"echod", "version"}, {"echod", "ctl", "status"}, {"man", "--path", "echod-serve"}} {
 		if _, err := exec.LookPath(argv[0]); argv[0] == "man" && err != nil {
-			continue // minimal systems are without
+			continue // man is optional
 		}
 		if r := run(t, s.command(argv...)); r.code != 0 || r.stdout == "" {
 			t.Errorf("%q: %+v", argv, r)
 		}
 	}
 
-	// What an administrator has set survives, and is in force.
+	// An upgrade keeps the administrator's settings.
 	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
 	const changed = "ECHOD_GRACE=20s\n"
 	check(t, os.WriteFile(settings, []byte(changed), 0o644))
@@ -156,7 +157,7 @@ func TestDebianPackage(t *testing.T) {
 	s.restartUnderLoad(t, "dpkg", "--refuse-downgrade", "--install", second)
 	s.serving(t, newer)
 	if got := readFile(t, settings); got != changed {
-		t.Errorf("the upgrade has made %q of /etc/default/echod", got)
+		t.Errorf("after the upgrade /etc/default/echod is %q", got)
 	}
 
 	p := s.peer(t)
@@ -169,27 +170,27 @@ func TestDebianPackage(t *testing.T) {
 	}
 	if p, err := connect(s.addr); err == nil {
 		_ = p.Close()
-		t.Error("somebody still listens after the removal")
+		t.Error("connected after the removal")
 	}
 	if got := readFile(t, settings); got != changed {
-		t.Errorf("the removal has made %q of /etc/default/echod", got)
+		t.Errorf("after the removal /etc/default/echod is %q", got)
 	}
 
-	s.dpkg(t, "--install", second) // it comes back as it was
+	s.dpkg(t, "--install", second) // with the same settings
 	s.serving(t, newer)
 
 	s.dpkg(t, "--purge", "echod")
 	after := s.written(t)
 	if left := slices.DeleteFunc(after, func(path string) bool { return slices.Contains(before, path) }); len(left) > 0 {
-		t.Errorf("the purge has left %q", left)
+		t.Errorf("the purge left %q", left)
 	}
 	if r := run(t, s.command("systemctl", "list-units", "--all", "--no-legend", "--plain", "echod*")); r.stdout != "" {
 		t.Errorf("systemd still knows %q", r.stdout)
 	}
 }
 
-// Who has disabled the service is not overruled by an upgrade.
-func TestDebianPackageHeedsTheAdministrator(t *testing.T) {
+// An upgrade does not start a disabled service.
+func TestDebianPackageDisabled(t *testing.T) {
 	slow(t)
 	require(t, "dpkg")
 	s := startSystemd(t, nil)
@@ -200,5 +201,22 @@ func TestDebianPackageHeedsTheAdministrator(t *testing.T) {
 	s.dpkg(t, "--install", pkg)
 	if r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service")); r.stdout != "inactive\ninactive\n" {
 		t.Errorf("socket and service are %q, want both inactive", r.stdout)
+	}
+}
+
+// The installation succeeds where the port is in use, and the service does not listen elsewhere.
+func TestDebianPackagePortInUse(t *testing.T) {
+	slow(t)
+	require(t, "dpkg")
+	s := startSystemd(t, nil)
+	taken, err := net.Listen("tcp", s.addr)
+	check(t, err)
+	defer taken.Close()
+	s.dpkg(t, "--install", makePackage(t, "1.0.0"))
+	if r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service")); r.stdout != "failed\ninactive\n" {
+		t.Errorf("the socket and the service are %q, want failed and inactive", r.stdout)
+	}
+	if n := s.restarts(t); n != 0 {
+		t.Errorf("systemd restarted the service %d times", n)
 	}
 }

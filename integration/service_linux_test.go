@@ -3,6 +3,7 @@ package integration
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -19,31 +20,35 @@ import (
 	"echod/control"
 )
 
-// The real units under a real systemd.
+// TestSystemd runs the real units under a real systemd.
 func TestSystemd(t *testing.T) {
 	slow(t)
 	s := startSystemd(t, map[string]string{
 		"echod.service": readFile(t, "../packaging/systemd/echod.service"),
 		"echod.socket":  readFile(t, "../packaging/systemd/echod.socket"),
-		// With a mode that keeps the service itself out.
+		// The service itself cannot connect to a socket of this mode.
 		"echod-control.socket":                readFile(t, "../packaging/systemd/echod-control.socket"),
 		"echod-control.socket.d/10-test.conf": "[Socket]\nSocketMode=0600\n",
 		"echod.service.d/10-test.conf": "[Service]\nExecStart=\nExecStart=/run/test/echod serve\nWatchdogSec=2s\nTimeoutAbortSec=1s\n" +
 			"Environment=ECHOD_GRACE=20s GORACE=atexit_sleep_ms=0\n",
 	})
-	t.Run("ServiceIsReadyAndSaysWhatItDoes", s.testReady)
-	t.Run("StopIsADrain", s.testStop)
-	t.Run("RestartRefusesNobody", s.testRestart)
-	t.Run("WatchdogEndsAStoppedProcess", s.testWatchdog)
-	t.Run("WatchdogEndsAWedgedProcess", s.testWedge)
-	t.Run("CrashRefusesNobody", s.testCrash)
-	t.Run("ControlSocketOfASocketUnit", s.testControlSocket)
-	t.Run("JournalHasFields", s.testJournal)
-	t.Run("DrainOutlastsTheStopTimeout", s.testStopTimeout)
-	t.Run("ForceIsNoFailure", s.testForce)
-	t.Run("SettingsAreInForce", s.testSettings)
+	t.Run("the service is ready and reports its status", s.testReady)
+	t.Run("a stop is a drain", s.testStop)
+	t.Run("a restart refuses no client", s.testRestart)
+	t.Run("the watchdog restarts a stopped process", s.testWatchdog)
+	t.Run("the watchdog restarts a hanging process", s.testWedge)
+	t.Run("a crash refuses no client", s.testCrash)
+	t.Run("echod-control.socket passes the control socket", s.testControlSocket)
+	t.Run("the journal has fields", s.testJournal)
+	t.Run("a drain may outlast the stop timeout", s.testStopTimeout)
+	t.Run("a forced stop is no failure", s.testForce)
+	t.Run("settings are applied", s.testSettings)
+	t.Run("other users cannot open the runtime directory", s.testRuntimeDirectory)
+	t.Run("a late address does not stop the socket", s.testLateAddress)
+	t.Run("without its socket the service does not start", s.testNoSocket)
+	t.Run("start failures are errors and retried slowly", s.testStartFailure)
 	if len(s.entries(t, "MESSAGE=WARNING: DATA RACE")) > 0 {
-		t.Error("the race detector has found something")
+		t.Error("the race detector found a race")
 	}
 }
 
@@ -53,13 +58,13 @@ func (s *systemd) testReady(t *testing.T) {
 		t.Errorf("the service is %s, want active", got)
 	}
 	s.peer(t)
-	s.awaitProperty(t, "StatusText", func(text string) bool { return text == "running: 1 connections, 1 accepted" })
+	s.awaitProperty(t, "StatusText", func(text string) bool { return text == "running: 1 connection, 1 accepted" })
 	plane := control.NewClient(s.socket)
 	defer plane.Close()
 	st, err := plane.Status(within(t, patience))
 	check(t, err)
 	if st.State != "running" || st.Accepted != 1 {
-		t.Errorf("the control socket says %s, %d accepted", st.State, st.Accepted)
+		t.Errorf("the status is %s, %d accepted", st.State, st.Accepted)
 	}
 }
 
@@ -78,13 +83,13 @@ func (s *systemd) testStop(t *testing.T) {
 		t.Errorf("the service is %s, its result %s; want inactive, success", state, why)
 	}
 
-	// The next client starts it anew, unless the socket has been closed too.
+	// The next client starts the service again, unless the socket is closed too.
 	check(t, s.peer(t).leave())
 	s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
 	s.ctl(t, "stop", "echod.socket", "echod.service")
 	if p, err := connectSoon(s.addr); err == nil {
 		_ = p.Close()
-		t.Error("somebody listens though the socket and the service are stopped")
+		t.Error("connected, though the socket and the service are stopped")
 	}
 }
 
@@ -93,8 +98,9 @@ func (s *systemd) testRestart(t *testing.T) {
 	s.restartUnderLoad(t, "systemctl", "restart", "echod.service")
 }
 
-// restartUnderLoad runs a command that restarts the service. Somebody holds up the drain, so that whoever comes meanwhile is the new
-// process's to serve: nobody is refused, and those who stay and heed the notice lose nothing.
+// restartUnderLoad runs a command that restarts the service. One client delays the end of the drain, so that the new
+// process has to serve those that connect in the meantime. No client may be refused, and clients that leave when they
+// are notified may not lose data.
 func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 	t.Helper()
 	holder := s.peer(t)
@@ -110,7 +116,7 @@ func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 	defer stop.Store(true)
 	plane := control.NewClient(s.socket)
 	defer plane.Close()
-	poll(t, "all of them to be served", func() bool { // or none may be there to be told
+	poll(t, "all clients to be served", func() bool { // so that some are notified
 		st, err := plane.Status(within(t, patience))
 		check(t, err)
 		return st.Connections == 1+len(staying)
@@ -124,7 +130,7 @@ func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 		return err
 	})
 	if now := s.property(t, "MainPID"); now != before {
-		t.Fatalf("process %s has replaced %s while that drains", now, before)
+		t.Fatalf("process %s replaced %s during its drain", now, before)
 	}
 	check(t, holder.leave())
 	each(t, len(peers), func(i int) error {
@@ -142,20 +148,20 @@ func (s *systemd) restartUnderLoad(t *testing.T, argv ...string) {
 	sent, back, notices := 0, 0, 0
 	for i, h := range staying {
 		if errs[i] != nil {
-			t.Errorf("client %d that heeds the notice: %v", i, errs[i])
+			t.Errorf("client %d: %v", i, errs[i])
 		}
 		sent, back, notices = sent+h.sent, back+h.back, notices+h.notices
 	}
 	if sent != back || notices == 0 {
-		t.Errorf("%d messages were sent and %d came back, with %d notices", sent, back, notices)
+		t.Errorf("%d messages sent, %d echoed, %d notices", sent, back, notices)
 	}
 	if now := s.property(t, "MainPID"); now == before || now == "0" {
 		t.Errorf("the main process is %s, was %s", now, before)
 	}
-	t.Logf("%d connects while it restarted, all served; %d messages, %d notices", len(peers), sent, notices)
+	t.Logf("%d clients connected during the restart; %d messages, %d notices", len(peers), sent, notices)
 }
 
-// restarts is how often systemd has started the service anew by itself.
+// restarts returns how often systemd has restarted the service automatically.
 func (s *systemd) restarts(t *testing.T) int {
 	t.Helper()
 	n, err := strconv.Atoi(s.property(t, "NRestarts"))
@@ -172,7 +178,7 @@ func (s *systemd) testWatchdog(t *testing.T) {
 	s.peer(t)
 	s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
 	if len(s.entries(t, invocation, "MESSAGE=SIGABRT: abort")) != 1 {
-		t.Error("the journal has no stacks of the process that the watchdog has ended")
+		t.Error("the journal does not have the stacks of the hanging process")
 	}
 	t.Logf("%d restarts", s.restarts(t)-before)
 }
@@ -190,7 +196,7 @@ func (s *systemd) testCrash(t *testing.T) {
 				p, err := connect(s.addr)
 				if err == nil {
 					connects.Add(1)
-					_ = p.echo("hello\n") // which fails where the old process had taken it
+					_ = p.echo("hello\n") // fails if the crashed process had accepted it
 					_ = p.Close()
 				}
 				errs[i] = err
@@ -199,7 +205,7 @@ func (s *systemd) testCrash(t *testing.T) {
 	}
 	defer clients.Wait()
 	defer stop.Store(true)
-	const crashes = 7 // by default systemd gives up after 5 in 10 seconds
+	const crashes = 7 // by default systemd gives up after 5 in 10 s
 	for range crashes {
 		pid := s.property(t, "MainPID")
 		s.ctl(t, "kill", "--kill-whom=main", "-s", "SEGV", "echod.service")
@@ -210,9 +216,9 @@ func (s *systemd) testCrash(t *testing.T) {
 	clients.Wait()
 	check(t, errors.Join(errs...))
 	if connects.Load() == 0 {
-		t.Error("nobody has connected")
+		t.Error("no client connected")
 	}
-	t.Logf("%d crashes, %d connects, none refused", crashes, connects.Load())
+	t.Logf("%d crashes, %d connections, none refused", crashes, connects.Load())
 }
 
 func (s *systemd) testJournal(t *testing.T) {
@@ -242,26 +248,26 @@ func (s *systemd) testStopTimeout(t *testing.T) {
 	poll(t, "the warning", func() bool {
 		return slices.ContainsFunc(s.entries(t, "PRIORITY=4", invocation), func(e map[string]any) bool {
 			text, _ := e["MESSAGE"].(string)
-			return strings.HasPrefix(text, "a drain may take longer than the supervisor waits")
+			return strings.HasPrefix(text, "a drain can take longer than --stop-timeout")
 		})
 	})
 	p := s.peer(t)
 	began := time.Now()
 	wait := s.background(t, "systemctl", "stop", "echod.service")
 	check(t, p.expect("SHUTDOWN 5 SIGTERM\n"))
-	check(t, p.expectRest("")) // the deadline's end of stream, not a reset
+	check(t, p.expectRest("")) // FIN at the deadline, not RST
 	if r := wait(); r.code != 0 {
 		t.Errorf("systemctl stop: %+v", r)
 	}
 	if took := time.Since(began); took < 5*time.Second {
-		t.Errorf("the drain was over after %s, want 5s of grace", took)
+		t.Errorf("the drain took %s, want 5s of grace", took)
 	}
 	if why := s.property(t, "Result"); why != "success" {
 		t.Errorf("the result is %s, want success", why)
 	}
 }
 
-// Who stops it by force gets what they want: systemd takes that for success, and does not start it anew.
+// The operator intended a forced stop: it counts as success, and systemd does not restart the service.
 func (s *systemd) testForce(t *testing.T) {
 	for _, sig := range []string{"INT", "QUIT", "TERM"} {
 		s.fresh(t)
@@ -277,7 +283,7 @@ func (s *systemd) testForce(t *testing.T) {
 	}
 }
 
-// What /etc/default/echod says is heeded, and the process has the files that the unit gives it.
+// The process gets the settings in /etc/default/echod, and the unit's limit of open files.
 func (s *systemd) testSettings(t *testing.T) {
 	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
 	check(t, os.WriteFile(settings, []byte("ECHOD_GRACE=33s\n"), 0o644))
@@ -285,16 +291,87 @@ func (s *systemd) testSettings(t *testing.T) {
 	s.fresh(t)
 	limit, err := strconv.ParseUint(s.property(t, "LimitNOFILE"), 10, 64)
 	check(t, err)
-	var ours unix.Rlimit // systemd has no more to give than this machine has
+	var ours unix.Rlimit // systemd cannot raise the limit beyond the machine's
 	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &ours))
 	want := strconv.FormatUint(min(limit, ours.Max), 10)
 	p := s.peer(t)
 	limits := run(t, s.command("cat", "/proc/"+s.property(t, "MainPID")+"/limits")).stdout
 	if !regexp.MustCompile(`Max open files\s+` + want + `\s+` + want + `\s`).MatchString(limits) {
-		t.Errorf("the unit says LimitNOFILE=%d, and the process has\n%s", limit, limits)
+		t.Errorf("the unit has LimitNOFILE=%d, the process\n%s", limit, limits)
 	}
 	wait := s.background(t, "systemctl", "stop", "echod.service")
 	check(t, p.expect("SHUTDOWN 33 SIGTERM\n"))
 	check(t, p.leave())
 	wait()
+}
+
+// Otherwise any user could lock the directory, and the next start would wait for the lock.
+func (s *systemd) testRuntimeDirectory(t *testing.T) {
+	s.fresh(t)
+	setpriv := require(t, "setpriv")
+	open := func(user string) int {
+		return run(t, s.command(setpriv, "--reuid="+user, "--regid="+user, "--clear-groups", "ls", "/run/echod")).code
+	}
+	if open("0") != 0 || open("65534") == 0 {
+		t.Errorf("ls /run/echod exits with %d for root and %d for nobody", open("0"), open("65534"))
+	}
+}
+
+// At boot the network may bring up an address after the socket.
+func (s *systemd) testLateAddress(t *testing.T) {
+	s.fresh(t)
+	s.ctl(t, "stop", "echod.socket", "echod.service")
+	_, port, _ := strings.Cut(s.addr, ":")
+	s.write(t, "echod.socket.d/20-test.conf", "[Socket]\nListenStream=\nListenStream=192.0.2.10:"+port+"\n") // TEST-NET-1
+	defer s.removeDropIn(t, "echod.socket.d/20-test.conf")
+	s.ctl(t, "daemon-reload")
+	s.ctl(t, "start", "echod.socket", "echod.service")
+	plane := control.NewClient(s.socket)
+	defer plane.Close()
+	st, err := plane.Status(within(t, patience))
+	check(t, err)
+	if len(st.Listeners) != 1 || st.Listeners[0].Address != "192.0.2.10:"+port {
+		t.Errorf("listens on %+v, want only 192.0.2.10:%s", st.Listeners, port)
+	}
+}
+
+// The service must not listen on its default address, which nobody asked for.
+func (s *systemd) testNoSocket(t *testing.T) {
+	s.fresh(t)
+	s.ctl(t, "stop", "echod.socket", "echod.service")
+	taken, err := net.Listen("tcp", s.addr)
+	check(t, err)
+	defer taken.Close()
+	if r := run(t, s.command("systemctl", "start", "echod.service")); r.code == 0 {
+		t.Error("the service started without its socket")
+	}
+	if state := s.property(t, "ActiveState"); state != "inactive" {
+		t.Errorf("the service is %s, want inactive", state)
+	}
+}
+
+func (s *systemd) testStartFailure(t *testing.T) {
+	s.fresh(t)
+	s.ctl(t, "stop", "echod.service")
+	s.write(t, "echod.service.d/20-test.conf", "[Service]\nEnvironment=ECHOD_GRACE=soon\n")
+	defer s.removeDropIn(t, "echod.service.d/20-test.conf")
+	s.ctl(t, "daemon-reload")
+	before := s.restarts(t)
+	began := time.Now()
+	run(t, s.command("systemctl", "start", "echod.service"))
+	poll(t, "two retries", func() bool { return s.restarts(t) >= before+2 })
+	if took := time.Since(began); took < 4*time.Second {
+		t.Errorf("two retries within %v", took)
+	}
+	if len(s.entries(t, "PRIORITY=3", `MESSAGE=echod: environment variable ECHOD_GRACE="soon": invalid value for --grace`)) == 0 {
+		t.Error("the journal does not have the reason with error priority")
+	}
+}
+
+// removeDropIn removes a drop-in, for the tests that follow.
+func (s *systemd) removeDropIn(t *testing.T, name string) {
+	t.Helper()
+	s.ctl(t, "stop", "echod.socket", "echod.service")
+	check(t, os.Remove(filepath.Join(s.units, name)))
+	s.ctl(t, "daemon-reload")
 }

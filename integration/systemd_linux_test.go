@@ -18,18 +18,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// systemd is one that runs in namespaces of its own, where it is PID 1. It has this machine's programs and network, and
-// none of its services; what is written to /etc, /usr and /var there is gone with it.
+// systemd is a systemd that runs as PID 1 in namespaces of its own. It has this machine's programs and network, but
+// not its services. What is written to its /etc, /usr and /var disappears with it.
 type systemd struct {
-	pid    string // as seen from here
-	units  string // the folder of units that it looks into first
-	path   string // that and others
-	addr   string // where echod.socket listens
-	socket string // the control socket, as seen from here
+	pid    string // in this test's namespace
+	units  string // the first directory of its unit path
+	path   string // its unit path
+	addr   string // of echod.socket
+	socket string // path of the control socket in this test's namespace
 	log    *journal
 }
 
-// bootSystemd makes the mounts and becomes systemd. $1 is the echod, $2 systemd.
+// bootSystemd is the script that makes the mounts and becomes systemd. $1 is echod, $2 systemd.
 const bootSystemd = `
 set -e
 mount -t proc proc /proc
@@ -42,15 +42,15 @@ for dir in etc usr var; do
 	mkdir -p /run/test/upper/$dir /run/test/work/$dir
 	mount -t overlay -o lowerdir=/$dir,upperdir=/run/test/upper/$dir,workdir=/run/test/work/$dir overlay /$dir
 done
-# Units of the machine, above all those that its targets want, would touch what is not in here.
+# Hide the machine's units, which would change the machine.
 for dir in /etc/systemd/system /usr/lib/systemd/system; do
 	mount -t tmpfs -o mode=0755 tmpfs $dir
 done
 echo ecececececececececececececececec >/etc/machine-id
-rm -f /usr/sbin/policy-rc.d # which may forbid to start services
+rm -f /usr/sbin/policy-rc.d # can forbid to start services
 exec "$2" --system --unit=test.target --show-status=no`
 
-// baseUnits are those that a systemd needs and whose own would touch the machine.
+// baseUnits replace the units that systemd needs, but whose originals would change the machine.
 var baseUnits = map[string]string{
 	"test.target":     "[Unit]\nRequires=systemd-journald.socket systemd-journald.service\nAfter=systemd-journald.service\n",
 	"sysinit.target":  "[Unit]\nDescription=Nothing to initialize\n",
@@ -59,7 +59,7 @@ var baseUnits = map[string]string{
 	"shutdown.target": "[Unit]\nDescription=The end\nDefaultDependencies=no\n",
 }
 
-// startSystemd runs a systemd that has these units, and those that are installed there. echod.socket listens at s.addr.
+// startSystemd starts a systemd with these units, besides those that are installed in it. echod.socket listens on s.addr.
 func startSystemd(t *testing.T, units map[string]string) *systemd {
 	t.Helper()
 	program := "/lib/systemd/systemd"
@@ -67,7 +67,7 @@ func startSystemd(t *testing.T, units map[string]string) *systemd {
 		missing(t, "systemd is not installed")
 	}
 	if os.Getuid() != 0 {
-		missing(t, "a systemd takes root")
+		missing(t, "systemd needs root")
 	}
 	require(t, "nsenter")
 	require(t, "systemctl")
@@ -98,21 +98,21 @@ func startSystemd(t *testing.T, units map[string]string) *systemd {
 	cmd.WaitDelay = patience
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWIPC | syscall.CLONE_NEWUTS,
-		// Only once it is in its cgroup, which is to be the root of what it sees.
+		// After it has entered its cgroup, which becomes its root.
 		Unshareflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWCGROUP,
 		UseCgroupFD:  true, CgroupFD: int(at.Fd()),
 		Setsid: true, Pdeathsig: syscall.SIGKILL,
 	}
 	if err := cmd.Start(); errors.Is(err, fs.ErrPermission) {
-		missing(t, "there are no namespaces to be had: "+err.Error())
+		missing(t, "no namespaces: "+err.Error())
 	} else {
 		check(t, err)
 	}
 	t.Cleanup(func() {
-		_ = cmd.Process.Kill() // and so all in its PID namespace
+		_ = cmd.Process.Kill() // and with it all of its PID namespace
 		_ = cmd.Wait()
 		if t.Failed() {
-			t.Logf("on the way to systemd:\n%s", s.log)
+			t.Logf("output of systemd:\n%s", s.log)
 		}
 	})
 	s.pid = strconv.Itoa(cmd.Process.Pid)
@@ -130,7 +130,7 @@ func (s *systemd) write(t *testing.T, name, text string) {
 	check(t, os.WriteFile(path, []byte(text), 0o644))
 }
 
-// makeCgroup makes a cgroup, which is removed with all below it after the test.
+// makeCgroup makes a cgroup, which the end of the test removes with all below it.
 func makeCgroup(t *testing.T) string {
 	t.Helper()
 	mounts, err := os.ReadFile("/proc/self/mounts")
@@ -139,13 +139,13 @@ func makeCgroup(t *testing.T) string {
 		if f := strings.Fields(line); len(f) > 2 && f[2] == "cgroup2" {
 			dir, err := os.MkdirTemp(f[1], "echod-test-")
 			if err != nil {
-				missing(t, "no cgroup can be made: "+err.Error())
+				missing(t, "cannot make a cgroup: "+err.Error())
 			}
 			t.Cleanup(func() { removeCgroup(t, dir) })
 			return dir
 		}
 	}
-	missing(t, "there is no cgroup2")
+	missing(t, "no cgroup2 mount")
 	return ""
 }
 
@@ -157,7 +157,7 @@ func removeCgroup(t *testing.T, dir string) {
 		}
 		return nil
 	})
-	slices.Reverse(all) // the lower ones first
+	slices.Reverse(all) // children first
 	for _, path := range all {
 		var err error
 		for end := time.Now().Add(patience); ; time.Sleep(pollEvery) {
@@ -171,14 +171,14 @@ func removeCgroup(t *testing.T, dir string) {
 	}
 }
 
-// command is a command that runs beside systemd.
+// command returns a command that runs in the namespaces of systemd.
 func (s *systemd) command(argv ...string) *exec.Cmd {
 	cmd := commandOf(append([]string{"nsenter", "-t", s.pid, "-a"}, argv...)...)
 	cmd.Env = environment("SYSTEMD_UNIT_PATH="+s.path, "SYSTEMD_PAGER=cat")
 	return cmd
 }
 
-// ctl runs systemctl, which must succeed.
+// ctl runs systemctl and fails the test if it fails.
 func (s *systemd) ctl(t *testing.T, args ...string) {
 	t.Helper()
 	if r := run(t, s.command(append([]string{"systemctl"}, args...)...)); r.code != 0 {
@@ -187,7 +187,7 @@ func (s *systemd) ctl(t *testing.T, args ...string) {
 	}
 }
 
-// background runs a command; the function that it returns awaits that, and must be called.
+// background starts a command. wait waits for its end.
 func (s *systemd) background(t *testing.T, argv ...string) (wait func() result) {
 	t.Helper()
 	done := make(chan result, 1)
@@ -205,7 +205,7 @@ func (s *systemd) background(t *testing.T, argv ...string) (wait func() result) 
 	return wait
 }
 
-// property asks systemd about the service.
+// property returns a property of the service.
 func (s *systemd) property(t *testing.T, name string) string {
 	t.Helper()
 	r := run(t, s.command("systemctl", "show", "-p", name, "--value", "echod.service"))
@@ -229,7 +229,7 @@ func (s *systemd) awaitProperty(t *testing.T, name string, want func(string) boo
 	})
 }
 
-// fresh starts the service anew, with these lines in its [Service] section, and a socket that nobody waits at.
+// fresh restarts the service and its socket, with these lines in the [Service] section.
 func (s *systemd) fresh(t *testing.T, lines ...string) {
 	t.Helper()
 	s.ctl(t, "stop", "echod.socket", "echod.service")
@@ -243,7 +243,7 @@ func (s *systemd) fresh(t *testing.T, lines ...string) {
 	})
 }
 
-// peer connects somebody who is being served.
+// peer connects a client and waits until it is served.
 func (s *systemd) peer(t *testing.T) *peer {
 	t.Helper()
 	p, err := connect(s.addr)
@@ -253,7 +253,7 @@ func (s *systemd) peer(t *testing.T) *peer {
 	return p
 }
 
-// entries are the service's in the journal that match.
+// entries returns the service's journal entries that match.
 func (s *systemd) entries(t *testing.T, matches ...string) (found []map[string]any) {
 	t.Helper()
 	argv := append([]string{"journalctl", "-o", "json", "--no-pager", "-u", "echod.service"}, matches...)

@@ -123,24 +123,21 @@ func listenEcho(ctx context.Context, addresses []string) ([]net.Listener, error)
 	return listeners, nil
 }
 
-// listenHTTP listens for probes and Prometheus. A port alone is on the loopback interface.
+// listenHTTP listens for probes and Prometheus. A port alone is on the loopback interface; an address means
+// the same as for --listen.
 func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
 	full := address
 	if !strings.Contains(address, ":") {
-		full = ":" + address
+		full = "127.0.0.1:" + address
 	}
-	host, port, err := net.SplitHostPort(full)
+	_, port, err := net.SplitHostPort(full)
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return nil, usagef("--http %q: want a port such as 9090, or an address such as 0.0.0.0:9090", address)
+		return nil, usagef("--http %q: want a port such as 9090, or an address such as :9090", address)
 	}
-	if host == "" {
-		host = "127.0.0.1"
-	}
-	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "tcp", net.JoinHostPort(host, port))
+	ln, err := server.Listen(ctx, full)
 	if err != nil {
 		return nil, fmt.Errorf("--http %s: %w", address, withoutAddress(err))
 	}

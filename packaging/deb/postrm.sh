@@ -1,5 +1,5 @@
 #!/bin/sh
-# After removing, systemd forgets the units; on purge their being enabled is forgotten, too.
+# After a removal: make systemd forget the units. On a purge, forget also which were enabled.
 set -e
 if [ "$1" = purge ]; then
 	deb-systemd-helper purge echod.socket echod-control.socket echod.service >/dev/null

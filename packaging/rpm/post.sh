@@ -1,5 +1,6 @@
 #!/bin/sh
-# After unpacking. $1 is how many versions are installed now. The system's presets say whether a new service is enabled.
+# After an installation. $1 is the number of versions installed. The system's presets decide whether a new service is
+# enabled.
 if [ "$1" = 1 ] && [ -x /usr/bin/systemctl ]; then
 	systemctl --no-reload preset echod.socket echod.service || :
 fi
