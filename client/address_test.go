@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -191,21 +193,36 @@ func TestTLS(t *testing.T) {
 		}
 	})
 	t.Run("an interrupted Send breaks the sending side and says so", func(t *testing.T) {
-		address, config := listenTLS(t, nil, func(conn net.Conn) {
-			_ = conn.(*tls.Conn).Handshake()
-			hangs(t)(conn)
-		})
-		c := connect(t, address, Options{TLSConfig: config})
-		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond) // enough to fill the socket buffers
-		defer cancel()
-		if err := c.Send(ctx, make([]byte, 64<<20)); !errors.Is(err, context.DeadlineExceeded) {
-			t.Fatalf("Send: %v, want the end of the context", err)
-		}
-		for _, err := range []error{c.Send(t.Context(), []byte("x")), c.CloseWrite()} {
-			if !errors.Is(err, errTLSBroken) {
-				t.Errorf("after it: %v, want %v", err, errTLSBroken)
+		synctest.Test(t, func(t *testing.T) {
+			cert, roots := certificate(t)
+			dial := pipes(t, func(conn net.Conn) {
+				config := &tls.Config{Certificates: []tls.Certificate{cert}, SessionTicketsDisabled: true}
+				_ = tls.Server(conn, config).Handshake()
+				hangs(t)(conn)
+			})
+			c := connect(t, "memory", Options{Dial: func(ctx context.Context, address string) (net.Conn, error) {
+				conn, err := dial(ctx, address)
+				tlsConn := tls.Client(conn, &tls.Config{RootCAs: roots, ServerName: "localhost"})
+				return tlsConn, cmp.Or(err, tlsConn.HandshakeContext(ctx))
+			}})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			if err := c.Send(ctx, []byte("x")); !errors.Is(err, context.DeadlineExceeded) {
+				t.Fatalf("Send: %v, want the end of the context", err)
 			}
-		}
+			for _, err := range []error{c.Send(t.Context(), []byte("x")), c.CloseWrite()} {
+				if !errors.Is(err, errTLSBroken) {
+					t.Errorf("after it: %v, want %v", err, errTLSBroken)
+				}
+			}
+			start := time.Now()
+			if err := c.Close(); err != nil {
+				t.Errorf("Close: %v", err)
+			}
+			if took := time.Since(start); took != 0 {
+				t.Errorf("Close took %v, want no time", took)
+			}
+		})
 	})
 	t.Run("Close after the server has gone returns nil", func(t *testing.T) {
 		address, config := listenTLS(t, nil, func(conn net.Conn) {

@@ -128,7 +128,7 @@ type Client struct {
 	open    context.Context         // ends with Close
 	endOpen context.CancelCauseFunc // with the cause net.ErrClosed
 
-	mu   sync.Mutex // guards conn; held while Close closes it
+	mu   sync.Mutex // guards conn; held while open ends
 	conn *echoConn  // replaced only by the holder of sendMu and recvMu
 }
 
@@ -294,12 +294,14 @@ func (c *Client) CloseWrite() error {
 // that matches [net.ErrClosed]. A second Close returns nil.
 func (c *Client) Close() error {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.open.Err() != nil {
+	closed := c.open.Err() != nil
+	c.endOpen(net.ErrClosed)
+	conn := c.conn // for good, because replace looks at open
+	c.mu.Unlock()
+	if closed {
 		return nil
 	}
-	c.endOpen(net.ErrClosed)
-	return c.wrap("close connection to", c.conn.close(net.ErrClosed))
+	return c.wrap("close connection to", conn.close(net.ErrClosed))
 }
 
 // current returns the connection, or net.ErrClosed after Close.

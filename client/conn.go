@@ -300,11 +300,20 @@ func (c *echoConn) abort(err error) {
 // already. A second close returns nil.
 func (c *echoConn) close(err error) error {
 	c.end(err)
-	err = c.conn.Close()
-	if _, ok := c.conn.(*tls.Conn); ok || errors.Is(err, net.ErrClosed) {
-		return nil // over TLS, the error is that close_notify could not be sent
+	if tlsConn, ok := c.conn.(*tls.Conn); ok {
+		c.mu.Lock()
+		broken := c.sendClosed == errTLSBroken
+		c.mu.Unlock()
+		if broken { // the server does not read, and Close would wait 5 s to send close_notify
+			_ = tlsConn.NetConn().Close()
+		}
+		_ = tlsConn.Close() // the error would be that close_notify could not be sent
+		return nil
 	}
-	return err
+	if err := c.conn.Close(); !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
 }
 
 func (c *echoConn) outstanding() int {
