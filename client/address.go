@@ -9,6 +9,7 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // addressForms lists the accepted forms, for error messages.
@@ -63,20 +64,39 @@ func ParseAddress(address string) (Address, error) {
 // tell notices from echoes. For a tls:// address it completes the handshake, and
 // the connection is a [*tls.Conn]. A nil config means to verify the server
 // against the system's roots. If config.ServerName is empty, the host of the
-// address is used.
+// address is used. If the context ends first, the error is its cause.
 func DialConn(ctx context.Context, address string, config *tls.Config) (net.Conn, error) {
 	a, err := ParseAddress(address)
 	if err != nil {
 		return nil, err
 	}
-	if !a.TLS {
-		return new(net.Dialer).DialContext(ctx, a.Network, a.Addr)
+	var conn net.Conn
+	if a.TLS {
+		if host, _, _ := net.SplitHostPort(a.Addr); host == "" && (config == nil || config.ServerName == "") {
+			config = cmp.Or(config, &tls.Config{}).Clone()
+			config.ServerName = "localhost"
+		}
+		conn, err = (&tls.Dialer{Config: config}).DialContext(ctx, a.Network, a.Addr)
+	} else {
+		conn, err = new(net.Dialer).DialContext(ctx, a.Network, a.Addr)
 	}
-	if host, _, _ := net.SplitHostPort(a.Addr); host == "" && (config == nil || config.ServerName == "") {
-		config = cmp.Or(config, &tls.Config{}).Clone()
-		config.ServerName = "localhost"
+	if err != nil {
+		return nil, causeOr(ctx, err)
 	}
-	return (&tls.Dialer{Config: config}).DialContext(ctx, a.Network, a.Addr)
+	return conn, nil
+}
+
+// causeOr returns the cause of ctx if it has ended, and err otherwise.
+func causeOr(ctx context.Context, err error) error {
+	// The net package watches the deadline with a timer of its own, which may fire
+	// an instant before ctx ends.
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		<-ctx.Done()
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // dialEcho connects with dial, or with DialConn if dial is nil.
@@ -91,9 +111,7 @@ func dialEcho(
 		conn, err = DialConn(ctx, address, config)
 	}
 	if err != nil {
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
+		err = causeOr(ctx, err)
 		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
 			err = op.Err // without the address, which is in the message below
 		}

@@ -176,7 +176,7 @@ func TestTLS(t *testing.T) {
 			t.Errorf("Echo: %v, want certificate required", err)
 		}
 	})
-	t.Run("the context ends a handshake that the server does not answer", func(t *testing.T) {
+	t.Run("the end of the context during a handshake returns its cause", func(t *testing.T) {
 		errLate := errors.New("too late")
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Millisecond, errLate)
 		defer cancel()

@@ -258,9 +258,13 @@ func TestStreamStall(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			const n, inFlight = 2000, 40
 			start, prompt := time.Now(), 0
+			late := func(conn net.Conn) {
+				time.Sleep(time.Second) // until the silent connection has its share
+				echoes(conn)
+			}
 			opts := StreamOptions{
 				Conns: 4, InFlight: inFlight, StallTimeout: time.Hour, Reconnect: &Backoff{},
-				Dial: pipes(t, silent, echoes, echoes, echoes, echoes),
+				Dial: pipes(t, silent, late, late, late, echoes),
 			}
 			for r, err := range Stream(t.Context(), "memory", numbered(n), opts) {
 				if err != nil || r.Err != nil {

@@ -167,11 +167,7 @@ func (s *sender) dial() client.DialFunc {
 	return func(ctx context.Context, address string) (net.Conn, error) {
 		ctx, cancel := context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("not within %s", s.timeout))
 		defer cancel()
-		conn, err := client.DialConn(ctx, address, nil)
-		if err != nil && ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return conn, err
+		return client.DialConn(ctx, address, nil)
 	}
 }
 
