@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -256,9 +257,26 @@ func TestCloseWriteUnsupported(t *testing.T) {
 	mustEcho(t, c, "still usable\n")
 }
 
+// A closeOnce connection fails the second Close.
+type closeOnce struct {
+	net.Conn
+	closed atomic.Bool
+}
+
+func (c *closeOnce) Close() error {
+	if c.closed.Swap(true) {
+		return errors.New("closed twice")
+	}
+	return c.Conn.Close()
+}
+
 func TestClose(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := connect(t, "memory", Options{Dial: pipes(t, hangs(t))})
+		dial := pipes(t, hangs(t))
+		c := connect(t, "memory", Options{Dial: func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			return &closeOnce{Conn: conn}, err
+		}})
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if _, err := c.Receive(t.Context(), make([]byte, 1)); !errors.Is(err, net.ErrClosed) {

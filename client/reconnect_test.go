@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -109,6 +110,16 @@ func TestDialGivesUp(t *testing.T) {
 			}
 		})
 	})
+	t.Run("with the cause, although dialing sees the deadline first", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(t.Context())
+			time.AfterFunc(time.Second, func() { cancel(errStop) })
+			dial := func(context.Context, string) (net.Conn, error) { return nil, os.ErrDeadlineExceeded }
+			if _, err := Dial(lateContext{ctx}, "memory", Options{Dial: dial}); !errors.Is(err, errStop) {
+				t.Errorf("Dial: %v, want %v", err, errStop)
+			}
+		})
+	})
 	t.Run("when the context has ended before", func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		cancel(errStop)
@@ -117,6 +128,11 @@ func TestDialGivesUp(t *testing.T) {
 		}
 	})
 }
+
+// A lateContext has not ended although its deadline is over.
+type lateContext struct{ context.Context }
+
+func (lateContext) Deadline() (time.Time, bool) { return time.Now(), true }
 
 func TestEchoReconnects(t *testing.T) {
 	t.Run("until the whole message has come back once", func(t *testing.T) {

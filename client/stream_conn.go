@@ -56,8 +56,7 @@ func (c *streamConn[K]) take(stop <-chan struct{}) *entry[K] {
 	return nil
 }
 
-// tryTake is take without waiting. It prefers an end to an entry, and an entry to
-// be sent again to a new one. If take would have to wait, decided is false.
+// tryTake is take without waiting. If take would have to wait, decided is false.
 func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *entry[K], decided bool) {
 	select {
 	case <-stop:
@@ -69,9 +68,6 @@ func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *entry[K], decided bool
 	select {
 	case e = <-c.resend:
 		return e, true
-	default:
-	}
-	select {
 	case e = <-c.queue:
 		return e, true
 	default:
