@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// toxiproxyBinary is the path of a proxy that disturbs connections. It comes out of the module of the development tools, so
-// that its dependencies never reach users.
+// toxiproxyBinary is the path of a proxy that disturbs connections. It is built from the module of the development tools,
+// so that users do not get its dependencies.
 var toxiproxyBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(builds(), "toxiproxy")
 	out, err := exec.Command("go", "build", "-modfile=../tools/go.mod", "-o", path, "github.com/Shopify/toxiproxy/v2/cmd/server").CombinedOutput()
@@ -62,7 +62,7 @@ func startToxic(t testing.TB, upstream string) *toxic {
 		if time.Now().After(end) {
 			t.Fatal(err)
 		}
-		time.Sleep(20 * time.Millisecond) // until it listens
+		time.Sleep(pollEvery) // until it listens
 	}
 	x.front = made.Listen
 	return x
@@ -83,14 +83,14 @@ func (x *toxic) post(path string, body, answer any) error {
 	return json.NewDecoder(res.Body).Decode(answer)
 }
 
-// adds disturbs what flows back to clients.
+// adds disturbs what flows to clients.
 func (x *toxic) adds(kind string, attributes map[string]any) {
 	x.t.Helper()
 	var answer any
 	check(x.t, x.post("/proxies/echo/toxics", map[string]any{"type": kind, "stream": "downstream", "attributes": attributes}, &answer))
 }
 
-// TestLoadThroughABadNetwork: each fault is reported as what it is.
+// Each kind of network fault is reported as what it is.
 func TestLoadThroughABadNetwork(t *testing.T) {
 	t.Parallel()
 	e := start(t)
@@ -99,21 +99,21 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 		attributes map[string]any
 		flags      []string
 		code       int
-		want       func(v verdict) bool
+		want       func(v loadResult) bool
 	}{
 		{
 			"latency",
 			map[string]any{"latency": 300},
 			[]string{"--rate", "100", "--late", "250ms", "--drain-wait", "20s"},
-			0, func(v verdict) bool {
+			0, func(v loadResult) bool {
 				return v.Echoes.Late == v.Echoes.Sent && v.Echoes.Returned == 100 && v.Echo.P50 >= 0.3 && v.Ends.Unannounced() == 0
 			},
 		},
-		{ // nothing comes, and 200 ms after the last message the connection ends
+		{ // nothing arrives, and 200 ms after the last message the connection ends
 			"timeout",
 			map[string]any{"timeout": 200},
 			[]string{"--rate", "100", "--drain-wait", "1s"},
-			1, func(v verdict) bool {
+			1, func(v loadResult) bool {
 				return v.Echoes.Returned == 0 && v.Echoes.Lost == v.Echoes.Sent && v.Echoes.Lost == 100 && v.Ends.Closed == 2
 			},
 		},
@@ -121,23 +121,23 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			"reset_peer",
 			map[string]any{"timeout": 100},
 			[]string{"--rate", "100", "--reconnect=false"},
-			1, func(v verdict) bool {
+			1, func(v loadResult) bool {
 				return v.Ends.Reset == 2 && v.Ends.Closed == 0 && v.Echoes.Lost == v.Echoes.Sent-v.Echoes.Returned && v.Echoes.Unsent > 0
 			},
 		},
-		{ // 20 messages and a half
+		{ // 20 and a half messages
 			"limit_data",
 			map[string]any{"bytes": 20*64 + 32},
 			[]string{"--rate", "100", "--reconnect=false", "--pipeline", "1"},
-			1, func(v verdict) bool {
+			1, func(v loadResult) bool {
 				return v.Echoes.Returned == 2*20 && v.Echoes.Lost == 2 && v.Echoes.Corrupted == 0 && v.Ends.Closed == 2 && v.Echoes.Unsent == 100-42
 			},
 		},
-		{ // cut into pieces, which a stream may be
+		{ // a stream may be cut into pieces
 			"slicer",
 			map[string]any{"average_size": 10, "size_variation": 9, "delay": 10},
 			[]string{"--rate", "100", "--drain-wait", "20s"},
-			0, func(v verdict) bool { return v.Echoes.Returned == 100 && v.Echoes.Corrupted == 0 },
+			0, func(v loadResult) bool { return v.Echoes.Returned == 100 && v.Echoes.Corrupted == 0 },
 		},
 	} {
 		t.Run(tt.kind, func(t *testing.T) {

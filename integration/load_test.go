@@ -22,16 +22,16 @@ import (
 	"echod/internal/load"
 )
 
-// loading is an echod load under way.
-type loading struct {
+// loadRun is an echod load that runs.
+type loadRun struct {
 	t              testing.TB
 	cmd            *exec.Cmd
 	stdout, stderr bytes.Buffer
 }
 
-func startLoad(t testing.TB, address string, args ...string) *loading {
+func startLoad(t testing.TB, address string, args ...string) *loadRun {
 	t.Helper()
-	l := &loading{t: t, cmd: exec.Command(built(t, echodBinary), append([]string{"load", "--address", address}, args...)...)}
+	l := &loadRun{t: t, cmd: exec.Command(built(t, echodBinary), append([]string{"load", "--address", address}, args...)...)}
 	l.cmd.Stdout, l.cmd.Stderr, l.cmd.Env = &l.stdout, &l.stderr, environment()
 	check(t, l.cmd.Start())
 	overdue := time.AfterFunc(2*patience, func() { _ = l.cmd.Process.Kill() })
@@ -44,52 +44,54 @@ func startLoad(t testing.TB, address string, args ...string) *loading {
 	return l
 }
 
-// verdict is a report with what is wrong.
-type verdict struct {
+// loadResult is a report with what is wrong.
+type loadResult struct {
 	load.Report
-	Failed []string `json:"failed"`
+	Failed     []string         `json:"failed"`
+	Comparison *load.Comparison `json:"comparison"`
 }
 
 // report waits for the end of a run with --json, and checks its exit code.
-func (l *loading) report(code int) verdict {
+func (l *loadRun) report(code int) loadResult {
 	l.t.Helper()
 	_ = l.cmd.Wait()
 	if got := exitCode(l.cmd.ProcessState); got != code {
 		l.t.Fatalf("exit code %d, want %d: %s\n%s", got, code, l.stderr.String(), l.stdout.String())
 	}
-	var v verdict
+	var v loadResult
 	if err := json.Unmarshal(l.stdout.Bytes(), &v); err != nil {
 		l.t.Fatalf("%v\n%s", err, l.stdout.String())
 	}
 	return v
 }
 
-func TestLoadReportsAndWritesItsFiles(t *testing.T) {
+func TestLoadWritesItsFiles(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
 	plot, table, log := filepath.Join(dir, "p.svg"), filepath.Join(dir, "h.hgrm"), filepath.Join(dir, "h.hlog")
+	tail, series, metrics := filepath.Join(dir, "q.svg"), filepath.Join(dir, "s.csv"), filepath.Join(dir, "m.prom")
 	flags := []string{"load", "--address", e.addr, "--conns", "4", "--rate", "500", "--duration", "1s"}
 	got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--plot", plot, "--hdr", table, "--max-lost", "0", "--max-refused", "0")...)...))
 	if got.code != 0 || got.stderr != "" {
 		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
 	}
-	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost", "All that was sent has come back", "p99.99"} {
+	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost", "All messages came back", "p99.99"} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("the report lacks %q:\n%s", want, got.stdout)
 		}
 	}
-	if got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--json", "--hdr", log)...)...)); got.code != 0 || got.stderr != "" {
+	if got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--json", "--hdr", log, "--plot-percentiles", tail, "--csv", series, "--prometheus", metrics)...)...)); got.code != 0 || got.stderr != "" {
 		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
 	}
 
-	drawn, err := os.ReadFile(plot)
-	check(t, err)
-	for dec := xml.NewDecoder(bytes.NewReader(drawn)); ; {
-		if _, err := dec.Token(); errors.Is(err, io.EOF) {
-			break
-		} else if err != nil {
-			t.Fatalf("the picture is no XML: %v", err)
+	for _, picture := range []string{plot, tail} {
+		for dec := xml.NewDecoder(strings.NewReader(readFile(t, picture))); ; {
+			if _, err := dec.Token(); errors.Is(err, io.EOF) {
+				break
+			} else if err != nil {
+				t.Fatalf("%s is not XML: %v", picture, err)
+			}
 		}
 	}
 	percentiles, err := os.ReadFile(table)
@@ -99,24 +101,39 @@ func TestLoadReportsAndWritesItsFiles(t *testing.T) {
 	}
 	written, err := os.ReadFile(log)
 	check(t, err)
-	h, err := hdrhistogram.NewHistogramLogReader(bytes.NewReader(written)).NextIntervalHistogram()
-	check(t, err)
-	if h.TotalCount() != 500 {
-		t.Errorf("the histogram log has %d echoes, want 500", h.TotalCount())
+	echoes, intervals := int64(0), 0
+	for reader := hdrhistogram.NewHistogramLogReader(bytes.NewReader(written)); ; {
+		h, err := reader.NextIntervalHistogram()
+		check(t, err)
+		if h == nil {
+			break
+		}
+		if h.Tag() == "echo" {
+			echoes, intervals = echoes+h.TotalCount(), intervals+1
+		}
+	}
+	if echoes != 500 || intervals < 2 {
+		t.Errorf("the histogram log has %d echoes in %d seconds, want 500 in 2", echoes, intervals)
+	}
+	if head := readFile(t, series); !strings.HasPrefix(head, "at_seconds,offered_per_second,echoes_per_second,") || strings.Count(head, "\n") < 10 {
+		t.Errorf("the CSV file:\n%s", head)
+	}
+	if text := readFile(t, metrics); !strings.Contains(text, `echod_load_messages_total{kind="returned"} 500`) {
+		t.Errorf("the metrics:\n%s", text)
 	}
 }
 
-// TestLoadSeesWhatAStallInflicts: an open model counts from when each message was due, so that a server that stops for a
-// second shows a second, though hardly anything would be sent meanwhile by clients that wait.
-func TestLoadSeesWhatAStallInflicts(t *testing.T) {
-	for _, pipeline := range []string{"0", "1"} { // 0 is the default; with 1, what is due waits to be sent
+// In the open model latency counts from when a message was due, so a server that stops for a second shows a second,
+// although clients that wait would send hardly anything in the meantime.
+func TestLoadShowsAStall(t *testing.T) {
+	for _, pipeline := range []string{"0", "1"} { // 0 is the default; with 1, messages wait to be sent
 		t.Run("pipeline "+pipeline, func(t *testing.T) {
 			t.Parallel()
 			e := start(t)
 			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s", "--drain-wait", "20s",
 				"--pipeline", pipeline, "--json")
 			e.awaitOpen(8)
-			poll(t, "a third of a second's messages", func() bool { return e.status().BytesIn >= 50_000 })
+			poll(t, "a third of a second of messages", func() bool { return e.status().BytesIn >= 50_000 })
 			e.signal(syscall.SIGSTOP)
 			time.Sleep(time.Second)
 			e.signal(syscall.SIGCONT)
@@ -127,15 +144,15 @@ func TestLoadSeesWhatAStallInflicts(t *testing.T) {
 			if v.Echo.P999 < 0.5 || v.Echo.P999 > 5 {
 				t.Errorf("p99.9 is %v s, want about a second", v.Echo.P999)
 			}
-			if v.Echo.P90 < 0.2 { // a quarter of the messages fell due during the stall
+			if v.Echo.P90 < 0.2 { // a quarter of the messages were due during the stall
 				t.Errorf("p90 is %v s, though a quarter of the messages had to wait", v.Echo.P90)
 			}
 		})
 	}
 }
 
-// TestLoadInterruptedIsJudged: Ctrl-C ends the run, and does not hide what was wrong with it.
-func TestLoadInterruptedIsJudged(t *testing.T) {
+// Ctrl-C ends the run, but does not hide what was wrong with it.
+func TestLoadInterruptedStillFails(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--json", "--max-p999", "1ns")
@@ -146,8 +163,8 @@ func TestLoadInterruptedIsJudged(t *testing.T) {
 	}
 }
 
-// TestLoadInterruptedTwiceWaitsNoMore: not for what is under way, and still reports.
-func TestLoadInterruptedTwiceWaitsNoMore(t *testing.T) {
+// A second Ctrl-C ends the wait for what is in flight. The report is still printed.
+func TestLoadInterruptedTwiceStopsWaiting(t *testing.T) {
 	t.Parallel()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
@@ -163,10 +180,10 @@ func TestLoadInterruptedTwiceWaitsNoMore(t *testing.T) {
 		_, err = conn.Write(message)
 		check(t, err)
 	}
-	_, err = io.ReadFull(conn, message) // so one is under way, for which nobody will wait
+	_, err = io.ReadFull(conn, message) // this one stays in flight
 	check(t, err)
 	reported := make(chan struct{})
-	go func() { // signals of one kind in a row are one: so again and again
+	go func() { // two signals of one kind in a row may be delivered as one
 		for {
 			select {
 			case <-reported:
@@ -183,8 +200,8 @@ func TestLoadInterruptedTwiceWaitsNoMore(t *testing.T) {
 	}
 }
 
-// TestLoadSeesARestartThatLosesNothing: clients heed the notice and connect to the successor.
-func TestLoadSeesARestartThatLosesNothing(t *testing.T) {
+// Clients heed the notice and connect to the new server, so a restart loses nothing.
+func TestLoadAcrossARestart(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s")
 	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json", "--max-disconnects", "0", "--timeout", "20s")
@@ -202,13 +219,13 @@ func TestLoadSeesARestartThatLosesNothing(t *testing.T) {
 	}
 }
 
-// TestLoadSeesAKill: what was under way is lost, and said.
-func TestLoadSeesAKill(t *testing.T) {
+// What was in flight when the server was killed is reported as lost.
+func TestLoadAcrossAKill(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	l := startLoad(t, e.addr, "--conns", "16", "--rate", "20000", "--duration", "3s", "--json", "--max-disconnects", "3")
 	e.awaitOpen(16)
-	e.signal(syscall.SIGSTOP) // so that something is under way for certain
+	e.signal(syscall.SIGSTOP) // so that something is in flight for certain
 	time.Sleep(200 * time.Millisecond)
 	e.signal(syscall.SIGKILL)
 	e.wait(128 + int(syscall.SIGKILL))
@@ -221,7 +238,7 @@ func TestLoadSeesAKill(t *testing.T) {
 		t.Errorf("ends %+v, %d reconnects: want 16", v.Ends, v.Reconnects)
 	}
 	said := strings.Join(v.Failed, "; ")
-	if !strings.Contains(said, "lost") || !strings.Contains(said, "without a notice: 16, more than 3") {
+	if !strings.Contains(said, "lost") || !strings.Contains(said, "16 connections ended without a notice: more than 3") {
 		t.Errorf("failed for %q", said)
 	}
 	if !strings.Contains(l.stderr.String(), said) {
@@ -229,19 +246,19 @@ func TestLoadSeesAKill(t *testing.T) {
 	}
 }
 
-// TestLoadOnARollingRestartBehindHAProxy: a whole rollout, and nothing refused, reset or lost.
-func TestLoadOnARollingRestartBehindHAProxy(t *testing.T) {
+// In a rolling restart behind HAProxy nothing is refused, reset or lost.
+func TestLoadAcrossARolloutBehindHAProxy(t *testing.T) {
 	slow(t)
 	f := startFleet(t)
 	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json", "--max-refused", "0", "--max-disconnects", "0")
-	poll(t, "all to be connected", func() bool {
+	poll(t, "all connections", func() bool {
 		return f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections >= 20
 	})
 	for i := range f.nodes {
 		f.nodes[i].signal(syscall.SIGTERM)
 		f.nodes[i].wait(0)
 		f.startNode(i)
-		poll(t, "HAProxy to see that it is back", func() bool { // and to send it who comes, since it has the fewest
+		poll(t, "HAProxy to send it clients again", func() bool {
 			f.awaitServing()
 			return f.nodes[i].status().Accepted > 0
 		})
@@ -254,7 +271,7 @@ func TestLoadOnARollingRestartBehindHAProxy(t *testing.T) {
 	t.Logf("%+v %+v without service %+v", v.Echoes, v.Notices, v.Outage)
 }
 
-// TestLoadAgainstAnotherServer: any echo server will do.
+// Any echo server will do.
 func TestLoadAgainstAnotherServer(t *testing.T) {
 	t.Parallel()
 	socat := require(t, "socat")
@@ -271,24 +288,24 @@ func TestLoadAgainstAnotherServer(t *testing.T) {
 	}
 }
 
-func TestLoadEndsEarlyWithItsReport(t *testing.T) {
+func TestLoadOnATerminal(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	term, _ := openTerminal(t)
 	term.types(`$ECHOD load --address ` + e.addr + ` --conns 3 --rate 100 --duration 1h; echo "code=$?"` + "\n")
-	term.awaits(`\d/1h0m0s  lost 0  notices 0  reconnects 0  3 open  \d+/s  p99 `) // the live line
+	term.awaits(`\d/1h0m0s  lost 0  notices 0  reconnects 0  3 open  \d+/s of 100  p99 `) // the progress line
 	term.types(ctrlC)
-	term.awaits(`All that was sent has come back, once and in order`)
+	term.awaits(`All messages came back, once and in order`)
 	term.awaits(`(?m)^code=0$`)
 	e.awaitOpen(0)
 	e.expectAccounts(map[string]uint64{"client-closed": 3})
 }
 
-// TestLoadWithoutEnoughFiles: it is not the server that is to blame.
+// If there are too few files, the server is not blamed.
 func TestLoadWithoutEnoughFiles(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	for conns, code := range map[string]int{"20": 0, "60": 1, "200": 1} { // which while they are made need two files each
+	for conns, code := range map[string]int{"20": 0, "60": 1, "200": 1} {
 		got := run(t, commandOf("sh", "-c", `ulimit -n 70; exec "$@"`, "sh", built(t, echodBinary), "load", "--address", e.addr, "--conns", conns, "--rate", "100", "--duration", "300ms"))
 		if got.code != code || code == 1 && !strings.Contains(got.stderr, "too many open files for "+conns+" connections: raise the limit (ulimit -n)") {
 			t.Errorf("%s connections: code %d, %s\n%s", conns, got.code, got.stderr, got.stdout)
@@ -299,15 +316,15 @@ func TestLoadWithoutEnoughFiles(t *testing.T) {
 func TestLoadUsage(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ flags, want string }{
-		{"--conns 0", "--conns 0: at least 1"},
+		{"--conns 0", "--conns 0: must be at least 1"},
 		{"--size 10", "at least 38"},
 		{"--rate -1", "from 0 to 10000000"},
 		{"--pipeline -1", "must not be negative"},
-		{"--duration 0s", "--duration 0s: must be more than nothing"},
+		{"--duration 0s", "--duration 0s: must be longer than 0"},
 		{"--max-p99 fast", "invalid argument"},
 		{"--address foo", "missing port in address"},
 		{"--max-lost -1", "--max-lost: must not be negative"},
-		{"--plot x --hdr x", "not to the same file"},
+		{"--plot x --hdr x", "must not be the same file"},
 		{"somewhere", "unknown command"},
 		{"--plot /no/such/place/p.svg", "no such file or directory"},
 	} {

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,9 +13,12 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
+	humanize "github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/term"
 
 	"echod/internal/load"
 )
@@ -22,31 +27,32 @@ func newLoadCommand() *cobra.Command {
 	var l loader
 	cmd := &cobra.Command{
 		Use:   "load",
-		Short: "Put load on an echo server, and report what was lost, and how long it took",
-		Long: `Put load on an echo server, and report what was lost, and how long it took.
+		Short: "Put load on an echo server and account for every message",
+		Long: `Put load on an echo server, and report latencies and what became of each message.
 
-Each message carries a number and a checksum, so that messages lost, late, broken,
-repeated, out of order or misdelivered are told apart. It works against any server that
-echoes (RFC 862), and heeds the notices of echod: a connection that is told SHUTDOWN
-waits for what is under way, half-closes, reads to the end and connects again.
+Every message has a number and a checksum. The report tells apart messages that were
+lost, late, corrupted, duplicated, out of order or misdelivered. Any server that echoes
+(RFC 862) will do. The notices of echod are understood: after SHUTDOWN a connection waits
+for its echoes, half-closes, reads to the end and connects again.
 
-With --rate messages are sent when they are due, whether the server keeps up or not (an
-open model), and latency counts from then: a server that stalls for a second shows a
-second. Without, each connection waits for its echo before it sends on (a closed model),
-so that a stall delays the load itself, and shows once for each connection.
+With --rate or --stages, messages are sent when they are due, whether or not the server
+keeps up (open model). Latency counts from then, so a server that stalls for a second
+shows a second. Without them, each connection waits for its echo before it sends again
+(closed model). Then a stall also stalls the load, and shows once per connection.
 
-Ctrl-C ends the run early, with its report; once more ends the wait for what is under
-way at the end.
+Files, ports and addresses are checked before the run. Ctrl-C ends the run early, with a
+report. A second Ctrl-C ends the wait for messages in flight.
 
-Exit codes: 0 all is well, 1 something was lost, corrupted, duplicated or reordered, or a
-bound (--max-...) is broken, 2 usage.`,
+Exit status: 0 if all is well, 1 if messages were lost, corrupted, duplicated or
+reordered, or if a limit (--max-...) was exceeded, 2 for usage errors.`,
 		Example: `  echod load --conns 64 --duration 30s
-  echod load --conns 200 --rate 10000 --plot rollout.svg --max-outage 1s --max-refused 0`,
+  echod load --conns 200 --rate 10000 --plot run.svg --max-outage 1s --max-refused 0
+  echod load --conns 50 --stages 100:30s,500:1m --size 64:90,1024-4096:9,65536:1
+  echod load --json > before.json; echod load --compare before.json`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			l.out, l.err = cmd.OutOrStdout(), cmd.ErrOrStderr()
-			l.setBounds(cmd.Flags())
-			if err := l.check(); err != nil {
+			if err := l.check(cmd.Flags()); err != nil {
 				return err
 			}
 			return l.run(cmd.Context())
@@ -59,22 +65,29 @@ bound (--max-...) is broken, 2 usage.`,
 func (l *loader) addFlags(f *pflag.FlagSet) {
 	o := &l.opts
 	f.SortFlags = false
-	f.StringVar(&o.Address, "address", "127.0.0.1:9999", "server's `address`")
+	f.StringVar(&o.Address, "address", "127.0.0.1:9999", "`address` of the server: host:port, tls://host:port or\nunix:///path; connections are spread over all IP addresses\nof the host")
+	f.StringVar(&l.cacert, "cacert", "", "`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
 	f.IntVar(&o.Conns, "conns", 1, "`number` of connections at a time")
-	f.Float64Var(&o.Rate, "rate", 0, "`messages` a second, over all connections, sent when they are\ndue; 0: each connection sends when it has its echo")
-	f.IntVar(&o.Size, "size", load.DefaultSize, fmt.Sprintf("`bytes` of a message, at least %d", load.MinSize))
+	f.Float64Var(&l.rate, "rate", 0, "`messages` per second, over all connections (default: each\nconnection sends when it has its echo)")
+	f.StringVar(&l.stages, "stages", "", "`list` of rates and times, such as 100:30s,500:1m, instead of\n--rate and --duration")
+	f.StringVar(&l.size, "size", "64", fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\nor both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
 	f.DurationVar(&o.Duration, "duration", load.DefaultDuration, "`time` for which messages are sent")
-	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` under way on a connection (default: %d, and\n%d with --rate: what is due beyond it waits, and the wait\ncounts)", load.DefaultPipeline, load.DefaultBound))
-	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened, evenly (default: all\nat once)")
-	f.DurationVar(&o.Churn, "churn", 0, "`time` after which, give or take a half, a connection is\nclosed in order and made anew (default: never)")
-	f.BoolVar(&l.reconnect, "reconnect", true, "connect again, with growing, random pauses of up to 2s, when\na connection ends or none can be made; if false, only\nwhat --churn closes is made again, once")
+	f.StringVar(&l.think, "think", "0s", "`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo; not with --rate or --stages")
+	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
+	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened (default: all at once)")
+	f.DurationVar(&o.Churn, "churn", 0, "`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
+	f.BoolVar(&l.reconnect, "reconnect", true, "replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn replaces them")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
-	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo counts as late")
-	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` at the end for what is under way; what has not come\nthen is lost, and who still connects has timed out")
-	f.IntVar(&o.Loops, "loops", 0, "`threads` that carry the load (default: one for four processors)")
-	f.BoolVar(&l.json, "json", false, "print the report in JSON, with its time series")
-	f.StringVar(&l.hdr, "hdr", "", "`file` for the latencies of echoes: an HdrHistogram log if its\nname ends in .hlog, else a table of percentiles")
-	f.StringVar(&l.plot, "plot", "", "SVG `file` for a picture of latency and throughput over time")
+	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo is late")
+	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` to wait for messages in flight at the end; then they\nare lost, and connects have timed out")
+	f.IntVar(&o.Threads, "loops", 0, "`threads` that generate the load (default: one for each four\nprocessors)")
+	f.BoolVar(&l.json, "json", false, "print the report as JSON, with its time series")
+	f.StringVar(&l.compare, "compare", "", "`file` with the --json report of an earlier run, to compare with")
+	f.StringVar(&l.files[plotFile], "plot", "", "`file` for an SVG picture of latency and throughput over time")
+	f.StringVar(&l.files[percentilePlotFile], "plot-percentiles", "", "`file` for an SVG picture of latency by percentile")
+	f.StringVar(&l.files[hdrFile], "hdr", "", "`file` for the latencies: an HdrHistogram log with one interval\na second if its name ends in .hlog, else a table of percentiles")
+	f.StringVar(&l.files[csvFile], "csv", "", "`file` for the time series as CSV")
+	f.StringVar(&l.files[prometheusFile], "prometheus", "", "`file` for the report in Prometheus' text format")
 	f.DurationVar(&l.max.p99, "max-p99", 0, "fail if more than 1 % of the echoes take longer than this `time`")
 	f.DurationVar(&l.max.p999, "max-p999", 0, "fail if more than 0.1 % of the echoes take longer than this\n`time`")
 	f.DurationVar(&l.max.connectP99, "max-connect-p99", 0, "fail if more than 1 % of the connects take longer than this\n`time`")
@@ -84,73 +97,113 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.DurationVar(&l.max.outage, "max-outage", 0, "fail if a client is without service for more than this `time`")
 }
 
-// loader is one echod load.
+// The files that a report can be written to.
+const (
+	plotFile = iota
+	percentilePlotFile
+	hdrFile
+	csvFile
+	prometheusFile
+	loadFileCount
+)
+
+// loadFileFlags names the flags of the files.
+var loadFileFlags = [loadFileCount]string{"plot", "plot-percentiles", "hdr", "csv", "prometheus"}
+
+// loader is one run of echod load.
 type loader struct {
 	opts      load.Options
+	rate      float64
 	reconnect bool
 	json      bool
-	hdr, plot string
+
+	stages, size, think string
+	cacert, compare     string
+	files               [loadFileCount]string
 
 	max struct {
 		p99, p999, connectP99, outage time.Duration
 		lost, refused, disconnects    int64
 	}
-	bounds   load.Bounds
+	limits   load.Limits
 	out, err io.Writer
 }
 
-// setBounds takes the bounds whose flags were given.
-func (l *loader) setBounds(flags *pflag.FlagSet) {
-	given := func(name string) bool { return flags.Changed(name) }
+// setLimits sets the limits whose flags were given.
+func (l *loader) setLimits(flags *pflag.FlagSet) error {
+	for flag, limit := range map[string]int64{
+		"max-p99": int64(l.max.p99), "max-p999": int64(l.max.p999), "max-connect-p99": int64(l.max.connectP99),
+		"max-outage": int64(l.max.outage), "max-lost": l.max.lost, "max-refused": l.max.refused, "max-disconnects": l.max.disconnects,
+	} {
+		if limit < 0 {
+			return usagef("--%s: must not be negative", flag)
+		}
+	}
+	given := flags.Changed
 	if given("max-p99") {
-		l.bounds.P99 = &l.max.p99
+		l.limits.P99 = &l.max.p99
 	}
 	if given("max-p999") {
-		l.bounds.P999 = &l.max.p999
+		l.limits.P999 = &l.max.p999
 	}
 	if given("max-connect-p99") {
-		l.bounds.ConnectP99 = &l.max.connectP99
+		l.limits.ConnectP99 = &l.max.connectP99
 	}
 	if given("max-outage") {
-		l.bounds.Outage = &l.max.outage
+		l.limits.Outage = &l.max.outage
 	}
 	if given("max-lost") {
-		l.bounds.Lost = &l.max.lost
+		l.limits.Lost = &l.max.lost
 	}
 	if given("max-refused") {
-		l.bounds.Refused = &l.max.refused
+		l.limits.Refused = &l.max.refused
 	}
 	if given("max-disconnects") {
-		l.bounds.Disconnects = &l.max.disconnects
+		l.limits.Disconnects = &l.max.disconnects
 	}
+	return nil
 }
 
-func (l *loader) check() error {
+// check turns the flags into options.
+func (l *loader) check(flags *pflag.FlagSet) error {
 	if l.opts.Conns < 1 {
-		return usagef("--conns %d: at least 1", l.opts.Conns)
+		return usagef("--conns %d: must be at least 1", l.opts.Conns)
 	}
 	if l.opts.Duration <= 0 {
-		return usagef("--duration %s: must be more than nothing", l.opts.Duration)
-	}
-	if l.opts.Size < load.MinSize {
-		return usagef("--size %d: a message needs room for its number and checksum: at least %d", l.opts.Size, load.MinSize)
+		return usagef("--duration %s: must be longer than 0", l.opts.Duration)
 	}
 	for flag, d := range map[string]time.Duration{"timeout": l.opts.Timeout, "late": l.opts.Late, "drain-wait": l.opts.DrainWait} {
 		if d == 0 {
-			return usagef("--%s 0s: must be more than nothing", flag)
+			return usagef("--%s 0s: must be longer than 0", flag)
 		}
+	}
+	var err error
+	if l.opts.Sizes, err = load.ParseSizes(l.size); err != nil {
+		return usagef("--size: %w", err)
+	}
+	if l.opts.Think, err = load.ParseRange(l.think); err != nil {
+		return usagef("--think: %w", err)
+	}
+	switch {
+	case l.stages != "" && (flags.Changed("rate") || flags.Changed("duration")):
+		return usagef("--stages: gives rates and times, so --rate and --duration must not be given")
+	case l.stages != "":
+		if l.opts.Stages, err = load.ParseStages(l.stages); err != nil {
+			return usagef("--stages: %w", err)
+		}
+	case l.rate != 0:
+		l.opts.Stages = []load.Stage{{Rate: l.rate, Duration: l.opts.Duration}}
 	}
 	l.opts.NoReconnect = !l.reconnect
-	for flag, limit := range map[string]int64{
-		"p99": int64(l.max.p99), "p999": int64(l.max.p999), "connect-p99": int64(l.max.connectP99), "outage": int64(l.max.outage),
-		"lost": l.max.lost, "refused": l.max.refused, "disconnects": l.max.disconnects,
-	} {
-		if limit < 0 {
-			return usagef("--max-%s: must not be negative", flag)
-		}
+	if err := l.setLimits(flags); err != nil {
+		return err
 	}
-	if l.plot != "" && filepath.Clean(l.plot) == filepath.Clean(l.hdr) {
-		return usagef("--plot and --hdr: not to the same file")
+	for i, path := range l.files {
+		for j := range i {
+			if path != "" && filepath.Clean(path) == filepath.Clean(l.files[j]) {
+				return usagef("--%s and --%s: must not be the same file", loadFileFlags[j], loadFileFlags[i])
+			}
+		}
 	}
 	if err := l.opts.Validate(); err != nil {
 		return usageError{err}
@@ -158,107 +211,268 @@ func (l *loader) check() error {
 	return nil
 }
 
+// run carries out the command. The first interrupt ends the run, the second one the
+// wait for what is in flight.
 func (l *loader) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(context.Canceled)
-	hurry := make(chan struct{})
-	endOnce := sync.OnceFunc(func() { close(hurry) })
+	skip := make(chan struct{})
+	skipDrain := sync.OnceFunc(func() { close(skip) })
 	end := onInterrupt(func(e *exitError) {
 		if ctx.Err() == nil {
 			cancel(e)
 		} else {
-			endOnce()
+			skipDrain()
 		}
 	})
 	defer end()
-	l.opts.Hurry = hurry
+	l.opts.SkipDrain = skip
 	return l.load(ctx)
 }
 
-// load does the run, and says what came of it.
+// load does the run and writes its results.
 func (l *loader) load(ctx context.Context) error {
+	before, err := l.readBefore()
+	if err != nil {
+		return err
+	}
+	if l.opts.TLS, err = l.tlsConfig(); err != nil {
+		return err
+	}
 	files, err := l.openFiles()
 	if err != nil {
 		return err
 	}
-	live := newLive(l.err, l.opts.Duration)
-	l.opts.OnProgress = live.show
+	if l.writesLog() {
+		l.opts.HistogramLog = files[hdrFile]
+	}
+	progress := newLoadProgress(l.err, l.opts)
+	l.opts.OnProgress = progress.show
 	report, err := load.Run(ctx, l.opts)
-	live.end()
-	if err != nil {
+	progress.end()
+	if report == nil {
 		return errors.Join(err, files.close())
 	}
-	why := report.Judge(l.bounds)
-	if l.json {
-		err = writeJSON(l.out, report, why)
-	} else {
-		err = writeReport(l.out, report, why)
+	failures := report.Failures(l.limits)
+	var comparison *load.Comparison
+	if before != nil {
+		comparison = report.Compare(before)
 	}
-	if err := errors.Join(err, files.write(report)); err != nil {
+	if l.json {
+		err = errors.Join(err, writeLoadJSON(l.out, report, failures, comparison))
+	} else {
+		err = errors.Join(err, writeLoadReport(l.out, report, failures, comparison))
+	}
+	if err := errors.Join(err, l.writeFiles(files, report, before), files.close()); err != nil {
 		return err
 	}
-	if len(why) > 0 {
-		return &exitError{exitFailed, errors.New(strings.Join(why, "; "))}
+	if len(failures) > 0 {
+		return &exitError{exitFailed, errors.New(strings.Join(failures, "; "))}
 	}
 	return nil
 }
 
-func writeJSON(out io.Writer, report *load.Report, why []string) error {
-	if why == nil {
-		why = []string{}
+// readBefore reads the report to compare with. It returns nil if there is none.
+func (l *loader) readBefore() (*load.Report, error) {
+	if l.compare == "" {
+		return nil, nil
 	}
-	enc := json.NewEncoder(out)
-	enc.SetIndent("", "  ")
-	err := enc.Encode(struct {
-		*load.Report
-		Failed []string `json:"failed"`
-	}{report, why})
+	f, err := os.Open(l.compare)
 	if err != nil {
-		return fmt.Errorf("writing the report: %w", err)
+		return nil, err
 	}
-	return nil
+	defer f.Close()
+	report, err := load.ReadReport(f)
+	if err != nil {
+		return nil, fmt.Errorf("--compare %s: %w", l.compare, err)
+	}
+	return report, nil
 }
 
-// loadFiles are the files that a report goes to, opened before the run: it would be a pity if they could not be
-// written after it.
-type loadFiles struct{ hdr, plot *os.File }
+func (l *loader) tlsConfig() (*tls.Config, error) {
+	if l.cacert == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(l.cacert)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("--cacert %s: no certificate in it", l.cacert)
+	}
+	return &tls.Config{RootCAs: roots}, nil
+}
 
-func (l *loader) openFiles() (f loadFiles, err error) {
-	for _, file := range []struct {
-		path string
-		to   **os.File
-	}{{l.hdr, &f.hdr}, {l.plot, &f.plot}} {
-		if file.path == "" {
+// writesLog reports whether --hdr asks for a log, which is written during the run.
+func (l *loader) writesLog() bool { return strings.HasSuffix(l.files[hdrFile], ".hlog") }
+
+// loadFiles are the files that a report is written to, nil if not wanted. They are
+// opened before the run, so that a wrong path does not cost a run.
+type loadFiles [loadFileCount]*outputFile
+
+func (l *loader) openFiles() (files loadFiles, err error) {
+	for i, path := range l.files {
+		if path == "" {
 			continue
 		}
-		if *file.to, err = os.Create(file.path); err != nil {
-			return f, errors.Join(err, f.close())
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o666)
+		if err != nil {
+			return files, errors.Join(err, files.close())
 		}
+		files[i] = &outputFile{File: f}
 	}
-	return f, nil
+	return files, nil
 }
 
-func (f loadFiles) close() error {
+func (files loadFiles) close() error {
 	var errs []error
-	for _, file := range []*os.File{f.hdr, f.plot} {
-		if file != nil {
-			errs = append(errs, file.Close())
+	for _, f := range files {
+		if f != nil {
+			errs = append(errs, f.Close())
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (f loadFiles) write(report *load.Report) error {
+// An outputFile loses its old content when it is first written, and not if the run
+// fails before.
+type outputFile struct {
+	*os.File
+	written bool
+}
+
+func (f *outputFile) Write(p []byte) (int, error) {
+	if !f.written {
+		f.written = true
+		_ = f.Truncate(0) // fails for pipes and devices, which have no old content
+	}
+	return f.File.Write(p)
+}
+
+func (l *loader) writeFiles(files loadFiles, report, before *load.Report) error {
+	writers := [loadFileCount]func(io.Writer) error{
+		plotFile:           report.WritePlot,
+		percentilePlotFile: func(w io.Writer) error { return report.WritePercentilePlot(w, before) },
+		hdrFile:            report.WritePercentiles,
+		csvFile:            report.WriteCSV,
+		prometheusFile:     report.WritePrometheus,
+	}
 	var errs []error
-	if f.hdr != nil {
-		form := report.WritePercentiles
-		if strings.HasSuffix(f.hdr.Name(), ".hlog") {
-			form = report.WriteHistogramLog
+	for i, f := range files {
+		if f != nil && (i != hdrFile || !l.writesLog()) {
+			errs = append(errs, writers[i](f))
 		}
-		errs = append(errs, form(f.hdr))
 	}
-	if f.plot != nil {
-		errs = append(errs, report.WritePlot(f.plot))
+	return errors.Join(errs...)
+}
+
+// progressEvery is how often progress is printed without a terminal.
+const progressEvery = 5 * time.Second
+
+// loadProgress shows the progress of a run: on a terminal in one line that changes, and
+// otherwise in a new line now and then.
+type loadProgress struct {
+	out      io.Writer
+	terminal bool
+	width    func() int
+	duration time.Duration
+	printed  time.Duration // when the last line was
+	shown    int           // columns of the present line
+}
+
+func newLoadProgress(out io.Writer, opts load.Options) *loadProgress {
+	v := &loadProgress{out: out, duration: opts.Duration}
+	for i, s := range opts.Stages {
+		if i == 0 {
+			v.duration = 0
+		}
+		v.duration += s.Duration
 	}
-	return errors.Join(append(errs, f.close())...)
+	if file, ok := out.(*os.File); ok && term.IsTerminal(int(file.Fd())) && os.Getenv("TERM") != "dumb" {
+		v.terminal = true
+		v.width = func() int {
+			width, _, err := term.GetSize(int(file.Fd()))
+			if err != nil || width == 0 {
+				return 80
+			}
+			return width
+		}
+	}
+	return v
+}
+
+func (v *loadProgress) show(p load.Progress) {
+	if !v.terminal {
+		if p.Elapsed-v.printed < progressEvery {
+			return
+		}
+		v.printed = p.Elapsed
+		fmt.Fprintln(v.out, strings.Join(v.fields(p), fieldGap))
+		return
+	}
+	line := fitting(v.fields(p), v.width()-1)
+	columns := utf8.RuneCountInString(line)
+	fmt.Fprintf(v.out, "\r%s%s", line, strings.Repeat(" ", max(0, v.shown-columns)))
+	v.shown = columns
+}
+
+// end removes the line from the terminal.
+func (v *loadProgress) end() {
+	if v.shown > 0 {
+		fmt.Fprintf(v.out, "\r%s\r", strings.Repeat(" ", v.shown))
+	}
+}
+
+// fields returns what there is to show, the most important first.
+func (v *loadProgress) fields(p load.Progress) []string {
+	when := fmt.Sprintf("%.0f/%s", min(p.Elapsed, v.duration).Seconds(), v.duration)
+	if p.Draining {
+		when = "waiting for echoes"
+	}
+	fields := []string{when, "lost " + humanize.Comma(p.Lost)}
+	if p.Corrupted > 0 {
+		fields = append(fields, "corrupted "+humanize.Comma(p.Corrupted))
+	}
+	rate := humanize.Comma(int64(p.Rate+0.5)) + "/s"
+	if p.Offered > 0 && !p.Draining {
+		rate += " of " + humanize.Commaf(p.Offered)
+	}
+	return append(fields, "notices "+humanize.Comma(p.Notices), "reconnects "+humanize.Comma(p.Reconnects),
+		humanize.Comma(int64(p.Open))+" open", rate,
+		"p99 "+latency(p.P99.Seconds()), "p50 "+latency(p.P50.Seconds()))
+}
+
+const fieldGap = "  "
+
+// fitting joins as many fields as fit into width. The first one is cut if necessary.
+func fitting(fields []string, width int) string {
+	first := []rune(fields[0])
+	line := string(first[:min(len(first), max(0, width))])
+	for _, field := range fields[1:] {
+		longer := line + fieldGap + field
+		if utf8.RuneCountInString(longer) > width {
+			break
+		}
+		line = longer
+	}
+	return line
+}
+
+// writeLoadJSON prints a report as JSON, with what is wrong with it.
+func writeLoadJSON(out io.Writer, report *load.Report, failures []string, comparison *load.Comparison) error {
+	if failures == nil {
+		failures = []string{}
+	}
+	enc := json.NewEncoder(out)
+	enc.SetIndent("", "  ")
+	err := enc.Encode(struct {
+		*load.Report
+		Failed     []string         `json:"failed"`
+		Comparison *load.Comparison `json:"comparison,omitempty"`
+	}{report, failures, comparison})
+	if err != nil {
+		return fmt.Errorf("writing the report: %w", err)
+	}
+	return nil
 }

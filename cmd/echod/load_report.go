@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 	"unicode/utf8"
 
 	humanize "github.com/dustin/go-humanize"
@@ -12,18 +13,58 @@ import (
 	"echod/internal/load"
 )
 
-// writeReport prints a report for people.
-func writeReport(out io.Writer, r *load.Report, why []string) error {
+// writeLoadReport prints a report for people.
+func writeLoadReport(out io.Writer, r *load.Report, failures []string, comparison *load.Comparison) error {
 	var b strings.Builder
-	what := fmt.Sprintf("%s of %d bytes on each\n(closed model: a stall holds up the load, and most of its waits are not seen)", many(r.Pipeline, "message"), r.Size)
-	if r.Rate > 0 {
-		what = fmt.Sprintf("%s messages of %d bytes a second\n(open model: latency counts from when each was due)", humanize.Commaf(r.Rate), r.Size)
+	fmt.Fprintf(&b, "%s\n\n", loadTitle(r))
+	writeLoadCounts(&b, r)
+	b.WriteByte('\n')
+	writeLoadLatencies(&b, r)
+	if comparison != nil {
+		b.WriteByte('\n')
+		writeLoadComparison(&b, comparison)
 	}
-	fmt.Fprintf(&b, "%s for %s: %s, %s\n\n", r.Address, seconds(r.Lasted), many(r.Conns, "connection"), what)
+	for _, text := range r.Errors {
+		fmt.Fprintf(&b, "\nerror: %s", text)
+	}
+	fmt.Fprintln(&b)
+	if len(failures) == 0 {
+		fmt.Fprintln(&b, loadConclusion(r))
+	}
+	if _, err := io.WriteString(out, b.String()); err != nil {
+		return fmt.Errorf("writing the report: %w", err)
+	}
+	return nil
+}
 
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+// loadTitle says what was done.
+func loadTitle(r *load.Report) string {
+	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, many(r.Conns, "connection"), seconds(r.Lasted))}
+	sizes := "messages of " + strings.ReplaceAll(r.Sizes, ",", ", ") + " bytes"
+	model := "Open model: latency counts from when each message was due."
+	switch {
+	case len(r.Stages) > 1:
+		title = append(title, sizes)
+		for _, s := range r.Stages {
+			title = append(title, fmt.Sprintf("%s/s for %s", humanize.Commaf(s.Rate), seconds(s.Seconds)))
+		}
+	case r.Rate > 0:
+		title = append(title, humanize.Commaf(r.Rate)+" "+sizes+" a second")
+	default:
+		title = append(title, sizes)
+		model = fmt.Sprintf("Closed model, %s in flight on each connection", many(r.Pipeline, "message"))
+		if r.Think != "" {
+			model += ", think time " + r.Think
+		}
+		model += ".\nA stall also stalls the load, so most of the waiting it would cause is not seen."
+	}
+	return strings.Join(wrapped(title, 80), "\n") + "\n" + model
+}
+
+func writeLoadCounts(b *strings.Builder, r *load.Report) {
+	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	row := func(name string, cells ...string) {
-		for i, line := range folded(cells, 63) {
+		for i, line := range wrapped(cells, 63) {
 			if i > 0 {
 				name = ""
 			}
@@ -33,20 +74,34 @@ func writeReport(out io.Writer, r *load.Report, why []string) error {
 	n := func(n int64, what string) string { return humanize.Comma(n) + " " + what }
 	c, e, not, end := r.Connects, r.Echoes, r.Notices, r.Ends
 	row("connects", append([]string{n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"), n(c.Reset, "reset"), n(c.TimedOut, "timed out")},
-		some(c.Failed, "failed otherwise", c.TurnedAway, "turned away")...)...)
+		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway, "turned away")...)...)
 	row("echoes", append([]string{n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"), n(e.Lost, "lost"), n(e.Corrupted, "corrupted")},
-		some(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
+		nonzero(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
 	row("order", n(e.Duplicated, "duplicated"), n(e.Reordered, "out of order"), n(e.Foreign, "misdelivered"))
-	row("throughput", humanize.Comma(int64(r.PerSecond))+" echoes/s")
+	throughput := []string{humanize.Comma(int64(r.PerSecond+0.5)) + " echoes/s over " + seconds(r.Took)}
+	if r.OfferedPerSecond > 0 {
+		throughput = append(throughput, fmt.Sprintf("%s/s offered over %s", humanize.Comma(int64(r.OfferedPerSecond+0.5)), seconds(r.Lasted)))
+	}
+	row("throughput", throughput...)
 	row("notices", append([]string{n(not.Seen(), "seen"), n(not.Heeded, "heeded")},
-		some(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages, "NOTICE")...)...)
-	row("ends", n(end.Left, "left in order"), n(end.Noticed, "noticed"), n(end.Closed, "closed"), n(end.Reset, "reset"), n(end.Failed, "otherwise"))
+		nonzero(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages, "NOTICE")...)...)
+	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed"), n(end.Reset, "reset"), n(end.Failed, "other"))
 	row("reconnects", humanize.Comma(r.Reconnects))
 	row("without service", n(int64(r.Outage.Clients), "of "+many(r.Conns, "client")), "median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
-	_ = w.Flush()
+	if len(r.Addresses) > 1 {
+		for i, a := range r.Addresses {
+			name := ""
+			if i == 0 {
+				name = "addresses"
+			}
+			row(name, a.Address+" "+n(a.Made, "connects"), n(a.Failed, "failed"))
+		}
+	}
+	_ = w.Flush() // a Builder accepts everything
+}
 
-	b.WriteByte('\n')
-	w = tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
+func writeLoadLatencies(b *strings.Builder, r *load.Report) {
+	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(w, "latency\tp50\tp90\tp99\tp99.9\tp99.99\tmax\t")
 	for _, line := range []struct {
 		name string
@@ -59,35 +114,50 @@ func writeReport(out io.Writer, r *load.Report, why []string) error {
 		fmt.Fprintln(w)
 	}
 	_ = w.Flush()
-	for _, text := range r.Errors {
-		fmt.Fprintf(&b, "\nerror: %s", text)
-	}
-	fmt.Fprintln(&b)
-	if len(why) == 0 {
-		fmt.Fprintln(&b, wellEnough(r))
-	}
-	if _, err := io.WriteString(out, b.String()); err != nil {
-		return fmt.Errorf("writing the report: %w", err)
-	}
-	return nil
 }
 
-// wellEnough says what became of the messages of a run that is not to be blamed.
-func wellEnough(r *load.Report) string {
+func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
+	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "compared\tbefore\tnow\tchange\t")
+	for _, f := range c.Figures {
+		format := func(v float64) string { return humanize.Comma(int64(v + 0.5)) }
+		name, isTime := strings.CutSuffix(f.Name, "_seconds")
+		if isTime {
+			format = latency
+		}
+		change := "-"
+		switch {
+		case f.Before == f.After:
+			change = "same"
+		case f.Change != nil:
+			change = fmt.Sprintf("%+.1f %%", *f.Change*100)
+		}
+		name = strings.ReplaceAll(strings.Replace(name, "_per_", "/", 1), "_", " ")
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t\n", strings.Replace(name, "/second", "/s", 1), format(f.Before), format(f.After), change)
+	}
+	_ = w.Flush()
+	fmt.Fprintf(b, "Before: %s.\n", c.Before.Local().Format(time.DateTime))
+	if len(c.Differences) > 0 {
+		fmt.Fprintf(b, "The runs differ, so take care:\n  %s\n", strings.Join(c.Differences, "\n  "))
+	}
+}
+
+// loadConclusion sums up a run in which nothing was wrong.
+func loadConclusion(r *load.Report) string {
 	if r.Echoes.Returned == r.Echoes.Sent {
-		text := "All that was sent has come back, once and in order."
+		text := "All messages came back, once and in order."
 		if r.Outage.Clients > 0 {
-			text += fmt.Sprintf("\n%s of %s had to do without service for a while, for %s at most.",
+			text += fmt.Sprintf("\n%s of %s were without service for a while, at most %s.",
 				humanize.Comma(int64(r.Outage.Clients)), many(r.Conns, "client"), latency(r.Outage.Max))
 		}
 		return text
 	}
-	missing := some(r.Echoes.Lost, "lost", r.Echoes.TurnedAway, "turned away")
-	return "Not all has come back, but no bound is broken: " + strings.Join(missing, ", ") + "."
+	missing := nonzero(r.Echoes.Lost, "lost", r.Echoes.TurnedAway, "turned away")
+	return "Some messages did not come back, but no limit was exceeded: " + strings.Join(missing, ", ") + "."
 }
 
-// folded joins cells to lines of the width, as far as they go.
-func folded(cells []string, width int) []string {
+// wrapped joins cells with commas into lines of at most width columns.
+func wrapped(cells []string, width int) []string {
 	lines := []string{""}
 	for i, cell := range cells {
 		if i < len(cells)-1 {
@@ -106,7 +176,7 @@ func folded(cells []string, width int) []string {
 	return lines
 }
 
-// many is count with commas.
+// many is count with thousands separators.
 func many(n int, noun string) string {
 	if n == 1 {
 		return count(n, noun)
@@ -114,23 +184,23 @@ func many(n int, noun string) string {
 	return humanize.Comma(int64(n)) + " " + noun + "s"
 }
 
-// some says those counts that are not zero, each before its name.
-func some(pairs ...any) []string {
-	var said []string
+// nonzero lists the counts that are not zero. pairs are counts and what they count.
+func nonzero(pairs ...any) []string {
+	var listed []string
 	for i := 0; i < len(pairs); i += 2 {
 		if n := pairs[i].(int64); n > 0 {
-			said = append(said, humanize.Comma(n)+" "+pairs[i+1].(string))
+			listed = append(listed, humanize.Comma(n)+" "+pairs[i+1].(string))
 		}
 	}
-	return said
+	return listed
 }
 
-// latency shows seconds to three digits.
+// latency formats seconds with three digits.
 func latency(s float64) string {
 	switch {
 	case s == 0:
 		return "-"
-	case s < 0.9995e-3: // not 1000 of them
+	case s < 0.9995e-3: // 1000 µs is 1 ms
 		return digits(s*1e6) + " µs"
 	case s < 0.9995:
 		return digits(s*1e3) + " ms"

@@ -7,137 +7,213 @@ import (
 	"echod/client"
 )
 
-// maxMissing bounds the messages of a connection that are remembered to be
-// missing, in case they still come. What is beyond it counts as lost.
-const maxMissing = 1 << 16
+const (
+	// maxMissing bounds how many missing messages a checker remembers in case they
+	// still arrive. Any more count as lost.
+	maxMissing = 1 << 16
 
-// A checker tells what becomes of the messages of one connection. It does no
-// input or output: begin says that a message is to be sent, feed takes what has
-// come back, and end says that nothing more will.
+	// maxNotice is the length of the longest notice, in bytes.
+	maxNotice = 4 << 10
+)
+
+// A checker decides what becomes of the messages of one connection. It does no
+// I/O: begin announces a message to be sent, fill and wrote are for the writer,
+// feed takes what arrives, and end says that nothing more will arrive.
 //
-// Nearly always what comes is what was sent next, and comparing it with that is
-// all there is to do. Else it is read line by line (lines.go): a line may be a
-// message from elsewhere in the order, a notice, or broken.
+// It keeps no copy of what was sent: a message is its frame and a piece of the
+// padding that all connections share.
+//
+// Nearly always the next bytes are the next message, and comparing is all there is
+// to do. Otherwise the checker reads line by line: a line may be a message that is
+// out of order, a notice, or broken.
 type checker struct {
-	from  origin
-	size  int           // of a message, in bytes
-	late  time.Duration // a message that takes longer is late
-	tally *tally        // of the loop that owns this
+	from      origin
+	runPrefix []byte
+	padding   []byte
+	maxSize   int           // of a message, in bytes
+	meanSize  int           //
+	late      time.Duration // a message that takes longer is late
+	tally     *tally        // of the worker that owns the connection
+	onNotice  func(client.Notice)
 
-	template []byte
-	onNotice func(client.Notice)
-
-	// The messages [base, next) are outstanding: sent, or to be sent, and not
-	// come back, nor any that was sent after them.
+	// Messages [base, next) are outstanding: begun, not returned, and so was no
+	// message after them. flights[first:] describes them.
 	base, next uint64
-	sent       []byte          // sent[sentHead:] are their bytes
-	sentHead   int             //
-	due        []time.Duration // due[dueHead:] is when they were due
-	dueHead    int
-	arrived    int // how many bytes of message base have come back
+	flights    []flight
+	first      int
+	start, end int64 // the part of the stream that they take up
+	arrived    int   // bytes of message base that have arrived
 
-	// missing are messages before base that have not come back, and when they
-	// were due; forgotten is how many there are besides.
+	written int64  // bytes of the stream
+	sent    uint64 // messages [0, sent) have at least one byte written
+
+	// missing are messages before base that have not returned, and when they were
+	// due. forgotten is the number of those that are not in the map.
 	missing   map[uint64]time.Duration
 	forgotten int64
 
-	// broken is for how many messages the broken bytes since the last message in
-	// its turn would do; corrupted is how many they have stood for.
-	broken, corrupted int64
+	// Since the last message in its turn, brokenBytes arrived that are no message.
+	// They would make up about broken messages. corrupted is how many messages of
+	// this connection have been counted as corrupted.
+	broken, brokenBytes, corrupted int64
 
 	lines lines
 }
 
-func newChecker(from origin, size int, late time.Duration, t *tally, onNotice func(client.Notice)) *checker {
-	return &checker{from: from, size: size, late: late, tally: t, template: from.template(size), onNotice: onNotice}
+// A flight is an outstanding message.
+type flight struct {
+	due time.Duration
+	end int64 // offset of the byte after it in the stream
+	frame
 }
 
-// begin appends one more message to those that are to be sent.
-func (c *checker) begin(due time.Duration) {
-	if c.sentHead > 0 && len(c.sent)+c.size > cap(c.sent) && c.sentHead >= len(c.sent)/2 {
-		c.sent = c.sent[:copy(c.sent, c.sent[c.sentHead:])]
-		c.sentHead = 0
+func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t *tally, onNotice func(client.Notice)) *checker {
+	return &checker{
+		from: from, runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
+		late: late, tally: t, onNotice: onNotice,
 	}
-	if c.dueHead > 0 && len(c.due) == cap(c.due) && c.dueHead >= len(c.due)/2 {
-		c.due = c.due[:copy(c.due, c.due[c.dueHead:])]
-		c.dueHead = 0
+}
+
+// begin appends a message to those that are to be sent.
+func (c *checker) begin(due time.Duration, size int) {
+	if c.first > 0 && len(c.flights) == cap(c.flights) && c.first >= len(c.flights)/2 {
+		c.flights = c.flights[:copy(c.flights, c.flights[c.first:])]
+		c.first = 0
 	}
-	c.sent = append(c.sent, c.template...)
-	number(c.sent[len(c.sent)-c.size:], c.next)
-	c.due = append(c.due, due)
+	c.end += int64(size)
+	c.flights = append(c.flights, flight{due: due, end: c.end, frame: c.from.frame(c.next, c.padding[:size-MinSize])})
 	c.next++
 }
 
-// unwritten returns the bytes of the messages after the first n bytes of all that
-// were ever begun.
-func (c *checker) unwritten(written int64) []byte {
-	pending := int64(c.next)*int64(c.size) - written
-	return c.sent[int64(len(c.sent))-pending:]
+// flight returns an outstanding message and where it starts in the stream.
+func (c *checker) flight(seq uint64) (f *flight, start int64) {
+	i := c.first + int(seq-c.base)
+	start = c.start
+	if seq > c.base {
+		start = c.flights[i-1].end
+	}
+	return &c.flights[i], start
 }
 
-// retract takes back the messages of which not a byte has been written, and
-// returns when they were due.
-func (c *checker) retract(written int64) []time.Duration {
-	size := int64(c.size)
-	keep := max(c.base, uint64((written+size-1)/size))
-	n := int(c.next - keep)
-	c.next = keep
-	c.sent = c.sent[:len(c.sent)-n*c.size]
-	due := c.due[len(c.due)-n:]
-	c.due = c.due[:len(c.due)-n]
+// unwritten returns how many bytes of the messages are still to be written.
+func (c *checker) unwritten() int64 { return c.end - c.written }
+
+// fill copies the next bytes to be written into p and returns their number.
+func (c *checker) fill(p []byte) int {
+	n := 0
+	seq := c.sent
+	if seq > c.base { // the last message that was begun to be written may have a rest
+		if f, _ := c.flight(seq - 1); f.end > c.written {
+			seq--
+		}
+	}
+	for ; seq < c.next && n < len(p); seq++ {
+		f, start := c.flight(seq)
+		skip := max(0, int(c.written-start))
+		for _, part := range c.parts(f, int(f.end-start)) {
+			if skip >= len(part) {
+				skip -= len(part)
+				continue
+			}
+			n += copy(p[n:], part[skip:])
+			skip = 0
+		}
+	}
+	return n
+}
+
+// parts returns the bytes of a message in three parts.
+func (c *checker) parts(f *flight, size int) [3][]byte {
+	return [3][]byte{f.head[:], c.padding[:size-MinSize], f.tail[:]}
+}
+
+// wrote says that the next n bytes were written. It returns how many messages were
+// begun to be written by that.
+func (c *checker) wrote(n int) int64 {
+	c.written += int64(n)
+	before := c.sent
+	for c.sent < c.next {
+		if _, start := c.flight(c.sent); start >= c.written {
+			break
+		}
+		c.sent++
+	}
+	return int64(c.sent - before)
+}
+
+// retract withdraws the messages of which nothing was written, and returns when
+// they were due.
+func (c *checker) retract() []time.Duration {
+	var due []time.Duration
+	for _, f := range c.flights[len(c.flights)-int(c.next-c.sent):] {
+		due = append(due, f.due)
+	}
+	c.flights = c.flights[:len(c.flights)-len(due)]
+	c.next = c.sent
+	c.end = c.start
+	if c.next > c.base {
+		c.end = c.flights[len(c.flights)-1].end
+	}
 	return due
 }
 
-// feed takes what has come back at the given time.
+// feed takes bytes that arrived at the given time.
 func (c *checker) feed(p []byte, now time.Duration) {
 	for len(p) > 0 {
 		if c.lines.reading {
 			p = c.feedLine(p, now)
 			continue
 		}
-		want := c.sent[c.sentHead+c.arrived:]
-		n := min(len(p), len(want))
-		if n == 0 || !bytes.Equal(p[:n], want[:n]) {
-			n = c.wholeMessages(p[:n], want[:n])
-			c.arrive(n, now)
-			p = p[n:]
-			c.lines.begin(c.sent[c.sentHead:c.sentHead+c.arrived], c.base > 0)
-			c.arrived = 0
+		size := 0
+		if c.base < c.sent {
+			size = int(c.flights[c.first].end - c.start)
+		}
+		n := min(len(p), size-c.arrived)
+		if n <= 0 || !c.expected(p[:n], size) {
+			c.startLines()
 			continue
 		}
-		c.arrive(n, now)
+		c.arrived += n
 		p = p[n:]
+		if c.arrived == size {
+			c.returned(now - c.flights[c.first].due)
+			c.pop()
+		}
 	}
 }
 
-// wholeMessages returns how much of got, which differs from want, are messages that
-// have come back whole.
-func (c *checker) wholeMessages(got, want []byte) int {
-	n := 0
-	for end := c.size - c.arrived; end <= len(got) && bytes.Equal(got[n:end], want[n:end]); end += c.size {
-		n = end
+// expected reports whether p is what comes next of message base.
+func (c *checker) expected(p []byte, size int) bool {
+	f := &c.flights[c.first]
+	if c.start+int64(c.arrived+len(p)) > c.written {
+		return false
 	}
-	return n
+	at := c.arrived
+	for _, part := range c.parts(f, size) {
+		if at >= len(part) {
+			at -= len(part)
+			continue
+		}
+		n := min(len(p), len(part)-at)
+		if !bytes.Equal(p[:n], part[at:at+n]) {
+			return false
+		}
+		p, at = p[n:], 0
+		if len(p) == 0 {
+			break
+		}
+	}
+	return true
 }
 
-// arrive takes off the next n bytes of what is outstanding.
-func (c *checker) arrive(n int, now time.Duration) {
-	c.arrived += n
-	for c.arrived >= c.size {
-		c.arrived -= c.size
-		c.returned(now - c.due[c.dueHead])
-		c.pop()
-	}
-}
-
-// pop takes message base off those that are outstanding.
+// pop removes message base from the outstanding ones.
 func (c *checker) pop() {
+	c.start = c.flights[c.first].end
 	c.base++
-	c.dueHead++
-	c.sentHead += c.size
+	c.first++
+	c.arrived = 0
 	if c.base == c.next {
-		c.due, c.dueHead = c.due[:0], 0
-		c.sent, c.sentHead = c.sent[:0], 0
+		c.flights, c.first = c.flights[:0], 0
 	}
 }
 
@@ -148,14 +224,15 @@ func (c *checker) returned(latency time.Duration) {
 	}
 }
 
-// message takes a whole and right message that came out of order, or may have.
-func (c *checker) message(from origin, seq uint64, now time.Duration) {
+// message takes an intact message that is, or may be, out of order.
+func (c *checker) message(from origin, seq uint64, size int, now time.Duration) {
 	if from != c.from {
 		c.tally.Echoes.Foreign++
 		return
 	}
-	if seq >= c.next { // right by its form, but never sent
+	if seq >= c.sent { // well-formed, but never sent
 		c.broken++
+		c.brokenBytes += int64(size)
 		return
 	}
 	if due, ok := c.missing[seq]; ok {
@@ -168,46 +245,54 @@ func (c *checker) message(from origin, seq uint64, now time.Duration) {
 		c.tally.Echoes.Duplicated++
 		return
 	}
-	c.standFor(int64(seq - c.base))
+	f, start := c.flight(seq)
+	due := f.due
+	c.countBroken(int64(seq-c.base), start-c.start)
 	for c.base < seq {
 		c.miss()
 	}
-	c.returned(now - c.due[c.dueHead])
+	c.returned(now - due)
 	c.pop()
 }
 
-// miss gives message base up, since one that was sent after it has come.
+// miss gives up message base because a later one has arrived.
 func (c *checker) miss() {
 	if len(c.missing) < maxMissing {
 		if c.missing == nil {
 			c.missing = make(map[uint64]time.Duration)
 		}
-		c.missing[c.base] = c.due[c.dueHead]
+		c.missing[c.base] = c.flights[c.first].due
 	} else {
 		c.forgotten++
 	}
 	c.pop()
 }
 
-// standFor takes the broken bytes since the last message in its turn for the
-// messages that are missing there, as far as they go.
-func (c *checker) standFor(missing int64) {
+// countBroken counts the broken bytes since the last message in its turn. They are
+// what became of the messages missing there, which have missingBytes. Any more were
+// never sent.
+func (c *checker) countBroken(missing, missingBytes int64) {
 	corrupted := min(c.broken, missing)
 	c.corrupted += corrupted
 	c.tally.Echoes.Corrupted += corrupted
-	c.tally.Echoes.Unexpected += c.broken - corrupted
-	c.broken = 0
+	if c.brokenBytes > missingBytes {
+		c.tally.Echoes.Unexpected += c.broken - corrupted
+	}
+	c.broken, c.brokenBytes = 0, 0
 }
 
-// outstanding returns how many messages are under way.
+// outstanding returns how many messages are in flight.
 func (c *checker) outstanding() int { return int(c.next - c.base) }
 
-// overdue returns how many of the messages under way are late already: they hold
-// up no others. The first so many are known to be.
+// outstandingBytes returns how many bytes the messages in flight have.
+func (c *checker) outstandingBytes() int64 { return c.end - c.start }
+
+// overdue returns how many of the messages in flight are late. The first known
+// ones are known to be.
 func (c *checker) overdue(known int, now time.Duration) int {
 	n := min(known, c.outstanding())
-	for _, due := range c.due[c.dueHead+n:] {
-		if now-due <= c.late {
+	for _, f := range c.flights[c.first+n:] {
+		if now-f.due <= c.late {
 			break
 		}
 		n++
@@ -215,19 +300,220 @@ func (c *checker) overdue(known int, now time.Duration) int {
 	return n
 }
 
-// oldest returns when the first of the messages under way was due.
-func (c *checker) oldest() time.Duration { return c.due[c.dueHead] }
+// oldest returns when the first message in flight was due.
+func (c *checker) oldest() time.Duration { return c.flights[c.first].due }
 
-// end says that nothing more will come, and returns how many messages have not
-// come back, in whatever condition.
-func (c *checker) end() int64 {
+// dueTimes returns when the messages in flight were due.
+func (c *checker) dueTimes() []time.Duration {
+	var due []time.Duration
+	for _, f := range c.flights[c.first:] {
+		due = append(due, f.due)
+	}
+	return due
+}
+
+// finish says that nothing more will arrive. It returns how many messages have not
+// come back, intact or broken.
+func (c *checker) finish() int64 {
 	c.endLines()
-	c.standFor(int64(c.outstanding()))
+	c.countBroken(int64(c.outstanding()), c.outstandingBytes())
 	unreturned := int64(c.outstanding()) + int64(len(c.missing)) + c.forgotten
-	if more := c.corrupted - unreturned; more > 0 { // what they stood for has come later
+	if more := c.corrupted - unreturned; more > 0 { // some counted as corrupted arrived later
 		c.tally.Echoes.Corrupted -= more
 		c.tally.Echoes.Unexpected += more
 		return 0
 	}
 	return unreturned - c.corrupted
+}
+
+// lines is the state of a checker that reads line by line. A notice may split a
+// message: "hel\nSHUTDOWN 5 SIGTERM\nlo\n" is the message "hello\n" and a notice,
+// and so is "hello\nSHUTDOWN 5 SIGTERM\n\n".
+type lines struct {
+	reading bool
+	line    []byte // the part of the current line that has arrived
+
+	// held is a line that is neither a message nor a notice. If a notice follows,
+	// it is the first part of a message, and the line after the notice is the rest.
+	held        []byte
+	holding     bool
+	interrupted bool // a notice followed it
+
+	// newlineOwed says that the newline after the last message belongs to a notice.
+	// The newline of the message is still to come.
+	newlineOwed, afterMessage bool
+
+	junk int // consecutive bytes that belong to no message
+}
+
+// startLines starts to read line by line, with what has arrived of message base.
+func (c *checker) startLines() {
+	l := &c.lines
+	l.reading = true
+	l.line = l.line[:0]
+	if c.arrived > 0 {
+		f := &c.flights[c.first]
+		for _, part := range c.parts(f, int(f.end-c.start)) {
+			l.line = append(l.line, part[:min(len(part), c.arrived-len(l.line))]...)
+		}
+	}
+	l.afterMessage = len(l.line) == 0 && (c.base > 0 || l.afterMessage)
+	c.arrived = 0
+}
+
+// maxLine bounds how much of a line is kept, in bytes.
+func (c *checker) maxLine() int { return c.maxSize + min(7*c.maxSize, 64<<10) + maxNotice }
+
+// feedLine takes what has arrived up to the end of the line. It returns the rest.
+func (c *checker) feedLine(p []byte, now time.Duration) []byte {
+	l := &c.lines
+	i := bytes.IndexByte(p, '\n')
+	if i < 0 {
+		l.line = append(l.line, p...)
+		if len(l.line) > c.maxLine() {
+			c.release()
+			l.junk += len(l.line)
+			l.line = l.line[:0]
+		}
+		return nil
+	}
+	l.line = append(l.line, p[:i+1]...)
+	c.line(now)
+	l.line = l.line[:0]
+	l.reading = l.holding || l.newlineOwed || l.junk > 0 || c.broken > 0
+	return p[i+1:]
+}
+
+// line takes a complete line.
+func (c *checker) line(now time.Duration) {
+	l := &c.lines
+	newlineOwed, afterMessage := l.newlineOwed, l.afterMessage
+	l.newlineOwed, l.afterMessage = false, false
+
+	if from, seq, ok := parseMessage(l.line); ok {
+		c.release()
+		c.settleJunk()
+		c.message(from, seq, len(l.line), now)
+		l.afterMessage = true
+		return
+	}
+	text := l.line[:len(l.line)-1]
+	if notice, ok := client.ParseNotice(string(text)); ok {
+		l.interrupted = l.holding
+		l.newlineOwed = newlineOwed || afterMessage
+		c.onNotice(notice)
+		return
+	}
+	if newlineOwed && len(text) == 0 {
+		return
+	}
+	joined := l.line
+	if l.holding && l.interrupted {
+		l.held = append(l.held, l.line...)
+		joined, l.holding = l.held, false
+	} else {
+		c.release()
+	}
+	if from, seq, size, ok := c.lastMessage(joined); ok {
+		l.junk += len(joined) - size
+		c.settleJunk()
+		c.message(from, seq, size, now)
+		l.afterMessage = true
+		return
+	}
+	l.held = append(l.held[:0], joined[:len(joined)-1]...)
+	l.holding, l.interrupted = true, false
+	if len(l.held) > c.maxLine() {
+		c.release()
+	}
+}
+
+// lastMessage finds an intact message at the end of a line whose earlier newlines
+// may have been corrupted.
+func (c *checker) lastMessage(line []byte) (from origin, seq uint64, size int, ok bool) {
+	const attempts = 16 // each costs a checksum of the line
+	at := len(line)
+	for range attempts {
+		if at = bytes.LastIndex(line[:at], c.runPrefix); at < 0 {
+			break
+		}
+		if from, seq, ok = parseMessage(line[at:]); ok {
+			return from, seq, len(line) - at, true
+		}
+	}
+	return origin{}, 0, 0, false
+}
+
+// release treats the held line as junk: it cannot be part of a message any more.
+func (c *checker) release() {
+	l := &c.lines
+	if l.holding {
+		l.junk += len(l.held) + 1
+		l.holding = false
+	}
+}
+
+// settleJunk converts the junk so far into a number of broken messages. It goes by
+// length, because a broken byte may have been a newline or have become one.
+func (c *checker) settleJunk() {
+	junk := c.lines.junk
+	c.lines.junk = 0
+	if junk == 0 {
+		return
+	}
+	c.brokenBytes += int64(junk)
+	n := int64(0)
+	seq := c.base + uint64(c.broken)
+	for seq < c.sent && junk > 0 {
+		f, start := c.flight(seq)
+		size := int(f.end - start)
+		if junk < size-size/2 {
+			junk = 0
+			break
+		}
+		junk -= size
+		n++
+		seq++
+	}
+	if junk > 0 {
+		n += int64((junk + c.meanSize/2) / c.meanSize)
+	}
+	c.broken += max(1, n)
+}
+
+// endLines says that nothing more will arrive. A rest that is shorter than a message
+// was cut off, and is not broken.
+func (c *checker) endLines() {
+	l := &c.lines
+	rest := len(l.line)
+	switch {
+	case l.holding && l.interrupted:
+		rest += len(l.held) + 1
+	case l.holding && len(l.held) > 0 && c.isPrefix(l.held): // then a part of a notice follows
+		rest = 0
+	default:
+		c.release()
+	}
+	if rest >= c.nextSize() {
+		l.junk += rest
+	}
+	l.line, l.holding = l.line[:0], false
+	c.settleJunk()
+}
+
+// isPrefix reports whether p is the beginning of message base.
+func (c *checker) isPrefix(p []byte) bool {
+	if c.base == c.sent || len(p) > c.nextSize() {
+		return false
+	}
+	c.arrived = 0
+	return c.expected(p, c.nextSize())
+}
+
+// nextSize returns the size of message base, or the mean if nothing is in flight.
+func (c *checker) nextSize() int {
+	if c.base == c.next {
+		return c.meanSize
+	}
+	return int(c.flights[c.first].end - c.start)
 }

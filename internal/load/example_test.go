@@ -16,9 +16,9 @@ func ExampleRun() {
 		fmt.Println(err)
 		return
 	}
-	echoing := make(chan struct{})
+	served := make(chan struct{})
 	go func() { // a server for one client
-		defer close(echoing)
+		defer close(served)
 		conn, err := ln.Accept()
 		if err != nil {
 			return
@@ -26,19 +26,20 @@ func ExampleRun() {
 		defer conn.Close()
 		_, _ = io.Copy(conn, conn)
 	}()
-	defer func() { <-echoing }()
+	defer func() { <-served }()
 	defer ln.Close()
 
 	report, err := load.Run(context.Background(), load.Options{
-		Address: ln.Addr().String(), Rate: 1000, Duration: 100 * time.Millisecond,
+		Address: ln.Addr().String(),
+		Stages:  []load.Stage{{Rate: 1000, Duration: 100 * time.Millisecond}},
 	})
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
 	fmt.Println(report.Echoes.Sent, "sent,", report.Echoes.Returned, "returned")
-	fmt.Println("wrong:", report.Judge(load.Bounds{Lost: new(int64(0))}))
+	fmt.Println("failures:", report.Failures(load.Limits{Lost: new(int64(0))}))
 	// Output:
 	// 100 sent, 100 returned
-	// wrong: []
+	// failures: []
 }

@@ -1,87 +1,103 @@
 package load
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"hash/crc32"
+	"math/rand/v2"
+	"strconv"
+	"strings"
 )
 
-// A message is a line of exactly so many bytes:
+// A message is one line:
 //
-//	5f0c9a1e 0000002a 000000a01b ................ 9d3c44f1
-//	run      conn     sequence   padding          CRC-32C of all before it
+//	5f0c9a1e 0000002a 000000a01b ................9d3c44f1
+//	run      conn     sequence   padding         CRC-32C of everything before it
 //
-// in lower-case hexadecimal, so that by its form it is never a notice. The
-// sequence number counts from 0 on each connection.
+// All numbers are lower-case hexadecimal, so a message never looks like a notice.
+// The sequence number counts from 0 on each connection.
 const (
-	seqAt     = 18 // where the sequence number is
+	seqOffset = 18
 	seqDigits = 10
 	sumDigits = 8
-	headSize  = seqAt + seqDigits + 1 // with the blank after it
-	tailSize  = sumDigits + 1         // with the newline
+	headSize  = seqOffset + seqDigits + 1 // including the space before the padding
+	tailSize  = sumDigits + 1             // including the newline
 
-	// MinSize is the size, in bytes, of the smallest message.
+	// MinSize is the size of the smallest message, in bytes.
 	MinSize = headSize + tailSize
+
+	// MaxSize is the size of the largest message, in bytes.
+	MaxSize = 1 << 30
 )
 
-// padding is what fills a message up. Its period divides no usual size of a
-// buffer, so that a shift shows.
-const padding = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+"
+// The period of the padding divides no common buffer size, so a shift is detected.
+const paddingText = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+"
+
+// newPadding returns the padding of the largest message of a run. Smaller messages
+// use the beginning of it. All connections share one.
+func newPadding(maxSize int) []byte {
+	n := maxSize - MinSize
+	return bytes.Repeat([]byte(paddingText), n/len(paddingText)+1)[:n]
+}
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// An origin is where a message is from.
+// An origin identifies the connection that sent a message.
 type origin struct {
 	run  uint32 // random
-	conn uint32 // counts the run's connections from 1
+	conn uint32 // counts the connections of the run from 1
 }
 
-// template returns a message of size bytes whose sequence number and checksum are
-// still to be filled in.
-func (o origin) template(size int) []byte {
-	m := fmt.Appendf(make([]byte, 0, size), "%08x %08x %0*x ", o.run, o.conn, seqDigits, 0)
-	for len(m) < size-tailSize {
-		m = append(m, padding[:min(len(padding), size-tailSize-len(m))]...)
-	}
-	if len(m) > headSize {
-		m[len(m)-1] = ' '
-	}
-	return append(m[:size-tailSize], "00000000\n"...)
+// A frame is the part of a message that is not padding.
+type frame struct {
+	head [headSize]byte
+	tail [tailSize]byte
 }
 
-// number makes the template m the message with this sequence number.
-func number(m []byte, seq uint64) {
-	const digits = "0123456789abcdef"
-	for i := seqAt + seqDigits - 1; i >= seqAt; i-- {
-		m[i] = digits[seq&15]
-		seq >>= 4
-	}
-	body := m[:len(m)-tailSize]
-	sum := crc32.Checksum(body, castagnoli)
-	for i := len(m) - 2; i >= len(body); i-- {
-		m[i] = digits[sum&15]
-		sum >>= 4
-	}
+// frame returns the frame of a message with this sequence number and padding.
+func (o origin) frame(seq uint64, padding []byte) (f frame) {
+	putHex(f.head[:8], uint64(o.run))
+	putHex(f.head[9:17], uint64(o.conn))
+	putHex(f.head[seqOffset:seqOffset+seqDigits], seq)
+	f.head[8], f.head[17], f.head[headSize-1] = ' ', ' ', ' '
+	sum := crc32.Update(crc32.Checksum(f.head[:], castagnoli), castagnoli, padding)
+	putHex(f.tail[:sumDigits], uint64(sum))
+	f.tail[sumDigits] = '\n'
+	return f
 }
 
-// parse reads a message of size bytes, its newline included. It reports false for
-// what is none, or has been changed on its way.
-func parse(m []byte, size int) (from origin, seq uint64, ok bool) {
-	if len(m) != size || m[size-1] != '\n' {
+// runPrefix returns the bytes that start every message of the run.
+func (o origin) runPrefix() []byte { return fmt.Appendf(nil, "%08x ", o.run) }
+
+// parseMessage reads a message including its newline. It reports false if p is not
+// a message or was changed in transit.
+func parseMessage(p []byte) (from origin, seq uint64, ok bool) {
+	if len(p) < MinSize || p[len(p)-1] != '\n' {
 		return origin{}, 0, false
 	}
-	body := m[:size-tailSize]
-	sum, ok := hexNumber(m[size-tailSize : size-1])
+	body := p[:len(p)-tailSize]
+	sum, ok := parseHex(p[len(body) : len(p)-1])
 	if !ok || uint32(sum) != crc32.Checksum(body, castagnoli) {
 		return origin{}, 0, false
 	}
-	run, okRun := hexNumber(m[:8])
-	conn, okConn := hexNumber(m[9:17])
-	seq, okSeq := hexNumber(m[seqAt : seqAt+seqDigits])
+	run, okRun := parseHex(p[:8])
+	conn, okConn := parseHex(p[9:17])
+	seq, okSeq := parseHex(p[seqOffset : seqOffset+seqDigits])
 	return origin{uint32(run), uint32(conn)}, seq, okRun && okConn && okSeq
 }
 
-// hexNumber reads lower-case hexadecimal, and nothing else.
-func hexNumber(digits []byte) (n uint64, ok bool) {
+// putHex fills p with the last digits of n in lower-case hexadecimal.
+func putHex(p []byte, n uint64) {
+	const digits = "0123456789abcdef"
+	for i := len(p) - 1; i >= 0; i-- {
+		p[i] = digits[n&15]
+		n >>= 4
+	}
+}
+
+// parseHex reads lower-case hexadecimal. It accepts nothing else.
+func parseHex(digits []byte) (n uint64, ok bool) {
 	for _, d := range digits {
 		switch {
 		case '0' <= d && d <= '9':
@@ -93,4 +109,120 @@ func hexNumber(digits []byte) (n uint64, ok bool) {
 		}
 	}
 	return n, true
+}
+
+// Sizes is a distribution of message sizes. The zero value means 64 bytes always.
+type Sizes struct {
+	ranges []sizeRange
+	weight float64 // sum of all weights
+}
+
+// A sizeRange is a set of equally likely sizes, in bytes, both ends included.
+type sizeRange struct {
+	min, max int
+	weight   float64
+}
+
+// FixedSize returns the distribution of messages that all have n bytes.
+func FixedSize(n int) Sizes {
+	return Sizes{ranges: []sizeRange{{n, n, 1}}, weight: 1}
+}
+
+// ParseSizes reads a distribution: one size ("64"), a range of equally likely sizes
+// ("64-1024"), or several of these with weights ("64:90,1024-4096:9,65536:1").
+func ParseSizes(text string) (Sizes, error) {
+	var s Sizes
+	for part := range strings.SplitSeq(text, ",") {
+		sizes, weight, weighted := strings.Cut(part, ":")
+		low, high, isRange := strings.Cut(sizes, "-")
+		r := sizeRange{weight: 1}
+		var err error
+		if r.min, err = strconv.Atoi(low); err != nil {
+			return Sizes{}, fmt.Errorf("size %q: want a number of bytes, such as 64, 64-1024 or 64:90,1024:10", part)
+		}
+		r.max = r.min
+		if isRange {
+			if r.max, err = strconv.Atoi(high); err != nil || r.max < r.min {
+				return Sizes{}, fmt.Errorf("size %q: want a range such as 64-1024", part)
+			}
+		}
+		if weighted {
+			if r.weight, err = strconv.ParseFloat(weight, 64); err != nil || !(r.weight > 0) || r.weight > 1e9 {
+				return Sizes{}, fmt.Errorf("size %q: want a positive weight after the colon", part)
+			}
+		}
+		s.ranges = append(s.ranges, r)
+		s.weight += r.weight
+	}
+	return s, s.validate()
+}
+
+func (s Sizes) validate() error {
+	for _, r := range s.ranges {
+		if r.min < MinSize {
+			return fmt.Errorf("message size %d: at least %d bytes are needed for the sequence number and the checksum", r.min, MinSize)
+		}
+		if r.max > MaxSize {
+			return fmt.Errorf("message size %d: at most %d bytes", r.max, MaxSize)
+		}
+	}
+	if len(s.ranges) > 100 {
+		return errors.New("message sizes: at most 100 ranges")
+	}
+	return nil
+}
+
+// String returns the distribution in the form that ParseSizes reads.
+func (s Sizes) String() string {
+	var parts []string
+	for _, r := range s.ranges {
+		text := strconv.Itoa(r.min)
+		if r.max > r.min {
+			text += "-" + strconv.Itoa(r.max)
+		}
+		if len(s.ranges) > 1 {
+			text += ":" + strconv.FormatFloat(r.weight, 'g', -1, 64)
+		}
+		parts = append(parts, text)
+	}
+	if parts == nil {
+		return strconv.Itoa(DefaultSize)
+	}
+	return strings.Join(parts, ",")
+}
+
+// Max returns the largest size, in bytes.
+func (s Sizes) Max() int {
+	n := 0
+	for _, r := range s.ranges {
+		n = max(n, r.max)
+	}
+	return n
+}
+
+// Mean returns the mean size, in bytes, rounded.
+func (s Sizes) Mean() int {
+	sum := 0.0
+	for _, r := range s.ranges {
+		sum += r.weight * (float64(r.min) + float64(r.max)) / 2
+	}
+	return int(sum/s.weight + 0.5)
+}
+
+// Fixed reports whether all messages have the same size.
+func (s Sizes) Fixed() bool { return len(s.ranges) == 1 && s.ranges[0].min == s.ranges[0].max }
+
+// pick returns a random size.
+func (s Sizes) pick() int {
+	if s.Fixed() {
+		return s.ranges[0].min
+	}
+	at := rand.Float64() * s.weight
+	last := len(s.ranges) - 1
+	for i, r := range s.ranges {
+		if at -= r.weight; at < 0 || i == last {
+			return r.min + rand.IntN(r.max-r.min+1)
+		}
+	}
+	panic("unreachable")
 }

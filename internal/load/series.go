@@ -1,29 +1,34 @@
 package load
 
 import (
+	"fmt"
+	"io"
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
 )
 
-// A Point is what happened in a part of the run.
+// A Point is what happened in one part of the run. The parts are equally long, the
+// last one perhaps shorter.
 type Point struct {
-	At          float64 `json:"at_seconds"` // its beginning, since that of the run
+	At          float64 `json:"at_seconds"` // when the part began, since the start of the run
+	Offered     float64 `json:"offered_per_second"`
 	PerSecond   float64 `json:"echoes_per_second"`
-	P50         float64 `json:"p50_seconds"` // zero when nothing came back
+	P50         float64 `json:"p50_seconds"` // zero if nothing came back
 	P99         float64 `json:"p99_seconds"`
 	Max         float64 `json:"max_seconds"`
-	Open        int64   `json:"open"`        // connections, at its end
+	Open        int64   `json:"open"`        // connections, at the end of the part
+	Lost        int64   `json:"lost"`        // messages, counted when their connection ended
 	Notices     int64   `json:"notices"`     // that end connections
-	Disconnects int64   `json:"disconnects"` // that no notice announced
-	Refused     int64   `json:"refused"`     // connects that led to no service
+	Disconnects int64   `json:"disconnects"` // without a notice
+	Refused     int64   `json:"refused"`     // see Connects.Missed
 	Reconnects  int64   `json:"reconnects"`
 }
 
-// A point is what happened in a part of the run, while that is not yet over.
+// A point is a Point in the making.
 type point struct {
 	Counts
-	latencies *hdrhistogram.Histogram
+	latencies *hdrhistogram.Histogram // nil if nothing came back
 }
 
 func (p *point) add(t *tally) {
@@ -36,7 +41,7 @@ func (p *point) add(t *tally) {
 	}
 }
 
-// halved makes one point of each two.
+// halved merges points in pairs.
 func halved(points []point) []point {
 	half := points[:0]
 	for i, p := range points {
@@ -57,43 +62,129 @@ func halved(points []point) []point {
 	return half
 }
 
-// series makes points of parts of a run that lasted until the given time and was
-// over at end. The parts last for step each, the last one perhaps less. At the end
-// there is none for the time after the run in which nothing happened any more.
-func series(parts []point, step, lasted, end time.Duration) []Point {
-	points := make([]Point, 0, len(parts))
+// series returns the points of a run. Messages were offered until lasted, and the
+// run was over at end. Points after lasted in which nothing happened are left out at
+// the end.
+func series(points []point, step, lasted, end time.Duration, offered func(time.Duration) float64) []Point {
+	made := make([]Point, 0, len(points))
 	open := int64(0)
-	for i, p := range parts {
+	for i, p := range points {
 		at := time.Duration(i) * step
-		long := min(step, end-at)
+		length := min(step, end-at)
 		open += p.open()
-		made := Point{
-			At: at.Seconds(), Open: open,
+		q := Point{
+			At: at.Seconds(), Open: open, Lost: p.Echoes.Lost,
 			Notices:     p.Notices.Shutdown + p.Notices.Paused + p.Notices.Busy,
 			Disconnects: p.Ends.Unannounced(),
 			Refused:     p.Connects.Missed(), Reconnects: p.Reconnects,
 		}
-		if long > 0 {
-			made.PerSecond = float64(p.Echoes.Returned) / long.Seconds()
+		if at < lasted {
+			q.Offered = offered(at + min(step, lasted-at)/2)
+		}
+		if length > 0 {
+			q.PerSecond = float64(p.Echoes.Returned) / length.Seconds()
 		}
 		if p.latencies != nil {
-			made.P50 = percentile(p.latencies, 50)
-			made.P99 = percentile(p.latencies, 99)
-			made.Max = percentile(p.latencies, 100)
+			q.P50 = percentile(p.latencies, 50)
+			q.P99 = percentile(p.latencies, 99)
+			q.Max = percentile(p.latencies, 100)
 		}
-		points = append(points, made)
+		made = append(made, q)
 	}
-	for n := len(points); n > 0; n-- {
-		last := &points[n-1]
+	for n := len(made); n > 0; n-- {
+		last := &made[n-1]
 		if last.At < lasted.Seconds() || *last != (Point{At: last.At}) {
 			break
 		}
-		points = points[:n-1]
+		made = made[:n-1]
 	}
-	return points
+	return made
 }
 
-// percentile returns one in seconds.
-func percentile(h *hdrhistogram.Histogram, percent float64) float64 {
-	return time.Duration(h.ValueAtPercentile(percent)).Seconds()
+// An interval holds the latencies of one second.
+type interval struct{ echo, connect *hdrhistogram.Histogram }
+
+func newInterval() *interval { return &interval{newHistogram(), newHistogram()} }
+
+func (v *interval) merge(o *interval) {
+	v.echo.Merge(o.echo)
+	v.connect.Merge(o.connect)
+}
+
+func (v *interval) reset() {
+	v.echo.Reset()
+	v.connect.Reset()
+}
+
+// latencyLog collects the intervals of all workers. It sums them up and, if it has a
+// log, writes each second to it once all workers have handed it over. It belongs to
+// the goroutine of Run.
+type latencyLog struct {
+	total   *interval
+	pending map[int]*interval // by second
+	next    int               // first second that is not written
+	began   time.Time
+
+	log *hdrhistogram.HistogramLogWriter // nil if not wanted
+	err error                            // the first error of log
+}
+
+func newLatencyLog(w io.Writer, began time.Time) *latencyLog {
+	l := &latencyLog{total: newInterval(), pending: make(map[int]*interval), began: began}
+	if w == nil {
+		return l
+	}
+	l.log = hdrhistogram.NewHistogramLogWriter(w)
+	l.check(l.log.OutputLogFormatVersion())
+	l.check(l.log.OutputStartTime(began.UnixMilli()))
+	l.check(l.log.OutputLegend())
+	return l
+}
+
+func (l *latencyLog) check(err error) {
+	if l.err == nil && err != nil {
+		l.err = fmt.Errorf("writing the histogram log: %w", err)
+	}
+}
+
+// add takes what a worker recorded in a second.
+func (l *latencyLog) add(second int, v *interval) {
+	l.total.merge(v)
+	if l.log == nil {
+		return
+	}
+	if sum, ok := l.pending[second]; ok {
+		sum.merge(v)
+		return
+	}
+	sum := newInterval()
+	sum.merge(v)
+	l.pending[second] = sum
+}
+
+// writeUntil writes the seconds before the given one. The last one ends at end.
+func (l *latencyLog) writeUntil(second int, end time.Duration) {
+	if l.log == nil {
+		return
+	}
+	for ; l.next < second; l.next++ {
+		v, ok := l.pending[l.next]
+		if !ok {
+			v = newInterval()
+		}
+		delete(l.pending, l.next)
+		from := time.Duration(l.next) * time.Second
+		for _, tagged := range []struct {
+			tag string
+			h   *hdrhistogram.Histogram
+		}{{"echo", v.echo}, {"connect", v.connect}} {
+			if tagged.tag == "connect" && tagged.h.TotalCount() == 0 {
+				continue
+			}
+			tagged.h.SetTag(tagged.tag)
+			tagged.h.SetStartTimeMs(l.began.Add(from).UnixMilli())
+			tagged.h.SetEndTimeMs(l.began.Add(min(from+time.Second, max(from, end))).UnixMilli())
+			l.check(l.log.OutputIntervalHistogram(tagged.h))
+		}
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math/rand/v2"
 	"net"
 	"syscall"
 	"time"
@@ -11,82 +12,263 @@ import (
 	"echod/client"
 )
 
-// A phase is what a user is doing.
+const (
+	// maxUnwritten is how much may wait to be written on a connection, in bytes, before
+	// no more messages are made.
+	maxUnwritten = 256 << 10
+
+	// maxLate bounds how much may be in flight on a connection, in bytes, if part of it
+	// is late. At least twice the pipeline may be.
+	maxLate = 4 << 20
+)
+
+// A phase says what a user is doing.
 type phase int
 
 const (
-	absent  phase = iota + 1 // waits until it is to connect
-	dialing                  // connects
-	serving                  // sends and receives
-	leaving                  // sends nothing new, waits for what is under way
-	closing                  // has half-closed, reads to the end
-	gone                     // comes back no more
+	disconnected phase = iota + 1 // waits until it is to connect
+	dialing
+	active     // sends and receives
+	leaving    // sends nothing new, waits for what is in flight
+	halfClosed // reads to the end of the stream
+	done       // does not connect again
 )
 
-// A cause is why a user leaves a connection.
-type cause int
+// A leaveReason says why a user leaves a connection.
+type leaveReason int
 
 const (
-	byNotice cause = iota + 1
-	byChurn
-	byEnd // of the run
+	leaveNotice leaveReason = iota + 1
+	leaveChurn
+	leaveEnd // of the run
 )
 
-// A user is one of the run's clients: it has one connection at a time, and makes
-// another when that ends. It belongs to its loop.
+// A user is a client that the run simulates. It has one connection at a time and makes
+// another when that ends. It belongs to its worker.
 type user struct {
-	loop  *loop
-	slot  int // among the loop's users
-	index int // among all
+	worker *worker
+	slot   int // among the users of the worker
+	index  int // among all users
 
 	phase       phase
-	wake        time.Duration           // when to go on: to connect, to leave, to wait no longer
-	cause       cause                   // while leaving and closing
-	waits       int                     // for the backoff, since something came back
-	made        int                     // connections so far
-	dialed      time.Duration           // when it began to
+	wakeAt      time.Duration           // when to connect, to leave, or to stop waiting
+	reason      leaveReason             // while leaving or halfClosed
+	attempts    int                     // failed or ended connections since the last echo, for the backoff
+	dials       int                     // connects so far
+	hadConn     bool                    // it had a connection that was not turned away
+	dialedAt    time.Duration           // when the present connect began
 	stopDialing context.CancelCauseFunc // while dialing
 
 	// The present connection.
 	socket   socket
 	check    *checker
-	written  int64 // bytes
-	counted  int64 // messages that are counted as sent
-	overdue  int   // messages under way that are late
-	echoed   bool  // something has come back
+	overdue  int  // messages in flight that are late
+	echoed   bool // something came back
 	notice   *client.Notice
-	rejected bool // by a notice, before anything had come back
+	rejected bool // by a notice, before any echo
 
-	// The open model: messages [taken, fallen) of its schedule are due and not
-	// taken, besides those that are to be sent again.
-	taken, fallen int64
-	again         []time.Duration
-	dirty         bool // in the loop's list
+	// The open model: messages [taken, due) of its schedule are due and were not
+	// taken. So are those in again, which are to be sent again.
+	taken, due int64
+	again      []time.Duration
+	listed     bool // in worker.due
 
-	outages
+	// The closed model with a think time.
+	thinking bool // in worker.thinkers
+	sendsAt  time.Duration
+
+	outageClock
 }
 
-// waiting reports whether something is due that no connection has taken.
-func (u *user) waiting() bool { return len(u.again) > 0 || u.taken < u.fallen }
+// An outageClock measures how long a user is without service.
+type outageClock struct {
+	total    time.Duration // of outages that are over
+	began    time.Duration // of the present outage
+	out      bool          // there is one
+	lastEcho time.Duration
+	asked    time.Duration // when something was sent while nothing was in flight
+}
 
-// ready reads what has come, and writes what there is room for.
+// lose begins an outage, unless there is one.
+func (o *outageClock) lose(since time.Duration) {
+	if !o.out {
+		o.began, o.out = since, true
+	}
+}
+
+// served notes an echo. It ends an outage if the connection may stay.
+func (o *outageClock) served(now time.Duration, stays bool) {
+	o.lastEcho = now
+	if o.out && stays {
+		o.total += now - o.began
+		o.out = false
+	}
+}
+
+// hasDue reports whether something is due that no connection has taken.
+func (u *user) hasDue() bool { return len(u.again) > 0 || u.taken < u.due }
+
+// tick does what time demands.
+func (u *user) tick(now time.Duration) {
+	if u.phase == active || u.phase == leaving {
+		u.checkLate(now)
+	}
+	if now < u.wakeAt {
+		return
+	}
+	switch u.phase {
+	case disconnected:
+		u.connect()
+	case active:
+		u.leave(leaveChurn, now)
+	case leaving, halfClosed:
+		u.giveUp(now)
+	}
+}
+
+var (
+	errDialTimeout = errors.New("connect timed out")
+	errRunOver     = errors.New("the run is over")
+	errNoEcho      = errors.New("gave up a connection: no echo of what was sent")
+	errNoEnd       = errors.New("gave up a connection: no end of stream after the half-close")
+)
+
+// connect starts to connect. The worker's inbox gets the outcome.
+func (u *user) connect() {
+	w := u.worker
+	u.phase, u.dialedAt = dialing, w.now()
+	ctx, stop := context.WithCancelCause(context.Background())
+	u.stopDialing = stop
+	n := u.index + u.dials
+	u.dials++
+	w.dials.Go(func() {
+		defer stop(nil)
+		ctx, cancel := context.WithTimeoutCause(ctx, w.run.opts.Timeout, errDialTimeout)
+		defer cancel()
+		conn, err := w.run.dial(ctx, n)
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		w.deliver(dialed{u, conn, err, w.now()})
+	})
+}
+
+// connected takes the outcome of a connect.
+func (u *user) connected(d dialed, now time.Duration) {
+	w := u.worker
+	if outOfFiles(d.err) {
+		w.failed = d.err
+	}
+	if d.err != nil {
+		u.connectFailed(d.err)
+		u.reconnectLater(now)
+		return
+	}
+	t := w.tally
+	t.Connects.Tried++
+	t.Connects.Made++
+	record(t.second.connect, d.at-u.dialedAt)
+	if u.hadConn {
+		t.Reconnects++
+	}
+	s, err := w.poll.add(d.conn, u)
+	if err != nil {
+		if outOfFiles(err) {
+			w.failed = err
+		}
+		_ = d.conn.Close()
+		t.Ends.Failed++
+		w.run.noteError(err)
+		u.lose(now)
+		u.reconnectLater(now)
+		return
+	}
+	opts := &w.run.opts
+	u.socket, u.phase, u.wakeAt = s, active, never
+	u.overdue, u.echoed, u.notice, u.rejected = 0, false, nil, false
+	u.check = newChecker(origin{w.run.id, w.run.conns.Add(1)}, w.run.padding, opts.Sizes, opts.Late, t, u.onNotice)
+	if opts.Churn > 0 {
+		u.wakeAt = now + opts.Churn/2 + rand.N(opts.Churn+1)
+	}
+	if w.draining && !u.hasDue() {
+		u.leave(leaveEnd, now)
+		return
+	}
+	u.send(now)
+}
+
+// connectFailed counts a failed attempt to connect.
+func (u *user) connectFailed(err error) {
+	t := u.worker.tally
+	t.Connects.Tried++
+	u.worker.run.noteError(err)
+	switch timeout, _ := errors.AsType[net.Error](err); {
+	case errors.Is(err, syscall.EADDRNOTAVAIL) && u.worker.run.conns.Load() > 0: // without any connection, the address is wrong
+		t.Connects.NoPort++
+		return // not an outage of the server
+	case errors.Is(err, syscall.ECONNREFUSED):
+		t.Connects.Refused++
+	case errors.Is(err, syscall.ECONNRESET):
+		t.Connects.Reset++
+	case errors.Is(err, errDialTimeout), timeout != nil && timeout.Timeout():
+		t.Connects.TimedOut++
+	default:
+		t.Connects.Failed++
+	}
+	u.lose(u.dialedAt)
+}
+
+// reconnectLater waits before the next connect, if there is to be one.
+func (u *user) reconnectLater(now time.Duration) {
+	opts := &u.worker.run.opts
+	if opts.NoReconnect {
+		u.phase = done
+		return
+	}
+	u.phase = disconnected
+	u.wakeAt = now + rand.N(backoffCeiling(opts.Backoff, u.attempts)+1)
+	u.attempts++
+	u.stopIfIdle()
+}
+
+// stopIfIdle ends a user at the end of the run that has no connection and needs none.
+func (u *user) stopIfIdle() {
+	if u.phase == disconnected && u.worker.draining && !u.hasDue() {
+		u.phase = done
+	}
+}
+
+// backoffCeiling returns the longest wait after n failed attempts.
+func backoffCeiling(b client.Backoff, n int) time.Duration {
+	ceiling := b.Min
+	for ; n > 0 && ceiling < b.Max; n-- {
+		ceiling *= 2
+	}
+	return min(ceiling, b.Max)
+}
+
+// ready reads what has arrived, and writes what there is room for.
 func (u *user) ready() {
 	if u.socket == nil {
-		return // it has ended since it was said to be ready
+		return // it ended after the poller reported it
 	}
-	l := u.loop
-	n, ago, err := u.socket.read(l.buf)
-	now := l.now() // not when the loop woke up: others may have been served since
+	w := u.worker
+	n, ago, err := u.socket.read(w.in)
+	now := w.now() // reading the users before this one took time
 	if n > 0 {
-		before := l.tally.Echoes.Returned
-		u.check.feed(l.buf[:n], now-ago)
-		if l.tally.Echoes.Returned > before {
-			u.echoed, u.waits, u.overdue = true, 0, 0
+		before := w.tally.Echoes.Returned
+		u.check.feed(w.in[:n], now-ago)
+		if w.tally.Echoes.Returned > before {
+			u.echoed, u.attempts, u.overdue = true, 0, 0
 			u.served(now-ago, u.notice == nil)
+			w.lastEcho = max(w.lastEcho, now-ago)
+			if think := w.run.opts.Think; think.Max > 0 {
+				w.thinkers.think(u, now+think.pick())
+			}
 		}
-		if u.notice != nil && u.phase == serving {
-			u.serviceGone(now)
-			u.leave(byNotice, now)
+		if u.notice != nil && u.phase == active {
+			u.lose(now)
+			u.leave(leaveNotice, now)
 		}
 	}
 	if err != nil && !errors.Is(err, errWouldBlock) {
@@ -94,12 +276,12 @@ func (u *user) ready() {
 		return
 	}
 	u.send(now)
-	u.halfClose(now)
+	u.halfCloseIfDone(now)
 }
 
-// told takes a notice.
-func (u *user) told(n client.Notice) {
-	t := u.loop.tally
+// onNotice takes a notice.
+func (u *user) onNotice(n client.Notice) {
+	t := u.worker.tally
 	switch n.Kind {
 	case client.NoticeShutdown:
 		t.Notices.Shutdown++
@@ -119,90 +301,168 @@ func (u *user) told(n client.Notice) {
 	}
 }
 
-// leave stops sending. What has not been written is sent over the next connection.
-func (u *user) leave(why cause, now time.Duration) {
-	u.cause, u.phase, u.wake = why, leaving, now+u.loop.run.opts.DrainWait
-	u.takeBack()
-	u.halfClose(now)
-}
-
-// takeBack makes what has not been written due again.
-func (u *user) takeBack() {
-	dues := u.check.retract(u.written)
-	if u.loop.run.opts.Rate > 0 {
-		u.again = append(append([]time.Duration(nil), dues...), u.again...)
+// send makes as many messages as are due and may be in flight, and writes them, as
+// long as the connection takes them.
+func (u *user) send(now time.Duration) {
+	if u.phase != active {
+		u.write(now)
+		return
+	}
+	for u.makeMessages(now) {
+		if u.write(now); u.phase != active || u.check.unwritten() > 0 {
+			break
+		}
+	}
+	if u.phase == active && u.worker.draining && !u.hasDue() {
+		u.leave(leaveEnd, now)
 	}
 }
 
-// halfClose does so when it leaves and nothing is under way any more. What is late
-// is awaited only at the end of the run, when nothing else waits for its client.
-func (u *user) halfClose(now time.Duration) {
+// makeMessages makes messages that are due, and reports whether there is something to
+// write.
+func (u *user) makeMessages(now time.Duration) bool {
+	for room := u.room(); room > 0 && u.check.unwritten() < maxUnwritten; room-- {
+		due, ok := u.nextDue(now)
+		if !ok {
+			break
+		}
+		if u.check.outstanding() == 0 {
+			u.asked = now
+		}
+		u.check.begin(due, u.worker.run.opts.Sizes.pick())
+	}
+	return u.check.unwritten() > 0
+}
+
+// room returns how many more messages may be in flight. Late messages do not count,
+// until there are so many that more would use too much memory.
+func (u *user) room() int {
+	opts := &u.worker.run.opts
+	inFlight := u.check.outstanding()
+	if u.check.outstandingBytes() < max(maxLate, 2*int64(opts.Pipeline)*int64(u.check.meanSize)) {
+		inFlight -= u.overdue
+	}
+	return opts.Pipeline - inFlight
+}
+
+// nextDue takes the next message that is due.
+func (u *user) nextDue(now time.Duration) (due time.Duration, ok bool) {
+	w := u.worker
+	switch {
+	case len(u.again) > 0:
+		due, u.again = u.again[0], u.again[1:]
+		return due, true
+	case w.run.opts.open():
+		if u.taken == u.due {
+			return 0, false
+		}
+		u.taken++
+		return w.run.schedule.due(u.index, u.taken-1), true
+	}
+	return now, !w.draining && !u.thinking
+}
+
+// write writes what is to be sent, as long as there is room.
+func (u *user) write(now time.Duration) {
+	for {
+		p := u.worker.out[:u.check.fill(u.worker.out)]
+		if len(p) == 0 {
+			break
+		}
+		n, err := u.socket.write(p)
+		u.worker.tally.Echoes.Sent += u.check.wrote(n)
+		if err != nil && !errors.Is(err, errWouldBlock) {
+			return // the next read says why, after what arrived before
+		}
+		if n < len(p) {
+			break
+		}
+	}
+	if err := u.socket.awaitRoom(u.check.unwritten() > 0); err != nil {
+		u.ended(err, now)
+	}
+}
+
+// leave stops sending. Messages that were not written go over the next connection.
+func (u *user) leave(reason leaveReason, now time.Duration) {
+	u.reason, u.phase, u.wakeAt = reason, leaving, now+u.worker.run.opts.DrainWait
+	u.retractUnwritten()
+	u.halfCloseIfDone(now)
+}
+
+// retractUnwritten makes messages that were not written due again.
+func (u *user) retractUnwritten() {
+	due := u.check.retract()
+	if u.worker.run.opts.open() {
+		u.again = append(due, u.again...)
+	}
+}
+
+// halfCloseIfDone half-closes a connection that is being left when nothing is in
+// flight any more. Late messages are waited for only at the end of the run, when
+// nothing else waits for the user.
+func (u *user) halfCloseIfDone(now time.Duration) {
 	awaited := u.check.outstanding()
-	if u.cause != byEnd {
+	if u.reason != leaveEnd {
 		awaited -= u.overdue
 	}
 	if u.phase != leaving || awaited > 0 && !u.rejected {
 		return
 	}
 	if err := u.socket.closeWrite(); errors.Is(err, errWouldBlock) {
-		return // it comes back when all is written
+		return // ready is called again when everything is written
 	}
-	u.phase, u.wake = closing, now+u.loop.run.opts.DrainWait
+	u.phase, u.wakeAt = halfClosed, now+u.worker.run.opts.DrainWait
 }
 
-// tick does what has become due by itself.
-func (u *user) tick(now time.Duration) {
-	if u.phase == serving || u.phase == leaving {
-		u.lookForLate(now)
-	}
-	if now < u.wake {
+// checkLate looks for messages that have become late. They no longer hold up others.
+// If nothing has come back in the meantime, there is an outage.
+func (u *user) checkLate(now time.Duration) {
+	overdue := u.check.overdue(u.overdue, now)
+	if overdue == 0 {
 		return
 	}
-	switch u.phase {
-	case absent:
-		u.connect()
-	case serving:
-		u.leave(byChurn, now)
-	case leaving, closing:
-		u.impatient(now)
+	if since := max(u.check.oldest(), u.asked, u.outageClock.lastEcho); now-since > u.worker.run.opts.Late {
+		u.lose(since)
+	}
+	if overdue > u.overdue {
+		u.overdue = overdue
+		u.send(now)
+		u.halfCloseIfDone(now)
 	}
 }
 
-var (
-	errNoEcho = errors.New("a connection was given up: the echo of what was sent has not come")
-	errNoEnd  = errors.New("a connection was given up: it was half-closed, and no end of stream has come")
-)
-
-// impatient ends a connection that has been waited for long enough.
-func (u *user) impatient(now time.Duration) {
-	if u.phase == closing {
+// giveUp ends a connection that has been waited for long enough.
+func (u *user) giveUp(now time.Duration) {
+	if u.phase == halfClosed {
 		u.ended(errNoEnd, now)
 	} else {
 		u.ended(errNoEcho, now)
 	}
 }
 
-// ended says that the connection has, and how.
+// ended takes the end of the connection.
 func (u *user) ended(err error, now time.Duration) {
-	t, opts := u.loop.tally, &u.loop.run.opts
+	t, opts := u.worker.tally, &u.worker.run.opts
 	u.socket.close()
 	u.socket = nil
-	u.takeBack()
-	dues := u.check.due[u.check.dueHead:]
-	complete := u.check.outstanding() == 0
-	missing := u.check.end()
+	u.retractUnwritten()
+	due := u.check.dueTimes()
+	complete := len(due) == 0
+	missing := u.check.finish()
 	if u.rejected {
 		t.Echoes.TurnedAway += missing
-		if opts.Rate > 0 {
-			u.again = append(append([]time.Duration(nil), dues...), u.again...)
+		if opts.open() {
+			u.again = append(due, u.again...)
 		}
 	} else {
+		u.hadConn = true
 		t.Echoes.Lost += missing
 	}
-	own := u.phase == closing && u.cause != byNotice
-	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) // which is how one ends that knows no half-close
+	byUser := u.phase == halfClosed && u.reason != leaveNotice
+	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) // a connection that cannot half-close was closed
 	if !inOrder {
-		u.loop.run.noteError(err)
+		u.worker.run.noteError(err)
 	}
 	switch {
 	case u.notice != nil:
@@ -210,7 +470,7 @@ func (u *user) ended(err error, now time.Duration) {
 		if complete && inOrder && !u.rejected {
 			t.Notices.Heeded++
 		}
-	case own && inOrder:
+	case byUser && inOrder:
 		t.Ends.Left++
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
 		t.Ends.Reset++
@@ -219,44 +479,27 @@ func (u *user) ended(err error, now time.Duration) {
 	default:
 		t.Ends.Failed++
 	}
-	if !own {
-		u.serviceGone(now)
+	if !byUser {
+		u.lose(now)
 	}
-	if own && u.cause == byChurn {
-		u.phase, u.wake = absent, now
-		u.settle()
+	if byUser && u.reason == leaveChurn {
+		u.phase, u.wakeAt = disconnected, now
+		u.stopIfIdle()
 		return
 	}
-	u.comeBack(now)
+	u.reconnectLater(now)
 }
 
-// lookForLate lets go of what has become late. If meanwhile nothing has come back
-// at all, there is no service.
-func (u *user) lookForLate(now time.Duration) {
-	overdue := u.check.overdue(u.overdue, now)
-	if overdue == 0 {
-		return
-	}
-	if since := max(u.check.oldest(), u.asked, u.echo); now-since > u.loop.run.opts.Late {
-		u.serviceGone(since)
-	}
-	if overdue > u.overdue {
-		u.overdue = overdue
-		u.send(now)
-		u.halfClose(now)
-	}
-}
-
-// finish ends what there still is, at the end of the run's patience.
+// finish ends everything when the run stops waiting.
 func (u *user) finish(now time.Duration) {
 	switch {
 	case u.socket != nil:
-		u.impatient(now)
+		u.giveUp(now)
 	case u.phase == dialing:
-		u.notConnected(errDialTimeout)
+		u.connectFailed(errDialTimeout)
 	}
-	u.loop.tally.Echoes.Unsent += int64(len(u.again)) + u.fallen - u.taken
-	if end := u.loop.endedAt; u.inOut && end > u.outage {
-		u.without += end - u.outage
+	u.worker.tally.Echoes.Unsent += int64(len(u.again)) + u.due - u.taken
+	if end := u.worker.drainAt; u.out && end > u.began {
+		u.total += end - u.began
 	}
 }

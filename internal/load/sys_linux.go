@@ -13,28 +13,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// newPoller returns the one that costs the least for connections of this kind.
-func newPoller(tcp, exclusive bool, pace pace) (poller, error) {
-	if !tcp {
-		return newConnPoller(), nil
+// fileLimit returns how many files this process may have open, and how many it has.
+func fileLimit() (limit, used int) {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err != nil {
+		return 0, 0
 	}
-	return newEpoll(exclusive, pace)
+	return int(min(r.Cur, 1<<30)), openFiles()
 }
 
-// An epoll serves TCP connections on the goroutine of its loop alone, by one read
-// for all that has come and one write for all that is to go.
+// localPorts returns how many connections to one address this machine can have.
+func localPorts() int {
+	text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	if err != nil {
+		return 0
+	}
+	var low, high int
+	if _, err := fmt.Sscan(string(text), &low, &high); err != nil || high < low {
+		return 0
+	}
+	return high - low + 1
+}
+
+// newPoller returns the poller that costs the least. raw says that connections are
+// plain sockets.
+func newPoller(raw, exclusive bool, p pace) (poller, error) {
+	if !raw {
+		return newConnPoller(), nil
+	}
+	return newEpoll(exclusive, p)
+}
+
+// An epoll serves sockets on the goroutine of its worker, with one read for
+// everything that has arrived and one write for everything that is to be sent.
 type epoll struct {
 	fd     int
 	event  int // an eventfd, for wake
-	timer  int // a timerfd, since epoll_wait(2) waits for whole milliseconds
+	timer  int // a timerfd: epoll_wait(2) waits for whole milliseconds
 	users  []*user
 	events [256]unix.EpollEvent
 	batch  []*user
 
-	exclusive bool // it need not give its processor to others while it waits
+	exclusive bool // it need not give its processor to other goroutines while it waits
 	pace      pace
-	ticks     int  // a timerfd that fires at each moment of it, if it has any
-	ticking   bool // it runs
+	ticks     int  // a timerfd that fires at each tick of pace, or -1
+	ticking   bool // it is set
 	receiver  receiver
 }
 
@@ -44,29 +67,29 @@ const (
 	aboutTimer
 )
 
-func newEpoll(exclusive bool, pace pace) (_ *epoll, err error) {
-	p := &epoll{exclusive: exclusive, pace: pace, fd: -1, event: -1, timer: -1, ticks: -1}
+func newEpoll(exclusive bool, pc pace) (_ *epoll, err error) {
+	p := &epoll{exclusive: exclusive, pace: pc, fd: -1, event: -1, timer: -1, ticks: -1}
 	defer func() {
 		if err != nil {
 			p.close()
 		}
 	}()
 	if p.fd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("making an epoll instance: %w", err)
+		return nil, fmt.Errorf("creating an epoll instance: %w", err)
 	}
 	if p.event, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("making an eventfd: %w", err)
+		return nil, fmt.Errorf("creating an eventfd: %w", err)
 	}
 	if p.timer, err = unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
-		return nil, fmt.Errorf("making a timerfd: %w", err)
+		return nil, fmt.Errorf("creating a timerfd: %w", err)
 	}
-	if pace.every > 0 {
+	if pc.every > 0 {
 		if p.ticks, err = unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC); err != nil {
-			return nil, fmt.Errorf("making a timerfd: %w", err)
+			return nil, fmt.Errorf("creating a timerfd: %w", err)
 		}
 	}
 	for about, fd := range map[int32]int{aboutWake: p.event, aboutTimer: p.timer} {
-		// Edge-triggered, so that nobody has to read them.
+		// Edge-triggered: nobody has to read them.
 		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
 			return nil, fmt.Errorf("watching a timer: %w", err)
 		}
@@ -74,22 +97,23 @@ func newEpoll(exclusive bool, pace pace) (_ *epoll, err error) {
 	return p, nil
 }
 
-// add takes the socket out of the runtime's poller, which would wake up for it too.
+// add duplicates the socket and closes conn. Otherwise the runtime's poller would wake
+// up for it as well.
 func (p *epoll) add(conn net.Conn, u *user) (socket, error) {
 	defer conn.Close()
-	raw, err := conn.(syscall.Conn).SyscallConn()
+	rawConn, err := conn.(syscall.Conn).SyscallConn()
 	if err != nil {
 		return nil, err
 	}
 	s := &fdSocket{epoll: p, fd: -1, about: u.slot}
 	var dupErr error
-	if err := raw.Control(func(fd uintptr) { s.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+	if err := rawConn.Control(func(fd uintptr) { s.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
 		return nil, err
 	}
 	if dupErr != nil {
 		return nil, os.NewSyscallError("fcntl", dupErr)
 	}
-	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1) // without, what was read has just come
+	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1) // without it, what is read counts as just arrived
 	if err := s.control(unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLRDHUP); err != nil {
 		unix.Close(s.fd)
 		return nil, err
@@ -106,9 +130,9 @@ func (p *epoll) wait(timeout time.Duration) ([]*user, error) {
 	switch {
 	case p.ticks < 0 || timeout <= 0 || timeout >= 5*time.Millisecond:
 	case timeout <= p.pace.every:
-		// Something is due so soon that all else can wait until then: to wake up for
-		// each echo would cost more than the echo. The kernel notes when they came.
-		if err := p.keepPace(); err != nil {
+		// The next message is due so soon that everything else can wait until then:
+		// waking up for an echo costs more than the echo. The kernel notes when it came.
+		if err := p.awaitTick(); err != nil {
 			return nil, err
 		}
 		ms = 0
@@ -132,8 +156,8 @@ func (p *epoll) wait(timeout time.Duration) ([]*user, error) {
 	return p.batch, nil
 }
 
-// keepPace waits until the schedule's next moment.
-func (p *epoll) keepPace() error {
+// awaitTick waits for the next tick of the schedule.
+func (p *epoll) awaitTick() error {
 	if !p.ticking {
 		every := p.pace.every
 		next := every - time.Since(p.pace.began)%every
@@ -153,7 +177,7 @@ func (p *epoll) keepPace() error {
 // block makes a system call that waits.
 func (p *epoll) block(trap uintptr, fd int, what unsafe.Pointer, n, more uintptr) (int, error) {
 	if p.exclusive {
-		return raw(trap, fd, what, n, more)
+		return rawSyscall(trap, fd, what, n, more)
 	}
 	r, _, errno := unix.Syscall6(trap, uintptr(fd), uintptr(what), n, more, 0, 0)
 	if errno != 0 {
@@ -163,7 +187,7 @@ func (p *epoll) block(trap uintptr, fd int, what unsafe.Pointer, n, more uintptr
 }
 
 func (p *epoll) wake() {
-	_, _ = unix.Write(p.event, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // fails only when it is awake for sure
+	_, _ = unix.Write(p.event, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // fails only if a wake is pending
 }
 
 func (p *epoll) close() {
@@ -174,12 +198,59 @@ func (p *epoll) close() {
 	}
 }
 
-// An fdSocket is a TCP connection by its file descriptor.
+// rawSyscall makes a system call without telling the scheduler. Telling it costs as much
+// as a short call. In return the goroutine keeps its processor while it waits, for up to
+// sweepEvery, so there must be others.
+func rawSyscall(trap uintptr, fd int, p unsafe.Pointer, n, more uintptr) (int, error) {
+	r, _, errno := unix.RawSyscall6(trap, uintptr(fd), uintptr(p), n, more, 0, 0)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(r), nil
+}
+
+// A receiver reads from sockets and learns when the data had arrived.
+type receiver struct {
+	msg     unix.Msghdr
+	vec     unix.Iovec
+	control [unix.SizeofCmsghdr + unsafe.Sizeof(unix.Timespec{})]byte
+}
+
+// receive reads from a socket without blocking.
+func (r *receiver) receive(fd int, p []byte) (int, error) {
+	r.vec.Base = &p[0]
+	r.vec.SetLen(len(p))
+	r.msg.Iov = &r.vec
+	r.msg.SetIovlen(1)
+	r.msg.Control = &r.control[0]
+	r.msg.SetControllen(len(r.control))
+	return rawSyscall(unix.SYS_RECVMSG, fd, unsafe.Pointer(&r.msg), unix.MSG_DONTWAIT, 0)
+}
+
+// ago returns how long ago the last byte that was read arrived. It returns zero if the
+// kernel does not tell, or if its clock was set in the meantime.
+func (r *receiver) ago() time.Duration {
+	if int(r.msg.Controllen) < len(r.control) {
+		return 0
+	}
+	header := (*unix.Cmsghdr)(unsafe.Pointer(&r.control[0]))
+	if header.Level != unix.SOL_SOCKET || header.Type != unix.SO_TIMESTAMPNS {
+		return 0
+	}
+	arrived := *(*unix.Timespec)(unsafe.Pointer(&r.control[unix.SizeofCmsghdr]))
+	ago := time.Duration(time.Now().UnixNano() - arrived.Nano())
+	if ago < 0 || ago > time.Minute {
+		return 0
+	}
+	return ago
+}
+
+// An fdSocket is a stream socket, by its file descriptor.
 type fdSocket struct {
-	epoll *epoll
-	fd    int
-	about int // the user's slot
-	room  bool
+	epoll   *epoll
+	fd      int
+	about   int // the user's slot
+	waiting bool
 }
 
 func (s *fdSocket) control(op int, events uint32) error {
@@ -187,8 +258,6 @@ func (s *fdSocket) control(op int, events uint32) error {
 	return os.NewSyscallError("epoll_ctl", unix.EpollCtl(s.epoll.fd, op, s.fd, &e))
 }
 
-// read tells from the kernel's timestamp how long ago what it returns had come, so
-// that this process may be late without making the server look slow.
 func (s *fdSocket) read(p []byte) (n int, ago time.Duration, err error) {
 	r := &s.epoll.receiver
 	for {
@@ -208,7 +277,7 @@ func (s *fdSocket) read(p []byte) (n int, ago time.Duration, err error) {
 
 func (s *fdSocket) write(p []byte) (int, error) {
 	for {
-		n, err := raw(unix.SYS_WRITE, s.fd, unsafe.Pointer(&p[0]), uintptr(len(p)), 0)
+		n, err := rawSyscall(unix.SYS_WRITE, s.fd, unsafe.Pointer(&p[0]), uintptr(len(p)), 0)
 		switch {
 		case err == nil:
 			return n, nil
@@ -221,10 +290,10 @@ func (s *fdSocket) write(p []byte) (int, error) {
 }
 
 func (s *fdSocket) awaitRoom(on bool) error {
-	if s.room == on {
+	if s.waiting == on {
 		return nil
 	}
-	s.room = on
+	s.waiting = on
 	events := uint32(unix.EPOLLIN | unix.EPOLLRDHUP)
 	if on {
 		events |= unix.EPOLLOUT

@@ -1,0 +1,140 @@
+package load
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"echod/client"
+)
+
+// A target is one of the addresses that the server's name stands for.
+type target struct {
+	network, address string
+	tls              *tls.Config  // nil for none
+	made, failed     atomic.Int64 // connects
+}
+
+// portAdvice says what to do if there are too few local ports.
+const portAdvice = "use fewer connections or less churn, or widen net.ipv4.ip_local_port_range"
+
+// prepare resolves the address, and checks that this machine can open that many
+// connections. It is better to fail now than in the middle of the run.
+func (r *run) prepare(ctx context.Context) error {
+	if limit, used := fileLimit(); limit > 0 && r.opts.Conns+used+filesPerWorker*r.opts.Threads > limit {
+		return r.tooFewFiles()
+	}
+	if r.opts.Dial != nil {
+		return nil
+	}
+	address, err := client.ParseAddress(r.opts.Address)
+	if err != nil {
+		return err
+	}
+	r.raw = !address.TLS
+	if address.Network != "tcp" {
+		r.targets = []*target{{network: address.Network, address: address.Addr}}
+		return nil
+	}
+	host, port, err := net.SplitHostPort(address.Addr)
+	if err != nil {
+		return err
+	}
+	number, err := net.DefaultResolver.LookupPort(ctx, "tcp", port)
+	if err != nil {
+		return err
+	}
+	host = cmp.Or(host, "localhost")
+	hosts, err := net.DefaultResolver.LookupHost(ctx, host)
+	if err != nil {
+		return err
+	}
+	var config *tls.Config
+	if address.TLS {
+		config = cmp.Or(r.opts.TLS, &tls.Config{}).Clone()
+		config.ServerName = cmp.Or(config.ServerName, host)
+	}
+	for _, h := range hosts {
+		r.targets = append(r.targets, &target{network: "tcp", address: net.JoinHostPort(h, strconv.Itoa(number)), tls: config})
+	}
+	if ports := localPorts() * len(hosts); ports > 0 && r.opts.Conns > ports {
+		return fmt.Errorf("load on %s: this machine has %d local ports for %d connections: %s", r.opts.Address, ports, r.opts.Conns, portAdvice)
+	}
+	return nil
+}
+
+// filesPerWorker is how many files a worker opens besides its connections.
+const filesPerWorker = 6
+
+func (r *run) tooFewFiles() error {
+	return fmt.Errorf("load on %s: too many open files for %d connections: raise the limit (ulimit -n)", r.opts.Address, r.opts.Conns)
+}
+
+// outOfFiles reports whether this machine cannot open more connections. The server is
+// not to blame.
+func outOfFiles(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE)
+}
+
+// openFiles returns how many files this process has open, as far as the system tells.
+func openFiles() int {
+	entries, err := os.ReadDir("/dev/fd")
+	if err != nil {
+		return 16 // a guess: standard streams, the runtime's poller, output files
+	}
+	return len(entries)
+}
+
+// dial connects to the server. It starts with target n, and tries the others if that
+// fails.
+func (r *run) dial(ctx context.Context, n int) (net.Conn, error) {
+	if r.opts.Dial != nil {
+		return r.opts.Dial(ctx, r.opts.Address)
+	}
+	var first error
+	for i := range r.targets {
+		t := r.targets[(n+i)%len(r.targets)]
+		conn, err := t.dial(ctx, len(r.targets)-i)
+		if err == nil {
+			return conn, nil
+		}
+		if first == nil {
+			first = err
+		}
+		if ctx.Err() != nil || outOfFiles(err) {
+			break
+		}
+	}
+	return nil, first
+}
+
+// dial connects to the target. It leaves time for the others if it is one of several.
+func (t *target) dial(ctx context.Context, of int) (net.Conn, error) {
+	if deadline, ok := ctx.Deadline(); ok && of > 1 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(of), errDialTimeout)
+		defer cancel()
+	}
+	conn, err := t.dialConn(ctx)
+	if err != nil {
+		t.failed.Add(1)
+		return nil, err
+	}
+	t.made.Add(1)
+	return conn, nil
+}
+
+func (t *target) dialConn(ctx context.Context) (net.Conn, error) {
+	if t.tls != nil {
+		return (&tls.Dialer{Config: t.tls}).DialContext(ctx, t.network, t.address)
+	}
+	return new(net.Dialer).DialContext(ctx, t.network, t.address)
+}
