@@ -46,7 +46,7 @@ func serveCrowd(b *testing.B, n int) *server.Server {
 		<-ctx.Done()
 		return nil
 	})
-	srv, err := server.New(idle, server.Options{MaxConns: n, Logger: zap.New(core)})
+	srv, err := server.New(idle, server.Options{Limits: server.Limits{MaxConns: n}, Logger: zap.New(core)})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"echod/server"
 )
 
 // limitCallers bounds how many connections of ln are open at once. Accept never waits for one of them to
@@ -251,6 +253,9 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 // peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil
 // where the system does not tell both.
 var peerOf func(fd int) (uid, pid int)
+
+// identity is who calls, for the server's log and events.
+func (c *caller) identity() server.Caller { return server.Caller{UID: c.uid, PID: c.pid} }
 
 func callerFrom(ctx context.Context) *caller {
 	if who, ok := ctx.Value(callerKey{}).(*caller); ok {

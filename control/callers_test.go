@@ -85,10 +85,10 @@ func TestG16(t *testing.T) {
 		for _, state := range []string{"running", "draining"} {
 			t.Run("the control socket answers at once while "+state+", with callers "+bad.name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					r := newBubble(t, server.Options{Grace: time.Hour})
+					r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 					r.echoClient(t)
 					if state == "draining" {
-						r.srv.Drain(0, "upgrade")
+						r.srv.StartDrain(server.DrainOptions{Reason: "upgrade"})
 						synctest.Wait()
 					}
 					var calling sync.WaitGroup
@@ -312,7 +312,7 @@ func TestHalfClose(t *testing.T) {
 
 // TestGoneCaller has requests read only after their callers have given up, as when the server was stopped.
 func TestGoneCaller(t *testing.T) {
-	srv, err := server.New(server.Echo, server.Options{})
+	srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -369,7 +369,7 @@ func TestBounds(t *testing.T) {
 			wantEqual(t, "status", got.status, http.StatusRequestEntityTooLarge)
 			want := `{"type":"urn:echod:problem:too-large","title":"Request too large","status":413,"detail":"body: more than 16384 bytes","field":"body"}` + "\n"
 			wantEqual(t, "answer", got.body, want)
-			wantEqual(t, "state", r.srv.Status().State, server.Running)
+			wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
 		}
 	})
 	t.Run("slow headers end the connection", func(t *testing.T) {
@@ -408,7 +408,7 @@ func TestBounds(t *testing.T) {
 			if took := time.Since(began); took < requestTimeout || took > requestTimeout+time.Second {
 				t.Errorf("the connection was closed after %s: want %s", took, requestTimeout)
 			}
-			wantEqual(t, "state", r.srv.Status().State, server.Running)
+			wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
 		})
 	})
 	t.Run("idle connections are closed", func(t *testing.T) {
@@ -503,7 +503,7 @@ func (l deafListener) SetDeadline(time.Time) error { return nil }
 
 func testProbeDeaf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -574,7 +574,7 @@ func TestAudit(t *testing.T) {
 		defer lease.Close()
 		wantEqual(t, "pid of a lease", lease.Hold.PID, new(os.Getpid()))
 		info := r.srv.Status().Holds[0]
-		wantEqual(t, "uid and pid in the server", [2]int{info.UID, info.PID}, [2]int{os.Getuid(), os.Getpid()})
+		wantEqual(t, "uid and pid in the server", [2]int{info.By.UID, info.By.PID}, [2]int{os.Getuid(), os.Getpid()})
 	})
 	t.Run("every change is logged with its caller", func(t *testing.T) {
 		r := newRig(t, server.Options{})

@@ -60,7 +60,7 @@ func TestPauseEndsWithItsTimeToLive(t *testing.T) {
 		if hold.Expires == nil || !hold.Expires.Equal(began.Add(90*time.Second)) {
 			t.Errorf("the hold expires at %v: want %v", hold.Expires, began.Add(90*time.Second))
 		}
-		r.await(t, server.Paused)
+		r.await(t, server.StatePaused)
 		must[Waited](t)(r.client.Wait(t.Context(), WaitRequest{State: "running"}))
 		wantEqual(t, "time paused", time.Since(began), 90*time.Second)
 	})
@@ -139,7 +139,7 @@ func TestNotifyReachesWhoReadsAndCountsTheOthers(t *testing.T) {
 
 func TestShutdownBeginsShortensForcesAndElseChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: 5 * time.Second})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: 5 * time.Second}})
 		client := r.echoClient(t)
 		began := time.Now()
 		for _, step := range []struct {
@@ -175,7 +175,7 @@ func TestShutdownBeginsShortensForcesAndElseChangesNothing(t *testing.T) {
 
 func TestShutdownWithoutGraceGivesNoneWhereItSaysSo(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: time.Hour})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 		client := r.echoClient(t)
 		began := time.Now()
 		got := r.do(t, http.MethodPost, "/v1/shutdown", `{"grace":"0s"}`)
@@ -254,6 +254,6 @@ func TestRequestsThatMakeNoSenseAreRefused(t *testing.T) {
 				t.Errorf("%s: %s lacks %s", what, got.body, want)
 			}
 		}
-		wantEqual(t, "state after all that", r.srv.Status().State, server.Running)
+		wantEqual(t, "state after all that", r.srv.Status().State, server.StateRunning)
 	})
 }

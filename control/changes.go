@@ -21,7 +21,7 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 		return err
 	}
 	who := callerFrom(r.Context())
-	opts := server.PauseOptions{UID: who.uid, PID: who.pid}
+	opts := server.PauseOptions{By: who.identity()}
 	ttl := time.Duration(-1)
 	err := decodeBody(w, r, fields{"reason": text(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode)})
 	switch {
@@ -47,7 +47,7 @@ func (p *Plane) postResume(w *response, r *http.Request) error {
 	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, nil)); err != nil {
 		return err
 	}
-	n, err := p.srv.Resume()
+	n, err := p.srv.Resume(callerFrom(r.Context()).identity())
 	if err != nil {
 		return err
 	}
@@ -58,7 +58,7 @@ func (p *Plane) deleteHold(w *response, r *http.Request) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
-	if err := p.srv.ReleaseHold(r.PathValue("id")); err != nil {
+	if err := p.srv.ReleaseHold(r.PathValue("id"), callerFrom(r.Context()).identity()); err != nil {
 		return err
 	}
 	return p.answerChange(w, Change{Changed: true, Released: new(1)})
@@ -124,11 +124,11 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	case now:
 		changed = p.srv.Force(reason)
 	case grace < 0:
-		changed = p.srv.Drain(0, reason) // the server's own grace period
+		changed = p.srv.StartDrain(server.DrainOptions{Reason: reason}) // the server's own grace period
 	case grace == 0:
-		changed = p.srv.Drain(-1, reason)
+		changed = p.srv.StartDrain(server.DrainOptions{Grace: server.Off, Reason: reason})
 	default:
-		changed = p.srv.Drain(grace, reason)
+		changed = p.srv.StartDrain(server.DrainOptions{Grace: grace, Reason: reason})
 	}
 	st := p.srv.Status()
 	status := http.StatusOK

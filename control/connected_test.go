@@ -70,10 +70,10 @@ func TestPauseWhileConnectedDiesWithItsCaller(t *testing.T) {
 			r := newRig(t, server.Options{})
 			conn := r.rawConn(t)
 			hold, _ := pauseByHand(t, conn, caller.tail)
-			wantEqual(t, "state", r.srv.Status().State, server.Paused)
+			wantEqual(t, "state", r.srv.Status().State, server.StatePaused)
 			wantEqual(t, "reason", hold.Reason, "backup")
 			caller.leave(t, conn)
-			r.await(t, server.Running)
+			r.await(t, server.StateRunning)
 		})
 	}
 }
@@ -103,9 +103,9 @@ func TestPauseWhileConnectedOutlastsEveryTimeLimit(t *testing.T) {
 		pauseByHand(t, conn, "\n")
 		ask(t, conn, "GET /v1/status HTTP/1.1\r\nHost: echod\r\n\r\n") // which nobody answers
 		time.Sleep(24 * time.Hour)
-		wantEqual(t, "state a day later", r.srv.Status().State, server.Paused)
+		wantEqual(t, "state a day later", r.srv.Status().State, server.StatePaused)
 		_ = conn.Close()
-		r.await(t, server.Running)
+		r.await(t, server.StateRunning)
 	})
 }
 
@@ -115,10 +115,10 @@ func TestPauseWhileConnectedSaysWhyItEnds(t *testing.T) {
 		end  func(*rig)
 		want Released
 	}{
-		{"resumed", func(r *rig) { _, _ = r.srv.Resume() }, Released{server.ErrResumed.Error(), "running"}},
-		{"released", func(r *rig) { _ = r.srv.ReleaseHold("h1") }, Released{server.ErrReleased.Error(), "running"}},
+		{"resumed", func(r *rig) { _, _ = r.srv.Resume(server.Caller{}) }, Released{server.ErrResumed.Error(), "running"}},
+		{"released", func(r *rig) { _ = r.srv.ReleaseHold("h1", server.Caller{}) }, Released{server.ErrReleased.Error(), "running"}},
 		{"expired", func(*rig) { time.Sleep(time.Minute) }, Released{server.ErrExpired.Error(), "running"}},
-		{"drained", func(r *rig) { r.srv.Drain(0, "SIGTERM") }, Released{"", "draining"}},
+		{"drained", func(r *rig) { r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"}) }, Released{"", "draining"}},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -129,7 +129,7 @@ func TestPauseWhileConnectedSaysWhyItEnds(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer lease.Close()
-				wantEqual(t, "state", r.srv.Status().State, server.Paused)
+				wantEqual(t, "state", r.srv.Status().State, server.StatePaused)
 				end.end(r)
 				<-lease.Ended()
 				if end.want.Released == "" {
@@ -146,7 +146,7 @@ func TestProgramEndsOnlyWhenTheLastLineOfAPauseIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		_, lines := pauseByHand(t, r.rawConn(t), "")
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		<-r.srv.Done() // at once: there are no connections
 		synctest.Wait()
 		select {
@@ -171,7 +171,7 @@ func TestLeaseIsGivenUpByClosingIt(t *testing.T) {
 	wantEqual(t, "hold", lease.Hold.Reason, "backup")
 	lease.Close()
 	lease.Close()
-	r.await(t, server.Running)
+	r.await(t, server.StateRunning)
 }
 
 func TestLeaseIsGivenUpByItsContext(t *testing.T) {
@@ -183,7 +183,7 @@ func TestLeaseIsGivenUpByItsContext(t *testing.T) {
 	}
 	defer lease.Close()
 	cancel(errors.New("done"))
-	r.await(t, server.Running)
+	r.await(t, server.StateRunning)
 	<-lease.Ended()
 	wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
 }
@@ -199,7 +199,7 @@ func TestStreamsNeedHijack(t *testing.T) {
 		r.plane.ServeHTTP(w, req)
 		wantEqual(t, "status", w.status, http.StatusInternalServerError)
 		wantEqual(t, "problem", strings.Contains(w.body.String(), ProblemUnexpected), true)
-		wantEqual(t, "state", r.srv.Status().State, server.Running)
+		wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
 	})
 }
 

@@ -29,7 +29,7 @@ func Example() {
 	defer os.RemoveAll(dir)
 	ctx := context.Background()
 
-	srv, err := server.New(server.Echo, server.Options{Grace: 10 * time.Second})
+	srv, err := server.New(server.Echo, server.Options{Drain: server.DrainOptions{Grace: 10 * time.Second}})
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -50,7 +50,7 @@ func Example() {
 	defer signal.Stop(signals)
 
 	var g run.Group
-	g.Add(control.ServerActor(srv, ln))
+	g.Add(control.ServerActor(srv, server.Listener{Listener: ln}))
 	g.Add(control.NewSignals(srv, signals, zap.NewNop(), os.Stderr).Actor())
 	g.Add(control.New(srv, control.Options{Version: "1.0"}).Actor(socket))
 
@@ -66,7 +66,7 @@ func serve() (path string, stop func()) {
 		panic(err)
 	}
 	path = filepath.Join(dir, "control.sock")
-	srv, err := server.New(server.Echo, server.Options{})
+	srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 	if err != nil {
 		panic(err)
 	}
@@ -79,15 +79,15 @@ func serve() (path string, stop func()) {
 		panic(err)
 	}
 	var g run.Group
-	g.Add(control.ServerActor(srv, ln))
+	g.Add(control.ServerActor(srv, server.Listener{Listener: ln}))
 	g.Add(control.New(srv, control.Options{}).Actor(socket))
 	ended := make(chan error, 1)
 	go func() { ended <- g.Run() }()
-	if err := srv.AwaitStatus(context.Background(), func(st server.State, _ int) bool { return st == server.Running }); err != nil {
+	if err := srv.AwaitStatus(context.Background(), func(st server.State, _ int) bool { return st == server.StateRunning }); err != nil {
 		panic(err)
 	}
 	return path, func() {
-		srv.Drain(0, "done")
+		srv.StartDrain(server.DrainOptions{Reason: "done"})
 		<-ended
 		_ = os.RemoveAll(dir)
 	}

@@ -73,7 +73,7 @@ func malformed(rnd *rand.Rand) (what, request string) {
 func TestMalformedRequestsHurtNobody(t *testing.T) {
 	const requests, attackers, echoers = 1000, 32, 4
 	before := openFiles(t)
-	r := newRig(t, server.Options{Grace: time.Minute}, func(r *rig) actor {
+	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Minute}}, func(r *rig) actor {
 		r.plane.http.ReadHeaderTimeout = 200 * time.Millisecond
 		r.plane.http.ReadTimeout = 400 * time.Millisecond
 		r.plane.http.IdleTimeout = 400 * time.Millisecond
@@ -110,7 +110,7 @@ func TestMalformedRequestsHurtNobody(t *testing.T) {
 
 	// The run group ends when every connection and stream has.
 	r.client.Close()
-	r.srv.Drain(0, "done")
+	r.srv.StartDrain(server.DrainOptions{Reason: "done"})
 	receive(t, "the end", r.ended)
 	wantEqual(t, "open files", openFiles(t), before)
 }

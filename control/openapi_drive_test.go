@@ -66,7 +66,7 @@ var lax = []string{
 // TestEveryAnswerIsAsTheDocumentSays drives every operation to every answer that the document promises.
 func TestEveryAnswerIsAsTheDocumentSays(t *testing.T) {
 	doc := loadDocument(t)
-	r := newRig(t, server.Options{Grace: time.Hour})
+	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 	seen := map[string]bool{}
 	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
 	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
@@ -295,7 +295,7 @@ func TestDrainShowsUntilWhenClientsAreAccepted(t *testing.T) {
 }
 
 func TestDocumentHasTheEventThatStandsForMissedOnes(t *testing.T) {
-	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventsMissed, Missed: 3}))
+	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventMissed, Missed: 3}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -119,13 +119,13 @@ func TestDocumentNamesAllThatCanBe(t *testing.T) {
 	for _, r := range server.Reasons() {
 		reasons = append(reasons, r.String())
 	}
-	for s := server.Starting; s <= server.Stopped; s++ {
+	for s := server.StateStarting; s <= server.StateStopped; s++ {
 		states = append(states, s.String())
 	}
-	for m := server.HoldNew; m <= server.RejectNew; m++ {
+	for m := server.PauseQueue; m <= server.PauseReject; m++ {
 		modes = append(modes, m.String())
 	}
-	for p := server.Waiting; p <= server.Closing; p++ {
+	for p := server.PhaseWaiting; p <= server.PhaseClosing; p++ {
 		phases = append(phases, p.String())
 	}
 	wantEqual(t, "reasons", enum("Reason"), reasons)

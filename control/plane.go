@@ -320,7 +320,7 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		return fmt.Errorf("control plane: %w", err)
 	}
 	interrupt = func(error) {
-		p.srv.Drain(0, "stopping")
+		p.srv.StartDrain(server.DrainOptions{Reason: "stopping"})
 		<-p.srv.Done()
 		ctx, cancel := context.WithTimeoutCause(context.Background(), p.linger, http.ErrServerClosed)
 		defer cancel()
@@ -331,12 +331,12 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 
 // ServerActor returns the run.Group pair that serves srv on its listeners, and drains srv when it is
 // interrupted. Add it first: the other actors' interrupts wait for the drain.
-func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() error, interrupt func(error)) {
+func ServerActor(srv *server.Server, listeners ...server.Listener) (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		errs := make([]error, len(listeners))
 		var serving sync.WaitGroup
 		for i, ln := range listeners {
-			serving.Go(func() { errs[i] = srv.Serve(ln) })
+			serving.Go(func() { errs[i] = srv.ServeListener(ln) })
 		}
 		serving.Wait()
 		<-srv.Done() // also without listeners
@@ -347,6 +347,6 @@ func ServerActor(srv *server.Server, listeners ...net.Listener) (execute func() 
 		}
 		return errors.Join(errs...)
 	}
-	interrupt = func(error) { srv.Drain(0, "stopping") }
+	interrupt = func(error) { srv.StartDrain(server.DrainOptions{Reason: "stopping"}) }
 	return execute, interrupt
 }

@@ -18,7 +18,7 @@ import (
 func TestStatusTellsAllThatHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		r := newBubble(t, server.Options{Grace: time.Minute})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Minute}})
 		left := r.echoClient(t)
 		r.echoClient(t)
 		_ = left.Close()
@@ -35,7 +35,7 @@ func TestStatusTellsAllThatHolds(t *testing.T) {
 			GraceSeconds: 60,
 		})
 
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		synctest.Wait()
 		st = must[Status](t)(r.client.Status(t.Context()))
 		wantEqual(t, "state", st.State, "draining")
@@ -210,7 +210,7 @@ func TestWaitTimesOutWhenItSays(t *testing.T) {
 
 func TestWaitGivesUpWhenADrainMakesItHopeless(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: time.Minute})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Minute}})
 		r.echoClient(t)
 		type result struct {
 			got Waited
@@ -231,7 +231,7 @@ func TestWaitGivesUpWhenADrainMakesItHopeless(t *testing.T) {
 		synctest.Wait()
 
 		began := time.Now()
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		problem := wantProblem(t, receive(t, "the wait for paused", paused).err, ProblemDraining)
 		wantEqual(t, "deadline", problem.Deadline.Sub(began), time.Minute)
 		wantEqual(t, "time waited for paused", time.Since(began), time.Duration(0))

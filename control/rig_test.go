@@ -87,6 +87,9 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 	core, r.logs = observer.New(zap.DebugLevel)
 	log := zap.New(core)
 	opts.Logger = log
+	if opts.Notifier == nil {
+		opts.Notifier = server.DefaultLineNotifier()
+	}
 	srv, err := server.New(server.Echo, opts)
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +98,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 	r.plane = New(srv, Options{Version: "1.2.3", Logger: log, Metrics: http.HandlerFunc(someMetrics)})
 	r.plane.linger = patience // so that a busy machine cuts no answer short
 
-	actors := []actor{pair(ServerActor(srv, ln))}
+	actors := []actor{pair(ServerActor(srv, server.Listener{Listener: ln}))}
 	for _, add := range more {
 		if a := add(r); a.execute != nil {
 			actors = append(actors, a)
@@ -116,7 +119,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 		_ = srv.Close()
 		<-r.ended
 	})
-	r.await(t, server.Running)
+	r.await(t, server.StateRunning)
 }
 
 // someMetrics answers as metrics would.

@@ -55,7 +55,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 		}
 	}
 	interrupt = func(error) {
-		s.srv.Drain(0, "stopping")
+		s.srv.StartDrain(server.DrainOptions{Reason: "stopping"})
 		close(ending)
 	}
 	return execute, interrupt
@@ -85,7 +85,7 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 		return
 	}
 	s.log.Info("signal received", name)
-	if !s.srv.Drain(0, SignalName(sig)) {
+	if !s.srv.StartDrain(server.DrainOptions{Reason: SignalName(sig)}) {
 		s.log.Info("drain already in progress; its deadline is unchanged", name)
 	}
 }

@@ -37,7 +37,7 @@ const grace = 10 * time.Second
 func newSignalled(t *testing.T) *signalled {
 	t.Helper()
 	s := &signalled{began: time.Now(), in: make(chan os.Signal, 16)}
-	s.rig = newBubble(t, server.Options{Grace: grace}, func(r *rig) actor {
+	s.rig = newBubble(t, server.Options{Notifier: server.DefaultLineNotifier(), Drain: server.DrainOptions{Grace: grace}}, func(r *rig) actor {
 		s.stacks.rig = r
 		s.signals = NewSignals(r.srv, s.in, r.plane.log, &s.stacks)
 		return pair(s.signals.Actor())
@@ -205,7 +205,7 @@ func TestSecondQuitWritesTheStacksBeforeItCloses(t *testing.T) {
 		s := newSignalled(t)
 		s.take(t, term)
 		s.take(t, quit)
-		for _, name := range []string{"(*Signals).handle", "(*Conn).serve", "(*Server).conductDrain"} {
+		for _, name := range []string{"(*Signals).handle", "(*Conn).serve", "(*Server).runDrain"} {
 			if !strings.Contains(s.stacks.text, name) {
 				t.Errorf("the stacks lack %s", name)
 			}
@@ -217,13 +217,13 @@ func TestSecondQuitWritesTheStacksBeforeItCloses(t *testing.T) {
 
 func TestSignalAfterTheEndForcesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
 		in := make(chan os.Signal, 1)
 		s := NewSignals(srv, in, zap.NewNop(), nil)
-		srv.Drain(0, "done")
+		srv.StartDrain(server.DrainOptions{Reason: "done"})
 		<-srv.Done()
 		s.handle(term, 2)
 		wantEqual(t, "signal that forced the end", s.Forced(), nil)

@@ -179,7 +179,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 	if err := decodeQuery(r, fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}); err != nil {
 		return err
 	}
-	if wanted == server.Starting {
+	if wanted == server.StateStarting {
 		return invalid("state", "a server that answers has started")
 	}
 	if wanted == 0 && open < 0 {
@@ -201,7 +201,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 	err = p.srv.AwaitStatus(ctx, func(st server.State, connections int) bool {
 		seen = Waited{State: st.String(), Connections: connections}
 		met = (wanted == 0 || st == wanted) && (open < 0 || connections == open)
-		never := st == server.Stopped || st == server.Draining && wanted != 0 && wanted < server.Draining
+		never := st == server.StateStopped || st == server.StateDraining && wanted != 0 && wanted < server.StateDraining
 		return met || never
 	})
 	switch {

@@ -84,9 +84,9 @@ func (p *Plane) getReady(w *response, _ *http.Request) error {
 	st := p.srv.Status()
 	open := plural(st.Connections, "connection")
 	switch {
-	case st.State != server.Running:
+	case st.State != server.StateRunning:
 		return answerText(w, http.StatusServiceUnavailable, notReady(st))
-	case st.Full && st.AtLimit == server.Reject:
+	case st.Full && st.AtLimit == server.LimitReject:
 		return answerText(w, http.StatusServiceUnavailable, "not ready: full, with "+open)
 	case st.Full:
 		return answerText(w, http.StatusOK, "ready: full, with "+open+": new clients wait for a place")

@@ -177,8 +177,8 @@ func wireHold(h server.HoldInfo) Hold {
 	if !h.Expires.IsZero() {
 		out.Expires = &h.Expires
 	}
-	if h.PID != 0 {
-		out.UID, out.PID = &h.UID, &h.PID
+	if h.By.PID != 0 {
+		out.UID, out.PID = &h.By.UID, &h.By.PID
 	}
 	return out
 }

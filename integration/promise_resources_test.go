@@ -274,7 +274,7 @@ func TestG11OutOfFiles(t *testing.T) {
 			peers[i] = e.dial()
 			check(t, peers[i].send("mine\n"))
 		}
-		e.awaitLog("accepting is held up")
+		e.awaitLog("cannot accept, retrying")
 		check(t, old.echo("still served\n"))
 		e.expectIdle()
 		check(t, peers[0].expect("mine\n")) // a place becomes free

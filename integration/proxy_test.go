@@ -112,7 +112,7 @@ func TestWhoIsTrustedAndSendsNoHeaderIsTurnedAway(t *testing.T) {
 			if got, _ := p.rest(); got != "" {
 				t.Errorf("it was sent %q", got)
 			}
-			e.awaitLog("client not identified")
+			e.awaitLog("handshake failed")
 			e.awaitOpen(0)
 			e.expectAccounts(map[string]uint64{"rejected-unidentified": 1})
 			check(t, e.proxied(headerV1).leave()) // the next one is served
@@ -135,7 +135,7 @@ func TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket(t *testing.T)
 			t.Fatalf("%d connections are open, of %d files", st.Connections, files)
 		}
 	}
-	if lines := e.log.find("accepting is held up"); len(lines) > 0 {
+	if lines := e.log.find("cannot accept, retrying"); len(lines) > 0 {
 		t.Errorf("it ran out of files: %s", lines[0].text)
 	}
 }
@@ -146,7 +146,7 @@ func TestWhoOnlyConnectsIsNothingToWarnOf(t *testing.T) {
 	check(t, e.dial().Close())
 	e.awaitLog("connection closed", "reason", "client-closed")
 	e.expectAccounts(map[string]uint64{"client-closed": 1})
-	if lines := e.log.find("client not identified"); len(lines) > 0 {
+	if lines := e.log.find("handshake failed"); len(lines) > 0 {
 		t.Errorf("the log has %s", lines[0].text)
 	}
 }

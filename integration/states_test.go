@@ -255,7 +255,7 @@ func quitForcesAndShowsStacks(t *testing.T, s *scene) {
 			t.Errorf("the stacks on stderr do not have %q", want)
 		}
 	}
-	if strings.Index(log, "\ngoroutine ") > strings.Index(log, `"closing everything now"`) {
+	if strings.Index(log, "\ngoroutine ") > strings.Index(log, `"closing all connections now"`) {
 		t.Error("the stacks were written after the connections had been closed")
 	}
 }

@@ -47,12 +47,12 @@ func newCollector(status func() server.Status, opts Options) *Collector {
 	}
 }
 
-var states = []server.State{server.Starting, server.Running, server.Paused, server.Draining, server.Stopped}
+var states = []server.State{server.StateStarting, server.StateRunning, server.StatePaused, server.StateDraining, server.StateStopped}
 
 // rejections are the close reasons of rejected connections, by the value of the label.
 var rejections = map[string]server.Reason{
-	"paused": server.RejectedPaused, "limit": server.RejectedLimit, "draining": server.RejectedDraining,
-	"unidentified": server.RejectedUnidentified,
+	"paused": server.ReasonRejectedPaused, "limit": server.ReasonRejectedLimit, "draining": server.ReasonRejectedDraining,
+	"unidentified": server.ReasonRejectedHandshake,
 }
 
 // Describe sends the descriptions of all metrics.
@@ -80,12 +80,12 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 			is = 1
 		}
 		gauge(c.state, is, s.String())
-		if s != server.Starting { // never entered again
+		if s != server.StateStarting { // never entered again
 			counter(c.transitions, st.Transitions[s], s.String())
 		}
 	}
 	gauge(c.holds, float64(len(st.Holds)))
-	for phase := server.Waiting; phase <= server.Closing; phase++ {
+	for phase := server.PhaseWaiting; phase <= server.PhaseClosing; phase++ {
 		gauge(c.conns, float64(st.Phases[phase]), phase.String())
 	}
 	if st.MaxConns > 0 {
@@ -119,7 +119,7 @@ func (c *Collector) drainHistogram(st server.Status) prometheus.Metric {
 	buckets := make(map[float64]uint64, len(drainBuckets))
 	var count uint64
 	var took float64
-	if st.Drain != nil && st.State == server.Stopped {
+	if st.Drain != nil && st.State == server.StateStopped {
 		count, took = 1, st.Drain.Ended.Sub(st.Drain.Since).Seconds()
 	}
 	for _, bound := range drainBuckets {

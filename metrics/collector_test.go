@@ -37,8 +37,8 @@ func TestCollector(t *testing.T) {
 func testEveryFigure(t *testing.T) {
 	began := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	st := server.Status{
-		State: server.Stopped, Connections: 10, MaxConns: 11,
-		Phases:   map[server.Phase]int{server.Waiting: 1, server.Serving: 2, server.Rejecting: 3, server.Closing: 4},
+		State: server.StateStopped, Connections: 10, MaxConns: 11,
+		Phases:   map[server.Phase]int{server.PhaseWaiting: 1, server.PhaseServing: 2, server.PhaseRejecting: 3, server.PhaseClosing: 4},
 		Accepted: 12,
 		BytesIn:  13, BytesOut: 14,
 		Holds: []server.HoldInfo{{ID: "h1"}, {ID: "h2"}},
@@ -47,7 +47,7 @@ func testEveryFigure(t *testing.T) {
 			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2), Port: 9999}, AcceptQueue: -1, AcceptQueueLimit: -1}, // unknown
 		},
 		NoticesSent: 17, NoticesFailed: 18,
-		Transitions: map[server.State]uint64{server.Running: 19, server.Paused: 20, server.Draining: 21, server.Stopped: 22},
+		Transitions: map[server.State]uint64{server.StateRunning: 19, server.StatePaused: 20, server.StateDraining: 21, server.StateStopped: 22},
 		Drain:       &server.DrainInfo{Since: began, Ended: began.Add(1500 * time.Millisecond)},
 		Closed:      make(map[server.Reason]uint64),
 	}
@@ -148,7 +148,7 @@ echod_state{state="stopped"} 1
 }
 
 func testUnknownFigures(t *testing.T) {
-	st := server.Status{State: server.Draining, Drain: &server.DrainInfo{Since: time.Now()}} // no limit
+	st := server.Status{State: server.StateDraining, Drain: &server.DrainInfo{Since: time.Now()}} // no limit
 	m := New("1.2.3")
 	m.registry.MustRegister(newCollector(func() server.Status { return st }, Options{}))
 	text := scrape(t, m)

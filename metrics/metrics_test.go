@@ -72,6 +72,9 @@ func serve(t *testing.T, m *Metrics, opts server.Options) (*server.Server, net.A
 func serveWith(t *testing.T, m *Metrics, h server.Handler, opts server.Options) (*server.Server, net.Addr) {
 	t.Helper()
 	opts.OnClose = m.OnClose
+	if opts.Notifier == nil {
+		opts.Notifier = server.DefaultLineNotifier()
+	}
 	s, err := server.New(h, opts)
 	if err != nil {
 		t.Fatal(err)
@@ -90,7 +93,7 @@ func serveWith(t *testing.T, m *Metrics, h server.Handler, opts server.Options) 
 		_ = s.Close()
 		<-done
 	})
-	if err := s.AwaitStatus(t.Context(), func(state server.State, _ int) bool { return state == server.Running }); err != nil {
+	if err := s.AwaitStatus(t.Context(), func(state server.State, _ int) bool { return state == server.StateRunning }); err != nil {
 		t.Fatal(err)
 	}
 	return s, ln.Addr()
@@ -122,7 +125,7 @@ func TestMetrics(t *testing.T) {
 
 func testClients(t *testing.T) {
 	m := New("1.2.3")
-	s, address := serve(t, m, server.Options{MaxConns: 9, MaxConnsPerIP: 2})
+	s, address := serve(t, m, server.Options{Limits: server.Limits{MaxConns: 9, MaxConnsPerIP: 2}})
 	awaitLines(t, m, `echod_build_info{version="1.2.3"} 1`, `echod_state{state="running"} 1`, `echod_state{state="paused"} 0`,
 		`echod_connections{phase="serving"} 0`, `echod_connections_limit 9`, `echod_connections_closed_total{reason="killed"} 0`)
 
@@ -163,7 +166,7 @@ func testClients(t *testing.T) {
 	m.Signal("SIGTERM")
 	m.Request("/v1/status", "GET", 200)
 	m.Request("/v1/status", "GET", 200)
-	s.Drain(time.Hour, "x")
+	s.StartDrain(server.DrainOptions{Grace: time.Hour, Reason: "x"})
 	awaitLines(t, m, `echod_notices_total{result="sent"} 2`, `echod_state{state="draining"} 1`)
 	_ = stays.CloseWrite()
 	<-s.Done()
@@ -229,9 +232,9 @@ func testCloseReasons(t *testing.T) {
 	for range 2 {
 		client(t, address, "hello\n")
 	}
-	s.Drain(time.Hour, "x")
+	s.StartDrain(server.DrainOptions{Grace: time.Hour, Reason: "x"})
 	awaitLines(t, m, `echod_notices_total{result="sent"} 2`, `echod_drain_duration_seconds_count 0`)
-	s.Drain(time.Nanosecond, "y")
+	s.StartDrain(server.DrainOptions{Grace: time.Nanosecond, Reason: "y"})
 	<-s.Done()
 	awaitLines(t, m,
 		`echod_connections_closed_total{reason="deadline"} 2`, `echod_connections_closed_total{reason="forced"} 0`,

@@ -93,7 +93,7 @@ func (all series) check(query, legend string) (problems []string) {
 func scraped(t *testing.T) series {
 	t.Helper()
 	m := New("1.2.3")
-	serve(t, m, server.Options{MaxConns: 10})
+	serve(t, m, server.Options{Limits: server.Limits{MaxConns: 10}})
 	m.Signal("SIGTERM")
 	m.Request("/v1/status", "GET", 200)
 	return seriesOf(scrape(t, m))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"sync"
 	"testing"
@@ -72,16 +73,16 @@ func BenchmarkAdmitRelease(b *testing.B) {
 	forEachCrowd(b, []int{0, 15_000}, func(b *testing.B, n int) {
 		settled := make(chan struct{})
 		s := newCrowd(b, n, nothing, Options{OnClose: func(ClosedConn) { settled <- struct{}{} }})
-		a, nc := &acceptor{srv: s}, newAbsentConn()
+		a, nc := &acceptor{srv: s, handler: nothing}, newAbsentConn()
 		b.ReportAllocs()
 		for b.Loop() {
 			a.take(nc)
 			<-settled
 		}
-		if err := s.book.Await(b.Context(), func(l *ledger) bool { return l.tasks == 0 }); err != nil {
+		if err := s.state.Await(b.Context(), func(l *state) bool { return l.tasks == 0 }); err != nil {
 			b.Fatal(err)
 		}
-		if st := s.Status(); st.Connections != n || st.Closed[HandlerDone] != uint64(b.N) {
+		if st := s.Status(); st.Connections != n || st.Closed[ReasonHandlerDone] != uint64(b.N) {
 			b.Errorf("%d are open and %v closed, want %d and %d", st.Connections, st.Closed, n, b.N)
 		}
 	})
@@ -107,12 +108,12 @@ func BenchmarkDrainNotice(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
 		shareClient(b, s)
-		s.book.With(func(l *ledger) { l.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
+		s.state.With(func(l *state) { l.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
 		b.ReportAllocs()
 		for b.Loop() {
 			s.tellAll()
 			b.StopTimer()
-			s.book.With(func(l *ledger) {
+			s.state.With(func(l *state) {
 				for _, c := range l.conns.all() {
 					c.told = false
 				}
@@ -120,7 +121,7 @@ func BenchmarkDrainNotice(b *testing.B) {
 			b.StartTimer()
 		}
 		reportPerConn(b, n)
-		if told := s.drainInfo().Notified; told != n*b.N {
+		if told := s.Status().Drain.Notified; told != n*b.N {
 			b.Errorf("%d were told, want %d times %d", told, b.N, n)
 		}
 	})
@@ -161,15 +162,17 @@ func BenchmarkSnapshot(b *testing.B) {
 // BenchmarkSweep is one look of the sweeper at connections that are idle, but not yet for too long.
 func BenchmarkSweep(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
-		s := newCrowd(b, n, Echo, Options{IdleTimeout: 24 * time.Hour, StallTimeout: 24 * time.Hour})
+		s := newCrowd(b, n, Echo, Options{Timeouts: Timeouts{Idle: 24 * time.Hour, Stall: 24 * time.Hour}})
 		b.ReportAllocs()
 		for b.Loop() {
-			s.inspectAll(time.Now())
+			for c := range inTurns(s.snapshot(), quietTurn) {
+				s.inspect(c, time.Now())
+			}
 		}
 		reportPerConn(b, n)
 		for _, c := range s.snapshot() {
-			if c.ended() {
-				b.Fatalf("connection %d was ended as %v", c.id, c.reason())
+			if c.endReason() != 0 {
+				b.Fatalf("connection %d was ended as %v", c.id, c.endReason())
 			}
 		}
 	})
@@ -191,13 +194,14 @@ func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s.opts.MaxConns = 0 // whatever the limit on open files
+	s.opts.Limits.MaxConns = math.MaxInt // whatever the limit on open files
+	a := &acceptor{srv: s, handler: h}
 	for range n {
-		c := newConn(s, newAbsentConn())
-		var v verdict
-		s.book.With(func(l *ledger) {
-			l.open(c)
-			v, _ = s.judge(l, c)
+		c := newConn(a, newAbsentConn())
+		var v decision
+		s.state.With(func(l *state) {
+			l.addConn(c)
+			v, _ = s.admit(l, c)
 			l.tasks-- // for the goroutine that it has not
 		})
 		if v != admit {

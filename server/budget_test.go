@@ -16,7 +16,7 @@ func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		c := r.dial(t)
 		began := time.Now()
-		r.Drain(10*time.Second, "TERM")
+		r.StartDrain(DrainOptions{Grace: 10 * time.Second, Reason: "TERM"})
 		for time.Since(began) < 9*time.Second {
 			pass(time.Second)
 			c.send(t, "x")
@@ -25,7 +25,7 @@ func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 		c.send(t, "y")
 		c.ends(t, "SHUTDOWN 10 TERM\nxxxxxxxxxy")
 		wantEqual(t, "duration", time.Since(began), 10*time.Second)
-		wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonDeadline: 1})
 	})
 }
 
@@ -37,7 +37,7 @@ func TestG6WhatWasReadIsWrittenBackAfterTheDeadline(t *testing.T) {
 		c.SetWindow(10)
 		text := strings.Repeat("0123456789", 300)
 		c.send(t, text)
-		r.Drain(time.Second, "TERM")
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "TERM"})
 		pass(time.Second + 900*time.Millisecond) // of the second that it has
 		c.SetWindow(len(text) + 100)
 		c.ends(t, text+"\nSHUTDOWN 1 TERM\n")
@@ -46,7 +46,7 @@ func TestG6WhatWasReadIsWrittenBackAfterTheDeadline(t *testing.T) {
 
 func TestG6AClientThatNeverReadsIsClosedWithinTheBudget(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{StallTimeout: -1})
+		r := newRig(t, Echo, Options{Timeouts: Timeouts{Stall: -1}})
 		for range 3 {
 			c := r.dial(t)
 			c.SetWindow(0)
@@ -56,7 +56,7 @@ func TestG6AClientThatNeverReadsIsClosedWithinTheBudget(t *testing.T) {
 		if took > time.Second+budget {
 			t.Errorf("drain took %v, want at most the grace of 1s and %v", took, budget)
 		}
-		if rep := r.report(); rep.Deadline != 3 || rep.NoticeFailed != 3 || rep.Notified != 0 {
+		if rep := reportOf(r.Report()); rep.AtDeadline != 3 || rep.NoticeFailed != 3 || rep.Notified != 0 {
 			t.Errorf("report %+v, want 3 closed at the deadline, 3 notices failed, none sent", rep)
 		}
 	})
@@ -70,7 +70,7 @@ func TestG6AHandlerThatIgnoresItsContextIsNamedAndLeftBehind(t *testing.T) {
 		if want := time.Second + abortAfter + abandonAfter; took != want || took > time.Second+budget {
 			t.Errorf("drain took %v, want %v", took, want)
 		}
-		if rep.Stuck != 1 || rep.Deadline != 1 {
+		if rep.Stuck != 1 || rep.AtDeadline != 1 {
 			t.Errorf("report %+v, want 1 stuck and 1 closed at the deadline", rep)
 		}
 		entries := r.messages("handler ignores its context and is left behind")
@@ -82,7 +82,7 @@ func TestG6AHandlerThatIgnoresItsContextIsNamedAndLeftBehind(t *testing.T) {
 			t.Errorf("the log names handler %q, want the stubborn one", name)
 		}
 		wantEqual(t, "remote", fields["remote"], c.LocalAddr().String())
-		wantState(t, r.Server, Stopped, 0)
+		wantState(t, r.Server, StateStopped, 0)
 		wantErr(t, "Serve", <-r.served, ErrServerClosed)
 	})
 }
@@ -111,7 +111,7 @@ func TestCloseLeavesStubbornHandlersBehindAfterAMoment(t *testing.T) {
 		r := newRig(t, stubborn(t), Options{})
 		r.dial(t)
 		wantEqual(t, "time that Close took", elapsed(func() { _ = r.Close() }), abandonAfter)
-		wantClosed(t, r.Server, map[Reason]uint64{Forced: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonForced: 1})
 	})
 }
 
@@ -121,12 +121,12 @@ func TestForceDuringTheFlushCutsItShort(t *testing.T) {
 		c := r.dial(t)
 		c.SetWindow(0)
 		c.send(t, "x")
-		r.Drain(-1, "TERM")
+		r.StartDrain(DrainOptions{Grace: Off, Reason: "TERM"})
 		pass(500 * time.Millisecond)
 		if took := elapsed(func() { _ = r.Close() }); took != 0 {
 			t.Errorf("Close took %v, want no time", took)
 		}
-		wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1}) // the first cause
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonDeadline: 1}) // the first cause
 	})
 }
 
@@ -148,26 +148,26 @@ func TestCloseCallbackOfAHandlerLeftBehindCannotProlongTheDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})
 		stuck := func(context.Context, *Conn) error { <-release; return nil }
-		r := newRig(t, HandlerFunc(stuck), Options{Grace: time.Second, OnClose: func(ClosedConn) { <-release }})
+		r := newRig(t, HandlerFunc(stuck), Options{Drain: DrainOptions{Grace: time.Second}, OnClose: func(ClosedConn) { <-release }})
 		r.dial(t)
-		r.Drain(0, "x")
+		r.StartDrain(DrainOptions{Grace: 0, Reason: "x"})
 		if took := elapsed(func() { <-r.Done() }); took > time.Second+abortAfter+2*abandonAfter {
 			t.Errorf("the drain took %v", took)
 		}
-		wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonDeadline: 1})
 		close(release)
 	})
 }
 
 func TestDrainEndsWithOneSummary(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{StallTimeout: -1})
+		r := newRig(t, Echo, Options{Timeouts: Timeouts{Stall: -1}})
 		leaver, deaf := r.dial(t), r.dial(t)
 		r.dial(t) // who stays
 		deaf.SetWindow(0)
 		deaf.send(t, "x")
-		r.Drain(time.Second, "TERM")
-		pass(acceptingStops)
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "TERM"})
+		pass(acceptorsStop)
 		leaver.leave(t)
 		<-r.Done()
 		entries := r.messages("drained")

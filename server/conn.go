@@ -1,128 +1,397 @@
 package server
 
 import (
+	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
-	"sync"
+	"runtime/debug"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"go.uber.org/zap"
 )
 
-// Conn is an accepted connection. It is a net.Conn, with these differences: each Write is whole, so
-// that no notice ever lands inside of it; Close leaves flushing and lingering to the server; and once
-// the server has decided to end the connection, deadlines cannot be moved any more.
+// Conn is an accepted connection. It is a net.Conn with these differences: a Write is never interrupted by a notice;
+// Close leaves flushing, half-closing and lingering to the server; once the server has decided to end the connection,
+// deadlines cannot be moved any more; and a write deadline bounds the handler's writes only.
 //
-// One goroutine may read while others write. A Conn must not be copied.
+// One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
-	// What each message touches comes first, in a cache line of its own, so that a crowd of clients costs few of them.
-	srv      *Server // set once, by newConn
-	bytesIn  atomic.Uint64
-	bytesOut atomic.Uint64
-	active   atomic.Int64 // when the last byte moved, by Server.clock
-	writing  sync.Mutex   // held for each whole write; lastByte and torn belong to its holder
-	lastByte byte
-	torn     bool // a write ended halfway: nothing that follows could be understood
-	outbox   outbox
+	// What each message touches comes first, in a cache line of its own.
+	srv         *Server // set once, by newConn
+	bytesIn     atomic.Uint64
+	bytesOut    atomic.Uint64
+	active      atomic.Int64 // when a byte moved last, by Server.clock
+	posted      atomic.Int32 // length of messages
+	idle        atomic.Int32 // one of the idle constants
+	writeLock   writeLock    // held for each whole write; guards the four fields below, and changes of nc
+	lastByte    byte
+	writeClosed bool // CloseWrite was called
+	writeBroken bool // a write ended halfway: nothing that follows could be understood
 
-	// Set once, by newConn, or by the ledger when it opens the connection (id).
-	nc     net.Conn
+	handlerWrites    atomic.Bool // a write of the handler is in progress
+	hasWriteDeadline atomic.Bool // the handler has set one
+
+	// Set once, by newConn, or by state when it adds the connection (id).
 	id     uint64
-	opened time.Time
+	opened int64 // by Server.clock
+	from   *acceptor
+	sock   net.Conn // what the listener returned, or what is below its TLS session
 
-	client atomic.Pointer[net.TCPAddr] // what Options.Identify said; nil for nc's own
+	nc net.Conn // what is read and written: sock, or what WrapConn made of it
 
-	// Guarded by the lock of Server.book.
+	// Guarded by Server.state.
 	admitted, rejected bool
-	told               bool // the drain's notice is under way or was sent
+	told               bool // of the drain: the notice was posted
+
+	gone bool // the sweeper has seen that the client has gone
 
 	phase    atomic.Int32
 	sawEOF   atomic.Bool
 	broken   atomic.Bool  // reset or lost: a read or write failed for no reason of ours
-	notified atomic.Bool  // the drain's notice was taken by the kernel
-	blocked  atomic.Int64 // since when a write is under way, by Server.clock; 0 when none is
-	fate     locked[fate]
+	closed   atomic.Bool  // Close was called, or the handler has returned
+	notified atomic.Bool  // the kernel took the notice of the drain
+	blocked  atomic.Int64 // since when a write is in progress, by Server.clock; 0 when none is
 
-	// The sweeper's own.
-	acked      uint64
-	progressed int64 // when acked was last seen to grow, by Server.clock
+	messages locked[messageQueue]
+	closing  locked[closingState]
+
+	progress progress // the sweeper's own
 }
 
-// fate is how the connection ends, once that is decided.
-type fate struct {
-	reason Reason
-	cause  error            // of the context's end: nil until reads are to fail
-	ctx    *cancelledByFate // nil until the handler asks for its context
+// closingState is how and why the connection ends, and what else a few connections need.
+type closingState struct {
+	reason Reason         // 0 until the end is decided
+	cause  error          // why reads fail; nil while they do not
+	ctx    *cancelContext // nil until the handler uses its context
+	rare   *rareState     // nil until it is needed
 }
 
-// Phase is what is being done with a connection.
-type Phase int32
+// rareState is what most connections do not have, so that they do not pay for it.
+type rareState struct {
+	notifier                    Notifier
+	labels                      map[string]string
+	readDeadline, writeDeadline time.Time // as the handler has set them
+	parent                      context.Context
+	handlerErr                  error
+	drain                       connDrain
+	remote                      net.Addr // nil for that of the socket
+}
 
-// The phases of an open connection.
+// connDrain is a connection's own drain.
+type connDrain struct {
+	begun       bool
+	interrupted bool          // an idle Read has failed with ErrDraining
+	signal      chan struct{} // closed when it begins; nil until the handler asks for it
+	deadline    time.Time
+	reason      string
+}
+
+// Values of Conn.idle.
 const (
-	Waiting   Phase = iota + 1 // accepted, and held at the gate
-	Serving                    // its handler runs
-	Rejecting                  // being told why it is not served
-	Closing                    // flushed, half-closed, waiting for the client's end of stream
+	idleNo          int32 = iota
+	idleMarked            // the handler waits for its next request
+	idleInterrupted       // and its Read is made to fail with ErrDraining
 )
 
-var phaseNames = [...]string{Waiting: "waiting", Serving: "serving", Rejecting: "rejecting", Closing: "closing"}
-
-// String gives the phase's name as the control plane shows it.
-func (p Phase) String() string {
-	if p < Waiting || p > Closing {
-		return fmt.Sprintf("Phase(%d)", int32(p))
+func newConn(a *acceptor, nc net.Conn) *Conn {
+	c := &Conn{srv: a.srv, from: a, sock: nc, nc: nc, opened: a.srv.clock()}
+	if session, ok := nc.(*tls.Conn); ok { // of tls.NewListener
+		c.sock = session.NetConn()
 	}
-	return phaseNames[p]
-}
-
-func newConn(s *Server, nc net.Conn) *Conn {
-	c := &Conn{srv: s, nc: nc, opened: time.Now()}
-	c.setPhase(Waiting)
+	c.phase.Store(int32(PhaseWaiting))
 	c.touch()
+	connFiles.Add(1)
 	return c
-}
-
-// ip is the client's address; invalid where it has none.
-func (c *Conn) ip() netip.Addr {
-	a := c.RemoteAddr()
-	if tcp, ok := a.(*net.TCPAddr); ok {
-		return tcp.AddrPort().Addr().Unmap()
-	}
-	ap, _ := netip.ParseAddrPort(a.String())
-	return ap.Addr().Unmap()
 }
 
 // ID is the connection's number, counted from 1 in the order of accepting.
 func (c *Conn) ID() uint64 { return c.id }
 
-// Draining returns a channel that is closed when a drain has begun, right after the clients were
-// notified: the soft signal to come to an end. The hard one is the context.
-func (c *Conn) Draining() <-chan struct{} { return c.srv.draining }
+// Server returns the server that the connection belongs to.
+func (c *Conn) Server() *Server { return c.srv }
 
 // BytesIn is how many bytes were read from the client.
 func (c *Conn) BytesIn() uint64 { return c.bytesIn.Load() }
 
-// BytesOut is how many bytes were written towards the client, notices included.
+// BytesOut is how many bytes were written to the client, notices included.
 func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 
 // LocalAddr is the server's address on this connection.
-func (c *Conn) LocalAddr() net.Addr { return c.nc.LocalAddr() }
+func (c *Conn) LocalAddr() net.Addr { return c.sock.LocalAddr() }
 
-// RemoteAddr is the client's address, as Options.Identify has it where that is set.
-func (c *Conn) RemoteAddr() net.Addr {
-	if client := c.client.Load(); client != nil {
-		return client
+// RemoteAddr is the client's address: that of the connection which WrapConn returned.
+func (c *Conn) RemoteAddr() (addr net.Addr) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil {
+			addr = cl.rare.remote
+		}
+	})
+	if addr == nil {
+		return c.sock.RemoteAddr()
 	}
-	return c.nc.RemoteAddr()
+	return addr
 }
 
-// Read reads what the client sent. Once the connection is to end, it fails with the cause.
+// NetConn returns the stream that Conn reads and writes: what the listener or WrapConn returned, for example a
+// *tls.Conn. Bytes that are read or written there directly are not counted, and notices may land between them.
+func (c *Conn) NetConn() (nc net.Conn) {
+	c.closing.With(func(*closingState) { nc = c.nc })
+	return nc
+}
+
+// SyscallConn gives access to the socket's descriptor. The error is errors.ErrUnsupported where there is none.
+func (c *Conn) SyscallConn() (syscall.RawConn, error) {
+	if sc, ok := c.sock.(syscall.Conn); ok {
+		return sc.SyscallConn()
+	}
+	return nil, errUnsupported
+}
+
+var errUnsupported = errors.ErrUnsupported
+
+// TLS returns the state of the connection's TLS session; ok is false if it has none.
+func (c *Conn) TLS() (state tls.ConnectionState, ok bool) {
+	session, ok := c.NetConn().(interface{ ConnectionState() tls.ConnectionState })
+	if !ok {
+		return state, false
+	}
+	return session.ConnectionState(), true
+}
+
+// Credentials identify the process at the other end of a Unix socket, as it was when it connected.
+type Credentials struct{ PID, UID, GID int }
+
+// PeerCredentials returns the credentials of the client of a Unix socket; ok is false where the system does not tell.
+func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
+
+// Draining returns a channel that is closed when the server would like the connection to end: when its client has been
+// told, and has until DrainDeadline. It is the soft signal; the hard one is the context's end.
+func (c *Conn) Draining() (signal <-chan struct{}) {
+	c.closing.With(func(cl *closingState) {
+		d := &cl.extra().drain
+		if d.signal == nil {
+			d.signal = make(chan struct{})
+			if d.begun {
+				close(d.signal)
+			}
+		}
+		signal = d.signal
+	})
+	return signal
+}
+
+// DrainDeadline returns when the connection is closed at the latest; ok is false while it is not being drained.
+func (c *Conn) DrainDeadline() (deadline time.Time, ok bool) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil && cl.rare.drain.begun {
+			deadline, ok = cl.rare.drain.deadline, true
+		}
+	})
+	return deadline, ok
+}
+
+// DrainReason returns why the connection is being drained; empty while it is not.
+func (c *Conn) DrainReason() (reason string) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil {
+			reason = cl.rare.drain.reason
+		}
+	})
+	return reason
+}
+
+// startDrain begins the connection's drain, or moves its deadline.
+func (c *Conn) startDrain(deadline time.Time, reason string) {
+	c.closing.With(func(cl *closingState) {
+		d := &cl.extra().drain
+		d.deadline = deadline
+		if d.begun {
+			return
+		}
+		d.begun, d.reason = true, reason
+		if d.signal != nil {
+			close(d.signal)
+		}
+		if cl.cause == nil && c.idle.CompareAndSwap(idleMarked, idleInterrupted) {
+			d.interrupted = true
+			_ = c.nc.SetReadDeadline(longAgo)
+		}
+	})
+}
+
+// MarkIdle says that the handler has answered all requests and waits for the next one, of which it has read nothing
+// yet: with a bufio.Reader, that Buffered returns 0. A drain then interrupts the Read that waits, or the next one, with
+// ErrDraining. No byte is lost, so the handler may also go on. The mark ends with the first byte that is read. Each
+// connection is interrupted once at most. Call it on the goroutine that reads.
+func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
+
+// endIdle removes the mark of MarkIdle after a read, which may have brought data. It reports whether a drain has
+// interrupted the read.
+func (c *Conn) endIdle(data bool) (interrupted bool) {
+	if c.idle.Swap(idleNo) != idleInterrupted {
+		return false
+	}
+	c.closing.With(func(cl *closingState) {
+		cl.rare.drain.interrupted = !data // a request has begun: the handler can be interrupted after it
+		if cl.cause == nil {
+			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
+		}
+	})
+	return true
+}
+
+// refuseIdleRead reports whether a read of an idle handler must fail because the drain has begun already.
+func (c *Conn) refuseIdleRead() (refuse bool) {
+	c.closing.With(func(cl *closingState) {
+		if cl.cause == nil && cl.rare != nil && cl.rare.drain.begun && !cl.rare.drain.interrupted {
+			cl.rare.drain.interrupted = true
+			refuse = true
+		}
+	})
+	if refuse {
+		c.idle.Store(idleNo)
+	}
+	return refuse
+}
+
+// SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
+// before a change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It
+// waits for a write that is in progress.
+func (c *Conn) SetNotifier(n Notifier) {
+	if n == nil {
+		n = silent{}
+	}
+	c.writeLock.Lock()
+	defer c.unlockWrite()
+	c.closing.With(func(cl *closingState) { cl.extra().notifier = n })
+}
+
+// Wrap replaces the stream in the middle of the connection by what wrap makes of it, such as a TLS session for
+// STARTTLS. While wrap runs, the server sends nothing to the client; afterwards its notices go through the new stream.
+// Call it on the goroutine that reads, when nothing that belongs to the new stream has been read yet. An error of wrap
+// leaves the connection silent and the old stream in place; the handler should return. The connection's addresses do
+// not change.
+func (c *Conn) Wrap(ctx context.Context, wrap WrapConn) error {
+	c.writeLock.Lock()
+	defer c.unlockWrite()
+	wrapped, err := wrap(ctx, c.nc)
+	if err != nil {
+		c.closing.With(func(cl *closingState) { cl.extra().notifier = silent{} })
+		return err
+	}
+	if named, ok := wrapped.(addrConn); ok {
+		wrapped = named.Conn
+	}
+	c.closing.With(func(*closingState) { c.nc = wrapped })
+	return nil
+}
+
+// setStream replaces the stream, and with it the client's address, before the connection is admitted.
+func (c *Conn) setStream(wrapped net.Conn) {
+	var remote net.Addr
+	if named, ok := wrapped.(addrConn); ok {
+		wrapped, remote = named.Conn, named.remote
+	} else if wrapped != c.sock {
+		remote = wrapped.RemoteAddr()
+	}
+	c.closing.With(func(cl *closingState) {
+		c.nc = wrapped
+		if remote != nil {
+			cl.extra().remote = remote
+		}
+	})
+}
+
+// WithRemoteAddr returns nc with another remote address. A WrapConn that reads a PROXY header returns it, so that the
+// connection keeps the fast path of a plain socket.
+func WithRemoteAddr(nc net.Conn, remote net.Addr) net.Conn { return addrConn{nc, remote} }
+
+type addrConn struct {
+	net.Conn
+	remote net.Addr
+}
+
+// RemoteAddr returns the address that was given.
+func (c addrConn) RemoteAddr() net.Addr { return c.remote }
+
+// Bounds on labels.
+const (
+	maxLabels      = 16
+	maxLabelLength = 256
+)
+
+// SetLabel attaches a label to the connection, such as the user that logged in. Labels are shown in logs, in listings
+// and by the control plane. An empty value removes the label. The server keeps at most 16 labels a connection, and
+// refuses keys and values that CheckText refuses or that have more than 256 bytes.
+func (c *Conn) SetLabel(key, value string) error {
+	for _, text := range []string{key, value} {
+		if err := CheckText(text); err != nil {
+			return fmt.Errorf("label %.40q: %w", key, err)
+		}
+		if len(text) > maxLabelLength {
+			return fmt.Errorf("label %.40q: it has %d bytes: at most %d are allowed", key, len(text), maxLabelLength)
+		}
+	}
+	var full bool
+	c.closing.With(func(cl *closingState) {
+		r := cl.extra()
+		_, known := r.labels[key]
+		switch {
+		case value == "":
+			delete(r.labels, key)
+		case !known && len(r.labels) >= maxLabels:
+			full = true
+		default:
+			if r.labels == nil {
+				r.labels = make(map[string]string)
+			}
+			r.labels[key] = value
+		}
+	})
+	if full {
+		return fmt.Errorf("label %.40q: the connection has %d labels already", key, maxLabels)
+	}
+	return nil
+}
+
+// Labels returns a copy of the connection's labels; nil if it has none.
+func (c *Conn) Labels() (labels map[string]string) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil && len(cl.rare.labels) > 0 {
+			labels = maps.Clone(cl.rare.labels)
+		}
+	})
+	return labels
+}
+
+func (cl *closingState) extra() *rareState {
+	if cl.rare == nil {
+		cl.rare = new(rareState)
+	}
+	return cl.rare
+}
+
+// Read reads what the client sent. Once the connection is to end, it fails with the cause. See MarkIdle for
+// ErrDraining.
 func (c *Conn) Read(p []byte) (int, error) {
+	if c.idle.Load() != idleNo && c.refuseIdleRead() {
+		return 0, ErrDraining
+	}
 	n, err := c.nc.Read(p)
+	var interrupted bool
+	if n > 0 || err != nil {
+		if c.idle.Load() != idleNo {
+			interrupted = c.endIdle(n > 0)
+		}
+	}
 	if n > 0 {
 		c.bytesIn.Add(uint64(n))
 		c.touch()
@@ -131,103 +400,69 @@ func (c *Conn) Read(p []byte) (int, error) {
 	case err == nil:
 	case errors.Is(err, io.EOF):
 		c.sawEOF.Store(true)
+	case interrupted && errors.Is(err, os.ErrDeadlineExceeded) && c.cause() == nil:
+		if n > 0 {
+			return n, nil
+		}
+		return 0, ErrDraining
 	default:
 		err = c.explain(err)
 	}
 	return n, err
 }
 
-// writeChunk bounds what is handed to the kernel at once, so that the counters show progress.
-const writeChunk = 256 << 10
-
-// Write sends p whole: a notice goes before or after it. Once the connection is to end, writes have
-// a second left, and then fail with the cause.
-func (c *Conn) Write(p []byte) (int, error) {
-	c.writing.Lock()
-	defer c.unlockWrite()
-	return c.write(p)
-}
-
-// write needs c.writing.
-func (c *Conn) write(p []byte) (written int, err error) {
-	if c.torn {
-		return 0, errTorn
-	}
-	c.blocked.Store(c.srv.clock())
-	defer c.blocked.Store(0)
-	for written < len(p) && err == nil {
-		var n int
-		n, err = c.nc.Write(p[written:min(len(p), written+writeChunk)])
-		written += n
-		c.wrote(p[:written], n)
-	}
-	if err != nil {
-		c.torn = written > 0 || c.torn
-		return written, c.explain(err)
-	}
-	return written, nil
-}
-
-var errTorn = errors.New("an earlier write to this connection was cut short")
-
-// wrote accounts for the last n bytes of p; it needs c.writing.
-func (c *Conn) wrote(p []byte, n int) {
-	if n > 0 {
-		c.bytesOut.Add(uint64(n))
-		c.lastByte = p[len(p)-1]
-		c.touch()
-	}
-}
-
-// explain turns the error of a broken or ended connection into what is known of it.
+// explain replaces the error of a connection that the server ends by the cause, and notes others.
 func (c *Conn) explain(err error) error {
-	switch {
-	case c.cause() != nil:
-		return c.cause()
-	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, net.ErrClosed):
-	default:
+	if cause := c.cause(); cause != nil {
+		return cause
+	}
+	if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
 		c.broken.Store(true)
 	}
 	return err
 }
 
-// CloseWrite ends the stream towards the client, who can go on sending. Nothing can be written
-// after it, notices neither.
-func (c *Conn) CloseWrite() error {
-	c.writing.Lock()
-	defer c.unlockWrite()
-	c.torn = true
-	if hc, ok := c.nc.(interface{ CloseWrite() error }); ok {
-		return hc.CloseWrite()
-	}
-	return errors.ErrUnsupported
-}
-
-// Close lets the connection end: reads fail from now on, and when the handler has returned the server
-// half-closes, lingers and closes. It never fails, and calling it is never needed. The close reason
-// is still what the handler makes of it, so that a deferred Close hides nothing.
+// Close lets the connection end: reads and writes fail from now on, and when the handler has returned the server
+// half-closes, lingers and closes. It never fails, and calling it is never necessary. The close reason is still what
+// the handler's result says, so a deferred Close hides nothing.
 func (c *Conn) Close() error {
-	c.fate.With(func(f *fate) {
-		if f.reason == 0 {
-			c.sever(f, ErrConnClosed)
+	c.closed.Store(true)
+	c.closing.With(func(cl *closingState) {
+		if cl.reason == 0 {
+			c.cancelIO(cl, ErrConnClosed)
 		}
 	})
 	return nil
 }
 
 // SetDeadline sets both deadlines; see net.Conn.
-func (c *Conn) SetDeadline(t time.Time) error { return c.deadline(t, c.nc.SetDeadline) }
+func (c *Conn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
 
 // SetReadDeadline sets the deadline of reads; see net.Conn.
-func (c *Conn) SetReadDeadline(t time.Time) error { return c.deadline(t, c.nc.SetReadDeadline) }
+func (c *Conn) SetReadDeadline(t time.Time) (err error) {
+	c.closing.With(func(cl *closingState) {
+		if !t.IsZero() || cl.rare != nil {
+			cl.extra().readDeadline = t
+		}
+		if cl.cause == nil && c.idle.Load() != idleInterrupted {
+			err = c.nc.SetReadDeadline(t)
+		}
+	})
+	return err
+}
 
-// SetWriteDeadline sets the deadline of writes; see net.Conn. A write that it cuts short is the last.
-func (c *Conn) SetWriteDeadline(t time.Time) error { return c.deadline(t, c.nc.SetWriteDeadline) }
-
-func (c *Conn) deadline(t time.Time, set func(time.Time) error) (err error) {
-	c.fate.With(func(f *fate) {
-		if f.cause == nil {
-			err = set(t)
+// SetWriteDeadline sets the deadline of the handler's writes; see net.Conn. Notices are not bound by it. Nothing can be
+// written after a write that it cut short.
+func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
+	c.closing.With(func(cl *closingState) {
+		if !t.IsZero() || cl.rare != nil {
+			cl.extra().writeDeadline = t
+			c.hasWriteDeadline.Store(true)
+		}
+		if cl.cause == nil && c.handlerWrites.Load() {
+			err = c.nc.SetWriteDeadline(t)
 		}
 	})
 	return err
@@ -235,53 +470,371 @@ func (c *Conn) deadline(t time.Time, set func(time.Time) error) (err error) {
 
 func (c *Conn) touch() { c.active.Store(c.srv.clock()) }
 
-func (c *Conn) setPhase(p Phase) { c.phase.Store(int32(p)) }
-
-// reason says how the connection ends; zero while that is not decided.
-func (c *Conn) reason() (why Reason) {
-	c.fate.With(func(f *fate) { why = f.reason })
+// endReason is how the connection ends; zero while that is not decided.
+func (c *Conn) endReason() (why Reason) {
+	c.closing.With(func(cl *closingState) { why = cl.reason })
 	return why
 }
 
-// cause is why reads fail, and the context has ended; nil while they have not.
+// cause is why reads fail; nil while they do not.
 func (c *Conn) cause() (cause error) {
-	c.fate.With(func(f *fate) { cause = f.cause })
+	c.closing.With(func(cl *closingState) { cause = cl.cause })
 	return cause
 }
 
-func (c *Conn) ended() bool { return c.reason() != 0 }
-
-// end decides, unless that is done, how the connection ends. The handler's context is
-// cancelled, reads fail at once, and what is to be written still has flushTimeout.
+// end decides how the connection ends, unless that was decided before. The handler's context is cancelled, reads fail
+// at once, and what is still to be written has flushTimeout.
 func (c *Conn) end(why Reason, cause error) (first bool) {
-	c.fate.With(func(f *fate) {
-		if first = f.reason == 0; first {
-			f.reason = why
-			c.sever(f, cause)
+	c.closing.With(func(cl *closingState) {
+		if first = cl.reason == 0; first {
+			cl.reason = why
+			c.cancelIO(cl, cause)
 		}
 	})
 	return first
 }
 
-// sever lets reads fail with cause, and writes a while later. It is called under the lock of c.fate. The context
-// goes first, so that whom the deadline wakes finds the cause.
-func (c *Conn) sever(f *fate, cause error) {
-	if f.cause == nil {
-		f.cause = cause
+// cancelIO makes reads fail with cause, and writes after a while. It is called under the lock of c.closing. It cancels
+// the context first, so that whoever the deadline wakes finds the cause.
+func (c *Conn) cancelIO(cl *closingState, cause error) {
+	if cl.cause == nil {
+		cl.cause = cause
 	}
-	if f.ctx != nil {
-		f.ctx.cancel(cause)
+	if cl.ctx != nil {
+		cl.ctx.cancel(cause)
 	}
 	_ = c.nc.SetReadDeadline(longAgo)
 	_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
 }
 
-// abort closes the connection under whoever uses it. It does not block: TLS would wait up to five
-// seconds for a client that does not read to take its farewell, so what is below it is closed.
+// connContext is a connection as the context of its handler. What package context would allocate for it, 190 bytes, is
+// made when the handler first uses it, which an echo never does.
+type connContext Conn
+
+type cancelContext struct {
+	context.Context
+	cancel context.CancelCauseFunc
+}
+
+func (x *connContext) real() (ctx context.Context) {
+	(*Conn)(x).closing.With(func(cl *closingState) {
+		if cl.ctx == nil {
+			parent := context.Background()
+			if cl.rare != nil && cl.rare.parent != nil {
+				parent = cl.rare.parent
+			}
+			cl.ctx = new(cancelContext)
+			cl.ctx.Context, cl.ctx.cancel = context.WithCancelCause(parent)
+			if cl.cause != nil {
+				cl.ctx.cancel(cl.cause)
+			}
+		}
+		ctx = cl.ctx.Context
+	})
+	return ctx
+}
+
+func (x *connContext) Deadline() (time.Time, bool) { return x.real().Deadline() }
+func (x *connContext) Done() <-chan struct{}       { return x.real().Done() }
+func (x *connContext) Err() error                  { return x.real().Err() }
+
+// Value is also how context.Cause finds the cause.
+func (x *connContext) Value(key any) any { return x.real().Value(key) }
+
+// setParent sets the parent of the handler's context.
+func (c *Conn) setParent() {
+	parent := c.from.base
+	if c.srv.opts.ConnContext != nil {
+		if parent == nil {
+			parent = context.Background()
+		}
+		parent = c.srv.opts.ConnContext(parent, c)
+	}
+	if parent != nil {
+		c.closing.With(func(cl *closingState) { cl.extra().parent = parent })
+	}
+}
+
+// serve is the goroutine of an admitted connection. It begins with a stack of 2 KiB, more than a third of what an idle
+// connection costs. The frames from here to where an echo waits just fit; one more doubles every stack.
+func (c *Conn) serve() {
+	defer c.srv.endTask()
+	natural := ReasonHandlerError // for a handler that calls runtime.Goexit
+	defer func() { c.close(natural) }()
+	defer func() {
+		if p := recover(); p != nil {
+			natural = ReasonHandlerPanic
+			c.srv.log.Error("handler panicked", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
+				zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+		}
+	}()
+	if c.from.base != nil || c.srv.opts.ConnContext != nil {
+		c.setParent()
+	}
+	natural = c.handlerResult(c.from.handler.ServeConn((*connContext)(c), c))
+}
+
+// handlerResult says how a connection ended that the server itself had no reason to end. It is a function of its own
+// because logging in serve would take stack from every handler.
+func (c *Conn) handlerResult(err error) Reason {
+	why := c.naturalReason(err)
+	if err != nil {
+		c.closing.With(func(cl *closingState) { cl.extra().handlerErr = err })
+	}
+	if why == ReasonHandlerError && c.endReason() == 0 {
+		c.srv.log.Warn("handler returned an error",
+			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
+	}
+	return why
+}
+
+func (c *Conn) naturalReason(err error) Reason {
+	switch {
+	case c.broken.Load():
+		return ReasonClientReset
+	case c.sawEOF.Load() && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)):
+		return ReasonClientClosed // close may turn it into ReasonClientLeft
+	case errors.Is(err, ErrClientGone):
+		return ReasonClientClosed
+	case err != nil && !errors.Is(err, ErrConnClosed) && !errors.Is(err, ErrDraining):
+		return ReasonHandlerError
+	default:
+		return ReasonHandlerDone
+	}
+}
+
+// boundHandshake sets the deadline of reads and writes that WrapConn makes on the stream below Conn.
+func (c *Conn) boundHandshake(t time.Time) {
+	c.closing.With(func(cl *closingState) {
+		if cl.cause == nil {
+			_ = c.nc.SetDeadline(t)
+		}
+	})
+}
+
+// endHandshake records what WrapConn returned.
+func (c *Conn) endHandshake(wrapped net.Conn, err error) {
+	c.closing.With(func(cl *closingState) {
+		if cl.cause == nil {
+			cl.ctx = nil // the handler gets a context of its own
+		}
+	})
+	if wrapped != nil && err == nil {
+		c.setStream(wrapped)
+	}
+	c.boundHandshake(time.Time{})
+	switch {
+	case err == nil || c.endReason() != 0:
+	case errors.Is(err, io.EOF):
+		c.end(ReasonClientClosed, ErrConnClosed)
+	case errors.Is(err, syscall.ECONNRESET):
+		c.end(ReasonClientReset, ErrConnClosed)
+	default:
+		c.srv.log.Warn("handshake failed", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
+		c.end(ReasonRejectedHandshake, fmt.Errorf("%w: %w", errHandshakeFailed, err))
+	}
+}
+
+var errHandshakeFailed = errors.New("the handshake failed")
+
+// closeUnserved is the goroutine of a connection that was ended before it was admitted.
+func (c *Conn) closeUnserved() {
+	defer c.srv.endTask()
+	c.close(ReasonHandlerDone)
+}
+
+// reject is the goroutine of a connection that is not served: it tells the client why, and closes in good order.
+func (c *Conn) reject(why Reason) {
+	defer c.srv.endTask()
+	// Reads stay possible: the first write to a TLS client performs the handshake.
+	_ = c.nc.SetDeadline(time.Now().Add(flushTimeout))
+	c.writeLock.Lock()
+	if text := c.rejection(why); len(text) > 0 {
+		_, _ = c.write(text)
+	}
+	c.unlockWrite()
+	c.end(why, errors.New(why.String()))
+	c.close(why)
+}
+
+// rejectNow is reject without waiting for the client. A client that goes on sending may see a reset.
+func (c *Conn) rejectNow(why Reason) {
+	defer c.srv.endTask()
+	c.end(why, errors.New(why.String()))
+	if raw := rawConn(c.nc); raw != nil {
+		discardPending(raw)
+	}
+	c.writeLock.Lock()
+	_, _ = c.tryWrite(c.rejection(why))
+	c.writeLock.Unlock()
+	if half, ok := c.nc.(halfCloser); ok {
+		_ = half.CloseWrite()
+	}
+	c.closeSocket()
+	c.closeMessages()
+	c.finish(why)
+}
+
+// rejection returns what the client is told when it is not served. The caller holds the write lock.
+func (c *Conn) rejection(why Reason) []byte {
+	n := Notice{Kind: NoticeReject, Rejected: why}
+	if why == ReasonRejectedDraining {
+		c.srv.state.With(func(st *state) { n.Reason, n.Deadline = st.drain.reason, st.drain.deadline })
+	}
+	return c.render(&message{notice: n})
+}
+
+// close ends a connection, with the reason natural unless another one came first: it sends what is pending,
+// half-closes, waits a moment for the client's FIN, closes, and records the end. Waiting matters: a close with unread
+// input sends an RST, and the client's kernel then discards what it has received and the client has not read
+// (RFC 1122, 4.2.2.13).
+func (c *Conn) close(natural Reason) {
+	c.phase.Store(int32(PhaseClosing))
+	c.srv.connState(c, PhaseClosing)
+	c.closed.Store(true)
+	c.end(natural, ErrConnClosed)
+	why := c.endReason()
+
+	// The lock is free within flushTimeout, because writes have no longer. Under the lock it is known whether the
+	// client was notified: it may leave faster than its notifier can say so.
+	c.writeLock.Lock()
+	if why == ReasonClientClosed && c.notified.Load() {
+		why = ReasonClientLeft
+	}
+	c.flushMessages()
+	c.closeStream(why)
+	c.closeMessages()
+	c.writeLock.Unlock()
+	c.finish(why)
+}
+
+// closeStream half-closes, lingers and closes. The caller holds the write lock.
+func (c *Conn) closeStream(why Reason) {
+	sawFIN := false
+	c.writeClosed = true
+	if !c.broken.Load() && why != ReasonStalled && c.closeWrite() {
+		sawFIN = c.linger()
+	}
+	switch {
+	case why == ReasonStalled || why == ReasonForced:
+		resetOnClose(c.sock)
+	case !sawFIN:
+		setOrphanTimeout(c.sock)
+	}
+	c.closeSocket()
+}
+
+// closeSocket closes the socket, and then the stream on top of it, which cannot wait for the client any more.
+func (c *Conn) closeSocket() {
+	_ = c.sock.Close()
+	if c.nc != c.sock {
+		_ = c.nc.Close()
+	}
+}
+
+// closeWrite ends the stream towards the client, through all layers. It reports whether the socket was half-closed.
+func (c *Conn) closeWrite() bool {
+	if c.nc != c.sock {
+		if half, ok := c.nc.(halfCloser); ok {
+			// crypto/tls gives its close_notify five seconds; the flush has less.
+			timer := time.AfterFunc(flushTimeout, func() { _ = c.sock.SetWriteDeadline(longAgo) })
+			_ = half.CloseWrite()
+			timer.Stop()
+		}
+	}
+	half, ok := c.sock.(halfCloser)
+	return ok && half.CloseWrite() == nil
+}
+
+// linger discards input until the client's FIN, for a moment. It is bounded: discarding all that a flooding client
+// sends would take time from the others.
+func (c *Conn) linger() (sawFIN bool) {
+	_ = c.sock.SetReadDeadline(time.Now().Add(lingerTimeout))
+	n, err := io.CopyN(io.Discard, c.sock, lingerBytes)
+	return n < lingerBytes && errors.Is(err, io.EOF)
+}
+
+// abort closes the socket under its users. It does not block: it closes below TLS, which would wait up to five seconds
+// for a client that does not read.
 func (c *Conn) abort() {
-	if layer, ok := c.nc.(interface{ NetConn() net.Conn }); ok {
-		_ = layer.NetConn().Close()
+	if c.endReason() == ReasonForced {
+		resetOnClose(c.sock)
+	} else {
+		setOrphanTimeout(c.sock)
+	}
+	_ = c.sock.Close()
+}
+
+// finish records a closed connection, once, and tells those that want to know.
+func (c *Conn) finish(why Reason) {
+	s := c.srv
+	closed := ClosedConn{
+		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Opened: c.srv.at(c.opened), Closed: time.Now(), Reason: why,
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(), Labels: c.Labels(), Err: c.handlerErr(),
+	}
+	var first bool
+	s.state.With(func(st *state) {
+		if first = st.removeConn(c, closed); first {
+			connFiles.Add(-1)
+		}
+	})
+	if !first {
 		return
 	}
-	_ = c.nc.Close()
+	s.logClosed(closed)
+	s.connState(c, PhaseClosed)
+	if s.opts.OnClose != nil {
+		s.callOnClose(closed)
+	}
+}
+
+func (c *Conn) handlerErr() (err error) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil {
+			err = cl.rare.handlerErr
+		}
+	})
+	return err
+}
+
+func (s *Server) logClosed(closed ClosedConn) {
+	if s.opts.QuietConns {
+		return
+	}
+	if entry := s.log.Check(zap.InfoLevel, "connection closed"); entry != nil {
+		fields := []zap.Field{
+			zap.Uint64("conn", closed.ID), zap.Stringer("remote", closed.Remote), zap.Stringer("reason", closed.Reason),
+			zap.Uint64("bytes_in", closed.BytesIn), zap.Uint64("bytes_out", closed.BytesOut),
+			zap.Duration("duration", closed.Closed.Sub(closed.Opened).Round(time.Millisecond)),
+		}
+		if len(closed.Labels) > 0 {
+			fields = append(fields, zap.Any("labels", closed.Labels))
+		}
+		entry.Write(fields...)
+	}
+}
+
+func (s *Server) callOnClose(closed ClosedConn) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.log.Error("OnClose panicked", zap.Uint64("conn", closed.ID), zap.String("panic", fmt.Sprint(p)),
+				zap.ByteString("stack", debug.Stack()))
+		}
+	}()
+	s.opts.OnClose(closed)
+}
+
+func (s *Server) connState(c *Conn, p Phase) {
+	if s.opts.ConnState != nil {
+		s.opts.ConnState(c, p)
+	}
+}
+
+// addrOf returns the IP address in a, or the zero Addr if there is none.
+func addrOf(a net.Addr) netip.Addr {
+	if tcp, ok := a.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap()
+	}
+	ap, _ := netip.ParseAddrPort(a.String())
+	return ap.Addr().Unmap()
 }

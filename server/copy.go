@@ -5,20 +5,21 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
-// copyBurst is how many reads in a row may go by without a look at the read deadline, which is how a
-// connection is told to end: a client that floods is always readable, and would never be waited for.
-const copyBurst = 16
+// maxReads is how many reads in a row may pass without a look at the read deadline, by which a connection is told to
+// end. A client that floods is always readable, so the poller would never look.
+const maxReads = 16
 
-// WriteTo implements io.WriterTo: it writes to w what the client sends, until the client ends its stream,
-// which is no error. io.Copy uses it, so a handler gets it by io.Copy(w, c). While the client is
-// silent no buffer is held, and buffers grow with what the client has to say. Where w is c itself, an
-// echo, a message costs no allocation and no system call but reading and writing it.
+// WriteTo implements io.WriterTo, which io.Copy uses: it writes to w what the client sends, until the client ends its
+// stream. While the client is silent it holds no buffer, and buffers grow with what the client sends. If w is c
+// itself, an echo, a message costs no allocation, and no system calls but one to read and one to write it.
 //
-// Like Read it is for one goroutine at a time. Deadlines and the end of the connection count as in
-// Read and Write; a write deadline, only for a write that has to wait for the client.
+// WriteTo reads, so only one goroutine may use it at a time. Deadlines and the end of the connection act as in Read
+// and Write, except that a write deadline counts only for a write that has to wait for the client.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	cp := &copier{src: c, dst: w, echo: w == io.Writer(c)}
 	if raw := rawConn(c.nc); raw != nil {
@@ -27,33 +28,36 @@ func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	return cp.plain()
 }
 
-// A copier is one WriteTo under way.
+// A copier is one call of WriteTo.
 type copier struct {
-	src  *Conn
-	dst  io.Writer
-	buf  *buffer // nil while the client is silent
-	size bufferSize
-	slim bool // a smaller buffer would have done for the last read
-	echo bool // dst is src
+	src   *Conn
+	dst   io.Writer
+	buf   *buffer // nil while the client is silent
+	size  bufferSize
+	small bool // a smaller buffer would have sufficed for the last read
+	echo  bool // dst is src
 
-	visited   bool
-	announced bool // what announceLeft said
+	visited  bool
+	reportsQ bool // what reportQueue returned
 
 	// What a visit to the descriptor left to do.
-	locked  bool // src.writing is held, since a part of what rest is the end of was written
+	locked  bool // src.writeLock is held, because a part of the read before rest was written
 	eof     bool
-	read    int    // how much the last read brought
-	rest    []byte // of that, what is not yet written
+	read    int    // size of the last read
+	rest    []byte // of that, what is not written yet
 	err     error
 	written int64
 }
 
-// run goes on between visits to the descriptor: it does what may have to wait for somebody.
+// run does between visits to the descriptor what may have to wait for a peer.
 func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 	defer cp.release()
 	c := cp.src
-	visit := cp.visit // bound once, or each call would allocate
+	visit := cp.visit // bound once, because each binding allocates
 	for {
+		if c.idle.Load() != idleNo && c.refuseIdleRead() {
+			return cp.written, ErrDraining
+		}
 		err := raw.Read(visit)
 		if len(cp.rest) > 0 {
 			if werr := cp.writeRest(); werr != nil {
@@ -67,12 +71,15 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 		case cp.err != nil:
 			return cp.written, c.explain(c.readError(cp.err))
 		case err != nil:
+			if c.idle.Load() != idleNo && c.endIdle(false) && c.cause() == nil {
+				return cp.written, ErrDraining
+			}
 			return cp.written, c.explain(asRead(err))
 		}
 	}
 }
 
-// asRead calls by its name what package net calls a raw read.
+// asRead names the operation as net.Conn.Read does; package net calls it raw-read.
 func asRead(err error) error {
 	if oe, ok := errors.AsType[*net.OpError](err); ok {
 		oe.Op = "read"
@@ -80,7 +87,7 @@ func asRead(err error) error {
 	return err
 }
 
-// readError wraps what read(2) said as package net does.
+// readError wraps the error of read(2) as package net does.
 func (c *Conn) readError(err error) error {
 	return &net.OpError{
 		Op: "read", Net: c.RemoteAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(),
@@ -88,20 +95,20 @@ func (c *Conn) readError(err error) error {
 	}
 }
 
-// visit is called with the descriptor of src, each time it may be readable. It never blocks, since
-// closing a connection waits for it. False parks the goroutine until there is more to read, so it is
-// returned only once the kernel has said that there is nothing: the poller is edge-triggered, and
-// would keep silent about what, or that end of stream, which came before.
+// visit is called with src's descriptor each time it may be readable. It never blocks, because closing a connection
+// waits for it. Returning false parks the goroutine until the poller reports the next edge, so it does that only when
+// the kernel has said that nothing is left: the poller is edge-triggered, and would not report again what came before,
+// not even a FIN.
 func (cp *copier) visit(fd uintptr) (done bool) {
 	c := cp.src
 	if !cp.visited {
-		cp.visited, cp.announced = true, announceLeft(fd)
+		cp.visited, cp.reportsQ = true, reportQueue(fd)
 	}
-	for range copyBurst {
+	for range maxReads {
 		if cp.buf == nil {
 			cp.buf = takeBuffer(cp.size)
 		}
-		n, left, err := readFD(fd, cp.buf, cp.announced)
+		n, left, err := readFD(fd, cp.buf, cp.reportsQ)
 		switch {
 		case wouldBlock(err):
 			cp.release()
@@ -112,6 +119,9 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 		case n == 0:
 			cp.eof = true
 			return true
+		}
+		if c.idle.Load() != idleNo {
+			c.endIdle(true)
 		}
 		c.bytesIn.Add(uint64(n))
 		c.touch()
@@ -128,15 +138,15 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 	return true
 }
 
-// writeNow writes rest without waiting, and reports whether that was all. What is left, and any error,
-// is for writeRest; having written a part it keeps the lock for it, so that no notice gets in between.
+// writeNow writes rest without waiting, and reports whether that was all. It leaves the remainder, and any error, to
+// writeRest. If it wrote a part, it keeps the write lock, so that no notice lands in between.
 func (cp *copier) writeNow(fd uintptr) bool {
 	c := cp.src
-	if !c.writing.TryLock() {
+	if !c.writeLock.TryLock() {
 		return false
 	}
-	if c.torn {
-		c.writing.Unlock()
+	if c.closed.Load() || c.writeError() != nil {
+		c.writeLock.Unlock()
 		return false
 	}
 	n, _ := writeFD(fd, cp.rest)
@@ -154,12 +164,12 @@ func (cp *copier) writeNow(fd uintptr) bool {
 	return len(cp.rest) == 0
 }
 
-// writeRest writes rest, waiting for whoever reads it.
+// writeRest writes rest, and waits for its reader.
 func (cp *copier) writeRest() (err error) {
 	var n int
 	if cp.locked {
-		n, err = cp.src.write(cp.rest)
-		cp.src.torn = cp.src.torn || err != nil
+		n, err = cp.src.writeForHandler(cp.rest)
+		cp.src.writeBroken = cp.src.writeBroken || err != nil
 		cp.locked = false
 		cp.src.unlockWrite()
 	} else {
@@ -177,17 +187,17 @@ func (cp *copier) writeRest() (err error) {
 	return err
 }
 
-// adapt chooses the size of the next buffer by what the last read brought.
+var errInvalidWrite = errors.New("the writer returned a count outside of what it was given")
+
+// adapt chooses the size of the next buffer by the size of the last read.
 func (cp *copier) adapt() {
 	var next bufferSize
-	next, cp.slim = cp.buf.size.after(cp.read, cp.slim)
+	next, cp.small = cp.buf.size.after(cp.read, cp.small)
 	if next != cp.buf.size {
 		cp.release()
 		cp.size = next
 	}
 }
-
-var errInvalidWrite = errors.New("a writer says that it wrote more than it was given")
 
 func (cp *copier) release() {
 	if cp.buf != nil {
@@ -196,9 +206,72 @@ func (cp *copier) release() {
 	}
 }
 
-// plain is run for a connection without a descriptor to read from: TLS, and systems that have none.
+// plain is run for a connection whose descriptor cannot be read directly, such as TLS.
 func (cp *copier) plain() (int64, error) {
 	cp.buf = takeBuffer(smallBuffer)
 	defer cp.release()
 	return io.CopyBuffer(struct{ io.Writer }{cp.dst}, struct{ io.Reader }{cp.src}, cp.buf.bytes)
+}
+
+// bufferSize is one of the sizes of the buffers that WriteTo reads into.
+type bufferSize int8
+
+// The sizes. Half a megabyte moves bulk data with as little CPU time as splice(2) does (docs/benchmarks.md).
+const (
+	smallBuffer bufferSize = iota
+	mediumBuffer
+	largeBuffer
+)
+
+var buffers = [...]struct {
+	bytes int
+	most  int32 // how many may be in use: a client that stalls keeps the one that is being written to it
+	inUse atomic.Int32
+	pool  sync.Pool
+}{
+	smallBuffer:  {bytes: 4 << 10},
+	mediumBuffer: {bytes: 64 << 10, most: 512},
+	largeBuffer:  {bytes: 512 << 10, most: 64},
+}
+
+// after returns the size to use after a read of n bytes into a buffer of size s: a larger one if the read filled it, a
+// smaller one if that would have sufficed twice in a row. It reports whether it would have.
+func (s bufferSize) after(n int, smallBefore bool) (next bufferSize, small bool) {
+	small = s > smallBuffer && n < buffers[s-1].bytes
+	switch {
+	case s < largeBuffer && n == buffers[s].bytes:
+		return s + 1, false
+	case small && smallBefore:
+		return s - 1, false
+	default:
+		return s, small
+	}
+}
+
+// A buffer is used by one reader at a time.
+type buffer struct {
+	bytes    []byte
+	size     bufferSize
+	receiver receiver
+}
+
+// takeBuffer returns a buffer of size s, or of the next smaller size of which not too many are in use.
+func takeBuffer(s bufferSize) *buffer {
+	for ; s > smallBuffer; s-- {
+		if buffers[s].inUse.Add(1) <= buffers[s].most {
+			break
+		}
+		buffers[s].inUse.Add(-1)
+	}
+	if b, ok := buffers[s].pool.Get().(*buffer); ok {
+		return b
+	}
+	return &buffer{bytes: make([]byte, buffers[s].bytes), size: s}
+}
+
+func (b *buffer) giveBack() {
+	if b.size > smallBuffer {
+		buffers[b.size].inUse.Add(-1)
+	}
+	buffers[b.size].pool.Put(b)
 }

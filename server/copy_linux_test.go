@@ -22,7 +22,7 @@ func TestWriteToLooksUpFromAFlood(t *testing.T) {
 	}
 	defer unix.Close(pair[0])
 	defer unix.Close(pair[1])
-	for range 2 * copyBurst { // each message is a read of its own
+	for range 2 * maxReads { // each message is a read of its own
 		if _, err := unix.Write(pair[0], []byte("x")); err != nil {
 			t.Fatal(err)
 		}
@@ -33,8 +33,8 @@ func TestWriteToLooksUpFromAFlood(t *testing.T) {
 	if !cp.visit(uintptr(pair[1])) {
 		t.Error("visit waits, want it to return")
 	}
-	if got := c.BytesOut(); got != copyBurst {
-		t.Errorf("%d messages were echoed in one visit, want %d", got, copyBurst)
+	if got := c.BytesOut(); got != maxReads {
+		t.Errorf("%d messages were echoed in one visit, want %d", got, maxReads)
 	}
 	cp.release()
 }
@@ -85,7 +85,7 @@ func interrupted(t *testing.T, sent string, do func(*Conn, *copier)) string {
 func TestWriteToKeepsNoticesOutOfItsWrites(t *testing.T) {
 	sent := strings.Repeat("x", 48<<10)
 	got := interrupted(t, sent, func(c *Conn, cp *copier) {
-		c.post(&posting{text: []byte("NOTICE hi\n"), settled: func(bool) {}})
+		c.post(&message{notice: Notice{Kind: NoticeMessage, Text: "hi"}, done: func(messageResult) {}})
 		if err := cp.writeRest(); err != nil {
 			t.Error(err)
 		}
@@ -103,8 +103,8 @@ func TestNothingFollowsAnEchoThatWasCutShort(t *testing.T) {
 		if err := cp.writeRest(); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("writing the rest: %v, want the deadline exceeded", err)
 		}
-		if _, err := c.Write([]byte("more")); !errors.Is(err, errTorn) {
-			t.Errorf("writing after that: %v, want %v", err, errTorn)
+		if _, err := c.Write([]byte("more")); !errors.Is(err, ErrWriteBroken) {
+			t.Errorf("writing after that: %v, want %v", err, ErrWriteBroken)
 		}
 	})
 }
@@ -132,7 +132,7 @@ func TestReadTellsWhatIsLeft(t *testing.T) {
 	}
 	defer served.Close()
 	fd := socketOf(t, served)
-	if !announceLeft(fd) {
+	if !reportQueue(fd) {
 		t.Fatal("TCP does not tell what is left")
 	}
 	arrive := func(n int) {

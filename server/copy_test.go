@@ -145,10 +145,10 @@ func TestWriteToGivesItsBufferBackWhateverItsWriterDoes(t *testing.T) {
 			if _, err := io.WriteString(dial(), "four"); err != nil {
 				t.Fatal(err)
 			}
-			if err := s.AwaitStatus(t.Context(), func(_ State, open int) bool { return open == 0 && s.book.locked.value.accepted == 1 }); err != nil {
+			if err := s.AwaitStatus(t.Context(), func(_ State, open int) bool { return open == 0 && s.state.locked.value.accepted == 1 }); err != nil {
 				t.Fatal(err)
 			}
-			if n := buffers[largeBuffer].out.Load(); n != 0 {
+			if n := buffers[largeBuffer].inUse.Load(); n != 0 {
 				t.Errorf("%d large buffers are out, want none", n)
 			}
 		})
@@ -230,7 +230,7 @@ func TestLargeBuffersAreBounded(t *testing.T) {
 		}
 		b.giveBack()
 	}
-	if n, m := buffers[largeBuffer].out.Load(), buffers[mediumBuffer].out.Load(); n != 0 || m != 0 {
+	if n, m := buffers[largeBuffer].inUse.Load(), buffers[mediumBuffer].inUse.Load(); n != 0 || m != 0 {
 		t.Errorf("all given back, and %d large and %d medium ones count as out", n, m)
 	}
 }

@@ -2,6 +2,8 @@ package server
 
 import (
 	"errors"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -9,18 +11,18 @@ import (
 
 func TestDrainDelayServesNewClientsUntilItIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
+		r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: 3 * time.Second}})
 		old := r.dial(t)
 		began := time.Now()
-		r.Drain(5*time.Second, "TERM")
-		wantState(t, r.Server, Draining, 1)
+		r.StartDrain(DrainOptions{Grace: 5 * time.Second, Reason: "TERM"})
+		wantState(t, r.Server, StateDraining, 1)
 		pass(2 * time.Second)
 		late := r.dial(t)
 		for _, c := range []*client{old, late} {
 			c.send(t, "x\n")
 			c.has(t, "x\n") // and nobody is told yet
 		}
-		pass(time.Second + acceptingStops)
+		pass(time.Second + acceptorsStop)
 		if !r.ln.isClosed() {
 			t.Error("the listener is open after the delay")
 		}
@@ -30,7 +32,7 @@ func TestDrainDelayServesNewClientsUntilItIsOver(t *testing.T) {
 		old.leave(t)
 		late.ends(t, "")
 		wantEqual(t, "duration", time.Since(began), 8*time.Second)
-		wantClosed(t, r.Server, map[Reason]uint64{ClientLeft: 1, Deadline: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonClientLeft: 1, ReasonDeadline: 1})
 		info := r.Status().Drain
 		wantEqual(t, "accepting until", info.AcceptUntil, began.Add(3*time.Second))
 		wantEqual(t, "deadline", info.Deadline, began.Add(8*time.Second))
@@ -39,9 +41,9 @@ func TestDrainDelayServesNewClientsUntilItIsOver(t *testing.T) {
 
 func TestDrainDelayLastsWithoutAnyClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
+		r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: 3 * time.Second}})
 		_, took := shutdownIn(t, r.Server, time.Minute, "TERM") // a load balancer may still send one
-		if took < 3*time.Second || took > 3*time.Second+acceptingStops {
+		if took < 3*time.Second || took > 3*time.Second+acceptorsStop {
 			t.Errorf("the drain took %v, want the delay and no more", took)
 		}
 	})
@@ -49,13 +51,13 @@ func TestDrainDelayLastsWithoutAnyClient(t *testing.T) {
 
 func TestDrainDelayKeepsToLimits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second, MaxConns: 1})
+		r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: 3 * time.Second}, Limits: Limits{MaxConns: 1}})
 		r.dial(t)
-		r.Drain(0, "TERM")
+		r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
 		queued := r.dial(t)
 		pass(3*time.Second - 1)
 		queued.has(t, "") // it still waits for a place
-		pass(1 + acceptingStops)
+		pass(1 + acceptorsStop)
 		queued.has(t, "SHUTDOWN 5 TERM\n") // and is told, and served, with the others
 		queued.send(t, "x\n")
 		queued.has(t, "x\n")
@@ -66,14 +68,14 @@ func TestG2ADrainsDelayDoesNotBreakAPause(t *testing.T) {
 	for name, tt := range map[string]struct {
 		mode PauseMode
 		gets string // what a newcomer does at once
-	}{"hold": {HoldNew, ""}, "reject": {RejectNew, "PAUSED\n"}} {
+	}{"hold": {PauseQueue, ""}, "reject": {PauseReject, "PAUSED\n"}} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
+				r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: 3 * time.Second}})
 				served := r.dial(t)
 				h := r.pause(t, PauseOptions{Mode: tt.mode})
-				r.Drain(0, "TERM")
-				wantState(t, r.Server, Draining, 1)
+				r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
+				wantState(t, r.Server, StateDraining, 1)
 				queued := r.dial(t)
 				queued.send(t, "x\n")
 				queued.has(t, tt.gets)
@@ -83,9 +85,10 @@ func TestG2ADrainsDelayDoesNotBreakAPause(t *testing.T) {
 				wantErr(t, "while it stands", h.Cause(), nil)
 				served.send(t, "y\n")
 				served.has(t, "y\n")
-				pass(1 + acceptingStops)
-				if tt.mode == HoldNew {
-					queued.has(t, "x\nSHUTDOWN 5 TERM\n")
+				pass(1 + acceptorsStop)
+				if tt.mode == PauseQueue {
+					// It is admitted while clients are told, so either may come first.
+					wantEqual(t, "lines", slices.Sorted(strings.Lines(queued.arrived())), []string{"SHUTDOWN 5 TERM\n", "x\n"})
 				}
 				served.has(t, "SHUTDOWN 5 TERM\n")
 				if _, ok := errors.AsType[*DrainingError](h.Cause()); !ok {
@@ -99,10 +102,10 @@ func TestG2ADrainsDelayDoesNotBreakAPause(t *testing.T) {
 // Whoever has paused the server may be done before the delay is over.
 func TestPauseThatEndsInADrainsDelayLetsClientsIn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{DrainDelay: 3 * time.Second})
+		r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: 3 * time.Second}})
 		h := r.pause(t, PauseOptions{})
 		r.pause(t, PauseOptions{TTL: 2 * time.Second})
-		r.Drain(0, "TERM")
+		r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
 		queued := r.dial(t)
 		queued.send(t, "x\n")
 		pass(time.Second)
@@ -116,9 +119,9 @@ func TestPauseThatEndsInADrainsDelayLetsClientsIn(t *testing.T) {
 
 func TestForceEndsAPauseInADrainsDelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{DrainDelay: time.Hour})
+		r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: time.Hour}})
 		h := r.pause(t, PauseOptions{})
-		r.Drain(0, "TERM")
+		r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
 		r.Force("x")
 		<-h.Done()
 		<-r.Done()
@@ -131,14 +134,14 @@ func TestDrainIsShortenedToTheGraceAskedFor(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const delay = 4 * time.Second
-				r := newRig(t, Echo, Options{DrainDelay: delay, Grace: time.Minute})
+				r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: delay, Grace: time.Minute}})
 				r.dial(t)
 				began := time.Now()
-				r.Drain(0, "TERM")
+				r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
 				pass(after)
-				wantEqual(t, "changed", r.Drain(2*time.Second, "ctl"), true)
+				wantEqual(t, "changed", r.StartDrain(DrainOptions{Grace: 2 * time.Second, Reason: "ctl"}), true)
 				wantEqual(t, "deadline", r.Status().Drain.Deadline, began.Add(max(delay, after)+2*time.Second))
-				wantEqual(t, "changed", r.Drain(3*time.Second, "ctl"), false)
+				wantEqual(t, "changed", r.StartDrain(DrainOptions{Grace: 3 * time.Second, Reason: "ctl"}), false)
 			})
 		})
 	}
@@ -149,15 +152,17 @@ func TestForceAndAShorterGraceCutTheDrainDelay(t *testing.T) {
 		cut  func(*Server)
 		want time.Duration
 	}{
-		"force":           {func(s *Server) { s.Force("x") }, time.Second},
-		"a shorter drain": {func(s *Server) { s.drainBy(at(time.Now().Add(time.Second)), "x", shorten) }, 2 * time.Second},
+		"force": {func(s *Server) { s.Force("x") }, time.Second},
+		"a shorter drain": {func(s *Server) {
+			s.changeDrain(at(time.Now().Add(time.Second)), DrainOptions{Reason: "x"}, drainShorten)
+		}, 2 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, Echo, Options{DrainDelay: time.Hour})
+				r := newRig(t, Echo, Options{Drain: DrainOptions{Delay: time.Hour}})
 				r.dial(t)
 				began := time.Now()
-				r.Drain(0, "TERM")
+				r.StartDrain(DrainOptions{Grace: 0, Reason: "TERM"})
 				pass(time.Second)
 				tt.cut(r.Server)
 				<-r.Done()
@@ -170,6 +175,6 @@ func TestForceAndAShorterGraceCutTheDrainDelay(t *testing.T) {
 }
 
 func TestNegativeDrainDelayIsRefused(t *testing.T) {
-	_, err := New(Echo, Options{DrainDelay: -1})
-	wantErrText(t, "New", err, "DrainDelay")
+	_, err := New(Echo, Options{Drain: DrainOptions{Delay: -2}})
+	wantErrText(t, "New", err, "delay -2ns is negative")
 }

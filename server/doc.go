@@ -1,31 +1,36 @@
-// Package server serves connections of any stream protocol, one goroutine each, and stops gracefully:
-// what net/http.Server is for HTTP, for a protocol of your own.
+// Package server serves connections of any stream protocol, one goroutine each, and stops gracefully. It is for other
+// protocols what net/http.Server is for HTTP.
 //
-// Bring a [Handler], give New some [Options], and Serve a listener. The server then admits
-// connections, within limits; it can be paused and resumed while it serves ([Server.Pause]); and it drains
-// ([Server.Shutdown]): it stops accepting, tells every client, gives them time, and only then closes,
-// in a way that loses no byte that was read and resets nobody who behaves. Each connection ends for
-// exactly one [Reason]; [Server.Status], [Server.Conns] and [Server.Subscribe] show what goes on.
+// Write a [Handler], make a [Server] with [New], and [Server.Serve] a listener. The server admits connections within
+// [Limits]; it can be paused and resumed while it serves ([Server.Pause]); and it drains ([Server.Shutdown],
+// [Server.Drain]): it stops accepting, tells every client, gives them time, and only then closes, so that no byte that
+// was read is lost and no client that behaves is reset. [Server.Status], [Server.Conns] and [Server.Subscribe] show
+// what happens. The server sends nothing to clients unless [Options] has a [Notifier].
 //
-// # The way of a connection
+// # The life of a connection
 //
-// Accepted from the kernel's queue, it is put on the books and taken to the gate. There it waits,
-// is turned away, or is admitted and served. When its handler returns, or it is told to end, what
-// is pending is written, the stream half-closed, the client's own end awaited for a moment, and
-// the connection closed, taken off the books and its reason counted. All these steps are taken under
-// one lock, so the figures agree at every instant: accepted = open + closed.
+// An accepted connection enters the connection table. [WrapConn] prepares it, if there is one. Admission then decides:
+// the connection waits, is rejected, or is served by the handler. When the handler returns, or the connection is told to
+// end, the server sends what is pending, half-closes, waits a moment for the client's FIN, closes, and counts the close
+// [Reason]. All these steps are counted under one lock, so that accepted = open + closed at every instant.
 //
 // # Goroutines
 //
-//   - Accepting runs on the goroutine that called Serve, which returns when the server has stopped.
-//   - Each connection has one goroutine, started by accepting, for its handler and its close; another
-//     one exists only while a notice waits for a client that does not read. They end with the connection,
-//     at the latest when the drain closes it, and the drain waits for them. The exception is
-//     a handler that ignores its context: it is named in the log, and left behind with its OnClose.
-//   - The sweeper looks for idle and stalled connections. Started by the first Serve; stopped and awaited
-//     by the drain.
-//   - The drain's conductor is started by Drain, Shutdown or Close and ends with the server; Serve,
-//     Shutdown, Close and Done wait for it.
+//   - Serve accepts on the goroutine that called it. It returns when the server has stopped. A listener without
+//     SetDeadline has one goroutine more, which Serve waits for.
+//   - Each connection has one goroutine, for WrapConn, the handler, and its end. Another one exists only while a notice
+//     waits for a client that does not read. They end with the connection, at the latest when the drain closes it, and
+//     the drain waits for them. A handler that ignores its context is the exception: the log names it, and it is left
+//     behind, with its OnClose.
+//   - The sweeper closes idle and stalled connections. The first Serve starts it; the drain stops it and waits for it.
+//   - The drain runs on a goroutine of its own, which ends with the server. Serve, Shutdown, Drain, Close and Done wait
+//     for it. Functions of RegisterOnShutdown run on goroutines that the drain waits for.
 //
-// A hold with a time to live has a timer, which is stopped when the hold ends.
+// A hold with a TTL has a timer, which is stopped when the hold ends.
+//
+// # Files
+//
+// From the bottom up, and lower ones do not call upper ones: sys_*.go and lock.go; conn.go, write.go and copy.go, the
+// connection; state.go and table.go, everything under the one lock; admission.go, accept.go, pause.go, drain.go and
+// timeouts.go, what changes it; server.go, status.go, events.go and probe.go, what users call.
 package server

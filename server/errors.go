@@ -3,45 +3,67 @@ package server
 import (
 	"errors"
 	"fmt"
+	"net"
 	"time"
 )
 
-// Causes with which a connection's context is cancelled, found with context.Cause, and errors that
-// the server's methods return.
+// ErrServerClosed is what Serve returns after a drain, like net/http's.
+var ErrServerClosed = errors.New("server closed")
+
+// Causes with which the server ends a connection. context.Cause finds them in the handler's context, and the
+// connection's Read and Write return them. All of them match net.ErrClosed.
 var (
-	// ErrServerClosed is what Serve returns after a drain.
-	ErrServerClosed = errors.New("server closed")
+	ErrDeadline   error = closedError("the grace period is over")
+	ErrForced     error = closedError("the server was closed by force")
+	ErrKilled     error = closedError("the connection was killed")
+	ErrIdle       error = closedError("the connection was idle for too long")
+	ErrStalled    error = closedError("the client stopped reading")
+	ErrConnClosed error = closedError("the connection is closed")
 
-	// ErrDeadline: the drain's grace ran out.
-	ErrDeadline = errors.New("the drain's deadline has passed")
-	// ErrForced: the server was closed without further grace.
-	ErrForced = errors.New("the server was closed by force")
-	// ErrKilled: Kill was called for this connection.
-	ErrKilled = errors.New("the connection was killed")
-	// ErrIdle: no byte moved for Options.IdleTimeout.
-	ErrIdle = errors.New("the connection was idle for too long")
-	// ErrStalled: the client read nothing for Options.StallTimeout.
-	ErrStalled = errors.New("the client stopped reading")
-	// ErrConnClosed: the handler has returned or closed the connection.
-	ErrConnClosed = errors.New("the connection is closed")
-
-	// ErrReleased: the hold was released by its owner.
-	ErrReleased = errors.New("the hold was released")
-	// ErrResumed: all holds were released by Resume.
-	ErrResumed = errors.New("the server was resumed")
-	// ErrExpired: the hold's time to live ran out.
-	ErrExpired = errors.New("the hold's time to live ran out")
-
-	// ErrTooManyHolds: 1,024 holds stand already.
-	ErrTooManyHolds = errors.New("too many holds: release some")
-	// ErrNoHold: no hold has the given id.
-	ErrNoHold = errors.New("no such hold")
-	// ErrNoConn: no open connection has the given id.
-	ErrNoConn = errors.New("no such connection")
+	// ErrClientGone is the cause with which Options.CancelWhenGone cancels a handler's context.
+	ErrClientGone error = closedError("the client has gone")
 )
 
-// A DrainingError says that what was asked for cannot be had any more, since the server drains or
-// has stopped.
+// closedError says why a connection is over.
+type closedError string
+
+func (e closedError) Error() string        { return string(e) }
+func (e closedError) Is(target error) bool { return target == net.ErrClosed }
+
+// Errors of a connection that goes on.
+var (
+	// ErrDraining is what an interrupted Read returns after Conn.MarkIdle. No byte was lost; the handler may go on.
+	ErrDraining = errors.New("the connection is being drained")
+	// ErrWriteClosed is what Write returns after CloseWrite.
+	ErrWriteClosed = errors.New("write after CloseWrite")
+	// ErrWriteBroken is what Write returns after an earlier write sent only a part of its bytes.
+	ErrWriteBroken = errors.New("an earlier write was cut short")
+)
+
+// Causes that end a hold, found with Hold.Cause. A *DrainingError is another one.
+var (
+	ErrReleased = errors.New("the hold was released")
+	ErrResumed  = errors.New("the server was resumed")
+	ErrExpired  = errors.New("the hold expired")
+)
+
+// Errors of the server's methods.
+var (
+	// ErrTooManyHolds means that 1,024 holds exist already.
+	ErrTooManyHolds = errors.New("too many holds: release some")
+	// ErrNoHold means that no hold has the given id.
+	ErrNoHold = errors.New("no such hold")
+	// ErrNoConn means that no open connection has the given id.
+	ErrNoConn = errors.New("no such connection")
+	// ErrNoListener means that the server does not serve the given listener.
+	ErrNoListener = errors.New("no such listener")
+	// ErrStuck is what Probe returns when the server no longer does its work and will not recover by itself.
+	ErrStuck = errors.New("the server is stuck")
+
+	errNotNew = errors.New("server: the Server was not made by New")
+)
+
+// A DrainingError refuses a request because the server is draining or has stopped.
 type DrainingError struct {
 	Deadline time.Time // when the drain ends at the latest
 }

@@ -19,11 +19,11 @@ func collect(t *testing.T, sub *Subscription) (all []Event) {
 // brief gives an event in a word or two.
 func brief(e Event) string {
 	switch e.Type {
-	case StateChanged:
+	case EventState:
 		return e.State.String()
-	case ConnClosed:
+	case EventClosed:
 		return "closed " + e.Closed.Reason.String()
-	case HoldReleased:
+	case EventHoldReleased:
 		return "released: " + e.Cause
 	default:
 		return string(e.Type)
@@ -51,7 +51,7 @@ func TestEventsTellWhatHappensInOrder(t *testing.T) {
 		}
 		wantEqual(t, "events", got, []string{
 			"running", "opened", "hold", "paused", "hold", "released: the hold was released",
-			"released: the hold's time to live ran out", "running", "closed client-closed", "draining", "stopped",
+			"released: the hold expired", "running", "closed client-closed", "draining", "stopped",
 		})
 	})
 }
@@ -66,11 +66,11 @@ func TestDrainOfAPausedServerNeverSeemsToRun(t *testing.T) {
 		_ = r.Close()
 		var states []State
 		for _, e := range collect(t, sub) {
-			if e.Type == StateChanged {
+			if e.Type == EventState {
 				states = append(states, e.State)
 			}
 		}
-		wantEqual(t, "states", states, []State{Draining, Stopped})
+		wantEqual(t, "states", states, []State{StateDraining, StateStopped})
 	})
 }
 
@@ -91,7 +91,7 @@ func TestSlowSubscriberIsToldHowMuchItMissed(t *testing.T) {
 			last = e
 		}
 		wantEqual(t, "events received, and one that says how many are missing", n, eventBuffer+1)
-		if last.Type != EventsMissed || last.Missed != 3*eventBuffer {
+		if last.Type != EventMissed || last.Missed != 3*eventBuffer {
 			t.Errorf("last event is %+v, want that %d were missed", last, 3*eventBuffer)
 		}
 
@@ -109,7 +109,7 @@ func TestSubscriberOfAStoppedServerHearsOfWhatItMissed(t *testing.T) {
 		}
 		_ = r.Close()
 		all := collect(t, sub)
-		if last := all[len(all)-1]; last.Type != EventsMissed || last.Missed != 2 {
+		if last := all[len(all)-1]; last.Type != EventMissed || last.Missed != 2 {
 			t.Errorf("last event is %+v, want that 2 were missed: draining and stopped", last)
 		}
 	})

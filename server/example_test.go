@@ -24,7 +24,7 @@ func Example() {
 		}
 		return lines.Err()
 	})
-	srv, err := server.New(upper, server.Options{MaxConnsPerIP: 10})
+	srv, err := server.New(upper, server.Options{Limits: server.Limits{MaxConnsPerIP: 10}})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -57,12 +57,13 @@ func ExampleServer_Shutdown() {
 
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	report, err := srv.Shutdown(ctx, "upgrade")
+	err = srv.Shutdown(ctx)
+	report, _ := srv.Report()
 	<-left
 	fmt.Printf("%d told, %d left by themselves, %d closed at the deadline, error: %v\n",
-		report.Notified, report.Left, report.Deadline, err)
+		report.Notified, report.Left, report.AtDeadline, err)
 	// Output:
-	// client: SHUTDOWN 30 upgrade
+	// client: SHUTDOWN 30 shutdown
 	// 1 told, 1 left by themselves, 0 closed at the deadline, error: <nil>
 }
 
@@ -105,7 +106,7 @@ func ExampleConn_Draining() {
 	defer client.Close()
 	_ = srv.AwaitStatus(context.Background(), func(_ server.State, connections int) bool { return connections == 1 })
 
-	srv.Drain(10*time.Second, "upgrade")
+	srv.StartDrain(server.DrainOptions{Grace: 10 * time.Second, Reason: "upgrade"})
 	all, err := io.ReadAll(client)
 	fmt.Printf("%s%v\n", all, err)
 	_ = client.Close()
@@ -118,7 +119,7 @@ func ExampleConn_Draining() {
 
 // start serves h on the loopback, and returns when it does.
 func start(h server.Handler) (*server.Server, net.Addr) {
-	srv, err := server.New(h, server.Options{})
+	srv, err := server.New(h, server.Options{Notifier: server.DefaultLineNotifier()})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -127,7 +128,7 @@ func start(h server.Handler) (*server.Server, net.Addr) {
 		log.Fatal(err)
 	}
 	go srv.Serve(ln)
-	_ = srv.AwaitStatus(context.Background(), func(state server.State, _ int) bool { return state == server.Running })
+	_ = srv.AwaitStatus(context.Background(), func(state server.State, _ int) bool { return state == server.StateRunning })
 	return srv, ln.Addr()
 }
 

@@ -116,7 +116,7 @@ func serveWithFewFiles() {
 		}
 	}
 	must(unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 64, Max: 64}))
-	s, err := New(Echo, Options{})
+	s, err := New(Echo, Options{Notifier: DefaultLineNotifier()})
 	must(err)
 	served := make(chan error, 1)
 	var hoard []*os.File
@@ -142,7 +142,7 @@ func serveWithFewFiles() {
 			}
 			hoard = nil
 		case "drain":
-			s.Drain(20*time.Second, "x")
+			s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
 		case "wait":
 			if err := <-served; !errors.Is(err, ErrServerClosed) {
 				must(err)

@@ -3,22 +3,23 @@ package server
 import (
 	"context"
 	"io"
+	"net"
 	"reflect"
 	"runtime"
 )
 
-// A Handler serves one connection at a time on the connection's own goroutine; one Handler serves
-// many connections concurrently.
+// A Handler serves connections. The server calls ServeConn once for each connection, on a goroutine of its own, so
+// one Handler serves many connections concurrently.
 //
-// ServeConn returns when it is done with the connection; the server then writes out what is pending,
-// half-closes, lingers for the client's end of stream, and closes. There is no need to call Close.
+// When ServeConn returns, the server writes what is pending, half-closes, waits a moment for the client's FIN, and
+// closes. The handler need not call Close.
 //
-// A graceful handler does two things. It heeds c.Draining(), the soft signal that the server would
-// like to stop: it may finish what it is at and return, or go on until the client leaves. And it
-// returns when ctx is done, the hard signal: context.Cause(ctx) says why, c's reads fail at once
-// and its writes have at most a second left.
+// A graceful handler heeds two signals. Conn.Draining says that the server would like to stop: the handler may finish
+// what it does and return, or go on until the client leaves. A handler that calls Conn.MarkIdle between two requests
+// is also woken from the Read that waits for the next one. And when ctx is done the handler must return:
+// context.Cause(ctx) says why, reads fail at once, and writes have at most a second left.
 //
-// A panic costs this connection only; it is logged with its stack and counted.
+// A panic costs only this connection. The server logs it with its stack and counts it.
 type Handler interface {
 	ServeConn(ctx context.Context, c *Conn) error
 }
@@ -37,7 +38,16 @@ func echo(_ context.Context, c *Conn) error {
 	return err
 }
 
-// handlerName names h as its author would, for the log.
+// WrapConn prepares a connection before it is admitted, on the connection's own goroutine. It may read from nc, and
+// returns the connection to serve: nc itself, or one on top of it, such as a tls.Conn. Its RemoteAddr is the client's
+// address for limits and logs; a PROXY header is read by returning a connection with another RemoteAddr.
+//
+// When ctx ends, by Timeouts.Handshake or because the connection is to end, reads and writes of nc fail. The server
+// logs an error with the client's address, counts it as ReasonRejectedHandshake, and closes the connection without a
+// word. An error that wraps io.EOF means that the client left before it sent anything; that is not logged.
+type WrapConn func(ctx context.Context, nc net.Conn) (net.Conn, error)
+
+// handlerName returns the name that h has in the source, for the log.
 func handlerName(h Handler) string {
 	if v := reflect.ValueOf(h); v.Kind() == reflect.Func {
 		if f := runtime.FuncForPC(v.Pointer()); f != nil {

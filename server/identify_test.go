@@ -14,7 +14,7 @@ import (
 )
 
 // identifyByLine takes the first line for the client's address.
-func identifyByLine(nc net.Conn) (*net.TCPAddr, error) {
+func identifyByLine(_ context.Context, nc net.Conn) (net.Conn, error) {
 	var line []byte
 	for b := make([]byte, 1); ; {
 		if _, err := io.ReadFull(nc, b); err != nil {
@@ -26,23 +26,23 @@ func identifyByLine(nc net.Conn) (*net.TCPAddr, error) {
 		line = append(line, b[0])
 	}
 	if string(line) == "local" {
-		return nil, nil
+		return nc, nil
 	}
 	ip := net.ParseIP(string(line))
 	if ip == nil {
 		return nil, errors.New("no address")
 	}
-	return &net.TCPAddr{IP: ip, Port: 7}, nil
+	return WithRemoteAddr(nc, &net.TCPAddr{IP: ip, Port: 7}), nil
 }
 
 func TestIdentifiedClientsAreListedAndLimitedByTheirOwnAddress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConnsPerIP: 1})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine, Limits: Limits{MaxConnsPerIP: 1}})
 		first := r.dial(t)
-		wantPhases(t, r.Server, Waiting)
+		wantPhases(t, r.Server, PhaseWaiting)
 		first.send(t, "203.0.113.1\nhello\n")
 		first.has(t, "hello\n")
-		wantPhases(t, r.Server, Serving)
+		wantPhases(t, r.Server, PhaseServing)
 		for info := range r.Conns() {
 			wantEqual(t, "remote", info.Remote.String(), "203.0.113.1:7")
 		}
@@ -66,13 +66,13 @@ func TestClientsThatAreNotIdentifiedAreClosed(t *testing.T) {
 	for name, sent := range map[string]string{"wrong": "nobody\n", "silent": ""} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, Echo, Options{Identify: identifyByLine})
+				r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 				c := r.dial(t)
 				c.send(t, sent)
-				pass(identifyTimeout)
+				pass(DefaultHandshakeTimeout)
 				c.ends(t, "")
-				wantClosed(t, r.Server, map[Reason]uint64{RejectedUnidentified: 1})
-				if n := len(r.messages("client not identified")); n != 1 {
+				wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedHandshake: 1})
+				if n := len(r.messages("handshake failed")); n != 1 {
 					t.Errorf("%d log lines, want 1", n)
 				}
 			})
@@ -86,12 +86,12 @@ func TestWhoGoesBeforeHeIsIdentifiedIsNoFault(t *testing.T) {
 		leave func(*client)
 		want  Reason
 	}{
-		"close": {func(c *client) { _ = c.Close() }, ClientClosed},
-		"reset": {func(c *client) { c.Reset() }, ClientReset},
+		"close": {func(c *client) { _ = c.Close() }, ReasonClientClosed},
+		"reset": {func(c *client) { c.Reset() }, ReasonClientReset},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, Echo, Options{Identify: identifyByLine})
+				r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 				tt.leave(r.dial(t))
 				pass(lingerTimeout)
 				wantClosed(t, r.Server, map[Reason]uint64{tt.want: 1})
@@ -105,7 +105,7 @@ func TestWhoGoesBeforeHeIsIdentifiedIsNoFault(t *testing.T) {
 
 func TestEventsNameTheIdentifiedClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 		sub := r.Subscribe()
 		defer sub.Close()
 		known, unknown := r.dial(t), r.dial(t)
@@ -118,9 +118,9 @@ func TestEventsNameTheIdentifiedClient(t *testing.T) {
 		defer cancel()
 		for e := range sub.Events(ctx) {
 			switch e.Type {
-			case ConnOpened:
+			case EventOpened:
 				got = append(got, fmt.Sprint("opened ", e.Conn.ID, " ", e.Conn.Remote))
-			case ConnClosed:
+			case EventClosed:
 				got = append(got, fmt.Sprint("closed ", e.Closed.ID, " ", e.Closed.Remote))
 			}
 		}
@@ -131,7 +131,7 @@ func TestEventsNameTheIdentifiedClient(t *testing.T) {
 
 func TestUnidentifiedClientsHoldUpNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 		r.dial(t) // says nothing
 		c := r.dial(t)
 		c.send(t, "local\nhello\n")
@@ -139,59 +139,46 @@ func TestUnidentifiedClientsHoldUpNobody(t *testing.T) {
 	})
 }
 
-// They count, or so many could come that there are no files left.
-func TestUnidentifiedClientsCountTowardsTheLimit(t *testing.T) {
+// They do not count as served, so silent ones keep nobody out.
+func TestUnidentifiedClientsDoNotCountTowardsTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 2})
-		a, b, queued := r.dial(t), r.dial(t), r.dial(t)
-		wantState(t, r.Server, Running, 2)
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine, Limits: Limits{MaxConns: 2}})
+		a, b, c := r.dial(t), r.dial(t), r.dial(t)
+		wantPhases(t, r.Server, PhaseWaiting, PhaseWaiting, PhaseWaiting)
 		a.send(t, "local\nx")
 		a.has(t, "x")
-		queued.send(t, "local\ny")
-		queued.has(t, "")
-		b.leave(t)
-		queued.has(t, "y")
+		c.send(t, "local\ny")
+		c.has(t, "y")
+		b.send(t, "local\nz")
+		b.has(t, "")
+		c.leave(t)
+		b.has(t, "z")
 	})
 }
 
-// Whoever is to be turned away is identified first, which takes a file for as long as it takes the proxy.
+// At the limit on handshakes the oldest one is closed, so that silent clients leave files for others.
 func TestG11UnidentifiedClientsLeaveFilesForOthers(t *testing.T) {
-	for name, full := range map[string]func(*testing.T, *rig) (empty func()){
-		"at the limit": func(t *testing.T, r *rig) func() {
-			c := r.dial(t)
-			c.send(t, "local\nx")
-			c.has(t, "x")
-			return func() { c.leave(t) }
-		},
-		"during a pause": func(t *testing.T, r *rig) func() {
-			h := r.pause(t, PauseOptions{Mode: RejectNew})
-			return func() { h.Release() }
-		},
-		"during a drain": func(t *testing.T, r *rig) func() {
-			r.dial(t)
-			r.Drain(time.Hour, "x")
-			return func() {}
+	for name, prepare := range map[string]func(*testing.T, *rig){
+		"while running":  func(*testing.T, *rig) {},
+		"during a pause": func(t *testing.T, r *rig) { r.pause(t, PauseOptions{Mode: PauseReject}) },
+		"during a drain": func(t *testing.T, r *rig) {
+			r.StartDrain(DrainOptions{Grace: time.Hour, Delay: time.Hour, Reason: "x"})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 1, AtLimit: Reject})
-				empty := full(t, r)
-				const most = 1 + maxRejecting
-				var silent []*client
-				for range most + 20 {
-					if nc, err := r.ln.dialFrom("198.51.100.1"); err == nil {
-						silent = append(silent, &client{fakeConn: nc})
-					}
+				r := newRig(t, Echo, Options{WrapConn: identifyByLine, Limits: Limits{MaxHandshakes: 3}})
+				prepare(t, r)
+				var clients []*client
+				for range 8 {
+					clients = append(clients, r.dial(t))
 				}
-				synctest.Wait()
-				wantEqual(t, "open at once", r.Status().Connections, most)
-				empty()
-				pass(2 * identifyTimeout)
-				if n := r.Status().Accepted; n < most+20 {
-					t.Errorf("%d were accepted in the end, want all %d", n, most+20)
+				for _, c := range clients[:5] {
+					c.ends(t, "")
 				}
-				for _, c := range silent {
+				wantPhases(t, r.Server, PhaseWaiting, PhaseWaiting, PhaseWaiting)
+				wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedHandshake: 5})
+				for _, c := range clients[5:] {
 					_ = c.Close()
 				}
 			})
@@ -202,27 +189,27 @@ func TestG11UnidentifiedClientsLeaveFilesForOthers(t *testing.T) {
 // A place is an identified client's own from accept to close, also while he waits at the gate.
 func TestIdentifiedClientsKeepTheirPlaceAtTheGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine, MaxConns: 1})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine, Limits: Limits{MaxConns: 1}})
 		c := r.dial(t)
 		h := r.pause(t, PauseOptions{})
 		c.send(t, "local\n")
 		h.Release()
 		queued := r.dial(t)
-		wantState(t, r.Server, Running, 1)
-		c.leave(t)
 		queued.send(t, "local\nx")
+		queued.has(t, "")
+		c.leave(t)
 		queued.has(t, "x")
 	})
 }
 
 func TestPauseHoldsIdentifiedClientsAtTheGate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 		c := r.dial(t)
 		h := r.pause(t, PauseOptions{})
 		c.send(t, "local\nx\n")
 		c.has(t, "")
-		wantPhases(t, r.Server, Waiting)
+		wantPhases(t, r.Server, PhaseWaiting)
 		h.Release()
 		c.has(t, "x\n")
 	})
@@ -230,14 +217,14 @@ func TestPauseHoldsIdentifiedClientsAtTheGate(t *testing.T) {
 
 func TestDrainTellsWhoIsIdentifiedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Identify: identifyByLine})
+		r := newRig(t, Echo, Options{WrapConn: identifyByLine})
 		c := r.dial(t)
-		r.Drain(2*time.Second, "x")
-		pass(acceptingStops)
+		r.StartDrain(DrainOptions{Grace: 2 * time.Second, Reason: "x"})
+		pass(acceptorsStop)
 		c.send(t, "local\n")
 		c.has(t, "SHUTDOWN 2 x\n")
 		c.leave(t)
 		<-r.Done()
-		wantClosed(t, r.Server, map[Reason]uint64{ClientLeft: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonClientLeft: 1})
 	})
 }

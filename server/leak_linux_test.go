@@ -36,7 +36,7 @@ func TestG9GoroutinesAndFilesComeBack(t *testing.T) {
 	for _, end := range []func(*Server){
 		func(s *Server) { _ = s.Close() },
 		func(s *Server) { shutdownIn(t, s, 100*time.Millisecond, "x") },
-		func(s *Server) { s.Drain(-1, "x"); s.Force("y"); <-s.Done() },
+		func(s *Server) { s.StartDrain(DrainOptions{Grace: Off, Reason: "x"}); s.Force("y"); <-s.Done() },
 	} {
 		tryEverything(t, end)
 	}
@@ -58,13 +58,13 @@ func pollerWarmUp(t *testing.T) {
 
 func tryEverything(t *testing.T, end func(*Server)) {
 	t.Helper()
-	s, _ := newServer(t, commanded, Options{StallTimeout: 50 * time.Millisecond, MaxConnsPerIP: 100})
+	s, _ := newServer(t, commanded, Options{Timeouts: Timeouts{Stall: 50 * time.Millisecond}, Limits: Limits{MaxConnsPerIP: 100}})
 	forServer, forClient := tlsConfigs(t)
 	forClient.ServerName = "127.0.0.1"
 	lns := []net.Listener{listen(t), listen(t), listen(t)}
 	served := make(chan error, len(lns))
 	go func() { served <- s.Serve(lns[0]) }()
-	go func() { served <- s.Serve(Inherited(lns[1])) }()
+	go func() { served <- s.ServeListener(Listener{Listener: lns[1], Inherited: true}) }()
 	go func() { served <- s.Serve(tls.NewListener(lns[2], forServer)) }()
 
 	sub := s.Subscribe()
@@ -90,7 +90,7 @@ func tryEverything(t *testing.T, end func(*Server)) {
 	_, _ = s.Pause(PauseOptions{TTL: time.Hour})
 	_, _ = s.Pause(PauseOptions{TTL: time.Nanosecond})
 	clients = append(clients, dialTCP(t, lns[0].Addr()))
-	if _, err := s.Pause(PauseOptions{Mode: RejectNew}); err != nil {
+	if _, err := s.Pause(PauseOptions{Mode: PauseReject}); err != nil {
 		t.Error(err)
 	}
 	rejected := dialTCP(t, lns[0].Addr())
@@ -98,7 +98,7 @@ func tryEverything(t *testing.T, end func(*Server)) {
 	clients = append(clients, rejected)
 	_ = s.Kill(1)
 	_, _, _ = s.Notify(t.Context(), "hello")
-	if _, err := s.Resume(); err != nil {
+	if _, err := s.Resume(Caller{}); err != nil {
 		t.Error(err)
 	}
 	_, _ = s.Pause(PauseOptions{TTL: time.Hour})

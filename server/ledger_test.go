@@ -19,10 +19,12 @@ func TestG8TheFiguresAgreeAlways(t *testing.T) {
 		// A bubble needs a *testing.T: rapid's draws are made before, as a script.
 		script := rapid.SliceOfN(rapid.SampledFrom(steps), 1, 60).Draw(rt, "script")
 		opts := Options{
-			MaxConns:      rapid.IntRange(0, 4).Draw(rt, "MaxConns"),
-			MaxConnsPerIP: rapid.IntRange(0, 3).Draw(rt, "MaxConnsPerIP"),
-			AtLimit:       rapid.SampledFrom([]AtLimit{Wait, Reject}).Draw(rt, "AtLimit"),
-			IdleTimeout:   rapid.SampledFrom([]time.Duration{0, time.Second}).Draw(rt, "IdleTimeout"),
+			Limits: Limits{
+				MaxConns:      rapid.IntRange(0, 4).Draw(rt, "MaxConns"),
+				MaxConnsPerIP: rapid.IntRange(0, 3).Draw(rt, "MaxConnsPerIP"),
+				AtLimit:       rapid.SampledFrom([]LimitMode{LimitQueue, LimitReject}).Draw(rt, "AtLimit"),
+			},
+			Timeouts: Timeouts{Idle: rapid.SampledFrom([]time.Duration{0, time.Second}).Draw(rt, "IdleTimeout")},
 		}
 		picks := rapid.SliceOfN(rapid.IntRange(0, 1<<20), len(script), len(script)).Draw(rt, "picks")
 		if !t.Run("", func(t *testing.T) {
@@ -84,7 +86,7 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 		case st == "pause" || st == "pause rejecting" || st == "pause for a second":
 			po := PauseOptions{}
 			if st == "pause rejecting" {
-				po.Mode = RejectNew
+				po.Mode = PauseReject
 			}
 			if st == "pause for a second" {
 				po.TTL = time.Second
@@ -99,7 +101,7 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 				holds[picks[i]%len(holds)].Release()
 			}
 		case st == "resume":
-			_, _ = r.Resume()
+			_, _ = r.Resume(Caller{})
 		case st == "fail accept":
 			failing.Store(true)
 		case st == "kill":
@@ -136,14 +138,14 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 	}
 	wantFiguresAgree(t, r)
 	st := r.Status()
-	if st.Connections != 0 || rep.Stuck != 0 || st.State != Stopped {
+	if st.Connections != 0 || rep.Stuck != 0 || st.State != StateStopped {
 		t.Errorf("after the end: %v with %d connections, %d handlers stuck", st.State, st.Connections, rep.Stuck)
 	}
 	<-heard
 	story.With(func(s *told) { s.wantStatus(t, st) })
-	r.book.With(func(l *ledger) {
-		if l.admitted != 0 || l.rejecting != 0 || len(l.perIP) != 0 || l.tasks != 0 {
-			t.Errorf("left on the books: %d admitted, %d being rejected, %d addresses, %d tasks", l.admitted, l.rejecting, len(l.perIP), l.tasks)
+	r.state.With(func(l *state) {
+		if l.admitted != 0 || l.rejecting != 0 || len(l.perAddress) != 0 || l.tasks != 0 {
+			t.Errorf("left on the books: %d admitted, %d being rejected, %d addresses, %d tasks", l.admitted, l.rejecting, len(l.perAddress), l.tasks)
 		}
 	})
 	if t.Failed() {
@@ -164,8 +166,8 @@ func TestG8AConnectionLeftBehindIsBookedOnce(t *testing.T) {
 		close(release)
 		synctest.Wait()
 		wantFiguresAgree(t, r)
-		wantClosed(t, r.Server, map[Reason]uint64{Deadline: 1})
-		wantEqual(t, "report afterwards", r.report(), rep)
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonDeadline: 1})
+		wantEqual(t, "report afterwards", reportOf(r.Report()), rep)
 		wantEqual(t, "calls of OnClose", closed, 1)
 	})
 }
@@ -196,28 +198,28 @@ type told struct {
 func (s *told) hear(t *testing.T, e Event) {
 	t.Helper()
 	if s.open == nil {
-		s.state, s.open, s.closed, s.holds = Running, make(map[uint64]bool), make(map[Reason]uint64), make(map[string]bool)
+		s.state, s.open, s.closed, s.holds = StateRunning, make(map[uint64]bool), make(map[Reason]uint64), make(map[string]bool)
 	}
 	switch e.Type {
-	case StateChanged:
+	case EventState:
 		if e.State == s.state {
 			t.Errorf("an event says that the state has become %v, which it was", e.State)
 		}
 		s.state = e.State
-	case ConnOpened:
+	case EventOpened:
 		s.opened++
 		s.open[e.Conn.ID] = true
-	case ConnClosed:
+	case EventClosed:
 		if !s.open[e.Closed.ID] {
 			t.Errorf("an event says that connection %d was closed, which was not open", e.Closed.ID)
 		}
 		delete(s.open, e.Closed.ID)
 		s.closed[e.Closed.Reason]++
-	case HoldPlaced:
+	case EventHoldPlaced:
 		s.holds[e.Hold.ID] = true
-	case HoldReleased:
+	case EventHoldReleased:
 		delete(s.holds, e.Hold.ID)
-	case EventsMissed:
+	case EventMissed:
 		t.Errorf("%d events were missed", e.Missed)
 	}
 }

@@ -8,14 +8,14 @@ import (
 
 func TestClientsOverTheLimitWaitInTheQueueForAPlace(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 2})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 2}})
 		a, b := r.dial(t), r.dial(t)
 		c, d := r.dial(t), r.dial(t)
 		c.send(t, "x\n")
 		pass(time.Hour)
 		c.has(t, "")
 		wantEqual(t, "accept queue", r.ln.queued(), 2)
-		wantState(t, r.Server, Running, 2)
+		wantState(t, r.Server, StateRunning, 2)
 		a.leave(t)
 		c.has(t, "x\n")
 		wantEqual(t, "accept queue", r.ln.queued(), 1)
@@ -28,7 +28,7 @@ func TestClientsOverTheLimitWaitInTheQueueForAPlace(t *testing.T) {
 // The place is taken until the connection is closed: lingering ones hold a file, too.
 func TestLingeringConnectionsCountAgainstTheLimit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 1})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 1}})
 		r.dial(t)
 		_ = r.Kill(1)
 		next := r.dial(t)
@@ -41,10 +41,10 @@ func TestLingeringConnectionsCountAgainstTheLimit(t *testing.T) {
 
 func TestClientsOverTheLimitAreToldBusy(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 1, AtLimit: Reject})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 1, AtLimit: LimitReject}})
 		a := r.dial(t)
 		r.dial(t).ends(t, "BUSY\n")
-		wantClosed(t, r.Server, map[Reason]uint64{RejectedLimit: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedLimit: 1})
 		a.leave(t)
 		b := r.dial(t)
 		b.send(t, "x\n")
@@ -55,26 +55,26 @@ func TestClientsOverTheLimitAreToldBusy(t *testing.T) {
 // A rejection lingers, and holds a file meanwhile: only so many may at a time.
 func TestRejectionsThatLingerAreBoundedAndHoldNobodyUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 1, AtLimit: Reject})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 1, AtLimit: LimitReject}})
 		r.dial(t)
-		for range maxRejecting + 8 {
+		for range 32 + 8 {
 			r.dial(t)
 		}
-		wantState(t, r.Server, Running, 1+maxRejecting)
+		wantState(t, r.Server, StateRunning, 1+40)
 		wantEqual(t, "accept queue", r.ln.queued(), 0)
 		pass(lingerTimeout)
-		wantState(t, r.Server, Running, 1)
-		wantClosed(t, r.Server, map[Reason]uint64{RejectedLimit: maxRejecting + 8})
+		wantState(t, r.Server, StateRunning, 1)
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedLimit: 32 + 8})
 	})
 }
 
 func TestDrainLiftsTheLimitPerAddressForThoseInTheQueue(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConnsPerIP: 1, Grace: time.Second})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConnsPerIP: 1}, Drain: DrainOptions{Grace: time.Second}})
 		r.pause(t, PauseOptions{})
 		first, second := r.dial(t), r.dial(t)
-		r.Drain(0, "x")
-		pass(handshakeWait)
+		r.StartDrain(DrainOptions{Grace: 0, Reason: "x"})
+		pass(quietTime)
 		first.has(t, "SHUTDOWN 1 x\n")
 		second.has(t, "SHUTDOWN 1 x\n")
 		first.leave(t)
@@ -84,7 +84,7 @@ func TestDrainLiftsTheLimitPerAddressForThoseInTheQueue(t *testing.T) {
 
 func TestLimitPerAddressRejectsWhateverTheOtherLimitSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConnsPerIP: 2})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConnsPerIP: 2}})
 		first, _ := r.dialFrom(t, "198.51.100.1"), r.dialFrom(t, "198.51.100.1")
 		r.dialFrom(t, "198.51.100.1").ends(t, "BUSY\n")
 		r.dialFrom(t, "::ffff:198.51.100.1").ends(t, "BUSY\n") // the same, written otherwise
@@ -96,18 +96,18 @@ func TestLimitPerAddressRejectsWhateverTheOtherLimitSays(t *testing.T) {
 		again.send(t, "x\n")
 		again.has(t, "x\n")
 		again.leave(t)
-		r.book.With(func(l *ledger) { wantEqual(t, "addresses kept", len(l.perIP), 2) })
+		r.state.With(func(l *state) { wantEqual(t, "addresses kept", len(l.perAddress), 2) })
 		for info := range r.Conns() {
 			_ = r.Kill(info.ID)
 		}
 		pass(lingerTimeout)
-		r.book.With(func(l *ledger) { wantEqual(t, "addresses kept when all have left", len(l.perIP), 0) })
+		r.state.With(func(l *state) { wantEqual(t, "addresses kept when all have left", len(l.perAddress), 0) })
 	})
 }
 
 func TestLimitPerAddressIsJudgedWhenThePauseIsOver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConnsPerIP: 1})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConnsPerIP: 1}})
 		first := r.dial(t)
 		r.ln.slip(1)
 		h := r.pause(t, PauseOptions{})
@@ -122,7 +122,7 @@ func TestLimitPerAddressIsJudgedWhenThePauseIsOver(t *testing.T) {
 
 func TestLimitPerAddressLeavesThoseWithoutAddressAlone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConnsPerIP: 1})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConnsPerIP: 1}})
 		for range 3 {
 			served, far := newFakePair(r.ln.Addr(), unnamed{})
 			r.ln.hand(served)
@@ -145,14 +145,14 @@ func TestKillReachesAConnectionThatWaitsAtTheGate(t *testing.T) {
 		r.ln.slip(1)
 		r.pause(t, PauseOptions{})
 		c := r.dial(t)
-		wantPhases(t, r.Server, Waiting)
+		wantPhases(t, r.Server, PhaseWaiting)
 		if n := r.KillFunc(func(ConnInfo) bool { return true }); n != 1 {
 			t.Errorf("KillFunc killed %d, want 1", n)
 		}
 		if took := elapsed(func() { c.ends(t, "") }); took != 0 {
 			t.Errorf("the killed client saw the end after %v, want at once", took)
 		}
-		wantClosed(t, r.Server, map[Reason]uint64{Killed: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonKilled: 1})
 	})
 }
 
@@ -165,8 +165,8 @@ func TestCloseOfAServerWithSomebodyAtTheGate(t *testing.T) {
 		if took := elapsed(func() { _ = r.Close() }); took > abandonAfter {
 			t.Errorf("Close took %v, want at most %v", took, abandonAfter)
 		}
-		wantState(t, r.Server, Stopped, 0)
-		if rep := r.report(); rep.Stuck != 0 {
+		wantState(t, r.Server, StateStopped, 0)
+		if rep := reportOf(r.Report()); rep.Stuck != 0 {
 			t.Errorf("report %+v, want none stuck", rep)
 		}
 	})

@@ -3,24 +3,198 @@ package server
 import (
 	"context"
 	"fmt"
+	"iter"
 	"net"
+	"os"
+	"strings"
+	"time"
 )
 
-// Listen opens a TCP listener whose clients a drain resets least: unlike net.Listen's it speaks plain
-// TCP, since the filter that keeps new handshakes out of a queue that is being emptied cannot be set
-// on Multipath TCP. Serve takes any other listener too.
+// A Listener is a listener together with how its connections are served.
+type Listener struct {
+	net.Listener
+	// Handler serves the connections. Nil means the server's handler.
+	Handler Handler
+	// WrapConn prepares the connections. Nil means Options.WrapConn.
+	WrapConn WrapConn
+	// Inherited means that another process has the listener's socket too, such as systemd. A drain then only stops
+	// accepting: clients in the accept queue are left to the successor, and the socket is not changed. Accepted
+	// connections keep the keepalive and TCP_NODELAY settings of the socket.
+	Inherited bool
+}
+
+// ListenConfig opens listeners for a server. The zero value is ready to use.
+type ListenConfig struct {
+	// Backlog is the length of the accept queue. Zero means the system's maximum. It needs a unix system.
+	Backlog int
+	// KeepAlive is how TCP keepalive is set for accepted connections. The zero value means Go's defaults.
+	KeepAlive net.KeepAliveConfig
+}
+
+// Listen opens a listener with the zero ListenConfig.
 func Listen(ctx context.Context, address string) (net.Listener, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false)
-	ln, err := lc.Listen(ctx, "tcp", address)
+	return ListenConfig{}.Listen(ctx, address)
+}
+
+// Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. Unlike
+// net.Listen it does not use Multipath TCP, because new handshakes cannot be kept out of its accept queue while a
+// drain empties it. Serve takes listeners of any kind.
+func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener, error) {
+	network, addr, err := splitAddress(address)
 	if err != nil {
-		return nil, fmt.Errorf("listening: %w", err)
+		return nil, err
+	}
+	config := net.ListenConfig{KeepAliveConfig: lc.KeepAlive}
+	if lc.KeepAlive != (net.KeepAliveConfig{}) && !lc.KeepAlive.Enable {
+		config.KeepAlive = -1
+	}
+	config.SetMultipathTCP(false)
+	ln, err := config.Listen(ctx, network, addr)
+	if err != nil {
+		return nil, fmt.Errorf("listening on %s: %w", address, err)
+	}
+	if lc.Backlog > 0 {
+		if err := setBacklog(ln, lc.Backlog); err != nil {
+			_ = ln.Close()
+			return nil, fmt.Errorf("listening on %s: setting the backlog: %w", address, err)
+		}
 	}
 	return ln, nil
 }
 
-// Inherited marks ln as one whose accept queue belongs to another process too, such as systemd's: a
-// drain just stops accepting from it, and leaves those who wait in the queue to the successor.
-func Inherited(ln net.Listener) net.Listener { return inheritedListener{ln} }
+func splitAddress(address string) (network, addr string, err error) {
+	scheme, rest, ok := strings.Cut(address, "://")
+	switch {
+	case !ok:
+		return "tcp", address, nil
+	case scheme == "tcp":
+		return "tcp", rest, nil
+	case scheme == "unix" && strings.HasPrefix(rest, "/"):
+		return "unix", rest, nil
+	default:
+		return "", "", fmt.Errorf("address %q: want host:port, tcp://host:port or unix:///path", address)
+	}
+}
 
-type inheritedListener struct{ net.Listener }
+// A source is a listener from which accepting can be interrupted.
+type source interface {
+	// accept returns os.ErrDeadlineExceeded when it is or was interrupted.
+	accept() (net.Conn, error)
+	// acceptWithin returns os.ErrDeadlineExceeded after d. It must not be used before interrupt has been called last.
+	acceptWithin(d time.Duration) (net.Conn, error)
+	// interrupt makes accept return, and resume undoes it. They are called under the same lock.
+	interrupt()
+	resume()
+	// close closes the listener and returns connections that were accepted in the meantime.
+	close() iter.Seq[net.Conn]
+}
+
+func newSource(ln net.Listener) source {
+	if d, ok := ln.(deadlineListener); ok {
+		return deadlineSource{d}
+	}
+	p := &pumpSource{ln: ln, accepted: make(chan acceptResult), interrupts: make(chan struct{}, 1), closing: make(chan struct{})}
+	go p.pump()
+	return p
+}
+
+type deadlineListener interface {
+	net.Listener
+	SetDeadline(t time.Time) error
+}
+
+// longAgo as a deadline makes a blocked call return at once.
+var longAgo = time.Unix(1, 0)
+
+// deadlineSource interrupts by the listener's deadline.
+type deadlineSource struct{ ln deadlineListener }
+
+func (s deadlineSource) accept() (net.Conn, error) { return s.ln.Accept() }
+
+func (s deadlineSource) acceptWithin(d time.Duration) (net.Conn, error) {
+	_ = s.ln.SetDeadline(time.Now().Add(d))
+	return s.ln.Accept()
+}
+
+func (s deadlineSource) interrupt() { _ = s.ln.SetDeadline(longAgo) }
+func (s deadlineSource) resume()    { _ = s.ln.SetDeadline(time.Time{}) }
+
+func (s deadlineSource) close() iter.Seq[net.Conn] {
+	_ = s.ln.Close()
+	return func(func(net.Conn) bool) {}
+}
+
+// pumpSource accepts on a goroutine of its own, for listeners that only Close interrupts, such as tls.NewListener's.
+// It accepts at most one connection ahead. The goroutine ends when the listener is closed, and close waits for it.
+type pumpSource struct {
+	ln         net.Listener
+	accepted   chan acceptResult
+	interrupts chan struct{} // holds a token while interrupted
+	closing    chan struct{}
+}
+
+type acceptResult struct {
+	nc  net.Conn
+	err error
+}
+
+func (p *pumpSource) pump() {
+	defer close(p.accepted)
+	for {
+		nc, err := p.ln.Accept()
+		p.accepted <- acceptResult{nc, err}
+		select {
+		case <-p.closing:
+			if err != nil {
+				return
+			}
+		default:
+		}
+	}
+}
+
+func (p *pumpSource) accept() (net.Conn, error) {
+	select {
+	case <-p.interrupts:
+		return nil, os.ErrDeadlineExceeded
+	case r := <-p.accepted:
+		return r.nc, r.err
+	}
+}
+
+func (p *pumpSource) acceptWithin(d time.Duration) (net.Conn, error) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil, os.ErrDeadlineExceeded
+	case r := <-p.accepted:
+		return r.nc, r.err
+	}
+}
+
+func (p *pumpSource) interrupt() {
+	select {
+	case p.interrupts <- struct{}{}:
+	default:
+	}
+}
+
+func (p *pumpSource) resume() {
+	select {
+	case <-p.interrupts:
+	default:
+	}
+}
+
+func (p *pumpSource) close() iter.Seq[net.Conn] {
+	close(p.closing)
+	_ = p.ln.Close()
+	return func(yield func(net.Conn) bool) {
+		for r := range p.accepted {
+			if r.nc != nil && !yield(r.nc) {
+				return
+			}
+		}
+	}
+}

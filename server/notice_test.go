@@ -10,7 +10,7 @@ import (
 func TestNoticeRendersItsPlaceholders(t *testing.T) {
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.FixedZone("", 3600))
 	for template, want := range map[string]string{
-		DefaultNotice:          "SHUTDOWN 5 TERM\n",
+		DefaultNoticeTemplate:  "SHUTDOWN 5 TERM\n",
 		"SHUTDOWN":             "SHUTDOWN",
 		"":                     "",
 		`{deadline}\r\n`:       "2026-11-23T11:00:05Z\r\n",
@@ -19,19 +19,23 @@ func TestNoticeRendersItsPlaceholders(t *testing.T) {
 		`\xff`:                 "\xff",
 		`\\{reason}`:           `\TERM`,
 	} {
-		n, err := ParseNotice(template)
+		n, err := ParseLineNotifier(template)
 		if err != nil {
-			t.Errorf("ParseNotice(%q): %v", template, err)
+			t.Errorf("ParseLineNotifier(%q): %v", template, err)
 			continue
 		}
-		if got := string(n.render("TERM", now, now.Add(4001*time.Millisecond))); got != strings.ReplaceAll(want, "00:05Z", "00:04Z") {
+		if got := string(n.render(drainNotice("TERM", now.Add(4001*time.Millisecond), 4001*time.Millisecond))); got != strings.ReplaceAll(want, "00:05Z", "00:04Z") {
 			t.Errorf("notice %q renders as %q, want %q", template, got, want)
 		}
 	}
 }
 
+func drainNotice(reason string, deadline time.Time, left time.Duration) Notice {
+	return Notice{Kind: NoticeDrain, Reason: reason, Deadline: deadline, Left: left}
+}
+
 func TestNoticeRoundsSecondsUp(t *testing.T) {
-	n, err := ParseNotice("{seconds}")
+	n, err := ParseLineNotifier("{seconds}")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +43,7 @@ func TestNoticeRoundsSecondsUp(t *testing.T) {
 	for left, want := range map[time.Duration]string{
 		-time.Hour: "0", 0: "0", 1: "1", time.Second: "1", time.Second + 1: "2", 90 * time.Minute: "5400",
 	} {
-		if got := string(n.render("", now, now.Add(left))); got != want {
+		if got := string(n.render(drainNotice("", now, left))); got != want {
 			t.Errorf("with %v left the notice says %s seconds, want %s", left, got, want)
 		}
 	}
@@ -47,11 +51,11 @@ func TestNoticeRoundsSecondsUp(t *testing.T) {
 
 // A reason is text of an operator's: what looks like a placeholder in it is not one.
 func TestNoticeDoesNotExpandItsReason(t *testing.T) {
-	n, err := ParseNotice("{reason}")
+	n, err := ParseLineNotifier("{reason}")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(n.render("{seconds}", time.Now(), time.Now())); got != "{seconds}" {
+	if got := string(n.render(drainNotice("{seconds}", time.Now(), 0))); got != "{seconds}" {
 		t.Errorf("reason {seconds} renders as %q", got)
 	}
 }
@@ -64,10 +68,10 @@ func TestParseNoticeRefuses(t *testing.T) {
 		"\xff":                    "not valid UTF-8",
 		strings.Repeat("x", 1025): "at most 1024",
 	} {
-		n, err := ParseNotice(template)
-		wantErrText(t, "ParseNotice", err, want)
+		n, err := ParseLineNotifier(template)
+		wantErrText(t, "ParseLineNotifier", err, want)
 		if n != nil {
-			t.Errorf("ParseNotice(%q) returned a notice beside its error", template)
+			t.Errorf("ParseLineNotifier(%q) returned a notice beside its error", template)
 		}
 	}
 }
@@ -87,12 +91,12 @@ func TestCheckTextWantsOneLineOfText(t *testing.T) {
 }
 
 func FuzzParseNotice(f *testing.F) {
-	for _, seed := range []string{DefaultNotice, "SHUTDOWN", "", `{seconds} {reason} {deadline}\r\n`, `\x7breason}`, "é{}", `\xff`, "\xff"} {
+	for _, seed := range []string{DefaultNoticeTemplate, "SHUTDOWN", "", `{seconds} {reason} {deadline}\r\n`, `\x7breason}`, "é{}", `\xff`, "\xff"} {
 		f.Add(seed)
 	}
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	f.Fuzz(func(t *testing.T, template string) {
-		n, err := ParseNotice(template)
+		n, err := ParseLineNotifier(template)
 		if err != nil {
 			if n != nil {
 				t.Error("a notice beside an error")
@@ -102,7 +106,7 @@ func FuzzParseNotice(f *testing.F) {
 			}
 			return
 		}
-		got := string(n.render("why", now, now.Add(time.Second)))
+		got := string(n.render(drainNotice("why", now, time.Second)))
 		if !strings.ContainsAny(template, `\{`) && got != template {
 			t.Errorf("plain text %q is sent as %q", template, got)
 		}
@@ -111,7 +115,7 @@ func FuzzParseNotice(f *testing.F) {
 				t.Errorf("notice %q is sent with an open placeholder: %q", template, got)
 			}
 		}
-		if again := string(n.render("why", now, now.Add(time.Second))); again != got {
+		if again := string(n.render(drainNotice("why", now, time.Second))); again != got {
 			t.Errorf("rendered twice: %q and %q", got, again)
 		}
 	})

@@ -1,102 +1,154 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math"
+	"net"
+	"strconv"
 	"time"
 
 	"go.uber.org/zap"
 )
 
-// Defaults of Options and fixed bounds of a connection's end. The times add up so that a drain is over
-// 1.7 s after its deadline whatever clients and handlers do: promised are two, and machines are busy.
+// Off switches off what an option bounds: a timeout that never ends, a limit that is unlimited, a drain without a grace
+// period. A zero option means its documented default. Any other negative value is an error.
+const Off = -1
+
+// Defaults of Options.
 const (
-	DefaultGrace        = 5 * time.Second
-	DefaultStallTimeout = 30 * time.Second
-
-	flushTimeout  = 1 * time.Second         // for what was read to be written back, once a connection is told to end
-	lingerTimeout = 400 * time.Millisecond  // for the client's FIN after ours
-	lingerBytes   = 16 << 20                // discarded meanwhile at most: more than two kernels have under way
-	abortAfter    = 1450 * time.Millisecond // after the deadline, what is still open is closed under its handler
-	abandonAfter  = 250 * time.Millisecond  // after that, handlers that ignore their context are left behind
-
-	notifyTimeout = 1 * time.Second // for Notify's texts to be taken by the kernel
-)
-
-// AtLimit says what becomes of a client that comes when MaxConns are being served.
-type AtLimit int
-
-const (
-	// Wait leaves it in the kernel's accept queue until a place is free. It is the zero value.
-	Wait AtLimit = iota
-	// Reject accepts it, says BUSY and closes.
-	Reject
+	DefaultGrace            = 5 * time.Second
+	DefaultStallTimeout     = 30 * time.Second
+	DefaultHandshakeTimeout = 10 * time.Second
+	DefaultMaxHandshakes    = 1024
+	DefaultIPv6Prefix       = 64
 )
 
 // Options configures a Server. The zero value is ready to use. New keeps a copy.
 type Options struct {
-	// Logger receives what the server does; nil logs nothing.
+	// Logger receives what the server does. Nil logs nothing.
 	Logger *zap.Logger
+	// QuietConns leaves out the log lines for each connection that is opened or closed.
+	QuietConns bool
 
-	// Notice is sent to every client when a drain begins; nil means DefaultNotice.
-	Notice *Notice
+	// Notifier gives what clients are told on a drain, on a rejection, and for an operator's message. Nil: the server
+	// itself sends nothing to clients. Conn.SetNotifier replaces it for one connection.
+	Notifier Notifier
 
-	// Grace is the time that clients have from the begin of a drain that names none itself. Zero means
-	// DefaultGrace; negative means none: clients are told and closed at once.
-	Grace time.Duration
+	Limits   Limits
+	Timeouts Timeouts
+	// Drain holds the defaults of every drain.
+	Drain DrainOptions
 
-	// DrainDelay is how long a drain that has begun goes on accepting before it tells anybody; the grace begins after it. It is for
-	// load balancers, which take a while to notice that the server is not ready any more. A pause that stands goes on meanwhile, and
-	// ends with it at the latest. Zero: not at all.
-	DrainDelay time.Duration
-
-	// MaxConns is how many connections are served at once. Zero, and any number above it, means as
-	// many as the process's limit on open files allows, less a reserve of up to 128 for listeners, the
-	// control plane, rejections and the drain. Where the system has no such limit, zero is unlimited.
-	MaxConns int
-	// AtLimit says what becomes of clients beyond MaxConns.
-	AtLimit AtLimit
-	// MaxConnsPerIP is how many connections are served at once from one client address; more are told
-	// BUSY and closed, whatever AtLimit says, lest one client hold up the others. Zero is unlimited.
-	MaxConnsPerIP int
-
-	// IdleTimeout closes a connection on which no byte moved in either direction for so long. Zero: never.
-	IdleTimeout time.Duration
-	// StallTimeout closes a connection whose client has acknowledged nothing for so long while a write
-	// to it was blocked. Zero means DefaultStallTimeout; negative: never.
-	StallTimeout time.Duration
-
-	// Identify, when not nil, says who each client is before the connection comes to the gate. One that it fails for is closed without
-	// a word. Connections that are not identified yet count towards MaxConns.
-	Identify Identify
-
-	// OnClose, when not nil, is called once for every connection after it was closed, on that
-	// connection's goroutine; so it is called concurrently. A drain waits for it as for a handler: at the
-	// most until 1.7 s after its deadline.
+	// WrapConn, when not nil, prepares each connection before it is admitted: it reads a PROXY header, performs a TLS
+	// handshake, or authenticates the client.
+	WrapConn WrapConn
+	// BaseContext, when not nil, returns the parent of the contexts of the connections that come from ln.
+	BaseContext func(ln net.Listener) context.Context
+	// ConnContext, when not nil, returns the parent of the handler's context for a connection that was admitted; ctx
+	// is what BaseContext returned. It is called on the connection's goroutine.
+	ConnContext func(ctx context.Context, c *Conn) context.Context
+	// CancelWhenGone cancels the handler's context with ErrClientGone about a second after the client closed or reset
+	// the connection, also while the handler does not read. As in net/http a half-close counts as closing.
+	// It needs a socket, and a unix system.
+	CancelWhenGone bool
+	// ConnState, when not nil, is called when a connection enters a phase, on one of the server's goroutines. It is
+	// called concurrently and must not block.
+	ConnState func(c *Conn, p Phase)
+	// OnClose, when not nil, is called once for each connection after it was closed, on the connection's goroutine.
+	// It is called concurrently. A drain waits for it as for a handler.
 	OnClose func(ClosedConn)
 }
 
-// resolve returns o with its zero values replaced by what they stand for, or an error that names
-// each option that makes no sense.
-func (o Options) resolve() (Options, error) {
+// Limits bounds what clients can take.
+type Limits struct {
+	// MaxConns is how many connections are served at once. Zero means as many as the process's limit on open files
+	// allows, less ReservedFiles; a larger number is lowered to that. Off means no limit, also not by open files.
+	MaxConns int
+	// AtLimit is what happens to clients beyond MaxConns.
+	AtLimit LimitMode
+	// MaxConnsPerIP is how many connections are served at once from one client address. More are rejected, whatever
+	// AtLimit says, so that one client cannot block the accept queue. Zero and Off mean no limit.
+	MaxConnsPerIP int
+	// IPv6Prefix is how many bits of an IPv6 address identify a client for MaxConnsPerIP. Zero means 64, because a
+	// site usually has a /64 at least (RFC 6177). IPv4 addresses count whole, also when they are mapped into IPv6.
+	IPv6Prefix int
+	// MaxHandshakes is how many connections may be in WrapConn at once. At the limit the one that has been there for
+	// longest is closed for a new one. Zero means DefaultMaxHandshakes.
+	MaxHandshakes int
+	// ReservedFiles is how many of the open files that the process may have are kept for other uses than serving.
+	// Zero means 160, or half of the process's limit if that is less. Servers in one process share what is left.
+	ReservedFiles int
+}
+
+// Timeouts bounds how long clients can take.
+type Timeouts struct {
+	// Idle closes a connection on which no byte moved in either direction for so long. While data waits for the client,
+	// Stall decides instead. Zero and Off mean never.
+	Idle time.Duration
+	// Stall closes a connection whose client took nothing for so long while data waited for it. A client counts as
+	// taking data when its kernel acknowledges bytes. A slow reader opens its receive window in large steps, on
+	// loopback of 64 or 128 KiB: one that reads less than a step per timeout counts as stalled, which is 4 KiB/s for
+	// 30 s. The connection is closed after at most a quarter more than the timeout. Zero means DefaultStallTimeout,
+	// Off means never.
+	Stall time.Duration
+	// Handshake bounds WrapConn. Zero means DefaultHandshakeTimeout.
+	Handshake time.Duration
+}
+
+// Bounds on the end of a connection. They add up so that a drain is over about 1.6 s after its deadline whatever
+// clients and handlers do. Two seconds are promised, and machines are busy.
+const (
+	flushTimeout   = 1 * time.Second         // for writing what was read, once a connection is to end
+	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after ours
+	lingerBytes    = 64 << 20                // discarded meanwhile at most
+	abortAfter     = 1350 * time.Millisecond // after the deadline the remaining connections are closed under their handlers
+	abandonAfter   = 150 * time.Millisecond  // after that, handlers that ignore their context are left behind
+	orphanTimeout  = 10 * time.Second        // for the kernel to deliver what is unsent when a connection is closed
+	messageTimeout = 1 * time.Second         // for Notify's texts to be taken by the kernel
+)
+
+// withDefaults returns o with its zero values replaced by their defaults, or an error that names each option that
+// makes no sense.
+func (o Options) withDefaults() (Options, error) {
 	var errs []error
-	bad := func(name string, v any) {
-		errs = append(errs, fmt.Errorf("option %s: %v is negative", name, v))
+	for _, opt := range []struct {
+		name  string
+		value int64
+		text  string
+	}{
+		{"Limits.MaxConns", int64(o.Limits.MaxConns), strconv.Itoa(o.Limits.MaxConns)},
+		{"Limits.MaxConnsPerIP", int64(o.Limits.MaxConnsPerIP), strconv.Itoa(o.Limits.MaxConnsPerIP)},
+		{"Timeouts.Idle", int64(o.Timeouts.Idle), o.Timeouts.Idle.String()},
+		{"Timeouts.Stall", int64(o.Timeouts.Stall), o.Timeouts.Stall.String()},
+	} {
+		if opt.value < Off {
+			errs = append(errs, fmt.Errorf("option %s: %s is negative", opt.name, opt.text))
+		}
 	}
-	if o.MaxConns < 0 {
-		bad("MaxConns", o.MaxConns)
+	for _, opt := range []struct {
+		name  string
+		value int64
+		text  string
+	}{
+		{"Limits.IPv6Prefix", int64(o.Limits.IPv6Prefix), strconv.Itoa(o.Limits.IPv6Prefix)},
+		{"Limits.MaxHandshakes", int64(o.Limits.MaxHandshakes), strconv.Itoa(o.Limits.MaxHandshakes)},
+		{"Limits.ReservedFiles", int64(o.Limits.ReservedFiles), strconv.Itoa(o.Limits.ReservedFiles)},
+		{"Timeouts.Handshake", int64(o.Timeouts.Handshake), o.Timeouts.Handshake.String()},
+	} {
+		if opt.value < 0 {
+			errs = append(errs, fmt.Errorf("option %s: %s is negative, and it cannot be off", opt.name, opt.text))
+		}
 	}
-	if o.MaxConnsPerIP < 0 {
-		bad("MaxConnsPerIP", o.MaxConnsPerIP)
+	if o.Limits.IPv6Prefix > 128 {
+		errs = append(errs, fmt.Errorf("option Limits.IPv6Prefix: %d: an address has 128 bits", o.Limits.IPv6Prefix))
 	}
-	if o.IdleTimeout < 0 {
-		bad("IdleTimeout", o.IdleTimeout)
+	if o.Limits.AtLimit != LimitQueue && o.Limits.AtLimit != LimitReject {
+		errs = append(errs, fmt.Errorf("option Limits.AtLimit: unknown value %d", o.Limits.AtLimit))
 	}
-	if o.DrainDelay < 0 {
-		bad("DrainDelay", o.DrainDelay)
-	}
-	if o.AtLimit != Wait && o.AtLimit != Reject {
-		errs = append(errs, fmt.Errorf("option AtLimit: unknown value %d", o.AtLimit))
+	if err := o.Drain.check(); err != nil {
+		errs = append(errs, fmt.Errorf("option Drain: %w", err))
 	}
 	if len(errs) > 0 {
 		return o, errors.Join(errs...)
@@ -105,38 +157,57 @@ func (o Options) resolve() (Options, error) {
 	if o.Logger == nil {
 		o.Logger = zap.NewNop()
 	}
-	if o.Notice == nil {
-		o.Notice = &Notice{template: "SHUTDOWN {seconds} {reason}\n"}
+	if o.Notifier == nil {
+		o.Notifier = silent{}
 	}
-	if o.Grace == 0 {
-		o.Grace = DefaultGrace
-	}
-	if o.StallTimeout == 0 {
-		o.StallTimeout = DefaultStallTimeout
-	}
-	if ceiling, _, ok := files(); ok && (o.MaxConns == 0 || o.MaxConns > ceiling) {
-		if o.MaxConns > ceiling {
-			o.Logger.Warn("fewer connections than asked for: the limit on open files allows no more",
-				zap.Int("asked", o.MaxConns), zap.Int("max_conns", ceiling))
-		}
-		o.MaxConns = ceiling
-	}
+	o.Limits = o.Limits.withDefaults(o.Logger)
+	o.Timeouts = o.Timeouts.withDefaults()
+	o.Drain = o.Drain.withDefaults(DrainOptions{Grace: DefaultGrace, Delay: Off, Reason: "shutdown"})
 	return o, nil
 }
 
-// Files kept for other than served connections.
-const (
-	fileReserve  = 128
-	maxRejecting = 32 // of the reserve, for rejections that linger at the same time
-)
-
-// files says how many connections the limit on open files leaves room for, and how many more a drain
-// may take from the accept queue; not ok means no limit.
-func files() (ceiling, extra int, ok bool) {
-	limit, ok := openFilesLimit()
-	if !ok {
-		return 0, 0, false
+func (l Limits) withDefaults(log *zap.Logger) Limits {
+	if l.IPv6Prefix == 0 {
+		l.IPv6Prefix = DefaultIPv6Prefix
 	}
-	reserve := min(fileReserve, limit/2)
-	return max(1, limit-reserve), reserve / 4, true
+	if l.MaxHandshakes == 0 {
+		l.MaxHandshakes = DefaultMaxHandshakes
+	}
+	l.MaxConnsPerIP = max(0, l.MaxConnsPerIP)
+	files, limited := openFilesLimit()
+	switch {
+	case l.MaxConns == Off || !limited && l.MaxConns == 0:
+		l.MaxConns = math.MaxInt
+	case limited:
+		if l.ReservedFiles == 0 {
+			l.ReservedFiles = min(160, files/2)
+		}
+		most := max(1, files-l.ReservedFiles)
+		if l.MaxConns > most {
+			log.Warn("lowered the limit on connections: the limit on open files allows no more",
+				zap.Int("asked", l.MaxConns), zap.Int("max_conns", most), zap.Int("open_files_limit", files))
+		}
+		if l.MaxConns == 0 || l.MaxConns > most {
+			l.MaxConns = most
+		}
+		l.MaxHandshakes = min(l.MaxHandshakes, max(1, most/2))
+	}
+	return l
+}
+
+// spareFiles is how many of ReservedFiles connections may take that are rejected, or that a drain accepts.
+func (l Limits) spareFiles() int { return l.ReservedFiles / 4 }
+
+func (t Timeouts) withDefaults() Timeouts {
+	t.Idle = max(0, t.Idle)
+	switch t.Stall {
+	case 0:
+		t.Stall = DefaultStallTimeout
+	case Off:
+		t.Stall = 0
+	}
+	if t.Handshake == 0 {
+		t.Handshake = DefaultHandshakeTimeout
+	}
+	return t
 }

@@ -9,14 +9,11 @@ import (
 )
 
 func TestNewRefusesEachOptionThatMakesNoSense(t *testing.T) {
-	if _, err := New(nil, Options{}); err == nil {
-		t.Error("New took a nil handler")
-	}
-	s, err := New(Echo, Options{MaxConns: -1, MaxConnsPerIP: -2, IdleTimeout: -time.Second, AtLimit: 7})
+	s, err := New(Echo, Options{Limits: Limits{MaxConns: -2, MaxConnsPerIP: -2, AtLimit: 7}, Timeouts: Timeouts{Idle: -time.Second}, Drain: DrainOptions{Delay: -time.Second}})
 	if s != nil {
 		t.Error("New returned a server beside its error")
 	}
-	for _, want := range []string{"MaxConns: -1", "MaxConnsPerIP: -2", "IdleTimeout: -1s", "AtLimit: unknown value 7"} {
+	for _, want := range []string{"Limits.MaxConns: -2", "Limits.MaxConnsPerIP: -2", "Timeouts.Idle: -1s", "Limits.AtLimit: unknown value 7", "delay -1s is negative"} {
 		wantErrText(t, "New", err, want)
 	}
 }
@@ -27,14 +24,14 @@ func TestZeroOptionsMeanTheDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := s.opts
-	if o.Grace != DefaultGrace || o.StallTimeout != DefaultStallTimeout || o.Logger == nil {
+	if o.Drain.Grace != DefaultGrace || o.Timeouts.Stall != DefaultStallTimeout || o.Logger == nil {
 		t.Errorf("resolved options %+v", o)
 	}
-	def, err := ParseNotice(DefaultNotice)
+	def, err := ParseLineNotifier(DefaultNoticeTemplate)
 	if err != nil {
 		t.Fatal(err)
 	}
-	wantEqual(t, "notice", *o.Notice == *def, true)
+	wantEqual(t, "notifier", *DefaultLineNotifier() == *def, true)
 }
 
 func TestMaxConnsLeavesAReserveOfFiles(t *testing.T) {
@@ -43,12 +40,12 @@ func TestMaxConnsLeavesAReserveOfFiles(t *testing.T) {
 		t.Skip("the system has no limit on open files")
 	}
 	core, logs := observer.New(zap.WarnLevel)
-	for asked, want := range map[int]int{0: limit - min(fileReserve, limit/2), 7: 7, limit: limit - min(fileReserve, limit/2)} {
-		s, err := New(Echo, Options{MaxConns: asked, Logger: zap.New(core)})
+	for asked, want := range map[int]int{0: limit - min(160, limit/2), 7: 7, limit: limit - min(160, limit/2)} {
+		s, err := New(Echo, Options{Limits: Limits{MaxConns: asked}, Logger: zap.New(core)})
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantEqual(t, "MaxConns", s.opts.MaxConns, want)
+		wantEqual(t, "MaxConns", s.opts.Limits.MaxConns, want)
 	}
 	wantEqual(t, "warnings, of who asked for too many", logs.Len(), 1)
 }

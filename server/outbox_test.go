@@ -23,7 +23,7 @@ func TestNoticeStandsOnItsOwnLine(t *testing.T) {
 			r := newRig(t, Echo, Options{})
 			c := r.dial(t)
 			c.send(t, sent)
-			r.Drain(5*time.Second, "x")
+			r.StartDrain(DrainOptions{Grace: 5 * time.Second, Reason: "x"})
 			c.ends(t, want)
 		})
 	}
@@ -31,15 +31,15 @@ func TestNoticeStandsOnItsOwnLine(t *testing.T) {
 
 func TestNoticeWithoutNewlineIsSentExactlyAsItIs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n, err := ParseNotice("SHUTDOWN")
+		n, err := ParseLineNotifier("SHUTDOWN")
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := newRig(t, Echo, Options{Notice: n})
+		r := newRig(t, Echo, Options{Notifier: n})
 		c := r.dial(t)
 		c.send(t, "abc")
-		r.Drain(time.Second, "x")
-		pass(acceptingStops)
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "x"})
+		pass(acceptorsStop)
 		c.has(t, "abcSHUTDOWN")
 		if _, _, err := r.Notify(t.Context(), "more"); err != nil {
 			t.Errorf("Notify: %v", err)
@@ -50,11 +50,11 @@ func TestNoticeWithoutNewlineIsSentExactlyAsItIs(t *testing.T) {
 
 func TestEmptyNoticeSendsNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n, err := ParseNotice("")
+		n, err := ParseLineNotifier("")
 		if err != nil {
 			t.Fatal(err)
 		}
-		r := newRig(t, Echo, Options{Notice: n})
+		r := newRig(t, Echo, Options{Notifier: n})
 		c := r.dial(t)
 		rep, _ := shutdownIn(t, r.Server, time.Second, "x")
 		c.ends(t, "")
@@ -81,10 +81,10 @@ func TestNoticeNeverLandsInsideAWrite(t *testing.T) {
 			}
 			return untilDone(ctx, c)
 		})
-		r := newRig(t, h, Options{StallTimeout: -1})
+		r := newRig(t, h, Options{Timeouts: Timeouts{Stall: -1}})
 		c := r.dial(t)
-		r.Drain(time.Minute, "x")
-		pass(acceptingStops)
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
+		pass(acceptorsStop)
 		c.SetWindow(10 * len(record))
 		synctest.Wait()
 		got := c.arrived()
@@ -148,13 +148,13 @@ func TestHandlersCloseWriteEndsNoticesToo(t *testing.T) {
 // All of a drain's ways to meet a client lead to one notice.
 func TestEachClientIsToldExactlyOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 20})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 20}})
 		var clients []*client
 		for range 40 { // half of them are still in the accept queue
 			clients = append(clients, r.dial(t))
 		}
-		r.Drain(3*time.Second, "a")
-		r.Drain(2*time.Second, "b")
+		r.StartDrain(DrainOptions{Grace: 3 * time.Second, Reason: "a"})
+		r.StartDrain(DrainOptions{Grace: 2 * time.Second, Reason: "b"})
 		rep, _ := shutdownIn(t, r.Server, time.Second, "c")
 		for i, c := range clients {
 			if got := strings.Count(c.arrived(), "SHUTDOWN"); got != 1 {
@@ -180,8 +180,8 @@ func TestClientAdmittedRightBeforeTheNoticesIsToldOnce(t *testing.T) {
 		}))
 		r := newRig(t, Echo, Options{Logger: log})
 		c := r.dial(t)
-		r.Drain(time.Minute, "x")
-		pass(2 * acceptingStops)
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
+		pass(2 * acceptorsStop)
 		close(told)
 		c.has(t, "SHUTDOWN 60 x\n")
 		wantEqual(t, "notified", r.Status().Drain.Notified, 1)
@@ -190,17 +190,17 @@ func TestClientAdmittedRightBeforeTheNoticesIsToldOnce(t *testing.T) {
 
 func TestOnlySoManyTextsWaitForOneThatDoesNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{StallTimeout: -1})
+		r := newRig(t, Echo, Options{Timeouts: Timeouts{Stall: -1}})
 		c := r.dial(t)
 		c.SetWindow(0)
 		c.send(t, "x")
-		for range outboxSize + 5 {
+		for range maxMessages + 5 {
 			if sent, failed, _ := r.Notify(t.Context(), "text"); sent != 0 || failed != 1 {
 				t.Fatalf("Notify: %d sent, %d failed; want 0 and 1", sent, failed)
 			}
 		}
 		c.SetWindow(fakeWindow)
-		c.has(t, "x\n"+strings.Repeat("NOTICE text\n", outboxSize))
+		c.has(t, "x\n"+strings.Repeat("NOTICE text\n", maxMessages))
 		if sent, failed, _ := r.Notify(t.Context(), "again"); sent != 1 || failed != 0 {
 			t.Errorf("Notify when the client reads again: %d sent, %d failed; want 1 and 0", sent, failed)
 		}

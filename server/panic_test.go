@@ -31,7 +31,7 @@ func panicOnCommand() { panic("as you wish") }
 
 func TestG10APanicCostsItsOwnConnectionOnly(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, commanded, Options{MaxConnsPerIP: 3})
+		r := newRig(t, commanded, Options{Limits: Limits{MaxConnsPerIP: 3}})
 		a, b, c := r.dial(t), r.dial(t), r.dial(t)
 		a.send(t, "a")
 		b.send(t, "panic")
@@ -43,7 +43,7 @@ func TestG10APanicCostsItsOwnConnectionOnly(t *testing.T) {
 		next := r.dial(t) // the places are free again
 		next.send(t, "x")
 		next.has(t, "x")
-		wantClosed(t, r.Server, map[Reason]uint64{HandlerPanic: 2})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonHandlerPanic: 2})
 
 		entries := r.messages("handler panicked")
 		if len(entries) != 2 {
@@ -66,11 +66,11 @@ func TestG10GoexitCostsItsOwnConnectionOnly(t *testing.T) {
 		b.ends(t, "")
 		a.send(t, "a")
 		a.has(t, "a")
-		wantClosed(t, r.Server, map[Reason]uint64{HandlerError: 1})
-		wantState(t, r.Server, Running, 1)
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonHandlerError: 1})
+		wantState(t, r.Server, StateRunning, 1)
 		a.leave(t)
 		shutdownIn(t, r.Server, 1, "x") // whose end waits for every connection's goroutine
-		wantClosed(t, r.Server, map[Reason]uint64{HandlerError: 1, ClientClosed: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonHandlerError: 1, ReasonClientClosed: 1})
 	})
 }
 

@@ -18,7 +18,7 @@ func TestG2NobodyIsAdmittedOncePauseHasReturned(t *testing.T) {
 		young.send(t, "hello\n")
 		pass(time.Hour)
 		young.has(t, "")
-		wantState(t, r.Server, Paused, 1)
+		wantState(t, r.Server, StatePaused, 1)
 		if n := r.ln.queued(); n != 1 {
 			t.Errorf("%d clients in the accept queue, want 1: where they came", n)
 		}
@@ -28,7 +28,7 @@ func TestG2NobodyIsAdmittedOncePauseHasReturned(t *testing.T) {
 
 		h.Release()
 		young.has(t, "hello\n")
-		wantState(t, r.Server, Running, 2)
+		wantState(t, r.Server, StateRunning, 2)
 	})
 }
 
@@ -47,7 +47,16 @@ func TestG2HoldsForAListenerThatCannotBeWoken(t *testing.T) {
 		ln := newFakeListener()
 		r := newRigOn(t, plainListener{ln}, ln, Echo, Options{})
 		h := r.pause(t, PauseOptions{})
-		wantUnservedUntilReleased(t, r, h)
+		c := r.dial(t)
+		c.send(t, "x\n")
+		if n := r.ln.queued(); n != 0 {
+			t.Fatalf("%d clients in the accept queue, want none: one is accepted ahead", n)
+		}
+		wantState(t, r.Server, StatePaused, 0)
+		c.has(t, "")
+		h.Release()
+		c.has(t, "x\n")
+		wantPhases(t, r.Server, PhaseServing)
 	})
 }
 
@@ -58,12 +67,12 @@ func wantUnservedUntilReleased(t *testing.T, r *rig, h *Hold) {
 	if n := r.ln.queued(); n != 0 {
 		t.Fatalf("%d clients in the accept queue, want none: one slips through", n)
 	}
-	wantState(t, r.Server, Paused, 1)
-	wantPhases(t, r.Server, Waiting)
+	wantState(t, r.Server, StatePaused, 1)
+	wantPhases(t, r.Server, PhaseWaiting)
 	c.has(t, "")
 	h.Release()
 	c.has(t, "x\n")
-	wantPhases(t, r.Server, Serving)
+	wantPhases(t, r.Server, PhaseServing)
 }
 
 // Pauses come and go while clients do, some of whom slip through Accept: between the return of Pause and
@@ -75,10 +84,10 @@ func TestG2HoldsInAStormOfPausesAndClients(t *testing.T) {
 		r.ln.slip(1 << 20)
 		t.Cleanup(func() { r.ln.slip(0) })
 		admitted := func() (n int) {
-			r.book.With(func(l *ledger) {
+			r.state.With(func(l *state) {
 				n = int(l.accepted)
 				for _, c := range l.conns.all() {
-					if Phase(c.phase.Load()) == Waiting {
+					if Phase(c.phase.Load()) == PhaseWaiting {
 						n--
 					}
 				}
@@ -125,11 +134,11 @@ func TestG2HoldsInAStormOfPausesAndClients(t *testing.T) {
 func TestPauseStandsUntilTheLastHoldIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
-		a := r.pause(t, PauseOptions{Reason: "backup", UID: 1000, PID: 42})
+		a := r.pause(t, PauseOptions{Reason: "backup", By: Caller{UID: 1000, PID: 42}})
 		b := r.pause(t, PauseOptions{Reason: "upgrade", TTL: time.Minute})
 		began := time.Now()
 		wantEqual(t, "holds", r.Status().Holds, []HoldInfo{
-			{ID: "h1", Reason: "backup", Since: began, UID: 1000, PID: 42},
+			{ID: "h1", Reason: "backup", Since: began, By: Caller{UID: 1000, PID: 42}},
 			{ID: "h2", Reason: "upgrade", Since: began, Expires: began.Add(time.Minute)},
 		})
 		wantEqual(t, "info", b.Info(), r.Status().Holds[1])
@@ -137,17 +146,17 @@ func TestPauseStandsUntilTheLastHoldIsGone(t *testing.T) {
 		if !a.Release() || a.Release() {
 			t.Error("the first Release must say that the hold stood, the second that it did not")
 		}
-		wantState(t, r.Server, Paused, 0)
+		wantState(t, r.Server, StatePaused, 0)
 		wantErr(t, "released hold", a.Cause(), ErrReleased)
 		if b.Cause() != nil {
 			t.Errorf("standing hold has cause %v", b.Cause())
 		}
 		<-a.Done()
-		if err := r.ReleaseHold(b.ID()); err != nil {
+		if err := r.ReleaseHold(b.ID(), Caller{}); err != nil {
 			t.Errorf("ReleaseHold: %v", err)
 		}
-		wantState(t, r.Server, Running, 0)
-		wantErr(t, "releasing it again", r.ReleaseHold(b.ID()), ErrNoHold)
+		wantState(t, r.Server, StateRunning, 0)
+		wantErr(t, "releasing it again", r.ReleaseHold(b.ID(), Caller{}), ErrNoHold)
 	})
 }
 
@@ -175,7 +184,7 @@ func TestReleasedHoldsTimerTouchesNothing(t *testing.T) {
 		r.pause(t, PauseOptions{TTL: time.Minute}).Release()
 		r.pause(t, PauseOptions{})
 		pass(time.Hour)
-		wantState(t, r.Server, Paused, 0)
+		wantState(t, r.Server, StatePaused, 0)
 	})
 }
 
@@ -190,7 +199,7 @@ func TestExpiryAndReleaseAtTheSameInstantEndTheHoldOnce(t *testing.T) {
 			if expired := errors.Is(h.Cause(), ErrExpired); stood == expired {
 				t.Fatalf("Release said %t, and the cause is %v", stood, h.Cause())
 			}
-			wantState(t, r.Server, Running, 0)
+			wantState(t, r.Server, StateRunning, 0)
 		}
 	})
 }
@@ -198,16 +207,16 @@ func TestExpiryAndReleaseAtTheSameInstantEndTheHoldOnce(t *testing.T) {
 func TestResumeReleasesEveryHold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
-		if n, err := r.Resume(); n != 0 || err != nil {
+		if n, err := r.Resume(Caller{}); n != 0 || err != nil {
 			t.Errorf("Resume while running: %d, %v; want 0 and no error", n, err)
 		}
-		a, b := r.pause(t, PauseOptions{}), r.pause(t, PauseOptions{Mode: RejectNew})
-		if n, err := r.Resume(); n != 2 || err != nil {
+		a, b := r.pause(t, PauseOptions{}), r.pause(t, PauseOptions{Mode: PauseReject})
+		if n, err := r.Resume(Caller{}); n != 2 || err != nil {
 			t.Errorf("Resume: %d, %v; want 2 and no error", n, err)
 		}
 		wantErr(t, "first hold", a.Cause(), ErrResumed)
 		wantErr(t, "second hold", b.Cause(), ErrResumed)
-		wantState(t, r.Server, Running, 0)
+		wantState(t, r.Server, StateRunning, 0)
 	})
 }
 
@@ -216,15 +225,15 @@ func TestRejectingPauseTurnsClientsAway(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		r.pause(t, PauseOptions{})
 		waiting := r.dial(t)
-		strict := r.pause(t, PauseOptions{Mode: RejectNew}) // the stricter of two counts
+		strict := r.pause(t, PauseOptions{Mode: PauseReject}) // the stricter of two counts
 		waiting.ends(t, "PAUSED\n")
 		r.dial(t).ends(t, "PAUSED\n")
-		wantClosed(t, r.Server, map[Reason]uint64{RejectedPaused: 2})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedPaused: 2})
 		strict.Release()
 		patient := r.dial(t)
 		patient.send(t, "x\n")
 		patient.has(t, "")
-		wantState(t, r.Server, Paused, 0)
+		wantState(t, r.Server, StatePaused, 0)
 	})
 }
 
@@ -233,12 +242,12 @@ func TestPauseBeforeServeIsInForceFromTheStart(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		r := &rig{Server: s, ln: newFakeListener()}
 		h := r.pause(t, PauseOptions{})
-		wantState(t, s, Starting, 0)
+		wantState(t, s, StateStarting, 0)
 		serve(t, s, r.ln)
 		c := r.dial(t)
 		c.send(t, "x\n")
 		c.has(t, "")
-		wantState(t, s, Paused, 0)
+		wantState(t, s, StatePaused, 0)
 		h.Release()
 		c.has(t, "x\n")
 	})
@@ -248,7 +257,7 @@ func TestPauseRefusesWhatMakesNoSense(t *testing.T) {
 	s, _ := newServer(t, Echo, Options{})
 	for want, o := range map[string]PauseOptions{
 		"control character": {Reason: "two\nlines"},
-		"negative":          {TTL: -1},
+		"negative":          {TTL: -2},
 		"unknown mode 7":    {Mode: 7},
 	} {
 		h, err := s.Pause(o)
@@ -260,7 +269,7 @@ func TestPauseRefusesWhatMakesNoSense(t *testing.T) {
 }
 
 func TestPauseModesHaveNames(t *testing.T) {
-	for name, want := range map[string]PauseMode{"": HoldNew, "hold": HoldNew, "reject": RejectNew} {
+	for name, want := range map[string]PauseMode{"": PauseQueue, "hold": PauseQueue, "reject": PauseReject} {
 		got, err := ParsePauseMode(name)
 		if got != want || err != nil {
 			t.Errorf("ParsePauseMode(%q) = %v, %v; want %v", name, got, err, want)
@@ -281,17 +290,17 @@ func TestWhilePausedReleasesWhateverBecomesOfTheFunction(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		failed := errors.New("failed")
 		err := r.WhilePaused(t.Context(), "backup", func(context.Context) error {
-			wantState(t, r.Server, Paused, 0)
+			wantState(t, r.Server, StatePaused, 0)
 			return failed
 		})
 		wantErr(t, "WhilePaused", err, failed)
-		wantState(t, r.Server, Running, 0)
+		wantState(t, r.Server, StateRunning, 0)
 
 		func() {
 			defer func() { _ = recover() }()
 			_ = r.WhilePaused(t.Context(), "", func(context.Context) error { panic("oh") })
 		}()
-		wantState(t, r.Server, Running, 0)
+		wantState(t, r.Server, StateRunning, 0)
 	})
 }
 
@@ -299,14 +308,14 @@ func TestWhilePausedTellsTheFunctionThatThePauseIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		err := r.WhilePaused(t.Context(), "", func(ctx context.Context) error {
-			_, _ = r.Resume()
+			_, _ = r.Resume(Caller{})
 			<-ctx.Done()
 			return context.Cause(ctx)
 		})
 		wantErr(t, "WhilePaused", err, ErrResumed)
 
 		err = r.WhilePaused(t.Context(), "", func(ctx context.Context) error {
-			r.Drain(0, "test")
+			r.StartDrain(DrainOptions{Grace: 0, Reason: "test"})
 			<-ctx.Done()
 			return context.Cause(ctx)
 		})

@@ -2,87 +2,82 @@ package server
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 )
 
-// drainOverdue is how long after its deadline a drain that has not ended is taken for stuck: promised are two seconds, and
+// drainOverdue is how long after its deadline a drain that has not ended counts as stuck. Two seconds are promised, and
 // machines are busy.
 const drainOverdue = 5 * time.Second
 
-// ErrWedged says that the server does not do what it has to any more, and will not by itself.
-var ErrWedged = errors.New("the server is wedged")
-
-// Probe returns nil when the server is alive: its books can be had, and each accept loop comes round, which is tried,
-// and not concluded from whether anybody connects. A server that is paused, full, draining or stopped is alive; one whose drain has
-// not ended some seconds after its deadline is not. The error, which comes once ctx ends where it takes time to tell, wraps
-// ErrWedged and says what is stuck.
+// Probe returns nil if the server is alive: if its state can be read, and each accept loop completes an iteration when it
+// is woken. So it finds a stuck loop also when nobody connects. A server that is paused, full, draining or stopped is
+// alive; one whose drain has not ended some seconds after its deadline is not. The error wraps ErrStuck and says what
+// is stuck. Probe waits until ctx ends before it gives up.
 func (s *Server) Probe(ctx context.Context) error {
+	if s.log == nil {
+		return errNotNew
+	}
 	select {
 	case s.probing <- struct{}{}:
 	case <-ctx.Done():
-		return s.wedged(ctx, "an earlier probe still waits for the books")
+		return stuck(ctx, "an earlier probe still waits for the server's state")
 	}
-	roused := make(chan rousing, 1)
-	go s.rouseAll(roused)
+	found := make(chan probeResult, 1)
+	go s.interruptForProbe(found)
 	select {
-	case r := <-roused:
-		if r.late > drainOverdue {
-			return fmt.Errorf("%w: the drain has not ended %s after its deadline", ErrWedged, r.late.Round(time.Second))
+	case r := <-found:
+		if r.overdue > drainOverdue {
+			return fmt.Errorf("%w: the drain has not ended %s after its deadline", ErrStuck, r.overdue.Round(time.Second))
 		}
-		return s.awaitLaps(ctx, r.before)
+		return s.awaitIterations(ctx, r.before)
 	case <-ctx.Done():
-		return s.wedged(ctx, "the books are not to be had")
+		return stuck(ctx, "the server's state is locked")
 	}
 }
 
-func (s *Server) wedged(ctx context.Context, what string) error {
-	return fmt.Errorf("%w: %s (%w)", ErrWedged, what, context.Cause(ctx))
+func stuck(ctx context.Context, what string) error {
+	return fmt.Errorf("%w: %s (%w)", ErrStuck, what, context.Cause(ctx))
 }
 
-// rousing is what a probe finds in the books.
-type rousing struct {
-	before map[*acceptor]uint64 // laps of the accept loops that were made to come round
-	late   time.Duration        // since the deadline of a drain under way
+type probeResult struct {
+	before  map[*acceptor]uint64 // iterations of the accept loops that were interrupted
+	overdue time.Duration        // since the deadline of a drain in progress
 }
 
-// rouseAll makes each accept loop come round. It is the goroutine of a probe, and outlives that where the books
-// are stuck; there is never more than one.
-func (s *Server) rouseAll(roused chan<- rousing) {
+// interruptForProbe interrupts each accept loop. It runs on a goroutine of its own, which outlives the probe if the state
+// is locked; there is one at most.
+func (s *Server) interruptForProbe(found chan<- probeResult) {
 	defer func() { <-s.probing }()
-	r := rousing{before: make(map[*acceptor]uint64)}
-	s.book.With(func(l *ledger) {
-		if l.state == Draining {
-			r.late = time.Since(l.drain.deadline)
+	r := probeResult{before: make(map[*acceptor]uint64)}
+	s.state.With(func(st *state) {
+		if st.phase == StateDraining {
+			r.overdue = time.Since(st.drain.deadline)
 		}
-		if l.closing() {
-			return // the accept queue is being emptied, which a deadline would end
-		}
-		for _, a := range l.acceptors {
-			if a.waker != nil && !a.atGate {
-				r.before[a] = a.laps
-				a.wake(l)
+		for _, a := range st.acceptors {
+			if !a.waiting && !a.emptying && !st.notAccepting() {
+				r.before[a] = a.iterations
+				a.interrupt()
 			}
 		}
 	})
-	roused <- r
+	found <- r
 }
 
-// awaitLaps waits until the accept loops have come round, or ended.
-func (s *Server) awaitLaps(ctx context.Context, before map[*acceptor]uint64) error {
-	var stuck *acceptor
-	err := s.book.Await(ctx, func(l *ledger) bool {
-		stuck = nil
-		for _, a := range l.acceptors {
-			if lap, ok := before[a]; ok && a.laps == lap && !l.closing() {
-				stuck = a
+// awaitIterations waits until the accept loops have completed an iteration, or have ended.
+func (s *Server) awaitIterations(ctx context.Context, before map[*acceptor]uint64) error {
+	var late *acceptor
+	err := s.state.Await(ctx, func(st *state) bool {
+		late = nil
+		for _, a := range st.acceptors {
+			if n, ok := before[a]; ok && a.iterations == n && !a.emptying && !st.notAccepting() {
+				late = a
 			}
 		}
-		return stuck == nil
+		return late == nil
 	})
 	if err != nil {
-		return s.wedged(ctx, "accepting from "+stuck.ln.Addr().String()+" is stuck")
+		return stuck(ctx, "accepting from "+late.ln.Addr().String()+" is stuck")
 	}
 	return nil
 }

@@ -24,7 +24,7 @@ func probe(t *testing.T, s *Server) error {
 
 func TestProbeFindsAServerAliveInEveryState(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{MaxConns: 2})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 2}})
 		alive := func(when string) {
 			t.Helper()
 			for range 3 {
@@ -48,9 +48,9 @@ func TestProbeFindsAServerAliveInEveryState(t *testing.T) {
 		alive("resumed and full")
 		r.dial(t) // stays in the queue
 		alive("with a queue")
-		r.Drain(time.Minute, "x")
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
 		alive("draining")
-		pass(acceptingStops)
+		pass(acceptorsStop)
 		alive("having told")
 		c.send(t, "x\n")
 		c.has(t, "SHUTDOWN 60 x\nx\n")
@@ -69,7 +69,7 @@ func TestProbeNamesAnAcceptLoopThatIsStuck(t *testing.T) {
 		fake := newFakeListener()
 		r := newRigOn(t, deafListener{fake}, fake, Echo, Options{})
 		err := probe(t, r.Server)
-		wantErr(t, "Probe", err, ErrWedged)
+		wantErr(t, "Probe", err, ErrStuck)
 		wantErrText(t, "Probe", err, "accepting from "+fake.Addr().String())
 		_ = fake.Close() // lets Accept go
 	})
@@ -79,11 +79,11 @@ func TestProbeSaysThatTheBooksAreStuck(t *testing.T) {
 	s, _ := newServer(t, Echo, Options{})
 	release := make(chan struct{})
 	held := make(chan struct{})
-	go s.book.With(func(*ledger) { close(held); <-release })
+	go s.state.With(func(*state) { close(held); <-release })
 	<-held
 	for range 2 { // the second finds the first one still waiting
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-		wantErr(t, "Probe", s.Probe(ctx), ErrWedged)
+		wantErr(t, "Probe", s.Probe(ctx), ErrStuck)
 		cancel()
 	}
 	close(release)
@@ -123,14 +123,14 @@ func TestProbeFindsADrainThatDoesNotEnd(t *testing.T) {
 		}))
 		r := newRig(t, Echo, Options{Logger: log})
 		r.dial(t)
-		r.Drain(time.Second, "x")
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "x"})
 		pass(time.Second + drainOverdue)
 		if err := probe(t, r.Server); err != nil {
 			t.Errorf("in good time: %v", err)
 		}
 		pass(time.Second)
 		err := probe(t, r.Server)
-		wantErr(t, "Probe", err, ErrWedged)
+		wantErr(t, "Probe", err, ErrStuck)
 		wantErrText(t, "Probe", err, "the drain has not ended 6s after its deadline")
 		close(release)
 		<-r.Done()

@@ -51,7 +51,7 @@ func TestG4TheQueueOfAPausedServerIsToldAndServed(t *testing.T) {
 	for range clients {
 		queue = append(queue, dialTCP(t, addr))
 	}
-	s.Drain(20*time.Second, "x")
+	s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
 	for _, c := range queue {
 		receives(t, c, "SHUTDOWN 20 x\n")
 		send(t, c, "last words\n")
@@ -59,7 +59,7 @@ func TestG4TheQueueOfAPausedServerIsToldAndServed(t *testing.T) {
 		receivesAll(t, c, "last words\n")
 	}
 	<-s.Done()
-	wantClosed(t, s, map[Reason]uint64{ClientLeft: clients})
+	wantClosed(t, s, map[Reason]uint64{ReasonClientLeft: clients})
 }
 
 // Clients connect as fast as they can across a drain's begin. To be refused is fine; but who is
@@ -92,11 +92,29 @@ func TestG4NobodyIsResetInAConnectStorm(t *testing.T) {
 				}
 			})
 		}
-		_ = s.book.Await(t.Context(), func(l *ledger) bool { return l.accepted > 1000 })
+		_ = s.state.Await(t.Context(), func(l *state) bool { return l.accepted > 1000 })
 		shutdownIn(t, s, 20*time.Second, "x")
 		all.Wait()
 	}
 	t.Logf("%d connected, %d of them were told of the drain before an echo", connected.Load(), told.Load())
+}
+
+// A client that has been told tries at once to connect again.
+func TestG4NobodyIsToldBeforeAcceptingHasStopped(t *testing.T) {
+	for range 20 {
+		s, addr := serveTCP(t, Echo, Options{})
+		c := dialTCP(t, addr)
+		send(t, c, "x\n")
+		receives(t, c, "x\n")
+		s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
+		receives(t, c, "SHUTDOWN 20 x\n")
+		if late, err := net.DialTimeout("tcp", addr.String(), 20*time.Millisecond); err == nil {
+			_ = late.Close()
+			t.Error("a client could connect after another one had been told of the drain")
+		}
+		_ = c.Close()
+		<-s.Done()
+	}
 }
 
 func TestG4TheQueueOfAnInheritedListenerSurvives(t *testing.T) {
@@ -106,13 +124,13 @@ func TestG4TheQueueOfAnInheritedListenerSurvives(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer successor.Close()
-	s, _ := newServer(t, Echo, Options{MaxConns: 1})
-	served := serve(t, s, Inherited(ln))
+	s, _ := newServer(t, Echo, Options{Limits: Limits{MaxConns: 1}})
+	served := serveListener(t, s, Listener{Listener: ln, Inherited: true})
 	c := dialTCP(t, ln.Addr())
 	send(t, c, "x")
 	receives(t, c, "x")
 	queued := dialTCP(t, ln.Addr())
-	s.Drain(20*time.Second, "x")
+	s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
 	receives(t, c, "\nSHUTDOWN 20 x\n")
 	_ = c.CloseWrite()
 	receivesAll(t, c, "")
@@ -134,7 +152,7 @@ func TestG4TheQueueOfAnInheritedListenerSurvives(t *testing.T) {
 func TestFilterKeepsNewHandshakesOutAndLetsTheQueueBe(t *testing.T) {
 	ln := listen(t)
 	early := dialTCP(t, ln.Addr())
-	if err := dropHandshakes(ln); err != nil {
+	if err := stopHandshakes(ln); err != nil {
 		t.Fatal(err)
 	}
 	_, err := net.DialTimeout("tcp", ln.Addr().String(), 200*time.Millisecond)
@@ -153,13 +171,13 @@ func TestFilterKeepsNewHandshakesOutAndLetsTheQueueBe(t *testing.T) {
 	if _, err := net.DialTimeout("tcp", ln.Addr().String(), 10*time.Second); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("after the close a client gets %v, want connection refused", err)
 	}
-	wantErr(t, "filter on a closed listener", dropHandshakes(ln), net.ErrClosed)
-	wantErr(t, "filter on a fake listener", dropHandshakes(newFakeListener()), errors.ErrUnsupported)
+	wantErr(t, "filter on a closed listener", stopHandshakes(ln), net.ErrClosed)
+	wantErr(t, "filter on a fake listener", stopHandshakes(newFakeListener()), errors.ErrUnsupported)
 }
 
 func TestStatusShowsTheAcceptQueue(t *testing.T) {
 	s, addr := serveTCP(t, Echo, Options{})
-	_ = s.AwaitStatus(t.Context(), func(st State, _ int) bool { return st == Running })
+	_ = s.AwaitStatus(t.Context(), func(st State, _ int) bool { return st == StateRunning })
 	if _, err := s.Pause(PauseOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -181,7 +199,7 @@ func TestStatusShowsTheAcceptQueue(t *testing.T) {
 func TestSlowReaderIsNotCutOffButAStoppedOneIs(t *testing.T) {
 	t.Parallel()
 	const stall = 700 * time.Millisecond
-	s, addr := serveTCP(t, HandlerFunc(untilWriteFails), Options{StallTimeout: stall})
+	s, addr := serveTCP(t, HandlerFunc(untilWriteFails), Options{Timeouts: Timeouts{Stall: stall}})
 	c := dialTCP(t, addr)
 	_ = c.SetReadBuffer(64 << 10)
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -197,5 +215,5 @@ func TestSlowReaderIsNotCutOffButAStoppedOneIs(t *testing.T) {
 	if took := time.Since(began); took < stall/2 || took > stall+flushTimeout+time.Second {
 		t.Errorf("a client that stopped reading was gone after %v, want about %v", took, stall)
 	}
-	wantClosed(t, s, map[Reason]uint64{Stalled: 1})
+	wantClosed(t, s, map[Reason]uint64{ReasonStalled: 1})
 }

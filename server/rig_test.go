@@ -46,6 +46,9 @@ func newServer(t testing.TB, h Handler, o Options) (*Server, *observer.ObservedL
 	if o.Logger == nil {
 		o.Logger = zap.New(core)
 	}
+	if o.Notifier == nil {
+		o.Notifier = DefaultLineNotifier()
+	}
 	s, err := New(h, o)
 	if err != nil {
 		t.Fatalf("New: %v", err)
@@ -56,11 +59,16 @@ func newServer(t testing.TB, h Handler, o Options) (*Server, *observer.ObservedL
 // serve serves ln, and closes and awaits the server when the test ends.
 func serve(t testing.TB, s *Server, ln net.Listener) chan error {
 	t.Helper()
+	return serveListener(t, s, Listener{Listener: ln})
+}
+
+func serveListener(t testing.TB, s *Server, ln Listener) chan error {
+	t.Helper()
 	served := make(chan error, 1)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		served <- s.Serve(ln)
+		served <- s.ServeListener(ln)
 	}()
 	t.Cleanup(func() {
 		_ = s.Close()
@@ -206,17 +214,20 @@ func stubborn(t *testing.T) Handler {
 	})
 }
 
-// shutdownIn shuts down with a deadline after grace, and returns the report and how long it took.
+// shutdownIn drains with the given grace period, and returns the report and how long it took.
 func shutdownIn(t *testing.T, s *Server, grace time.Duration, reason string) (Report, time.Duration) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), grace)
-	defer cancel()
 	begin := time.Now()
-	rep, err := s.Shutdown(ctx, reason)
-	if err != nil {
-		t.Errorf("Shutdown: %v", err)
-	}
+	rep := s.Drain(DrainOptions{Grace: grace, Reason: reason})
 	return rep, time.Since(begin)
+}
+
+// reportOf is for a server that must have stopped.
+func reportOf(r Report, ok bool) Report {
+	if !ok {
+		panic("the server has not stopped")
+	}
+	return r
 }
 
 // wantErr checks that err is want, and says so in its text.

@@ -10,9 +10,9 @@ import (
 func TestDrainBeforeServe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
-		s.Drain(time.Hour, "TERM")
+		s.StartDrain(DrainOptions{Grace: time.Hour, Reason: "TERM"})
 		<-s.Done()
-		wantState(t, s, Stopped, 0)
+		wantState(t, s, StateStopped, 0)
 		ln := newFakeListener()
 		wantErr(t, "Serve after the end", s.Serve(ln), ErrServerClosed)
 		if !ln.isClosed() {
@@ -25,7 +25,7 @@ func TestServeDuringADrainWaitsForItsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		r.dial(t)
-		r.Drain(time.Minute, "TERM")
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "TERM"})
 		ln := newFakeListener()
 		took := elapsed(func() { wantErr(t, "Serve", r.Serve(ln), ErrServerClosed) })
 		wantEqual(t, "time that Serve took", took, time.Minute+lingerTimeout)
@@ -41,7 +41,7 @@ func TestDrainStopsEveryListener(t *testing.T) {
 		other := &rig{Server: r.Server, ln: newFakeListener()}
 		other.served = serve(t, r.Server, other.ln)
 		a, b := r.dial(t), other.dial(t)
-		r.Drain(time.Second, "TERM")
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "TERM"})
 		a.ends(t, "SHUTDOWN 1 TERM\n")
 		b.ends(t, "SHUTDOWN 1 TERM\n")
 		wantErr(t, "first Serve", <-r.served, ErrServerClosed)
@@ -57,7 +57,7 @@ func TestDrainOfAListenerThatCannotBeWokenClosesIt(t *testing.T) {
 		ln := newFakeListener()
 		r := newRigOn(t, plainListener{ln}, ln, Echo, Options{})
 		c := r.dial(t)
-		r.Drain(time.Second, "TERM")
+		r.StartDrain(DrainOptions{Grace: time.Second, Reason: "TERM"})
 		c.ends(t, "SHUTDOWN 1 TERM\n")
 		wantErr(t, "Serve", <-r.served, ErrServerClosed)
 	})
@@ -70,11 +70,11 @@ func TestDrainingIsFinal(t *testing.T) {
 		h := r.pause(t, PauseOptions{})
 		c := r.dial(t)
 		deadline := time.Now().Add(time.Minute)
-		r.Drain(time.Minute, "TERM")
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "TERM"})
 		for range 2 { // while draining, and when stopped
 			_, pauseErr := r.Pause(PauseOptions{})
-			_, resumeErr := r.Resume()
-			for what, err := range map[string]error{"Pause": pauseErr, "Resume": resumeErr, "ReleaseHold": r.ReleaseHold(h.ID())} {
+			_, resumeErr := r.Resume(Caller{})
+			for what, err := range map[string]error{"Pause": pauseErr, "Resume": resumeErr, "ReleaseHold": r.ReleaseHold(h.ID(), Caller{})} {
 				d, ok := errors.AsType[*DrainingError](err)
 				if !ok {
 					t.Errorf("%s: %v, want a *DrainingError", what, err)

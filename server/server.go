@@ -3,42 +3,44 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"net/netip"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
 )
 
-// Server serves connections of any stream protocol with a Handler. Make one with New. It is for a
-// single use: once draining it never serves again. All methods may be called concurrently, and at
-// any time in the server's life.
+// Server serves connections of any stream protocol with a Handler. Make one with New. It is for a single use: once it
+// drains it never serves again. All methods may be called concurrently, and at any time in the server's life. Methods
+// of a zero Server that return an error return one.
 type Server struct {
 	// Set once, by New.
 	handler Handler
 	opts    Options
 	log     *zap.Logger
 	started time.Time
+	files   int // how many files connections may have open; 0: not limited
 
-	draining chan struct{} // closed once clients have been told that the drain has begun
-	stopped  chan struct{} // closed once every connection is closed and the report is final
+	draining chan struct{} // closed when clients have been told that the drain has begun
+	stopped  chan struct{} // closed when every connection is closed and the report is final
 
-	book awaited[ledger]
+	state awaited[state]
 
 	sweepCtx  context.Context // ends when the server has stopped
 	stopSweep context.CancelCauseFunc
 	sweeper   chan struct{} // closed when the sweeper has returned
 
-	probing chan struct{} // of size one, and full while a probe's goroutine is under way
+	probing chan struct{} // holds a token while a probe's goroutine runs
 }
 
-// New makes a Server. The error names each option that makes no sense.
+// New makes a Server. h may be nil if each Listener brings a handler of its own. The error names each option that makes
+// no sense.
 func New(h Handler, opts Options) (*Server, error) {
-	if h == nil {
-		return nil, errors.New("making a server: the handler is nil")
-	}
-	opts, err := opts.resolve()
+	opts, err := opts.withDefaults()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("server: %w", err)
 	}
 	s := &Server{
 		handler:  h,
@@ -50,68 +52,136 @@ func New(h Handler, opts Options) (*Server, error) {
 		sweeper:  make(chan struct{}),
 		probing:  make(chan struct{}, 1),
 	}
+	if files, limited := openFilesLimit(); limited && opts.Limits.ReservedFiles > 0 {
+		s.files = max(1, files-opts.Limits.ReservedFiles)
+	}
 	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
-	s.book.With(func(l *ledger) {
-		l.state = Starting
-		if opts.MaxConnsPerIP > 0 {
-			l.perIP = make(ipCounts)
+	s.state.With(func(st *state) {
+		st.phase = StateStarting
+		st.recent.size = recentConns
+		if opts.Limits.MaxConnsPerIP > 0 {
+			st.perAddress = make(map[netip.Addr]int)
 		}
 	})
 	return s, nil
 }
 
-// Serve accepts connections from ln and serves each on a goroutine of its own. It may be called for
-// several listeners. It takes ln over, closes it, and returns only when the server has stopped: after
-// its last handler, or at most two seconds after the drain's deadline when handlers ignore their
-// context. The error is never nil: ErrServerClosed after a drain that somebody asked for, else what
-// made accepting from ln impossible, in which case the server drains by itself.
-func (s *Server) Serve(ln net.Listener) error {
-	a := newAcceptor(s, ln)
-	var late, sweep bool
-	s.book.With(func(l *ledger) {
-		if late = l.state >= Draining; late {
-			return
-		}
-		if l.state == Starting {
-			l.setState(Running)
-		}
-		l.acceptors = append(l.acceptors, a)
-		l.tasks++
-		sweep, l.sweeping = !l.sweeping, true
-	})
-	if late {
-		_ = ln.Close()
-		<-s.stopped
-		return ErrServerClosed
+// ListenAndServe listens at address, as Listen does, and serves.
+func (s *Server) ListenAndServe(address string) error {
+	if s.log == nil {
+		return errNotNew
 	}
-	if sweep {
-		go s.sweep()
-	}
-	s.log.Info("listening", zap.Stringer("address", ln.Addr()))
-
-	err := a.run()
-	if err != nil {
-		s.log.Error("accepting has become impossible", zap.Stringer("address", ln.Addr()), zap.Error(err))
-		s.Drain(0, "accept error")
-	}
-	<-s.stopped
+	ln, err := Listen(context.Background(), address)
 	if err != nil {
 		return err
 	}
-	return ErrServerClosed
+	return s.Serve(ln)
 }
 
-// Done is closed when the server has stopped.
+// Serve accepts connections from ln and serves each on a goroutine of its own; see ServeListener.
+func (s *Server) Serve(ln net.Listener) error { return s.ServeListener(Listener{Listener: ln}) }
+
+// ServeListener accepts connections from l and serves each on a goroutine of its own. It may be called for several
+// listeners. It takes the listener over and closes it. The error is never nil:
+//
+//   - ErrServerClosed after a drain. ServeListener then returns after its last handler, or at most two seconds after
+//     the deadline if handlers ignore their context.
+//   - An error that matches net.ErrClosed if the listener was closed while the server runs, by CloseListener or by its
+//     owner. ServeListener returns at once, and connections and other listeners go on.
+//   - The error that made accepting impossible. If this was the last listener, the server drains first.
+//
+// Errors of Accept that are temporary, by errno or by their Temporary method, are retried with a growing delay.
+// Called when a drain has begun already, it serves, or rejects, the clients in the accept queue as the drain does.
+func (s *Server) ServeListener(l Listener) error {
+	switch {
+	case l.Listener == nil:
+		return errors.New("server: serve: the listener is nil")
+	case s.log == nil:
+		_ = l.Close()
+		return errNotNew
+	case l.Handler == nil && s.handler == nil:
+		_ = l.Close()
+		return errors.New("server: serve: neither the listener nor the server has a handler")
+	}
+	a := newAcceptor(s, l)
+	var sweep bool
+	s.state.With(func(st *state) {
+		if st.phase == StateStarting {
+			st.enter(StateRunning)
+		}
+		if a.late = st.phase == StateStopped; !a.late {
+			sweep, st.sweeping = !st.sweeping, true
+		}
+		st.acceptors = append(st.acceptors, a)
+		st.tasks++
+	})
+	if sweep {
+		go s.sweep()
+	}
+	s.log.Info("listening", zap.Stringer("address", l.Addr()))
+
+	err := a.run()
+	last := a.leaveAcceptors()
+	s.endTask()
+	switch closing := a.isClosing(); {
+	case closing, errors.Is(err, net.ErrClosed) && !s.isDraining():
+		s.log.Info("listener closed", zap.Stringer("address", l.Addr()))
+		return fmt.Errorf("serving %s: %w", l.Addr(), net.ErrClosed)
+	case err != nil && !s.isDraining():
+		s.log.Error("cannot accept any more", zap.Stringer("address", l.Addr()), zap.Error(err))
+		err = fmt.Errorf("serving %s: %w", l.Addr(), err)
+		if !last {
+			return err
+		}
+		s.StartDrain(DrainOptions{Reason: "accept error"})
+	default:
+		err = ErrServerClosed
+	}
+	<-s.stopped
+	if a.late {
+		s.awaitFor(flushTimeout+lingerTimeout, func(st *state) bool { return st.tasks == 0 })
+	}
+	return err
+}
+
+// CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve
+// returns. Other listeners and all connections go on. It returns at once. The error is ErrNoListener if the server does
+// not serve ln.
+func (s *Server) CloseListener(ln net.Listener) error {
+	err := ErrNoListener
+	s.state.With(func(st *state) {
+		if i := slices.IndexFunc(st.acceptors, func(a *acceptor) bool { return a.ln.Listener == ln }); i >= 0 {
+			err = nil
+			st.acceptors[i].interrupt()
+			st.acceptors[i].closing = true
+		}
+	})
+	return err
+}
+
+func (a *acceptor) isClosing() (yes bool) {
+	a.srv.state.With(func(*state) { yes = a.closing })
+	return yes
+}
+
+// Done returns a channel that is closed when the server has stopped.
 func (s *Server) Done() <-chan struct{} { return s.stopped }
 
-// clock is the time since the server was made, in nanoseconds, and never zero. Unlike the wall clock
-// it cannot be set, which would make every connection look idle.
+// Draining returns a channel that is closed when a drain has begun and clients have been told.
+func (s *Server) Draining() <-chan struct{} { return s.draining }
+
+func (s *Server) isDraining() (yes bool) {
+	s.state.With(func(st *state) { yes = st.drain != nil })
+	return yes
+}
+
+// clock is the time since the server was made, in nanoseconds, and never zero. Unlike the wall clock it cannot be set,
+// which would make every connection look idle.
 func (s *Server) clock() int64 { return int64(time.Since(s.started)) + 1 }
 
 // at is the inverse of clock.
 func (s *Server) at(clock int64) time.Time { return s.started.Add(time.Duration(clock - 1)) }
 
-// startTask books a goroutine that works for a connection that is on the books. It calls endTask
-// last; the drain waits for it.
-func (s *Server) startTask() { s.book.With(func(l *ledger) { l.tasks++ }) }
-func (s *Server) endTask()   { s.book.With(func(l *ledger) { l.tasks-- }) }
+// startTask counts a goroutine that works for an open connection. It calls endTask last, and the drain waits for it.
+func (s *Server) startTask() { s.state.With(func(st *state) { st.tasks++ }) }
+func (s *Server) endTask()   { s.state.With(func(st *state) { st.tasks-- }) }

@@ -1,39 +1,125 @@
 package server
 
-import "fmt"
-
-// State is where a server is in its life:
-//
-//	starting -> running <-> paused -> draining -> stopped
-//
-// with running -> draining too. Draining is final: nothing leads back.
-type State int
-
-// The states, in the order of a server's life.
-const (
-	Starting State = iota + 1 // made, and Serve not yet called
-	Running                   // accepting and serving
-	Paused                    // serving what it has, admitting nobody: at least one hold stands
-	Draining                  // told to stop: clients are notified, after a delay if there is to be one, and have until the deadline
-	Stopped                   // every connection is closed
+import (
+	"net/netip"
+	"time"
 )
 
-var stateNames = [...]string{Starting: "starting", Running: "running", Paused: "paused", Draining: "draining", Stopped: "stopped"}
+// state is everything that must agree with itself at every instant: the server's state, its holds, the connection
+// table and the counters. It is touched only inside Server.state, under one lock. So accepted = open + closed at every
+// instant, and no connection is admitted past a pause or a drain.
+type state struct {
+	phase State  // StatePaused is not kept here: it follows from StateRunning and holds
+	drain *drain // nil until a drain begins
 
-// String gives the state's name as logs, the control plane and metrics show it.
-func (s State) String() string {
-	if s < Starting || s > Stopped {
-		return fmt.Sprintf("State(%d)", int(s))
-	}
-	return stateNames[s]
+	holds    []*Hold
+	lastHold uint64 // number in the last hold's id
+
+	conns      table // open connections, from accept to close
+	lastID     uint64
+	admitted   int                // of conns, those being served or closing after that
+	rejecting  int                // of conns, those that are rejected and linger
+	handshakes []*Conn            // of conns, those in WrapConn, oldest first
+	perAddress map[netip.Addr]int // of admitted; nil where there is no limit
+
+	accepted          uint64
+	closed            [reasonEnd]uint64
+	bytesIn, bytesOut uint64 // of closed connections
+	recent            ring[ClosedConn]
+
+	noticesSent, noticesFailed uint64
+	transitions                [StateStopped + 1]uint64 // how often each state was entered
+
+	acceptors []*acceptor // those that may still let new connections in
+	tasks     int         // goroutines that accept, or that work for a connection
+	sweeping  bool        // the sweeper was started
+
+	onShutdown  []func()
+	subscribers []*Subscription
 }
 
-// ParseState is the inverse of String.
-func ParseState(name string) (State, error) {
-	for s := Starting; s <= Stopped; s++ {
-		if stateNames[s] == name {
-			return s, nil
-		}
+// recentConns is how many closed connections are remembered.
+const recentConns = 1024
+
+// visible is the state as users see it.
+func (st *state) visible() State {
+	if st.phase == StateRunning && len(st.holds) > 0 {
+		return StatePaused
 	}
-	return 0, fmt.Errorf("unknown state %q: want starting, running, paused, draining or stopped", name)
+	return st.phase
+}
+
+// enter moves on to phase, and publishes the change if it is visible.
+func (st *state) enter(phase State) {
+	before := st.visible()
+	st.phase = phase
+	st.publishChange(before)
+}
+
+// publishChange publishes a change of the visible state since before.
+func (st *state) publishChange(before State) {
+	if now := st.visible(); now != before {
+		st.transitions[now]++
+		st.publish(Event{Type: EventState, State: now})
+	}
+}
+
+// addConn enters a connection that was just accepted into the table.
+func (st *state) addConn(c *Conn) {
+	st.lastID++
+	c.id = st.lastID
+	st.conns.add(c)
+	st.accepted++
+}
+
+// publishOpened publishes that c was opened, once its client's address is known.
+func (st *state) publishOpened(c *Conn) {
+	if len(st.subscribers) > 0 && st.conns.get(c.id) == c {
+		st.publish(Event{Type: EventOpened, Conn: new(c.Info())})
+	}
+}
+
+// removeConn moves a connection from the table to the counters of closed ones. It reports whether c was open.
+func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
+	if !st.conns.remove(c.id) {
+		return false
+	}
+	switch {
+	case c.admitted:
+		st.admitted--
+		st.countAddress(c, -1)
+	case c.rejected:
+		st.rejecting--
+	}
+	st.closed[closed.Reason]++
+	st.bytesIn += closed.BytesIn
+	st.bytesOut += closed.BytesOut
+	if st.drain != nil && st.phase != StateStopped { // then the report is final
+		st.drain.count(closed.Reason)
+	}
+	st.recent.add(closed)
+	st.publish(Event{Type: EventClosed, Closed: &closed})
+	return true
+}
+
+// countAddress adds n to the number of connections that are served for c's client address.
+func (st *state) countAddress(c *Conn, n int) {
+	addr := c.limitKey()
+	if st.perAddress == nil || !addr.IsValid() {
+		return
+	}
+	if st.perAddress[addr] += n; st.perAddress[addr] <= 0 {
+		delete(st.perAddress, addr)
+	}
+}
+
+// publish stamps e and gives it to every subscriber, in the order in which things happened.
+func (st *state) publish(e Event) {
+	if len(st.subscribers) == 0 {
+		return
+	}
+	e.Time = time.Now()
+	for _, sub := range st.subscribers {
+		sub.offer(e)
+	}
 }

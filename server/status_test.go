@@ -15,22 +15,22 @@ import (
 func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		r := newRig(t, Echo, Options{MaxConns: 7})
+		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 7}})
 		a, b := r.dial(t), r.dial(t)
 		a.send(t, "abc")
 		a.leave(t)
 		b.send(t, "de")
 		wantEqual(t, "status", r.Status(), Status{
-			State: Running, Started: began,
+			State: StateRunning, Started: began,
 			Listeners:   []ListenerInfo{{Address: r.ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}},
-			Connections: 1, Phases: map[Phase]int{Serving: 1}, MaxConns: 7, Accepted: 2, Closed: map[Reason]uint64{ClientClosed: 1}, BytesIn: 5, BytesOut: 5,
-			Transitions: map[State]uint64{Running: 1},
+			Connections: 1, Phases: map[Phase]int{PhaseServing: 1}, MaxConns: 7, Accepted: 2, Closed: map[Reason]uint64{ReasonClientClosed: 1}, BytesIn: 5, BytesOut: 5,
+			Transitions: map[State]uint64{StateRunning: 1},
 			Grace:       DefaultGrace,
 		})
-		r.Drain(time.Minute, "TERM")
-		pass(acceptingStops)
+		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "TERM"})
+		pass(acceptorsStop)
 		st := r.Status()
-		if st.State != Draining || st.Listeners != nil {
+		if st.State != StateDraining || st.Listeners != nil {
 			t.Errorf("status %+v, want draining without listeners", st)
 		}
 		wantEqual(t, "drain", st.Drain, &DrainInfo{
@@ -42,7 +42,7 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		}
 		st = r.Status()
 		wantEqual(t, "notices", [2]uint64{st.NoticesSent, st.NoticesFailed}, [2]uint64{2, 0})
-		wantEqual(t, "transitions", st.Transitions, map[State]uint64{Running: 1, Draining: 1})
+		wantEqual(t, "transitions", st.Transitions, map[State]uint64{StateRunning: 1, StateDraining: 1})
 	})
 }
 
@@ -60,8 +60,8 @@ func TestConnsListsTheOpenOnesOldestFirst(t *testing.T) {
 			got = append(got, info)
 		}
 		wantEqual(t, "connections", got, []ConnInfo{
-			{ID: 1, Remote: a.LocalAddr(), Local: r.ln.Addr(), Phase: Serving, Opened: began, Idle: 61 * time.Second},
-			{ID: 2, Remote: b.LocalAddr(), Local: r.ln.Addr(), Phase: Serving, Opened: began.Add(time.Second), Idle: time.Minute, BytesIn: 3, BytesOut: 3},
+			{ID: 1, Remote: a.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began, Idle: 61 * time.Second},
+			{ID: 2, Remote: b.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began.Add(time.Second), Idle: time.Minute, BytesIn: 3, BytesOut: 3},
 		})
 		for range r.Conns() {
 			break // an early end is fine
@@ -84,7 +84,7 @@ func TestClosedListsTheLastOnesLatestFirst(t *testing.T) {
 				t.Fatalf("closed connection %d has id %d, want %d", i, c.ID, want)
 			}
 		}
-		if diff := cmp.Diff(ClosedConn{ID: n, Reason: HandlerDone, Local: r.ln.Addr()}, closed[0],
+		if diff := cmp.Diff(ClosedConn{ID: n, Reason: ReasonHandlerDone, Local: r.ln.Addr()}, closed[0],
 			cmpopts.IgnoreFields(ClosedConn{}, "Remote", "Opened", "Closed")); diff != "" {
 			t.Errorf("closed connection (-want +got):\n%s", diff)
 		}
@@ -94,7 +94,7 @@ func TestClosedListsTheLastOnesLatestFirst(t *testing.T) {
 func TestAwaitStatusReturnsWhenItHoldsOrWithTheCause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
-		paused := func(s State, _ int) bool { return s == Paused }
+		paused := func(s State, _ int) bool { return s == StatePaused }
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("no pause came"))
 		defer cancel()
 		wantErrText(t, "AwaitStatus", r.AwaitStatus(ctx, paused), "no pause came")
@@ -137,7 +137,7 @@ func TestKillFuncKillsThoseThatMatch(t *testing.T) {
 
 func TestNotifySendsALineToEveryClient(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{StallTimeout: -1})
+		r := newRig(t, Echo, Options{Timeouts: Timeouts{Stall: -1}})
 		a, deaf, gone := r.dial(t), r.dial(t), r.dial(t)
 		a.send(t, "abc")
 		deaf.SetWindow(0)
@@ -146,8 +146,8 @@ func TestNotifySendsALineToEveryClient(t *testing.T) {
 		synctest.Wait()
 		var sent, failed int
 		took := elapsed(func() { sent, failed, _ = r.Notify(t.Context(), "maintenance at noon") })
-		if sent != 1 || failed != 1 || took != notifyTimeout {
-			t.Errorf("Notify: %d sent, %d failed after %v; want 1 and 1 after %v", sent, failed, took, notifyTimeout)
+		if sent != 1 || failed != 1 || took != messageTimeout {
+			t.Errorf("Notify: %d sent, %d failed after %v; want 1 and 1 after %v", sent, failed, took, messageTimeout)
 		}
 		a.has(t, "abc\nNOTICE maintenance at noon\n")
 		gone.ends(t, "")
@@ -168,7 +168,7 @@ func TestNotifyRefusesWhatIsNoLine(t *testing.T) {
 }
 
 func TestStatesHaveNames(t *testing.T) {
-	for s, want := range map[State]string{Starting: "starting", Running: "running", Paused: "paused", Draining: "draining", Stopped: "stopped"} {
+	for s, want := range map[State]string{StateStarting: "starting", StateRunning: "running", StatePaused: "paused", StateDraining: "draining", StateStopped: "stopped"} {
 		wantEqual(t, "name", s.String(), want)
 		got, err := ParseState(want)
 		if got != s || err != nil {

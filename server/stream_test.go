@@ -33,7 +33,7 @@ func TestG5WhoStopsWhenToldGetsEveryByteAndACleanEnd(t *testing.T) {
 	if rep.Notified != clients || rep.NoticeFailed != 0 || rep.Left != clients || took > 19*time.Second {
 		t.Errorf("after %v: %+v, want %d notified, and all of them left by themselves", took, rep, clients)
 	}
-	wantClosed(t, s, map[Reason]uint64{ClientLeft: clients})
+	wantClosed(t, s, map[Reason]uint64{ReasonClientLeft: clients})
 }
 
 // streamer sends pieces of random bytes until it is told of the drain.

@@ -11,13 +11,13 @@ func wantClosesAfter(t *testing.T, r *rig, d time.Duration) {
 	t.Helper()
 	began := time.Now()
 	_ = r.AwaitStatus(t.Context(), func(_ State, n int) bool { return n == 0 })
-	if took := time.Since(began); took < d || took > d+min(d/8, maxSweep)+lingerTimeout {
+	if took := time.Since(began); took < d || took > d+min(d/8, maxSweep)+flushTimeout {
 		t.Errorf("connection was closed after %v, want %v, at most an eighth and the linger later", took, d)
 	}
 }
 
 func TestIdleConnectionIsClosed(t *testing.T) {
-	t.Run("", bubbled(Echo, Options{IdleTimeout: time.Minute}, func(t *testing.T, r *rig, c *client) {
+	t.Run("", bubbled(Echo, Options{Timeouts: Timeouts{Idle: time.Minute}}, func(t *testing.T, r *rig, c *client) {
 		for range 3 { // bytes keep it open
 			pass(50 * time.Second)
 			c.send(t, "x")
@@ -27,7 +27,7 @@ func TestIdleConnectionIsClosed(t *testing.T) {
 		}
 		wantClosesAfter(t, r, time.Minute)
 		c.ends(t, "xxx")
-		wantClosed(t, r.Server, map[Reason]uint64{IdleTimeout: 1})
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonIdleTimeout: 1})
 	}))
 }
 
@@ -40,18 +40,18 @@ func TestConnectionsAreNeverIdleByDefault(t *testing.T) {
 }
 
 func TestStalledConnectionIsClosed(t *testing.T) {
-	for name, o := range map[string]Options{"by default": {}, "as set": {StallTimeout: DefaultStallTimeout, IdleTimeout: time.Second}} {
+	for name, o := range map[string]Options{"by default": {}, "as set": {Timeouts: Timeouts{Stall: DefaultStallTimeout, Idle: time.Second}}} {
 		t.Run(name, bubbled(Echo, o, func(t *testing.T, r *rig, c *client) {
 			c.SetWindow(0)
 			c.send(t, "x")
-			wantClosesAfter(t, r, DefaultStallTimeout)
-			wantClosed(t, r.Server, map[Reason]uint64{Stalled: 1})
+			wantClosesAfter(t, r, DefaultStallTimeout+DefaultStallTimeout/4)
+			wantClosed(t, r.Server, map[Reason]uint64{ReasonStalled: 1})
 		}))
 	}
 }
 
 func TestNegativeStallTimeoutNeverCloses(t *testing.T) {
-	t.Run("", bubbled(Echo, Options{StallTimeout: -1}, func(t *testing.T, r *rig, c *client) {
+	t.Run("", bubbled(Echo, Options{Timeouts: Timeouts{Stall: -1}}, func(t *testing.T, r *rig, c *client) {
 		c.SetWindow(0)
 		c.send(t, "x")
 		pass(time.Hour)
@@ -62,14 +62,14 @@ func TestNegativeStallTimeoutNeverCloses(t *testing.T) {
 
 // Each chunk that the client takes gives it the whole time again.
 func TestSlowReaderIsNotStalled(t *testing.T) {
-	t.Run("", bubbled(Echo, Options{StallTimeout: time.Second}, func(t *testing.T, r *rig, c *client) {
+	t.Run("", bubbled(Echo, Options{Timeouts: Timeouts{Stall: time.Second}}, func(t *testing.T, r *rig, c *client) {
 		c.SetWindow(1)
 		c.send(t, "abcdefgh")
 		for _, want := range "abcdefgh" {
 			pass(100 * time.Millisecond)
 			c.has(t, string(want))
 		}
-		wantState(t, r.Server, Running, 1)
+		wantState(t, r.Server, StateRunning, 1)
 	}))
 }
 
@@ -77,7 +77,7 @@ func TestSlowReaderIsNotStalled(t *testing.T) {
 // bubble's time does not pass.
 func TestUnreadNoticeStalls(t *testing.T) {
 	t.Parallel()
-	s, _ := newServer(t, untilDone, Options{StallTimeout: 50 * time.Millisecond})
+	s, _ := newServer(t, untilDone, Options{Timeouts: Timeouts{Stall: 50 * time.Millisecond}})
 	ln := newFakeListener()
 	c, err := ln.dialFrom("198.51.100.1")
 	if err != nil {
@@ -92,7 +92,7 @@ func TestUnreadNoticeStalls(t *testing.T) {
 	if took > budget {
 		t.Errorf("drain took %v, want the stall timeout and a second for the flush", took)
 	}
-	wantClosed(t, s, map[Reason]uint64{Stalled: 1})
+	wantClosed(t, s, map[Reason]uint64{ReasonStalled: 1})
 	if rep.NoticeFailed != 1 || rep.Notified != 0 {
 		t.Errorf("report %+v, want one notice failed", rep)
 	}
@@ -101,12 +101,12 @@ func TestUnreadNoticeStalls(t *testing.T) {
 // The sweeper leaves a lingering connection alone: its end has been decided.
 func TestSweeperOnlyLooksAtServedConnections(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{IdleTimeout: 40 * time.Millisecond})
+		r := newRig(t, Echo, Options{Timeouts: Timeouts{Idle: 40 * time.Millisecond}})
 		r.ln.slip(1)
 		h := r.pause(t, PauseOptions{})
 		c := r.dial(t)
 		pass(time.Minute)
-		wantPhases(t, r.Server, Waiting)
+		wantPhases(t, r.Server, PhaseWaiting)
 		h.Release()
 		c.send(t, "x")
 		c.ends(t, "x")

@@ -5,26 +5,25 @@ import (
 	"slices"
 )
 
-// table holds the open connections, oldest first. Ids are given out in order, so adding appends and
-// nothing is ever sorted: a listing costs a copy, which is what the lock is held for. A map would take
-// four times the memory, and a listing the sorting of it.
+// table holds the open connections, oldest first. Ids grow, so adding appends and nothing is ever sorted; a listing
+// holds the lock for as long as a copy takes. A map would need four times the memory, and sorting for each listing.
 type table struct {
-	rows []row // ordered by id; rows without a connection are left behind by those that closed
+	rows []row // ordered by id; a closed connection leaves an empty row behind
 	open int
 }
 
 type row struct {
 	id uint64
-	c  *Conn
+	c  *Conn // nil when closed
 }
 
-// add puts in c, whose id is the highest so far.
+// add appends c, whose id must be the highest so far.
 func (t *table) add(c *Conn) {
 	t.rows = append(t.rows, row{c.id, c})
 	t.open++
 }
 
-// get returns the open connection of that id, or nil.
+// get returns the open connection with that id, or nil.
 func (t *table) get(id uint64) *Conn {
 	if i, ok := t.find(id); ok {
 		return t.rows[i].c
@@ -32,8 +31,8 @@ func (t *table) get(id uint64) *Conn {
 	return nil
 }
 
-// remove takes out a connection. It reports whether that was in. Once most rows are empty they are
-// done away with, so that a removal costs the same in the long run, however many there are.
+// remove takes a connection out, and reports whether it was in. When most rows are empty it removes them, so that in
+// the long run a removal costs the same however many connections there are.
 func (t *table) remove(id uint64) bool {
 	i, ok := t.find(id)
 	if !ok || t.rows[i].c == nil {
@@ -65,4 +64,27 @@ func (t *table) all() []*Conn {
 		}
 	}
 	return all
+}
+
+// ring keeps the last size values.
+type ring[T any] struct {
+	size   int
+	values []T
+	next   int
+}
+
+func (r *ring[T]) add(v T) {
+	if len(r.values) < r.size {
+		r.values = append(r.values, v)
+		return
+	}
+	r.values[r.next] = v
+	r.next = (r.next + 1) % r.size
+}
+
+// newestFirst returns a copy, the last added value first.
+func (r *ring[T]) newestFirst() []T {
+	out := slices.Concat(r.values[r.next:], r.values[:r.next])
+	slices.Reverse(out)
+	return out
 }

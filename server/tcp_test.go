@@ -96,7 +96,7 @@ func TestG1EchoIsByteForByte(t *testing.T) {
 	}
 	all.Wait()
 	awaitConns(t, s, 0)
-	if st := s.Status(); st.BytesIn != st.BytesOut || st.Closed[ClientClosed] != st.Accepted {
+	if st := s.Status(); st.BytesIn != st.BytesOut || st.Closed[ReasonClientClosed] != st.Accepted {
 		t.Errorf("status %+v, want as many bytes out as in, and all closed by their clients", st)
 	}
 }
@@ -153,7 +153,7 @@ func TestG6WhoStaysToTheDeadlineSeesACleanEndAndNoReset(t *testing.T) {
 	}()
 	rep, _ := shutdownIn(t, s, 100*time.Millisecond, "x")
 	<-ended
-	wantEqual(t, "closed at the deadline", rep.Deadline, len(stayers))
+	wantEqual(t, "closed at the deadline", rep.AtDeadline, len(stayers))
 }
 
 // More than the client's window is under way when the server closes, and there is unread input: a reset
@@ -197,7 +197,7 @@ func TestG6FloodersThatNeverReadCannotProlongTheDrain(t *testing.T) {
 	if took < grace || took > grace+budget {
 		t.Errorf("drain took %v, want the grace of %v and at most %v more", took, grace, budget)
 	}
-	if rep.Deadline != flooders || rep.Stuck != 0 {
+	if rep.AtDeadline != flooders || rep.Stuck != 0 {
 		t.Errorf("report %+v, want all closed at the deadline", rep)
 	}
 	all.Wait()
@@ -220,7 +220,7 @@ func TestG4OverTheLoopbackOneThatDoesNotReadDelaysNobodysNotice(t *testing.T) {
 		send(t, others[i], "x")
 		receives(t, others[i], "x")
 	}
-	s.Drain(time.Minute, "x")
+	s.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
 	began := time.Now()
 	for _, c := range others {
 		receives(t, c, "\nSHUTDOWN 60 x\n")
@@ -242,5 +242,5 @@ func TestResetOverTheLoopbackCountsAsSuch(t *testing.T) {
 	_ = c.SetLinger(0)
 	_ = c.Close()
 	awaitConns(t, s, 0)
-	wantClosed(t, s, map[Reason]uint64{ClientReset: 1})
+	wantClosed(t, s, map[Reason]uint64{ReasonClientReset: 1})
 }

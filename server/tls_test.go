@@ -52,17 +52,17 @@ func TestTLSIsServedToldAndEndedCleanly(t *testing.T) {
 	receives(t, c, "hello")
 	silent := dialTCP(t, addr) // never even begins the handshake
 	awaitConns(t, s, 2)
-	s.Drain(2*time.Second, "x")
+	s.StartDrain(DrainOptions{Grace: 2 * time.Second, Reason: "x"})
 	receives(t, c, "\nSHUTDOWN 2 x\n")
 	send(t, c, "last words")
 	_ = c.CloseWrite()
 	receivesAll(t, c, "last words")
 	<-s.Done()
-	if took := s.report().Took; took > 2*time.Second+budget {
+	if took := reportOf(s.Report()).Took; took > 2*time.Second+budget {
 		t.Errorf("drain took %v, want at most the grace of 2s and %v", took, budget)
 	}
 	_ = silent
-	wantClosed(t, s, map[Reason]uint64{ClientLeft: 1, Deadline: 1})
+	wantClosed(t, s, map[Reason]uint64{ReasonClientLeft: 1, ReasonDeadline: 1})
 }
 
 // TLS's own Close waits five seconds for its farewell to be taken. Below it is a fake connection,

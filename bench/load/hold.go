@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Held is a number of idle connections, each of which has sent one message.
+// Held is a number of connections that have said one thing each, and are silent since.
 type Held struct {
 	runner *runner
 }
 
-// Hold opens connections one after another, sends a message of spec.Size on each, and waits for its echo. The caller must call
-// Close.
+// Hold opens connections, oldest first, and sends one message of spec.Size on each, whose echo it awaits.
+// The caller closes what it returns.
 func Hold(spec Spec) (*Held, error) {
 	spec.Depth = 1
 	r, err := newRunner(spec)
@@ -45,7 +45,7 @@ func (r *runner) holdOne(i int) error {
 		return err
 	}
 	for !s.finished(r.spec.Size) {
-		if err := await(fd, cmp.Or(r.spec.Timeout, echoTimeout)); err != nil {
+		if err := await(fd, cmp.Or(r.spec.Patience, patience)); err != nil {
 			return err
 		}
 		if _, err := s.fill(r.buf, &r.spec); err != nil {
@@ -55,24 +55,25 @@ func (r *runner) holdOne(i int) error {
 	return nil
 }
 
-// echoTimeout is the default of Spec.Timeout.
-const echoTimeout = 10 * time.Second
+// patience is how long an echo may be in coming, unless the spec says otherwise.
+const patience = 10 * time.Second
 
-// await waits until fd can be read.
-func await(fd int, timeout time.Duration) error {
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(timeout/time.Millisecond))
+// await waits until fd can be read, for so long at the most.
+func await(fd int, patience time.Duration) error {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience/time.Millisecond))
 	switch {
 	case err == unix.EINTR:
 		return nil
 	case err != nil:
 		return fmt.Errorf("waiting for the server: %w", err)
 	case n == 0:
-		return fmt.Errorf("no echo within %v", timeout)
+		return fmt.Errorf("no echo within %v", patience)
 	}
 	return nil
 }
 
-// ReadUntil reads and discards data until done is closed. An error means that the server closed a connection.
+// ReadUntil reads, and throws away, what comes on the connections until done is closed. An error means that the server
+// has ended one of them.
 func (h *Held) ReadUntil(done <-chan struct{}) error {
 	r := h.runner
 	if err := h.watch(); err != nil {
@@ -85,8 +86,8 @@ func (h *Held) ReadUntil(done <-chan struct{}) error {
 			return nil
 		default:
 		}
-		const interval = 50 // ms between checks of done
-		n, err := unix.EpollWait(r.poll, events[:], interval)
+		const look = 50 // ms between looks at done
+		n, err := unix.EpollWait(r.poll, events[:], look)
 		if err != nil && err != unix.EINTR {
 			return fmt.Errorf("waiting for the server: %w", err)
 		}
@@ -98,7 +99,7 @@ func (h *Held) ReadUntil(done <-chan struct{}) error {
 	}
 }
 
-// watch adds all connections to the epoll instance.
+// watch has the poller tell what can be read.
 func (h *Held) watch() error {
 	for i, s := range h.runner.streams {
 		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP, Fd: int32(i)}
@@ -112,15 +113,15 @@ func (h *Held) watch() error {
 // Close closes all connections.
 func (h *Held) Close() { h.runner.close() }
 
-// A Drained is how clients saw a drain.
+// A Drained is how a server's drain looked to its clients.
 type Drained struct {
 	// Since the signal.
 	HalfTold, LastTold      time.Duration
 	FirstClosed, LastClosed time.Duration
 }
 
-// Drain sends SIGTERM to the server, and waits until it has sent every client one notice and has closed every connection with a
-// FIN.
+// Drain sends SIGTERM to the server, and watches until it has told every client so with one line, and
+// has closed every connection by an orderly end of stream.
 func (h *Held) Drain() (d Drained, err error) {
 	r := h.runner
 	if err := h.watch(); err != nil {
@@ -139,7 +140,7 @@ func (h *Held) Drain() (d Drained, err error) {
 			continue
 		}
 		if err != nil || n == 0 {
-			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open after a minute without events", open, len(r.streams)))
+			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open a minute after anything happened", open, len(r.streams)))
 		}
 		for _, e := range events[:n] {
 			text, err := r.readText(int(e.Fd))
@@ -165,15 +166,15 @@ func (h *Held) Drain() (d Drained, err error) {
 		}
 	}
 	for i, notice := range notices {
-		notice = strings.TrimPrefix(notice, "\n") // in front of the notice, because the echo did not end in one
+		notice = strings.TrimPrefix(notice, "\n") // unless the echo ended in one
 		if !strings.HasPrefix(notice, "SHUTDOWN ") || strings.Index(notice, "\n") != len(notice)-1 {
-			return d, fmt.Errorf("connection %d read %q, want one notice", i, notice)
+			return d, fmt.Errorf("connection %d was told %q, want one notice", i, notice)
 		}
 	}
 	return d, nil
 }
 
-// readText reads available data. At the end of the stream it half-closes and returns io.EOF.
+// readText reads what has come. On the server's end of stream it closes the connection.
 func (r *runner) readText(i int) (string, error) {
 	s := r.streams[i]
 	n, err := unix.Read(s.fd, r.buf)
@@ -184,7 +185,7 @@ func (r *runner) readText(i int) (string, error) {
 		return "", fmt.Errorf("reading from the server: %w", err)
 	case n == 0:
 		unix.EpollCtl(r.poll, unix.EPOLL_CTL_DEL, s.fd, nil)
-		unix.Shutdown(s.fd, unix.SHUT_WR) // the server waits for it; close closes the descriptor
+		unix.Shutdown(s.fd, unix.SHUT_WR) // the server awaits it; the descriptor is closed at last, by close
 		return "", io.EOF
 	}
 	return string(r.buf[:n]), nil

@@ -18,7 +18,7 @@ import (
 
 // sockets are all sockets that the server listens on.
 type sockets struct {
-	echo    []net.Listener
+	echo    []server.Listener
 	control net.Listener // nil with --control off
 	http    net.Listener // nil without --http
 }
@@ -63,7 +63,10 @@ func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *z
 }
 
 func (s sockets) close() {
-	for _, ln := range append(s.echo, s.control, s.http) {
+	for _, ln := range s.echo {
+		_ = ln.Close()
+	}
+	for _, ln := range []net.Listener{s.control, s.http} {
 		if ln != nil {
 			_ = ln.Close()
 		}
@@ -89,7 +92,7 @@ func inheritSockets() (s sockets, err error) {
 			case ln == nil:
 				err = fmt.Errorf("systemd socket %q: not a listening stream socket", name)
 			case name == echoSocket:
-				s.echo = append(s.echo, server.Inherited(ln))
+				s.echo = append(s.echo, server.Listener{Listener: ln, Inherited: true})
 			case name == controlSocket && s.control == nil && ln.Addr().Network() == "unix":
 				s.control = ln
 			case name == controlSocket:
@@ -105,20 +108,20 @@ func inheritSockets() (s sockets, err error) {
 	return s, err
 }
 
-func listenEcho(ctx context.Context, addresses []string) ([]net.Listener, error) {
+func listenEcho(ctx context.Context, addresses []string) ([]server.Listener, error) {
 	for _, address := range addresses {
 		if _, _, err := net.SplitHostPort(address); err != nil {
 			return nil, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999", address)
 		}
 	}
-	var listeners []net.Listener
+	var listeners []server.Listener
 	for _, address := range addresses {
 		ln, err := server.Listen(ctx, address)
 		if err != nil {
 			sockets{echo: listeners}.close()
 			return nil, fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
 		}
-		listeners = append(listeners, ln)
+		listeners = append(listeners, server.Listener{Listener: ln})
 	}
 	return listeners, nil
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -63,32 +64,45 @@ func parseRange(text string) (netip.Prefix, error) {
 
 // proxied reads the PROXY header, version 1 or 2, of connections from trusted addresses. On other
 // connections everything is data.
-func proxied(trusted []netip.Prefix) server.Identify {
-	return func(nc net.Conn) (*net.TCPAddr, error) {
+func proxied(trusted []netip.Prefix) server.WrapConn {
+	return func(_ context.Context, nc net.Conn) (net.Conn, error) {
 		from, err := netip.ParseAddrPort(nc.RemoteAddr().String())
 		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(from.Addr().Unmap().WithZone("")) }) {
-			return nil, nil
+			return nc, nil
 		}
-		raw, err := readProxyHeader(nc)
-		if errors.Is(err, io.ErrUnexpectedEOF) {
-			err = errTruncated
+		client, err := readProxyClient(nc)
+		switch {
+		case err != nil:
+			return nil, err
+		case client == nil:
+			return nc, nil
+		default:
+			return server.WithRemoteAddr(nc, client), nil
 		}
-		if err != nil {
-			return nil, fmt.Errorf("reading the PROXY header: %w", err)
-		}
-		if isV2(raw) && raw[familyV2]>>4 == unspecified {
-			return nil, nil // the proxy does not know the client's address
-		}
-		header, err := proxyproto.Read(bufio.NewReader(bytes.NewReader(raw)))
-		if err != nil {
-			return nil, fmt.Errorf("reading the PROXY header %.40q: %w", raw, err)
-		}
-		if header.Command.IsLocal() {
-			return nil, nil // a connection of the proxy's own, such as a health check
-		}
-		client, _ := header.SourceAddr.(*net.TCPAddr) // nil if the proxy does not know it
-		return client, nil
 	}
+}
+
+// readProxyClient reads a PROXY header, and returns the client's address; nil if the proxy does not say.
+func readProxyClient(nc net.Conn) (net.Addr, error) {
+	raw, err := readProxyHeader(nc)
+	if errors.Is(err, io.ErrUnexpectedEOF) {
+		err = errTruncated
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading the PROXY header: %w", err)
+	}
+	if isV2(raw) && raw[familyV2]>>4 == unspecified {
+		return nil, nil // the proxy does not know the client's address
+	}
+	header, err := proxyproto.Read(bufio.NewReader(bytes.NewReader(raw)))
+	if err != nil {
+		return nil, fmt.Errorf("reading the PROXY header %.40q: %w", raw, err)
+	}
+	client, ok := header.SourceAddr.(*net.TCPAddr)
+	if header.Command.IsLocal() || !ok {
+		return nil, nil // a connection of the proxy's own, such as a health check
+	}
+	return client, nil
 }
 
 // Signatures and sizes of the two versions, see https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt.

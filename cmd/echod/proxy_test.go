@@ -40,7 +40,7 @@ func TestProxyHeaderNamesTheClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	identify := proxied(trusted)
+	wrap := proxied(trusted)
 	for name, c := range map[string]struct{ from, sent, client string }{
 		"v1":                             {"10.1.2.3:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
 		"v1, IPv6":                       {"[::1]:4", "PROXY TCP6 2001:db8::9 ::1 5555 9999\r\n", "[2001:db8::9]:5555"},
@@ -63,10 +63,10 @@ func TestProxyHeaderNamesTheClient(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			const data = "data of the client"
 			nc := fromProxy{remote: c.from, sent: strings.NewReader(c.sent + data)}
-			client, err := identify(nc)
+			wrapped, err := wrap(t.Context(), nc)
 			got := ""
-			if client != nil {
-				got = client.String()
+			if wrapped != nil && wrapped != net.Conn(nc) {
+				got = wrapped.RemoteAddr().String()
 			}
 			if err != nil || got != c.client {
 				t.Errorf("client %q, error %v; want %q", got, err, c.client)
@@ -79,7 +79,7 @@ func TestProxyHeaderNamesTheClient(t *testing.T) {
 }
 
 func TestProxyHeaderErrors(t *testing.T) {
-	identify := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	wrap := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
 	for name, sent := range map[string]string{
 		"nothing":             "",
 		"data":                "hello, world\n",
@@ -91,7 +91,7 @@ func TestProxyHeaderErrors(t *testing.T) {
 		"v2, wrong signature": unhex(t, "0d0a0d0a000d0a515549540b 21 11 0000"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			client, err := identify(fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
+			client, err := wrap(t.Context(), fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
 			if err == nil || client != nil || !strings.Contains(err.Error(), "PROXY header") {
 				t.Errorf("client %v, error %v; want an error that names the header", client, err)
 			}
@@ -110,9 +110,9 @@ func TestProxyRangeErrors(t *testing.T) {
 
 // The server does not log clients that only connect.
 func TestProxyHeaderMissing(t *testing.T) {
-	identify := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	wrap := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
 	for sent, bare := range map[string]bool{"": true, "PRO": false, "PROXY ": false, "PROXY TCP4 1": false, v2Start(t): false} {
-		_, err := identify(fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
+		_, err := wrap(t.Context(), fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
 		if errors.Is(err, io.EOF) != bare || !bare && !strings.HasSuffix(err.Error(), "the connection ended inside it") {
 			t.Errorf("%q: error %v", sent, err)
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"io/fs"
 	"os"
@@ -91,7 +92,7 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0,
 		"`time` after which the supervisor kills a stopping server; the\n"+
 			"server warns at start if a drain can take longer; 0 is unknown")
-	flags.StringVar(&f.notice, "notice", server.DefaultNotice,
+	flags.StringVar(&f.notice, "notice", server.DefaultNoticeTemplate,
 		"`text` sent to each client when the drain begins, with {seconds},\n"+
 			"{reason}, {deadline} and Go escapes; a text that does not end\n"+
 			"in \\n is sent exactly as it is; an empty one sends nothing\n"+
@@ -125,8 +126,10 @@ func newServeCommand(use string) *cobra.Command {
 // options returns the server's options. All errors are usage errors.
 func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	opts := server.Options{
-		Logger: log, Grace: f.grace, MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP,
-		IdleTimeout: f.idleTimeout, StallTimeout: f.stallTimeout, DrainDelay: f.drainDelay,
+		Logger:   log,
+		Limits:   server.Limits{MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP},
+		Timeouts: server.Timeouts{Idle: f.idleTimeout, Stall: cmp.Or(f.stallTimeout, server.Off)},
+		Drain:    server.DrainOptions{Grace: cmp.Or(f.grace, server.Off), Delay: f.drainDelay},
 	}
 	for _, d := range []struct {
 		flag  string
@@ -150,32 +153,21 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 			return opts, usagef("--%s %d: must not be negative", n.flag, n.value)
 		}
 	}
-	// A zero flag means none; a zero option means the library's default.
-	if f.grace == 0 {
-		opts.Grace = -1
-	}
-	if f.stallTimeout == 0 {
-		opts.StallTimeout = -1
-	}
-	switch f.atLimit {
-	case "wait":
-		opts.AtLimit = server.Wait
-	case "reject":
-		opts.AtLimit = server.Reject
-	default:
+	var err error
+	if opts.Limits.AtLimit, err = server.ParseLimitMode(f.atLimit); err != nil {
 		return opts, usagef("--at-limit %q: want wait or reject", f.atLimit)
 	}
-	notice, err := server.ParseNotice(f.notice)
+	notice, err := server.ParseLineNotifier(f.notice)
 	if err != nil {
 		return opts, usagef("--%w", err) // the error begins with "notice"
 	}
-	opts.Notice = notice
+	opts.Notifier = notice
 	trusted, err := parseTrusted(f.proxyProtocol)
 	if err != nil {
 		return opts, err
 	}
 	if len(trusted) > 0 {
-		opts.Identify = proxied(trusted)
+		opts.WrapConn = proxied(trusted)
 	}
 	if f.pprof && f.http == "" {
 		return opts, usagef("--pprof: needs --http")

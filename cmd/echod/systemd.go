@@ -89,7 +89,7 @@ func (n *sdNotifier) announce(ctx context.Context) {
 	n.notify(daemon.SdNotifyReady)
 	for last := ""; ctx.Err() == nil; {
 		st := n.srv.Status()
-		if st.State >= server.Draining {
+		if st.State >= server.StateDraining {
 			n.extendTimeout(st)
 		}
 		if line := statusLine(st); line != last {
@@ -105,7 +105,7 @@ const readyTimeout = 5 * time.Second
 
 // awaitReady waits until the server is running and all probes succeed. It returns false if ctx ends first.
 func (n *sdNotifier) awaitReady(ctx context.Context) bool {
-	if n.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.Starting }) != nil {
+	if n.srv.AwaitStatus(ctx, func(st server.State, _ int) bool { return st > server.StateStarting }) != nil {
 		return false
 	}
 	for {
@@ -138,7 +138,7 @@ const drainMargin = 10 * time.Second
 // extendTimeout asks systemd for the time that the drain still needs, whatever the unit's stop timeout is. A
 // drain that is stuck gets no more time.
 func (n *sdNotifier) extendTimeout(st server.Status) {
-	if st.Drain == nil || st.State == server.Stopped {
+	if st.Drain == nil || st.State == server.StateStopped {
 		return
 	}
 	left := time.Until(st.Drain.Deadline) + drainMargin
@@ -182,9 +182,9 @@ func (n *sdNotifier) probe(ctx context.Context, d time.Duration) error {
 func statusLine(st server.Status) string {
 	connections := text.Count(st.Connections, "connection")
 	switch {
-	case st.State == server.Paused:
+	case st.State == server.StatePaused:
 		return fmt.Sprintf("paused by %s: %s", text.Count(len(st.Holds), "hold"), connections)
-	case st.Drain != nil && st.State == server.Draining:
+	case st.Drain != nil && st.State == server.StateDraining:
 		return fmt.Sprintf("draining until %s: %s", st.Drain.Deadline.Format(time.TimeOnly), connections)
 	default:
 		return fmt.Sprintf("%s: %s, %d accepted", st.State, connections, st.Accepted)

@@ -202,14 +202,14 @@ func TestDrainGetsTheTimeThatItTakesAndAStuckOneNoMore(t *testing.T) {
 			}
 			return nil
 		}))
-		srv, serve := newTestServer(t, server.Options{Logger: log, DrainDelay: 30 * time.Second})
+		srv, serve := newTestServer(t, server.Options{Logger: log, Drain: server.DrainOptions{Delay: 30 * time.Second}})
 		serve()
 		s := &sdNotifier{srv: srv, log: zap.NewNop()}
 		said := supervise(t, s, s.announce)
 		t.Cleanup(func() { close(release) })
 		pass(time.Second)
 		said.take()
-		srv.Drain(30*time.Second, "x")
+		srv.StartDrain(server.DrainOptions{Grace: 30 * time.Second, Reason: "x"})
 		extensions := func() (n int) {
 			for _, line := range said.take() {
 				if strings.HasPrefix(line, "STOPPING=1\nEXTEND_TIMEOUT_USEC=") {

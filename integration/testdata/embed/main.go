@@ -29,7 +29,7 @@ func main() {
 	config.EncoderConfig.TimeKey = ""
 	log := zap.Must(config.Build())
 	ctx := context.Background()
-	srv, err := server.New(server.HandlerFunc(misbehave), server.Options{Logger: log, Grace: *grace})
+	srv, err := server.New(server.HandlerFunc(misbehave), server.Options{Logger: log, Notifier: server.DefaultLineNotifier(), Drain: server.DrainOptions{Grace: *grace}})
 	exitOn(log, err)
 	ln, err := server.Listen(ctx, *listen)
 	exitOn(log, err)
@@ -39,7 +39,7 @@ func main() {
 	signal.Notify(signals, syscall.SIGTERM)
 
 	var g run.Group
-	g.Add(control.ServerActor(srv, ln))
+	g.Add(control.ServerActor(srv, server.Listener{Listener: ln}))
 	g.Add(control.NewSignals(srv, signals, log, os.Stderr).Actor())
 	g.Add(control.New(srv, control.Options{Logger: log}).Actor(cs))
 	exitOn(log, g.Run())

@@ -1,0 +1,460 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Backoff while the process or the system lacks something that accept(2) needs. A connection that closes prompts a
+// new try, too.
+const (
+	minAcceptBackoff = 5 * time.Millisecond
+	maxAcceptBackoff = 1 * time.Second
+)
+
+// An acceptor accepts connections from one listener and takes them to admission. It runs on Serve's goroutine.
+type acceptor struct {
+	srv     *Server
+	ln      Listener
+	source  source
+	handler Handler
+	wrap    WrapConn // nil when connections need no preparation
+	base    context.Context
+	sockopt socketOptions // of an inherited listener: its connections keep them
+	backoff time.Duration // zero while accepting works
+	parked  []*Conn       // accepted because the accept queue was full, oldest first; see park
+	late    bool          // the server had stopped before: the queue is only rejected
+
+	// Guarded by Server.state.
+	interrupted bool   // the source was interrupted and not resumed yet
+	iterations  uint64 // of the accept loop; Probe watches it
+	waiting     bool   // the loop waits with a connection that is not admitted yet
+	closing     bool   // CloseListener was called
+	emptying    bool   // the accept queue is being emptied
+}
+
+func newAcceptor(s *Server, ln Listener) *acceptor {
+	a := &acceptor{srv: s, ln: ln, handler: ln.Handler, wrap: ln.WrapConn, source: newSource(ln.Listener)}
+	if a.handler == nil {
+		a.handler = s.handler
+	}
+	if a.wrap == nil {
+		a.wrap = s.opts.WrapConn
+	}
+	if s.opts.BaseContext != nil {
+		a.base = s.opts.BaseContext(ln.Listener)
+	}
+	if ln.Inherited {
+		a.sockopt = readSocketOptions(ln.Listener)
+	} else {
+		keepUrgentInline(ln.Listener)
+	}
+	a.interrupted = true // the listener may come with a deadline
+	return a
+}
+
+// interrupt makes a blocked accept return, and every later one until awaitClearance. The caller holds s.state, so
+// that a loop that does not know the cause yet cannot undo it.
+func (a *acceptor) interrupt() {
+	if !a.emptying {
+		a.interrupted = true
+		a.source.interrupt()
+	}
+}
+
+func (st *state) interruptAcceptors() {
+	for _, a := range st.acceptors {
+		a.interrupt()
+	}
+}
+
+// run accepts until the drain begins or the listener is closed, and then empties the accept queue. A non-nil error is
+// why accepting ended before.
+func (a *acceptor) run() error {
+	err := a.loop()
+	if err == nil {
+		a.emptyQueue()
+	}
+	for nc := range a.source.close() {
+		a.take(nc)
+	}
+	a.unpark(len(a.parked))
+	return err
+}
+
+func (a *acceptor) loop() error {
+	for a.awaitClearance() {
+		if a.unpark(1) {
+			continue
+		}
+		nc, err := a.source.accept()
+		switch {
+		case err == nil:
+			a.take(nc)
+		case errors.Is(err, os.ErrDeadlineExceeded): // interrupted
+		case acceptRetryable(err):
+			a.backOff(err)
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitClearance waits until it makes sense to accept. False means that the accept loop is to end.
+func (a *acceptor) awaitClearance() bool {
+	for {
+		var clear, stop bool
+		a.srv.state.With(func(st *state) { clear, stop = a.clearance(st) })
+		for !clear && !stop { // rare, so that mostly no waiter is made
+			a.park()
+			a.srv.awaitFor(parkInterval, func(st *state) bool {
+				clear, stop = a.clearance(st)
+				return clear || stop
+			})
+		}
+		if stop || a.srv.hasFile(0) || a.srv.hasFile(a.spareFiles()) {
+			return clear
+		}
+		a.backOff(errNoFiles) // another server in this process may have the files
+	}
+}
+
+var errNoFiles = errors.New("the limit on open files is reached")
+
+// spareFiles is how many reserved files the loop may use: those for rejections, where clients are rejected.
+func (a *acceptor) spareFiles() int {
+	var full bool
+	a.srv.state.With(func(st *state) { full = st.admitted >= a.srv.opts.Limits.MaxConns })
+	if full {
+		return a.srv.opts.Limits.spareFiles()
+	}
+	return 0
+}
+
+// clearance reports whether it makes sense to accept, and then lets accept block again.
+func (a *acceptor) clearance(st *state) (clear, stop bool) {
+	a.iterations++
+	switch {
+	case st.notAccepting(), a.closing:
+		a.emptying = true
+		return false, true
+	case !a.srv.mayAccept(st):
+		return false, false
+	}
+	if a.interrupted {
+		a.interrupted = false
+		a.source.resume() // under the lock: a pause after this interrupts again
+	}
+	return true, false
+}
+
+// take enters an accepted connection into the table, and waits with it until admission has decided.
+func (a *acceptor) take(nc net.Conn) { a.enter(a.newConn(nc), true) }
+
+func (a *acceptor) newConn(nc net.Conn) *Conn {
+	if a.backoff > 0 {
+		a.srv.log.Info("accepting again", zap.Stringer("address", a.ln.Addr()))
+		a.backoff = 0
+	}
+	a.sockopt.apply(nc)
+	return newConn(a, nc)
+}
+
+// enter takes a connection to admission, by way of WrapConn if there is one, and waits for the decision. A new one is
+// entered into the table first.
+func (a *acceptor) enter(c *Conn, isNew bool) {
+	s := a.srv
+	var d decision
+	var why Reason
+	var oldest *Conn
+	s.state.With(func(st *state) {
+		if isNew {
+			st.addConn(c)
+		}
+		if a.wrap != nil {
+			oldest = st.beginHandshake(c, s.opts.Limits.MaxHandshakes)
+			return
+		}
+		st.publishOpened(c)
+		d, why = s.admit(st, c)
+	})
+	if isNew {
+		s.connState(c, PhaseWaiting)
+	}
+	if a.wrap != nil {
+		if oldest != nil {
+			oldest.end(ReasonRejectedHandshake, errHandshakeCrowded)
+		}
+		go c.handshake()
+		return
+	}
+	if d == undecided {
+		d, why = s.awaitAdmission(c, &a.waiting)
+	}
+	s.proceed(c, d, why)
+}
+
+// proceed does what admission decided.
+func (s *Server) proceed(c *Conn, d decision, why Reason) {
+	switch d {
+	case admit:
+		if !s.opts.QuietConns {
+			if entry := s.log.Check(zap.InfoLevel, "connection opened"); entry != nil {
+				entry.Write(zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
+			}
+		}
+		s.connState(c, PhaseServing)
+		s.tellIfDraining(c)
+		go c.serve()
+	case reject:
+		s.connState(c, PhaseRejecting)
+		go c.reject(why)
+	case rejectNow:
+		s.connState(c, PhaseRejecting)
+		go c.rejectNow(why)
+	case closeUnserved:
+		go c.closeUnserved()
+	case undecided:
+	}
+}
+
+// beginHandshake counts a connection in WrapConn. Where there are most already, it returns the oldest one, which is to
+// be ended.
+func (st *state) beginHandshake(c *Conn, most int) (oldest *Conn) {
+	st.tasks++
+	if len(st.handshakes) >= most {
+		oldest = st.handshakes[0]
+		st.handshakes = slices.Delete(st.handshakes, 0, 1)
+	}
+	st.handshakes = append(st.handshakes, c)
+	return oldest
+}
+
+var (
+	errHandshakeTimeout = errors.New("the handshake took too long")
+	errHandshakeCrowded = errors.New("the handshake was ended for a newer one: Limits.MaxHandshakes is reached")
+)
+
+// handshake is the goroutine that calls WrapConn for a connection and takes it to admission.
+func (c *Conn) handshake() {
+	s := c.srv
+	defer s.endTask()
+	wrapped, err := c.callWrap()
+	c.endHandshake(wrapped, err)
+
+	var waiting bool
+	s.state.With(func(st *state) {
+		if i := slices.Index(st.handshakes, c); i >= 0 {
+			st.handshakes = slices.Delete(st.handshakes, i, i+1)
+		}
+		st.publishOpened(c)
+	})
+	d, why := s.awaitAdmission(c, &waiting)
+	s.proceed(c, d, why)
+}
+
+func (c *Conn) callWrap() (wrapped net.Conn, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("WrapConn panicked: %v\n%s", p, debug.Stack())
+		}
+	}()
+	if c.from.base != nil {
+		c.closing.With(func(cl *closingState) { cl.extra().parent = c.from.base })
+	}
+	ctx, cancel := context.WithTimeoutCause((*connContext)(c), c.srv.opts.Timeouts.Handshake, errHandshakeTimeout)
+	defer cancel()
+	c.boundHandshake(time.Now().Add(c.srv.opts.Timeouts.Handshake))
+	wrapped, err = c.from.wrap(ctx, c.nc)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	}
+	return wrapped, err
+}
+
+// Bounds of parking.
+const (
+	parkInterval = 250 * time.Millisecond // between looks at the accept queue
+	maxParked    = 4096
+)
+
+// park makes room in a full accept queue while nobody is admitted: it accepts the oldest clients, in order, and closes
+// those that have gone and sent nothing. Otherwise health checks that connect and close during a long pause would fill
+// the queue, and real clients would time out. The others stay parked, and are the first to be admitted. A client that
+// half-closed after it had sent something still waits for its answer.
+func (a *acceptor) park() {
+	if a.ln.Inherited {
+		return
+	}
+	a.dropGone()
+	length, limit, ok := acceptQueue(a.ln.Listener)
+	if !ok || length < max(1, limit) {
+		return
+	}
+	for room := max(1, limit/4); room > 0 && len(a.parked) < maxParked && a.srv.hasFile(0); room-- {
+		nc, err := a.source.acceptWithin(time.Millisecond)
+		if err != nil {
+			break
+		}
+		c := a.newConn(nc)
+		a.srv.state.With(func(st *state) { st.addConn(c) })
+		a.srv.connState(c, PhaseWaiting)
+		a.parked = append(a.parked, c)
+	}
+	a.dropGone()
+}
+
+// dropGone closes the parked connections whose clients have gone.
+func (a *acceptor) dropGone() {
+	a.parked = slices.DeleteFunc(a.parked, func(c *Conn) bool {
+		if c.endReason() == 0 && !peerGone(c.sock) {
+			return false
+		}
+		c.end(ReasonClientClosed, ErrConnClosed)
+		a.enter(c, false)
+		return true
+	})
+}
+
+// unpark takes up to n parked connections to admission, and reports whether there were any.
+func (a *acceptor) unpark(n int) bool {
+	n = min(n, len(a.parked))
+	for _, c := range a.parked[:n] {
+		a.enter(c, false)
+	}
+	a.parked = slices.Delete(a.parked, 0, n)
+	return n > 0
+}
+
+// backOff waits before accepting is tried again, longer each time.
+func (a *acceptor) backOff(err error) {
+	if a.backoff == 0 {
+		a.srv.log.Warn("cannot accept, retrying", zap.Stringer("address", a.ln.Addr()), zap.Error(err))
+	}
+	a.backoff = min(max(2*a.backoff, minAcceptBackoff), maxAcceptBackoff)
+	a.sleep(a.backoff)
+}
+
+// sleep waits for d, or until a connection has closed or the drain has changed.
+func (a *acceptor) sleep(d time.Duration) {
+	type moment struct {
+		closed int
+		phase  State
+		over   bool
+	}
+	var begin *moment
+	a.srv.awaitFor(d, func(st *state) bool {
+		now := moment{int(st.accepted) - st.conns.len(), st.phase, st.drain.over()}
+		if begin == nil {
+			begin = &now
+		}
+		return now != *begin
+	})
+}
+
+// Times of emptying an accept queue.
+const (
+	quietTime     = 50 * time.Millisecond // without a new connection, after which a queue counts as empty
+	handshakeTime = 3 * time.Second       // for TCP handshakes that are in progress, at most
+)
+
+// emptyAtMost bounds what is taken from a queue that goes on filling because the system cannot keep new handshakes
+// out. It is Linux's default net.core.somaxconn.
+const emptyAtMost = 4096
+
+// emptyQueue ends accepting so that no client is reset: it lets no new TCP handshake begin, and takes to admission who
+// is in the accept queue and who is in the middle of a handshake. Then run closes the listener.
+func (a *acceptor) emptyQueue() {
+	if a.ln.Inherited {
+		a.leaveAcceptors() // the queue belongs to the successor
+		return
+	}
+	shut := stopHandshakes(a.ln.Listener) == nil
+	a.leaveAcceptors()
+	a.unpark(len(a.parked))
+	until := time.Now().Add(a.handshakeTime())
+	for taken := 0; shut || taken < emptyAtMost; {
+		if !a.awaitFile() {
+			return
+		}
+		nc, err := a.source.acceptWithin(quietTime)
+		switch {
+		case err == nil:
+			taken++
+			a.take(nc)
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			if !shut || !time.Now().Before(until) || !handshakesInProgress(a.ln.Listener) {
+				return
+			}
+		case acceptRetryable(err) && !a.late:
+			a.backOff(err)
+		default:
+			return
+		}
+	}
+}
+
+// handshakeTime is how long to wait for TCP handshakes that are in progress. It is bounded, because while new ones
+// are kept out, clients that connect see a timeout and not a refusal.
+func (a *acceptor) handshakeTime() (d time.Duration) {
+	d = handshakeTime
+	a.srv.state.With(func(st *state) {
+		if st.drain != nil {
+			d = min(d, time.Until(st.drain.deadline))
+		}
+	})
+	return d
+}
+
+// awaitFile waits until there is a file for one more connection from the queue. False means that there is no more time.
+func (a *acceptor) awaitFile() bool {
+	for {
+		var over bool
+		a.srv.state.With(func(st *state) { over = st.drain != nil && (st.drain.forced || st.drain.aborting) })
+		switch {
+		case over && !a.late:
+			return false
+		case a.srv.hasFile(a.srv.opts.Limits.spareFiles()):
+			return true
+		case a.late:
+			return false
+		}
+		a.sleep(minAcceptBackoff)
+	}
+}
+
+// leaveAcceptors records, once, that this listener lets no new connection in.
+func (a *acceptor) leaveAcceptors() (last bool) {
+	a.srv.state.With(func(st *state) {
+		if i := slices.Index(st.acceptors, a); i >= 0 {
+			st.acceptors = slices.Delete(st.acceptors, i, i+1)
+		}
+		last = len(st.acceptors) == 0
+	})
+	return last
+}
+
+// isTemporary applies net/http's rule for errors of Accept.
+func isTemporary(err error) bool {
+	temporary, ok := errors.AsType[interface {
+		error
+		Temporary() bool
+	}](err)
+	return ok && temporary.Temporary()
+}
+
+// resetOnClose makes the close send an RST and discard what is unsent.
+func resetOnClose(nc net.Conn) {
+	if tcp, ok := nc.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+}

@@ -1,0 +1,133 @@
+package server
+
+import (
+	"context"
+	"net/netip"
+	"sync/atomic"
+)
+
+// decision is what admission decides for an accepted connection.
+type decision int
+
+const (
+	undecided     decision = iota // it must wait
+	admit                         // serve it
+	reject                        // tell the client why it is not served, linger, and close
+	rejectNow                     // the same without lingering, because too many files are open
+	closeUnserved                 // it was ended while it waited: close it
+)
+
+// admit is the one place that decides whether an accepted connection may be served. It decides and counts under the
+// same lock as every pause and drain, so that nothing slips past them.
+func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
+	d, why := s.decide(st, c)
+	switch d {
+	case admit:
+		c.admitted = true
+		c.phase.Store(int32(PhaseServing))
+		st.admitted++
+		st.countAddress(c, +1)
+		st.tasks++
+	case reject:
+		c.phase.Store(int32(PhaseRejecting))
+		st.tasks++
+		if st.rejecting >= s.maxRejecting(st) {
+			return rejectNow, why
+		}
+		c.rejected = true
+		st.rejecting++
+	case closeUnserved:
+		st.tasks++
+	case undecided, rejectNow:
+	}
+	return d, why
+}
+
+// maxRejecting is how many rejected connections may linger at once. More are closed without lingering, so that a flood
+// of them leaves files for the others.
+func (s *Server) maxRejecting(st *state) int {
+	return max(1, s.opts.Limits.spareFiles(), (s.files-st.admitted)/2)
+}
+
+// awaitAdmission waits for the decision. While it waits, *waiting is true, guarded by s.state.
+func (s *Server) awaitAdmission(c *Conn, waiting *bool) (d decision, why Reason) {
+	_ = s.state.Await(context.Background(), func(st *state) bool {
+		d, why = s.admit(st, c)
+		*waiting = d == undecided
+		return d != undecided
+	})
+	return d, why
+}
+
+func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
+	switch {
+	case c.endReason() != 0:
+		return closeUnserved, 0
+	case st.phase == StateStopped:
+		return reject, ReasonRejectedDraining
+	case st.notAccepting():
+		if st.drain.over() {
+			return reject, ReasonRejectedDraining
+		}
+		return admit, 0 // it comes from the accept queue: it is told, and has its time like the others
+	case st.pauseRejects():
+		return reject, ReasonRejectedPaused
+	case len(st.holds) > 0:
+		return undecided, 0
+	case st.perAddress != nil && st.perAddress[c.limitKey()] >= s.opts.Limits.MaxConnsPerIP:
+		return reject, ReasonRejectedLimit
+	case st.admitted < s.opts.Limits.MaxConns:
+		return admit, 0
+	case s.opts.Limits.AtLimit == LimitReject:
+		return reject, ReasonRejectedLimit
+	default:
+		return undecided, 0
+	}
+}
+
+// mayAccept reports whether it makes sense to take a connection from the accept queue now.
+func (s *Server) mayAccept(st *state) bool {
+	switch {
+	case st.notAccepting():
+		return true
+	case st.pauseRejects():
+		return true
+	case len(st.holds) > 0:
+		return false
+	default:
+		return st.admitted < s.opts.Limits.MaxConns || s.opts.Limits.AtLimit == LimitReject
+	}
+}
+
+// pauseRejects reports whether a pause stands that rejects clients. With several holds the stricter mode wins.
+func (st *state) pauseRejects() bool {
+	for _, h := range st.holds {
+		if h.info.Mode == PauseReject {
+			return true
+		}
+	}
+	return false
+}
+
+// connFiles counts the files that connections of all servers in this process have open, because they share one limit.
+var connFiles atomic.Int64
+
+// hasFile reports whether the limit on open files has room for one more connection, if connections may take spare of
+// the reserved files.
+func (s *Server) hasFile(spare int) bool {
+	return s.files == 0 || connFiles.Load() < int64(s.files+spare)
+}
+
+// limitKey returns the address by which c counts towards Limits.MaxConnsPerIP. It is invalid for a client without an
+// IP address, which is not limited.
+func (c *Conn) limitKey() netip.Addr {
+	addr := addrOf(c.RemoteAddr())
+	if addr.Is4() || !addr.IsValid() {
+		return addr
+	}
+	prefix, err := addr.WithZone("").Prefix(c.srv.opts.Limits.IPv6Prefix)
+	if err != nil {
+		return addr
+	}
+	return prefix.Addr()
+}

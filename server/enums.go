@@ -1,0 +1,157 @@
+package server
+
+import (
+	"fmt"
+	"slices"
+)
+
+// State is where a server is in its life:
+//
+//	starting -> running <-> paused -> draining -> stopped
+//
+// or running -> draining. From StateDraining only StateStopped follows.
+type State int
+
+// The states, in the order of a server's life.
+const (
+	StateStarting State = iota + 1 // made by New; Serve was not called yet
+	StateRunning                   // accepting and serving
+	StatePaused                    // serving the connections it has and admitting none: at least one hold exists
+	StateDraining                  // clients are told to leave, after DrainOptions.Delay, and have until the deadline
+	StateStopped                   // every connection is closed
+)
+
+var stateNames = [...]string{
+	StateStarting: "starting", StateRunning: "running", StatePaused: "paused", StateDraining: "draining", StateStopped: "stopped",
+}
+
+// String returns the state's name as logs, the control plane and metrics show it.
+func (s State) String() string { return nameOf("State", stateNames[:], int(s)) }
+
+// ParseState is the inverse of State.String.
+func ParseState(name string) (State, error) {
+	if i := slices.Index(stateNames[:], name); i >= int(StateStarting) {
+		return State(i), nil
+	}
+	return 0, fmt.Errorf("unknown state %q: want starting, running, paused, draining or stopped", name)
+}
+
+// Phase is where a connection is in its life.
+type Phase int32
+
+// The phases. PhaseClosed is seen by Options.ConnState only.
+const (
+	PhaseWaiting   Phase = iota + 1 // accepted: in its handshake, or waiting to be admitted
+	PhaseServing                    // the handler runs
+	PhaseRejecting                  // the client is told why it is not served
+	PhaseClosing                    // flushed, half-closed, waiting for the client's FIN
+	PhaseClosed
+)
+
+var phaseNames = [...]string{
+	PhaseWaiting: "waiting", PhaseServing: "serving", PhaseRejecting: "rejecting", PhaseClosing: "closing", PhaseClosed: "closed",
+}
+
+// String returns the phase's name as the control plane shows it.
+func (p Phase) String() string { return nameOf("Phase", phaseNames[:], int(p)) }
+
+// Reason is why a connection was closed. Each connection has exactly one: the first cause wins.
+type Reason int
+
+// The close reasons.
+const (
+	ReasonClientClosed      Reason = iota + 1 // the client ended its stream (EOF)
+	ReasonClientReset                         // the client reset the connection, or the network lost it
+	ReasonClientLeft                          // EOF from a client that had been told of the drain
+	ReasonIdleTimeout                         // no byte moved in either direction for Timeouts.Idle
+	ReasonStalled                             // the client took nothing for Timeouts.Stall while data waited for it
+	ReasonHandlerDone                         // the handler returned nil or closed the connection
+	ReasonHandlerError                        // the handler returned an error
+	ReasonHandlerPanic                        // the handler panicked
+	ReasonKilled                              // Server.Kill or Server.KillFunc
+	ReasonRejectedPaused                      // came during a pause with PauseReject
+	ReasonRejectedLimit                       // came over a limit on connections
+	ReasonRejectedDraining                    // came when the drain could give it no time
+	ReasonRejectedHandshake                   // WrapConn returned an error or took too long
+	ReasonDeadline                            // the grace period was over
+	ReasonForced                              // Server.Close or Server.Force
+	reasonEnd
+)
+
+var reasonNames = [reasonEnd]string{
+	ReasonClientClosed: "client-closed", ReasonClientReset: "client-reset", ReasonClientLeft: "client-left",
+	ReasonIdleTimeout: "idle-timeout", ReasonStalled: "stalled",
+	ReasonHandlerDone: "handler-done", ReasonHandlerError: "handler-error", ReasonHandlerPanic: "handler-panic",
+	ReasonKilled:         "killed",
+	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit", ReasonRejectedDraining: "rejected-draining",
+	ReasonRejectedHandshake: "rejected-unidentified",
+	ReasonDeadline:          "deadline", ReasonForced: "forced",
+}
+
+// String returns the reason's name as logs, the control plane and metrics show it.
+func (r Reason) String() string { return nameOf("Reason", reasonNames[:], int(r)) }
+
+// Reasons returns every close reason, in a stable order.
+func Reasons() []Reason {
+	all := make([]Reason, 0, reasonEnd-1)
+	for r := Reason(1); r < reasonEnd; r++ {
+		all = append(all, r)
+	}
+	return all
+}
+
+// PauseMode is what happens to clients that connect during a pause.
+type PauseMode int
+
+const (
+	// PauseQueue leaves them in the kernel's accept queue and serves them on resume, oldest first. It is the zero value.
+	PauseQueue PauseMode = iota
+	// PauseReject accepts them, tells them (NoticeReject), and closes.
+	PauseReject
+)
+
+var pauseModeNames = [...]string{PauseQueue: "hold", PauseReject: "reject"}
+
+// String returns the mode's name as the control plane shows it.
+func (m PauseMode) String() string { return nameOf("PauseMode", pauseModeNames[:], int(m)) }
+
+// ParsePauseMode is the inverse of PauseMode.String. An empty name means PauseQueue.
+func ParsePauseMode(name string) (PauseMode, error) {
+	if name == "" {
+		return PauseQueue, nil
+	}
+	if i := slices.Index(pauseModeNames[:], name); i >= 0 {
+		return PauseMode(i), nil
+	}
+	return 0, fmt.Errorf("unknown mode %q: want hold or reject", name)
+}
+
+// LimitMode is what happens to clients that connect while Limits.MaxConns are being served.
+type LimitMode int
+
+const (
+	// LimitQueue leaves them in the kernel's accept queue until a place is free. It is the zero value.
+	LimitQueue LimitMode = iota
+	// LimitReject accepts them, tells them (NoticeReject), and closes.
+	LimitReject
+)
+
+var limitModeNames = [...]string{LimitQueue: "wait", LimitReject: "reject"}
+
+// String returns the mode's name as flags and the control plane show it.
+func (m LimitMode) String() string { return nameOf("LimitMode", limitModeNames[:], int(m)) }
+
+// ParseLimitMode is the inverse of LimitMode.String.
+func ParseLimitMode(name string) (LimitMode, error) {
+	if i := slices.Index(limitModeNames[:], name); i >= 0 {
+		return LimitMode(i), nil
+	}
+	return 0, fmt.Errorf("unknown mode %q: want wait or reject", name)
+}
+
+func nameOf(typ string, names []string, i int) string {
+	if i < 0 || i >= len(names) || names[i] == "" {
+		return fmt.Sprintf("%s(%d)", typ, i)
+	}
+	return names[i]
+}

@@ -1,5 +1,0 @@
-//go:build !unix
-
-package server
-
-func openFilesLimit() (int, bool) { return 0, false }

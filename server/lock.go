@@ -1,0 +1,155 @@
+package server
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// locked is a value that can be reached only while its lock is held. With takes the lock around a closure, so no
+// code path can touch the value unlocked or forget to unlock. A locked must not be copied; go vet reports copies
+// because of the mutex.
+type locked[T any] struct {
+	mu    sync.Mutex
+	value T
+}
+
+// With calls f with the value while it holds the lock. f must not block and must not use the same locked value.
+func (l *locked[T]) With(f func(*T)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f(&l.value)
+}
+
+// awaited is a locked value with conditions that can be waited for.
+type awaited[T any] struct {
+	locked  locked[T]
+	waiters []*waiter[T] // guarded by locked
+}
+
+type waiter[T any] struct {
+	cond func(*T) bool
+	met  chan struct{}
+}
+
+// With is locked.With. Then it wakes each waiter whose condition f made true.
+func (l *awaited[T]) With(f func(*T)) {
+	l.locked.With(func(v *T) {
+		f(v)
+		l.wakeWaiters(v)
+	})
+}
+
+// Await returns nil once cond has returned true, or the cause of ctx when that ends first. Await calls cond under
+// the lock after every With, so it misses no state, however brief. cond may change the value in the step in which it
+// returns true, for example to take a place. It is not called again after that.
+func (l *awaited[T]) Await(ctx context.Context, cond func(*T) bool) error {
+	var w *waiter[T]
+	l.locked.With(func(v *T) {
+		if cond(v) {
+			l.wakeWaiters(v)
+			return
+		}
+		w = &waiter[T]{cond: cond, met: make(chan struct{})}
+		l.waiters = append(l.waiters, w)
+	})
+	if w == nil {
+		return nil
+	}
+	select {
+	case <-w.met:
+		return nil
+	case <-ctx.Done():
+	}
+	met := true // unless w still waits: the condition may have come true before the lock was taken
+	l.locked.With(func(*T) {
+		if i := slices.Index(l.waiters, w); i >= 0 {
+			l.waiters = slices.Delete(l.waiters, i, i+1)
+			met = false
+		}
+	})
+	if met {
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
+// wakeWaiters evaluates the conditions until none changes: one that comes true may change what another waits for.
+// The caller holds the lock.
+func (l *awaited[T]) wakeWaiters(v *T) {
+	for again := true; again; {
+		again = false
+		for i := 0; i < len(l.waiters); {
+			w := l.waiters[i]
+			if !w.cond(v) {
+				i++
+				continue
+			}
+			l.waiters = slices.Delete(l.waiters, i, i+1)
+			close(w.met)
+			again = true
+		}
+	}
+}
+
+// writeLock is a mutex for writes that may block as long as a peer likes. Its waiters block on channels and not on a
+// sync.Mutex, so that testing/synctest sees them as durably blocked. The lock passes to the waiters in the order in
+// which they came.
+type writeLock struct {
+	state   atomic.Int32
+	waiters locked[*lockWaiter]
+}
+
+const (
+	lockFree      int32 = iota
+	lockHeld            // by one holder, and nobody waits
+	lockContended       // there are waiters
+)
+
+type lockWaiter struct {
+	ready chan struct{}
+	next  *lockWaiter
+}
+
+// TryLock takes the lock if it is free, and reports whether it did.
+func (l *writeLock) TryLock() bool { return l.state.CompareAndSwap(lockFree, lockHeld) }
+
+// Lock takes the lock, and waits for it if necessary.
+func (l *writeLock) Lock() {
+	if l.TryLock() {
+		return
+	}
+	w := &lockWaiter{ready: make(chan struct{})}
+	var waits bool
+	l.waiters.With(func(first **lockWaiter) {
+		for !l.TryLock() {
+			if l.state.CompareAndSwap(lockHeld, lockContended) || l.state.Load() == lockContended {
+				waits = true
+				for *first != nil {
+					first = &(*first).next
+				}
+				*first = w
+				return
+			}
+		}
+	})
+	if waits {
+		<-w.ready
+	}
+}
+
+// Unlock releases the lock, or passes it to the next waiter.
+func (l *writeLock) Unlock() {
+	if l.state.CompareAndSwap(lockHeld, lockFree) {
+		return
+	}
+	l.waiters.With(func(first **lockWaiter) {
+		w := *first
+		*first = w.next
+		if *first == nil {
+			l.state.Store(lockHeld)
+		}
+		close(w.ready)
+	})
+}

@@ -1,0 +1,219 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Caller identifies who asked for something, for logs and events. A zero PID means that it is not known.
+type Caller struct{ UID, PID int }
+
+func (c Caller) fields(prefix string) []zap.Field {
+	if c.PID == 0 {
+		return nil
+	}
+	return []zap.Field{zap.Int(prefix+"uid", c.UID), zap.Int(prefix+"pid", c.PID)}
+}
+
+// PauseOptions describes a pause. The zero value is a hold without a reason that lasts until it is released.
+type PauseOptions struct {
+	Reason string        // one line, for people
+	TTL    time.Duration // the hold ends by itself after this; zero and Off: never
+	Mode   PauseMode
+	By     Caller
+}
+
+// HoldInfo describes a hold.
+type HoldInfo struct {
+	ID      string
+	Reason  string
+	Mode    PauseMode
+	Since   time.Time
+	Expires time.Time // zero if it does not
+	By      Caller
+}
+
+// A Hold is one reason for the server to be paused. The server is paused while any hold exists. All methods may be
+// called concurrently, and Release more than once.
+type Hold struct {
+	srv   *Server
+	info  HoldInfo
+	timer *time.Timer // nil without a TTL; guarded by Server.state
+	ended context.Context
+	end   context.CancelCauseFunc
+}
+
+// maxHolds bounds what a caller can accumulate that pauses and never resumes.
+const maxHolds = 1024
+
+// Pause stops admitting connections until the hold that it returns, and every other one, is gone. When it returns, the
+// pause is in force. Connections that are being served are not affected. It may be called before Serve. The error is a
+// *DrainingError once a drain has begun, ErrTooManyHolds, or says which option makes no sense.
+func (s *Server) Pause(o PauseOptions) (*Hold, error) {
+	if s.log == nil {
+		return nil, errNotNew
+	}
+	if err := CheckText(o.Reason); err != nil {
+		return nil, fmt.Errorf("pausing: reason: %w", err)
+	}
+	if o.TTL < Off {
+		return nil, fmt.Errorf("pausing: TTL %s is negative", o.TTL)
+	}
+	if o.Mode != PauseQueue && o.Mode != PauseReject {
+		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
+	}
+	h := &Hold{srv: s, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
+	h.ended, h.end = context.WithCancelCause(context.Background())
+
+	var refused error
+	s.state.With(func(st *state) {
+		if st.phase >= StateDraining {
+			refused = &DrainingError{Deadline: st.drain.deadline}
+			return
+		}
+		if len(st.holds) >= maxHolds {
+			refused = ErrTooManyHolds
+			return
+		}
+		before := st.visible()
+		st.lastHold++
+		h.info.ID = fmt.Sprintf("h%d", st.lastHold)
+		if o.TTL > 0 {
+			h.info.Expires = h.info.Since.Add(o.TTL)
+			h.timer = time.AfterFunc(o.TTL, func() { s.release(h, ErrExpired, Caller{}) })
+		}
+		st.holds = append(st.holds, h)
+		st.publish(Event{Type: EventHoldPlaced, Hold: new(h.info)})
+		st.publishChange(before)
+		st.interruptAcceptors()
+	})
+	if refused != nil {
+		h.end(refused)
+		return nil, refused
+	}
+	s.log.Info("paused", h.info.fields()...)
+	return h, nil
+}
+
+// ID names the hold among the server's.
+func (h *Hold) ID() string { return h.info.ID }
+
+// Info describes the hold.
+func (h *Hold) Info() HoldInfo { return h.info }
+
+// Done returns a channel that is closed when the hold has ended.
+func (h *Hold) Done() <-chan struct{} { return h.ended.Done() }
+
+// Cause says why the hold has ended: ErrReleased, ErrResumed, ErrExpired or a *DrainingError; nil while it exists.
+func (h *Hold) Cause() error { return context.Cause(h.ended) }
+
+// Release ends the hold, and resumes the server if it was the last one. It reports whether the hold existed.
+func (h *Hold) Release() bool { return h.srv.release(h, ErrReleased, h.info.By) }
+
+func (s *Server) release(h *Hold, cause error, by Caller) (existed bool) {
+	var left int
+	s.state.With(func(st *state) {
+		i := slices.Index(st.holds, h)
+		if existed = i >= 0; existed {
+			st.endHold(i, cause, by)
+		}
+		left = len(st.holds)
+	})
+	if existed {
+		s.logReleased(h.info, cause, by, left)
+	}
+	return existed
+}
+
+func (s *Server) logReleased(h HoldInfo, cause error, by Caller, left int) {
+	fields := slices.Concat(h.fields(), by.fields("released_by_"), []zap.Field{zap.NamedError("cause", cause), zap.Int("holds_left", left)})
+	s.log.Info("hold released", fields...)
+}
+
+// endHold ends the i-th hold.
+func (st *state) endHold(i int, cause error, by Caller) {
+	before, h := st.visible(), st.holds[i]
+	if h.timer != nil {
+		h.timer.Stop()
+	}
+	st.holds = slices.Delete(st.holds, i, i+1)
+	h.end(cause)
+	st.publish(Event{Type: EventHoldReleased, Hold: new(h.info), Cause: cause.Error(), By: by})
+	st.publishChange(before)
+	st.interruptAcceptors() // those that accept in order to reject may have to stop
+}
+
+// ReleaseHold releases the hold with the given id; by is who asks. The error is ErrNoHold or a *DrainingError.
+func (s *Server) ReleaseHold(id string, by Caller) error {
+	var found *Hold
+	var err error
+	s.state.With(func(st *state) {
+		if st.phase >= StateDraining {
+			err = &DrainingError{Deadline: st.drain.deadline}
+			return
+		}
+		if i := slices.IndexFunc(st.holds, func(h *Hold) bool { return h.info.ID == id }); i >= 0 {
+			found = st.holds[i]
+		}
+	})
+	switch {
+	case err != nil:
+		return err
+	case found == nil || !s.release(found, ErrReleased, by):
+		return fmt.Errorf("%w: %q", ErrNoHold, id)
+	default:
+		return nil
+	}
+}
+
+// Resume releases every hold, and returns how many there were; by is who asks. It does nothing if the server is not
+// paused. The error is a *DrainingError once a drain has begun.
+func (s *Server) Resume(by Caller) (released int, err error) {
+	if s.log == nil {
+		return 0, errNotNew
+	}
+	var ended []HoldInfo
+	s.state.With(func(st *state) {
+		if st.phase >= StateDraining {
+			err = &DrainingError{Deadline: st.drain.deadline}
+			return
+		}
+		for len(st.holds) > 0 {
+			ended = append(ended, st.holds[0].info)
+			st.endHold(0, ErrResumed, by)
+		}
+	})
+	for i, h := range ended {
+		s.logReleased(h, ErrResumed, by, len(ended)-1-i)
+	}
+	if len(ended) > 0 {
+		s.log.Info("resumed", append(by.fields(""), zap.Int("holds_released", len(ended)))...)
+	}
+	return len(ended), err
+}
+
+// WhilePaused calls f while the server is paused, and releases its hold when f has returned or panicked. The context
+// that f gets is cancelled, with the cause, if the hold ends before that.
+func (s *Server) WhilePaused(ctx context.Context, reason string, f func(context.Context) error) error {
+	h, err := s.Pause(PauseOptions{Reason: reason})
+	if err != nil {
+		return err
+	}
+	defer h.Release()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(ErrReleased)
+	defer context.AfterFunc(h.ended, func() { cancel(h.Cause()) })()
+	return f(ctx)
+}
+
+func (h HoldInfo) fields() []zap.Field {
+	fields := []zap.Field{zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Stringer("mode", h.Mode)}
+	if !h.Expires.IsZero() {
+		fields = append(fields, zap.Time("expires", h.Expires))
+	}
+	return append(fields, h.By.fields("placed_by_")...)
+}

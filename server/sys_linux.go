@@ -1,0 +1,265 @@
+package server
+
+import (
+	"bufio"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// A receiver is what it takes to learn, together with the bytes that are read from a socket, how many are left. That
+// saves the second read, which would find nothing. See TCP_INQ in the kernel's include/uapi/linux/tcp.h.
+type receiver struct {
+	msg     unix.Msghdr
+	vec     unix.Iovec
+	control [unix.SizeofCmsghdr + 8]byte
+}
+
+// queueReportWorks tells whether the kernel counts a pending FIN as a byte that is left, as Linux does from 5.1 on. Older
+// kernels may not, and gVisor, which calls itself Linux 4.4, does not.
+var queueReportWorks = sync.OnceValue(func() bool {
+	var name unix.Utsname
+	if unix.Uname(&name) != nil {
+		return false
+	}
+	return atLeast(unix.ByteSliceToString(name.Release[:]), 5, 1)
+})
+
+// atLeast compares a kernel's release, such as 6.1.0-13-amd64, with a version.
+func atLeast(release string, major, minor int) bool {
+	first, rest, _ := strings.Cut(release, ".")
+	if end := strings.IndexFunc(rest, func(r rune) bool { return r < '0' || r > '9' }); end >= 0 {
+		rest = rest[:end]
+	}
+	hasMajor, err := strconv.Atoi(first)
+	hasMinor, failed := strconv.Atoi(rest)
+	return err == nil && failed == nil && (hasMajor > major || hasMajor == major && hasMinor >= minor)
+}
+
+// reportQueue asks the kernel to report what is left in the receive queue. It returns whether the kernel does.
+func reportQueue(fd uintptr) bool {
+	return queueReportWorks() && unix.SetsockoptInt(int(fd), unix.SOL_TCP, unix.TCP_INQ, 1) == nil
+}
+
+// readFD reads into b. left is how many bytes remain to be read, where a FIN counts as one; it is negative if that is
+// not known. reported is what reportQueue returned: other sockets than TCP's must not be asked for control messages,
+// which can bring file descriptors.
+func readFD(fd uintptr, b *buffer, reported bool) (n, left int, err error) {
+	if reported {
+		r := &b.receiver
+		r.vec.Base = &b.bytes[0]
+		r.vec.SetLen(len(b.bytes))
+		r.msg.Iov = &r.vec
+		r.msg.SetIovlen(1)
+		r.msg.Control = &r.control[0]
+		r.msg.SetControllen(len(r.control))
+		n, err = call(unix.SYS_RECVMSG, fd, unsafe.Pointer(&r.msg), unix.MSG_DONTWAIT, 0, len(b.bytes))
+		if err == nil {
+			raceRead(fd, b.bytes[:n])
+		}
+		return n, r.left(), err
+	}
+	for {
+		n, err = syscall.Read(int(fd), b.bytes)
+		if err != unix.EINTR {
+			return max(0, n), -1, err
+		}
+	}
+}
+
+// left is what the kernel reported; -1 if it did not.
+func (r *receiver) left() int {
+	head := (*unix.Cmsghdr)(unsafe.Pointer(&r.control))
+	if r.msg.Controllen < unix.SizeofCmsghdr+4 || head.Level != unix.SOL_TCP || head.Type != unix.TCP_CM_INQ {
+		return -1
+	}
+	return int(int32(binary.NativeEndian.Uint32(r.control[unix.SizeofCmsghdr:])))
+}
+
+// writeFD uses send(2), which has a little less to do than write(2).
+func writeFD(fd uintptr, p []byte) (int, error) {
+	raceWrite()
+	return call(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, len(p))
+}
+
+// rawCallBytes is how many bytes a system call may copy without telling the scheduler. It takes some microseconds.
+const rawCallBytes = 64 << 10
+
+// call makes a system call that does not wait and copies at most so many bytes.
+func call(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (int, error) {
+	for {
+		var n uintptr
+		var errno unix.Errno
+		if copies <= rawCallBytes {
+			n, _, errno = unix.RawSyscall6(number, fd, uintptr(what), uintptr(third), uintptr(fourth), 0, 0)
+		} else {
+			n, _, errno = unix.Syscall6(number, fd, uintptr(what), uintptr(third), uintptr(fourth), 0, 0)
+		}
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// stopHandshakes keeps new clients out of ln's accept queue, so that it can be emptied. For TCP a filter drops each SYN;
+// handshakes in progress complete. The filter looks at the flags in the TCP header (RFC 9293, 3.1: byte 13); see
+// socket(7), SO_ATTACH_FILTER. For a Unix socket the kernel refuses clients after shutdown(2).
+func stopHandshakes(ln net.Listener) error {
+	if ln.Addr().Network() == "unix" {
+		return control(ln, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
+	}
+	const (
+		flags     = 13
+		syn       = 0x02
+		dropAll   = 0
+		acceptAll = 0xffff
+	)
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_ABS, K: flags},
+		{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: syn, Jt: 0, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: dropAll},
+		{Code: unix.BPF_RET | unix.BPF_K, K: acceptAll},
+	}
+	return control(ln, func(fd int) error {
+		return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
+			&unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
+	})
+}
+
+// handshakesInProgress reports whether clients of ln are in the middle of a TCP handshake: they believe that they are
+// connected as soon as they have our SYN-ACK. The kernel lists them in state SYN_RECV (proc(5), /proc/net/tcp). With SYN
+// cookies it keeps no state, so those clients cannot be seen.
+func handshakesInProgress(ln net.Listener) bool {
+	addr, ok := ln.Addr().(*net.TCPAddr)
+	if !ok {
+		return false
+	}
+	for _, name := range []string{"tcp", "tcp6"} {
+		f, err := os.Open("/proc/thread-self/net/" + name)
+		if err != nil {
+			continue
+		}
+		found := listsHandshake(bufio.NewScanner(f), addr.Port)
+		_ = f.Close()
+		if found {
+			return true
+		}
+	}
+	return false
+}
+
+// listsHandshake looks for a connection to port in state SYN_RECV, which is 3.
+func listsHandshake(lines *bufio.Scanner, port int) bool {
+	suffix := fmt.Sprintf(":%04X", port)
+	for lines.Scan() {
+		fields := strings.Fields(lines.Text())
+		if len(fields) > 3 && fields[3] == "03" && strings.HasSuffix(fields[1], suffix) {
+			return true
+		}
+	}
+	return false
+}
+
+// acceptQueue reads how many clients wait in ln's accept queue, and how many can: the kernel gives them for a listener
+// as tcpi_unacked and tcpi_sacked (tcp_get_info in net/ipv4/tcp.c).
+func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
+	err := control(ln, func(fd int) error {
+		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		if err == nil {
+			length, limit = int(info.Unacked), int(info.Sacked)
+		}
+		return err
+	})
+	return length, limit, err == nil
+}
+
+// sendQueue reads what is on its way to the peer: segments for TCP, and the memory that they take for a Unix socket.
+func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
+	raw := rawConn(nc)
+	if raw == nil {
+		return q, false
+	}
+	_, isUnix := nc.(*net.UnixConn)
+	var err error
+	failed := raw.Control(func(fd uintptr) {
+		if isUnix {
+			q.waiting, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+			q.acked = uint64(q.waiting)
+			return
+		}
+		var info *unix.TCPInfo
+		if info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			q.waiting, q.acked = int(info.Unacked)+int(info.Notsent_bytes), info.Bytes_acked
+		}
+	})
+	return q, failed == nil && err == nil
+}
+
+// setOrphanTimeout bounds how long the kernel keeps what is unsent after the close: TCP_USER_TIMEOUT, tcp(7).
+func setOrphanTimeout(nc net.Conn) {
+	if tcp, ok := nc.(*net.TCPConn); ok {
+		setInt(tcp, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(orphanTimeout/time.Millisecond))
+	}
+}
+
+func setInt(sc syscall.Conn, level, option, value int) {
+	if raw, err := sc.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), level, option, value) })
+	}
+}
+
+// readSocketOptions reads the settings of an inherited listener, which package net replaces on accepted connections.
+func readSocketOptions(ln net.Listener) (o socketOptions) {
+	if ln.Addr().Network() == "unix" {
+		return o
+	}
+	err := control(ln, func(fd int) error {
+		var errs [5]error
+		get := func(i, level, option int) (n int) {
+			n, errs[i] = unix.GetsockoptInt(fd, level, option)
+			return n
+		}
+		o.keepAlive = net.KeepAliveConfig{
+			Enable:   get(0, unix.SOL_SOCKET, unix.SO_KEEPALIVE) != 0,
+			Idle:     time.Duration(get(1, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE)) * time.Second,
+			Interval: time.Duration(get(2, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL)) * time.Second,
+			Count:    get(3, unix.IPPROTO_TCP, unix.TCP_KEEPCNT),
+		}
+		o.noDelay = get(4, unix.IPPROTO_TCP, unix.TCP_NODELAY) != 0
+		return errors.Join(errs[:]...)
+	})
+	o.known = err == nil
+	return o
+}
+
+func peerCredentials(nc net.Conn) (cred Credentials, ok bool) {
+	uc, ok := nc.(*net.UnixConn)
+	if !ok {
+		return cred, false
+	}
+	raw, err := uc.SyscallConn()
+	if err != nil {
+		return cred, false
+	}
+	failed := raw.Control(func(fd uintptr) {
+		var u *unix.Ucred
+		if u, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			cred = Credentials{PID: int(u.Pid), UID: int(u.Uid), GID: int(u.Gid)}
+		}
+	})
+	return cred, failed == nil && err == nil
+}

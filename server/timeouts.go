@@ -1,0 +1,136 @@
+package server
+
+import (
+	"time"
+)
+
+// Bounds on the time between two looks at the connections.
+const (
+	minSweep = 10 * time.Millisecond
+	maxSweep = 1 * time.Second
+)
+
+// progress is what the sweeper remembers of a connection's way to its client.
+type progress struct {
+	acked uint64 // bytes that the client has acknowledged, when that was last seen to change
+	moved int64  // when acked was seen to change, or data began to wait, by Server.clock; 0 while nothing waits
+	empty uint64 // Conn.bytesOut when nothing waited last
+}
+
+// sweep is the goroutine that looks for idle and stalled connections: one for all of them, so that no read or write
+// pays for a timer. It keeps a timeout to within an eighth of it, or a second.
+func (s *Server) sweep() {
+	defer close(s.sweeper)
+	interval := time.Duration(0)
+	for _, t := range []time.Duration{s.opts.Timeouts.Idle, s.opts.Timeouts.Stall} {
+		if t > 0 && (interval == 0 || t/8 < interval) {
+			interval = t / 8
+		}
+	}
+	if s.opts.CancelWhenGone && interval == 0 {
+		interval = maxSweep
+	}
+	if interval == 0 {
+		<-s.sweepCtx.Done()
+		return
+	}
+	tick := time.NewTicker(min(max(interval, minSweep), maxSweep))
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.sweepCtx.Done():
+			return
+		case now := <-tick.C:
+			for c := range inTurns(s.snapshot(), quietTurn) {
+				s.inspect(c, now)
+			}
+		}
+	}
+}
+
+// stopSweeper stops the sweeper, if it was started, and waits for it.
+func (s *Server) stopSweeper() {
+	s.stopSweep(ErrServerClosed)
+	var started bool
+	s.state.With(func(st *state) { started = st.sweeping })
+	if started {
+		<-s.sweeper
+	}
+}
+
+// inspect ends c if it is stalled or idle.
+func (s *Server) inspect(c *Conn, now time.Time) {
+	if Phase(c.phase.Load()) != PhaseServing {
+		return
+	}
+	lastMove := s.at(c.active.Load())
+	if moved, waiting := c.waitingSince(now); waiting {
+		// A quarter more, because a kernel opens its receive window in large steps, and not at regular intervals.
+		if stall := s.opts.Timeouts.Stall; stall > 0 {
+			if now.Sub(moved) >= stall+stall/4 {
+				c.end(ReasonStalled, ErrStalled)
+			}
+			return
+		}
+		if moved.After(lastMove) {
+			lastMove = moved
+		}
+	}
+	if idle := s.opts.Timeouts.Idle; idle > 0 && now.Sub(lastMove) >= idle {
+		c.end(ReasonIdleTimeout, ErrIdle)
+		return
+	}
+	if s.opts.CancelWhenGone {
+		c.cancelIfGone()
+	}
+}
+
+// waitingSince reports whether data waits for the client, and since when the client has taken none of it. What counts
+// is what the client's kernel acknowledges; our kernel takes data in steps of megabytes, and a handler that is not
+// blocked says nothing about a client that has vanished. Where the kernel does not tell, a write that is blocked counts.
+func (c *Conn) waitingSince(now time.Time) (since time.Time, waiting bool) {
+	p := &c.progress
+	blocked := c.blocked.Load()
+	out := c.bytesOut.Load()
+	if blocked == 0 && out == p.empty {
+		return since, false // what most connections are: nothing was written since nothing waited
+	}
+	q, ok := sendQueue(c.sock)
+	if !ok {
+		return c.blockedSince(blocked)
+	}
+	if q.waiting == 0 && blocked == 0 {
+		p.empty, p.moved = out, 0
+		return since, false
+	}
+	if p.moved == 0 || q.acked != p.acked {
+		p.acked, p.moved = q.acked, int64(now.Sub(c.srv.started))+1
+	}
+	return c.srv.at(p.moved), true
+}
+
+// blockedSince is waitingSince for a connection that is not a socket.
+func (c *Conn) blockedSince(blocked int64) (since time.Time, waiting bool) {
+	if blocked == 0 {
+		return since, false
+	}
+	return c.srv.at(max(blocked, c.active.Load())), true
+}
+
+// sendQueueInfo is what the kernel knows about data on its way to a client.
+type sendQueueInfo struct {
+	waiting int    // bytes or segments that were sent or are to be sent, and are not acknowledged
+	acked   uint64 // grows, or changes, when the client takes data
+}
+
+// cancelIfGone cancels the handler's context if the client has closed or reset the connection. It looks only while the
+// handler uses its context.
+func (c *Conn) cancelIfGone() {
+	var used bool
+	c.closing.With(func(cl *closingState) { used = cl.ctx != nil && cl.cause == nil })
+	if !used || c.gone || !peerGone(c.sock) {
+		return
+	}
+	c.gone = true
+	c.closing.With(func(cl *closingState) { cl.ctx.cancel(ErrClientGone) })
+}

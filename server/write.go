@@ -1,0 +1,278 @@
+package server
+
+import (
+	"time"
+)
+
+// A message is something that the server itself says to one client. Which bytes that takes is decided when they are
+// written, since it depends on the bytes before them.
+type message struct {
+	notice Notice
+	done   func(messageResult) // called once
+}
+
+// messageResult is what became of a message.
+type messageResult int
+
+const (
+	messageSent   messageResult = iota + 1 // the kernel took all of it
+	messageFailed                          // it did not: the client has gone, or its queue is full
+	messageSilent                          // the connection's Notifier says nothing
+)
+
+// maxMessages is how many messages may wait for one client that does not read.
+const maxMessages = 16
+
+// messageQueue holds the messages that were posted while another write was in progress.
+type messageQueue struct {
+	items  []*message
+	closed bool
+}
+
+// post sends m as soon as no other write is in progress. It does not block, however full the client's window is: if
+// the write lock is taken, the message stays in the queue, and the holder of the lock sends it when it unlocks.
+func (c *Conn) post(m *message) {
+	var refused bool
+	c.messages.With(func(q *messageQueue) {
+		if refused = q.closed || len(q.items) >= maxMessages; !refused {
+			q.items = append(q.items, m)
+			c.posted.Add(1)
+		}
+	})
+	if refused {
+		m.done(messageFailed)
+		return
+	}
+	c.deliver()
+}
+
+// unlockWrite releases the write lock, and sends what was posted in the meantime.
+func (c *Conn) unlockWrite() {
+	c.writeLock.Unlock()
+	c.deliver()
+}
+
+// deliver sends the posted messages, unless another goroutine holds the write lock and will do so. What the kernel does
+// not take at once is left to a goroutine, which keeps the lock.
+func (c *Conn) deliver() {
+	for c.posted.Load() > 0 && c.writeLock.TryLock() {
+		for m := c.nextMessage(); m != nil; m = c.nextMessage() {
+			text := c.render(m)
+			if len(text) == 0 {
+				m.done(messageSilent)
+				continue
+			}
+			n, err := 0, c.writeError()
+			if err == nil {
+				n, err = c.tryWrite(text)
+			}
+			switch {
+			case n == len(text):
+				m.done(messageSent)
+			case err != nil:
+				c.writeBroken = c.writeBroken || n > 0
+				m.done(messageFailed)
+			default:
+				c.srv.startTask()
+				go c.finishMessage(m, text[n:])
+				return
+			}
+		}
+		c.writeLock.Unlock()
+	}
+}
+
+// finishMessage sends the rest of m and waits for the client to take it. It was handed the write lock.
+func (c *Conn) finishMessage(m *message, rest []byte) {
+	defer c.srv.endTask()
+	n, err := c.write(rest)
+	c.writeBroken = c.writeBroken || n < len(rest)
+	if err != nil {
+		m.done(messageFailed)
+	} else {
+		m.done(messageSent)
+	}
+	c.unlockWrite()
+}
+
+// flushMessages sends the posted messages and waits for the client to take them. The caller holds the write lock.
+func (c *Conn) flushMessages() {
+	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
+		text := c.render(m)
+		err := c.writeError()
+		if err == nil && len(text) > 0 {
+			_, err = c.write(text)
+		}
+		switch {
+		case len(text) == 0:
+			m.done(messageSilent)
+		case err != nil:
+			m.done(messageFailed)
+		default:
+			m.done(messageSent)
+		}
+	}
+}
+
+// nextMessage takes the oldest message from the queue; nil when there is none.
+func (c *Conn) nextMessage() (m *message) {
+	c.messages.With(func(q *messageQueue) {
+		if len(q.items) > 0 {
+			m, q.items = q.items[0], q.items[1:]
+			c.posted.Add(-1)
+		}
+	})
+	return m
+}
+
+// closeMessages fails the messages that are still in the queue, and all later ones.
+func (c *Conn) closeMessages() {
+	var left []*message
+	c.messages.With(func(q *messageQueue) {
+		left, q.items, q.closed = q.items, nil, true
+		c.posted.Store(0)
+	})
+	for _, m := range left {
+		m.done(messageFailed)
+	}
+}
+
+// render asks the connection's Notifier for the bytes of m. The caller holds the write lock.
+func (c *Conn) render(m *message) []byte {
+	n := m.notice
+	n.MidLine = c.bytesOut.Load() > 0 && c.lastByte != '\n'
+	return c.notifier().Notice(n)
+}
+
+// notifier returns what speaks for the server on this connection.
+func (c *Conn) notifier() (n Notifier) {
+	n = c.srv.opts.Notifier
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil && cl.rare.notifier != nil {
+			n = cl.rare.notifier
+		}
+	})
+	return n
+}
+
+// Write sends all of p; a notice goes before or after it. Once the connection is to end, writes have a second left,
+// and then fail with the cause. Write may be called concurrently.
+func (c *Conn) Write(p []byte) (int, error) {
+	c.writeLock.Lock()
+	defer c.unlockWrite()
+	if c.closed.Load() {
+		return 0, ErrConnClosed
+	}
+	if err := c.writeError(); err != nil {
+		return 0, err
+	}
+	n, err := c.writeForHandler(p)
+	if err != nil && n > 0 {
+		c.writeBroken = true
+	}
+	return n, err
+}
+
+// writeError is why nothing can be written any more; nil if something can. The caller holds the write lock.
+func (c *Conn) writeError() error {
+	switch {
+	case c.writeClosed:
+		return ErrWriteClosed
+	case c.writeBroken:
+		return ErrWriteBroken
+	default:
+		return nil
+	}
+}
+
+// writeForHandler writes under the handler's write deadline. The caller holds the write lock.
+func (c *Conn) writeForHandler(p []byte) (int, error) {
+	c.handlerWrites.Store(true)
+	if c.hasWriteDeadline.Load() {
+		c.applyWriteDeadline(true)
+	}
+	n, err := c.write(p)
+	c.handlerWrites.Store(false)
+	if c.hasWriteDeadline.Load() {
+		c.applyWriteDeadline(false)
+	}
+	return n, err
+}
+
+// applyWriteDeadline sets the handler's write deadline for a write of the handler, and none outside of one: an expired
+// deadline must neither stop the server's own messages nor corrupt a TLS session, for which a write that timed out
+// is fatal (crypto/tls, Conn.SetDeadline).
+func (c *Conn) applyWriteDeadline(handlerWrites bool) {
+	c.closing.With(func(cl *closingState) {
+		switch {
+		case cl.cause != nil: // the deadline of the flush stays
+		case handlerWrites:
+			_ = c.nc.SetWriteDeadline(cl.rare.writeDeadline)
+		default:
+			_ = c.nc.SetWriteDeadline(time.Time{})
+		}
+	})
+}
+
+// writeChunk bounds what is handed to the kernel at once, so that the counters show progress.
+const writeChunk = 256 << 10
+
+// write writes p and counts what was taken. The caller holds the write lock.
+func (c *Conn) write(p []byte) (written int, err error) {
+	c.blocked.Store(c.srv.clock())
+	defer c.blocked.Store(0)
+	for written < len(p) && err == nil {
+		var n int
+		n, err = c.nc.Write(p[written:min(len(p), written+writeChunk)])
+		written += n
+		c.wrote(p[:written], n)
+	}
+	if err != nil {
+		return written, c.explain(err)
+	}
+	return written, nil
+}
+
+// wrote counts the last n bytes of p as written. The caller holds the write lock.
+func (c *Conn) wrote(p []byte, n int) {
+	if n > 0 {
+		c.bytesOut.Add(uint64(n))
+		c.lastByte = p[len(p)-1]
+		c.touch()
+	}
+}
+
+// tryWrite writes as much of p as the kernel takes at once. It writes nothing where that cannot be known, as with TLS.
+// The caller holds the write lock.
+func (c *Conn) tryWrite(p []byte) (n int, err error) {
+	raw := rawConn(c.nc) // not kept: storing it would cost each connection more than making it here
+	if raw == nil {
+		return 0, nil
+	}
+	n, err = writeNow(raw, p)
+	if n > 0 {
+		c.wrote(p[:n], n)
+	}
+	if err != nil && !wouldBlock(err) {
+		return n, err
+	}
+	return n, nil
+}
+
+// CloseWrite ends the stream towards the client, which can go on sending. Nothing can be written afterwards, notices
+// neither. The error is errors.ErrUnsupported if the connection has no half-close; writing then remains possible.
+func (c *Conn) CloseWrite() error {
+	c.writeLock.Lock()
+	defer c.unlockWrite()
+	if err := c.writeError(); err != nil {
+		return err
+	}
+	half, ok := c.nc.(halfCloser)
+	if !ok {
+		return errUnsupported
+	}
+	c.writeClosed = true
+	return half.CloseWrite()
+}
+
+type halfCloser interface{ CloseWrite() error }
