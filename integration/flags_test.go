@@ -218,3 +218,17 @@ func TestControlOff(t *testing.T) {
 	e.signal(syscall.SIGTERM)
 	e.wait(0)
 }
+
+// TestGraceOfZero: clients are notified, and closed at once.
+func TestGraceOfZero(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--grace", "0s")
+	p := e.served()
+	begun := e.signal(syscall.SIGTERM)
+	check(t, p.expectRest("SHUTDOWN 0 SIGTERM\n"))
+	_ = p.Close()
+	e.wait(0)
+	if took := e.gone.Sub(begun); took > 2*time.Second {
+		t.Errorf("the process exited after %s", took)
+	}
+}

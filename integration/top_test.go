@@ -352,15 +352,6 @@ func TestTopDrawsTextOfOthersHarmlessly(t *testing.T) {
 	s.awaits(`^hold h1 +"\\u202etricky\\u200b 日本", for `)
 }
 
-func TestTopNeedsATerminal(t *testing.T) {
-	t.Parallel()
-	e := start(t)
-	got := run(t, commandOf(built(t, echodBinary), "top", "--control", e.socket))
-	if want := "echod: top needs a terminal: use 'echod ctl status' or 'echod ctl events' in scripts\nTry 'echod top --help'.\n"; got.code != 2 || got.stderr != want || got.stdout != "" {
-		t.Errorf("exit code %d, stderr %q, stdout %q", got.code, got.stderr, got.stdout)
-	}
-}
-
 func TestTopWithoutAServer(t *testing.T) {
 	t.Parallel()
 	e := start(t)

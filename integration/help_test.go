@@ -9,7 +9,42 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
+
+// echodRun runs echod and waits until it exits.
+func echodRun(t testing.TB, args ...string) result {
+	t.Helper()
+	return run(t, commandOf(append([]string{built(t, echodBinary)}, args...)...))
+}
+
+// TestHelp checks the help of all commands: each has one, in lines that fit a terminal.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	var seen int
+	var visit func(command []string)
+	visit = func(command []string) {
+		got := echodRun(t, append(command, "--help")...)
+		if seen++; got.code != 0 || got.stdout == "" || got.stderr != "" {
+			t.Errorf("echod %s --help: exit code %d, stdout %q, stderr %q", strings.Join(command, " "), got.code, got.stdout, got.stderr)
+		}
+		for line := range strings.Lines(got.stdout) {
+			own := len(command) == 0 || command[0] != "completion" // cobra's texts
+			if wide := utf8.RuneCountInString(strings.TrimRight(line, "\n")); own && wide >= 100 {
+				t.Errorf("echod %s --help has a long line: %s", strings.Join(command, " "), line)
+			}
+		}
+		_, commands, _ := strings.Cut(got.stdout, "\nAvailable Commands:\n")
+		commands, _, _ = strings.Cut(commands, "\n\n")
+		for line := range strings.Lines(commands) {
+			visit(append(command[:len(command):len(command)], strings.Fields(line)[0]))
+		}
+	}
+	visit(nil)
+	if seen < 15 {
+		t.Errorf("only %d commands found", seen)
+	}
+}
 
 // Each command has a page with all its flags, and mandoc finds no error in it.
 func TestManPages(t *testing.T) {
