@@ -11,6 +11,7 @@ import (
 	"go/token"
 	"io"
 	"io/fs"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -168,4 +169,69 @@ func dependencies(t *testing.T, module, pattern string) (ours, modules []string)
 // isWithin reports whether the import path pkg is root or below it.
 func isWithin(pkg, root string) bool {
 	return pkg == root || strings.HasPrefix(pkg, root+"/")
+}
+
+// TestModuleRename renames the module in a copy of the tree with 'make module', as somebody does who publishes it under
+// another path. Everything must build.
+func TestModuleRename(t *testing.T) {
+	t.Parallel()
+	slow(t)
+	makeCommand := require(t, "make")
+	const path = "example.org/you/echod"
+	dir := t.TempDir()
+	copyTree(t, dir)
+	inCopy := func(argv ...string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
+		cmd.Dir, cmd.WaitDelay = dir, patience
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v\n%s", argv, err, out)
+		}
+	}
+	inCopy(makeCommand, "module", "MODULE="+path)
+	if got := readFile(t, filepath.Join(dir, "go.mod")); !strings.HasPrefix(got, "module "+path+"\n") {
+		t.Errorf("go.mod begins with %.60q", got)
+	}
+	if got := readFile(t, filepath.Join(dir, "README.md")); !strings.Contains(got, "go doc "+path+"/server") {
+		t.Error("README.md has the old path")
+	}
+	inCopy("go", "vet", "./...")
+	inCopy("go", "test", "-run", "^TestImports$", "./integration")
+	for _, module := range []string{"bench", "examples"} {
+		if _, err := os.Stat(filepath.Join(dir, module, "go.mod")); err == nil {
+			inCopy("go", "-C", module, "vet", "./...")
+		}
+	}
+}
+
+// copyTree copies the sources of this repository to dir.
+func copyTree(t *testing.T, dir string) {
+	t.Helper()
+	generated := []string{"../bin", "../dist", "../coverage", "../bench/out"}
+	check(t, filepath.WalkDir("..", func(name string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		target := filepath.Join(dir, strings.TrimPrefix(name, ".."))
+		switch {
+		case entry.Name() == ".git", slices.Contains(generated, filepath.ToSlash(name)):
+			if entry.IsDir() {
+				return fs.SkipDir
+			}
+			return nil
+		case entry.IsDir():
+			return os.MkdirAll(target, 0o755)
+		case !entry.Type().IsRegular():
+			return nil
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(target, data, info.Mode())
+	}))
 }

@@ -12,9 +12,11 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -25,6 +27,10 @@ import (
 const patience = 30 * time.Second
 
 func TestMain(m *testing.M) {
+	// Children inherit that a signal is ignored, but not that it is caught. Under nohup this lets them see SIGHUP.
+	if signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
 		_ = os.RemoveAll(builds())
 		os.Exit(code)

@@ -12,8 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-
-	"echod/control"
 )
 
 // screen is echod top in a terminal of a given size, as tmux draws it.
@@ -340,16 +338,6 @@ func TestTopDrawsOnlyASCIIWhereTheLocaleHasNoMore(t *testing.T) {
 	if found := regexp.MustCompile(`[^\x00-\x7f]`).FindString(s.shows()); found != "" {
 		t.Errorf("the screen shows %q", found)
 	}
-}
-
-// TestTopDrawsTextOfOthersHarmlessly: what a proxy says of its clients is checked, so a reason is what others can choose.
-func TestTopDrawsTextOfOthersHarmlessly(t *testing.T) {
-	t.Parallel()
-	e := start(t)
-	_, err := e.control.Pause(within(t, patience), control.PauseRequest{Reason: "\u202etricky\u200b 日本"})
-	check(t, err)
-	s := e.top(80, 24)
-	s.awaits(`^hold h1 +"\\u202etricky\\u200b 日本", for `)
 }
 
 func TestTopWithoutAServer(t *testing.T) {
