@@ -9,6 +9,7 @@ import (
 	"go/token"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -306,4 +307,68 @@ func TestDocsChangelog(t *testing.T) {
 			t.Errorf("CHANGELOG.md has no entry for %s", tag)
 		}
 	}
+}
+
+// TestREADME compiles the README's program in a module of its own, with the 'go mod edit' command that the README gives,
+// and runs it.
+func TestREADME(t *testing.T) {
+	t.Parallel()
+	readme := readFile(t, "../README.md")
+	if n := strings.Count(readme, "\n"); n > 120 {
+		t.Errorf("README.md has %d lines, want at most 120", n)
+	}
+	block := regexp.MustCompile("(?s)```go\n(.*?)```").FindStringSubmatch(readme)
+	edit := regexp.MustCompile(`(?m)^go (mod edit -require .*) && go mod tidy$`).FindStringSubmatch(readme)
+	if block == nil || edit == nil {
+		t.Fatal("README.md has no Go program, or no 'go mod edit' command")
+	}
+
+	dir := t.TempDir()
+	root, err := filepath.Abs("..")
+	check(t, err)
+	goCommand := func(args ...string) {
+		t.Helper()
+		cmd := commandOf(append([]string{"go"}, args...)...)
+		cmd.Dir = dir
+		cmd.Env = environment("GOFLAGS=-mod=mod")
+		if got := run(t, cmd); got.code != 0 {
+			t.Fatalf("go %q: %s%s", args, got.stdout, got.stderr)
+		}
+	}
+	var program strings.Builder
+	program.WriteString("package main\n\nimport (\n")
+	for name, path := range map[string]string{
+		"bufio": "bufio", "context": "context", "errors": "errors", "fmt": "fmt", "log": "log", "os": "os",
+		"signal": "os/signal", "strings": "strings", "syscall": "syscall", "time": "time", "server": modulePath(t) + "/server",
+	} {
+		if strings.Contains(block[1], name+".") {
+			fmt.Fprintf(&program, "\t%q\n", path)
+		}
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0") // for a free port
+	check(t, err)
+	addr := ln.Addr().String()
+	check(t, ln.Close())
+	fmt.Fprintf(&program, ")\n\nfunc main() {\n%s}\n", strings.ReplaceAll(block[1], "127.0.0.1:7777", addr))
+	check(t, os.WriteFile(filepath.Join(dir, "main.go"), []byte(program.String()), 0o600))
+	goCommand("mod", "init", "example.org/shout")
+	check(t, os.WriteFile(filepath.Join(dir, "go.sum"), []byte(readFile(t, "../go.sum")), 0o600))
+	goCommand(strings.Fields(strings.ReplaceAll(edit[1], "=../echod", "="+root))...)
+	goCommand("vet", ".")
+	goCommand("build", "-o", "shout", ".")
+
+	p := startProgram(t, filepath.Join(dir, "shout"))
+	var client *peer
+	poll(t, "the program to listen", func() bool {
+		var err error
+		client, err = connectSoon(addr)
+		return err == nil
+	})
+	defer client.Close()
+	check(t, client.send("hello\n"))
+	check(t, client.expect("HELLO\n"))
+	check(t, p.cmd.Process.Signal(os.Interrupt))
+	check(t, client.expect("SHUTDOWN 10 deploy\n"))
+	check(t, client.leave())
+	p.ends("")
 }
