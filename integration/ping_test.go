@@ -35,20 +35,23 @@ func TestPing(t *testing.T) {
 	line := `64 bytes from ` + regexp.QuoteMeta(e.addr) + `: seq=\d connect=` + time + ` echo=` + time + "\n"
 	matches(t, got.stdout, line)
 
-	got = run(t, e.pingCommand("--count", "3", "--interval", "10ms"))
+	got = run(t, e.pingCommand("-c", "3", "-i", "0.01"))
 	const spread = `[\d.]+/[\d.]+/[\d.]+/[\d.]+ ms`
 	matches(t, got.stdout, `(`+line+`){3}\n--- .* statistics ---\n3 sent, 3 returned, 0% lost, time .*\n`+
 		`connect min/avg/max/mdev = `+spread+"\n   echo min/avg/max/mdev = "+spread+"\n")
 
 	if got = run(t, e.pingCommand("--quiet")); got != (result{}) {
-		t.Errorf("%+v, want silence", got)
+		t.Errorf("%+v, want no output", got)
 	}
-	if st := e.status(); st.Accepted != 5 {
-		t.Errorf("%d connections for 5 pings", st.Accepted)
+	if got = run(t, exec.Command(built(t, echodBinary), "ping", "-W", "20", "-4", e.addr)); got.code != 0 {
+		t.Errorf("with HOST:PORT: %+v", got)
+	}
+	if st := e.status(); st.Accepted != 6 {
+		t.Errorf("%d connections for 6 pings", st.Accepted)
 	}
 }
 
-// TestPingSaysWhyNot: not only that it failed.
+// A ping that fails says why.
 func TestPingSaysWhyNot(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s", "--drain-delay", "20s")
@@ -63,26 +66,27 @@ func TestPingSaysWhyNot(t *testing.T) {
 	check(t, err)
 	says("server is paused")
 	says("server is paused", "--quiet")
-	says("3 sent, 0 returned, 100% lost", "--count", "3", "--interval", "1ms")
+	says("3 sent, 0 returned, 100% lost, 3 paused", "--count", "3", "--interval", "1ms")
+	says(`"result":"paused"`, "--json")
 	_, err = e.control.Resume(t.Context())
 	check(t, err)
 	_, err = e.control.Pause(t.Context(), control.PauseRequest{})
 	check(t, err)
-	says("nothing within 50ms", "--timeout", "50ms")
+	says("connected, but no echo within 50ms: the server may be paused", "--timeout", "50ms")
 	e.signal(syscall.SIGKILL)
 	e.wait(128 + int(syscall.SIGKILL))
 	says("connection refused")
 }
 
-// TestPingInterruptedIsNoSuccess where nothing has answered.
-func TestPingInterruptedIsNoSuccess(t *testing.T) {
+// An interrupt before the first ping is done is not a success.
+func TestPingInterrupted(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	_, err := e.control.Pause(t.Context(), control.PauseRequest{})
 	check(t, err)
 	cmd := e.pingCommand()
 	check(t, cmd.Start())
-	poll(t, "it to wait for the server", func() bool { return e.queued(e.status()) > 0 })
+	poll(t, "the ping to connect", func() bool { return e.queued(e.status()) > 0 })
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
 	_ = cmd.Wait()
 	if got := exitCode(cmd.ProcessState); got != 128+int(syscall.SIGTERM) {
@@ -103,7 +107,7 @@ func TestPingUntilCtrlC(t *testing.T) {
 
 func TestPingUsage(t *testing.T) {
 	t.Parallel()
-	for _, flags := range []string{"--count -1", "--size 0", "--interval -1s", "--timeout 0s", "somewhere", "--bogus"} {
+	for _, flags := range []string{"--count -1", "--size 0", "--interval -1s", "--timeout 0s", "somewhere", "a:1 b:2", "-4 -6", "-i soon", "--bogus"} {
 		got := run(t, exec.Command(built(t, echodBinary), append([]string{"ping"}, strings.Fields(flags)...)...))
 		if got.code != 2 || got.stdout != "" || got.stderr == "" {
 			t.Errorf("%s: %+v, want code 2", flags, got)

@@ -236,7 +236,7 @@ func (l *loader) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if l.opts.TLS, err = l.tlsConfig(); err != nil {
+	if l.opts.TLS, err = tlsConfig(l.cacert); err != nil {
 		return err
 	}
 	files, err := l.openFiles()
@@ -289,17 +289,19 @@ func (l *loader) readBefore() (*load.Report, error) {
 	return report, nil
 }
 
-func (l *loader) tlsConfig() (*tls.Config, error) {
-	if l.cacert == "" {
+// tlsConfig returns a configuration that trusts the certificates in a file, and nil if
+// there is no file.
+func tlsConfig(cacert string) (*tls.Config, error) {
+	if cacert == "" {
 		return nil, nil
 	}
-	text, err := os.ReadFile(l.cacert)
+	pem, err := os.ReadFile(cacert)
 	if err != nil {
 		return nil, err
 	}
 	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("--cacert %s: no certificate in it", l.cacert)
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("--cacert %s: no certificate in it", cacert)
 	}
 	return &tls.Config{RootCAs: roots}, nil
 }

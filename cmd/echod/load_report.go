@@ -11,6 +11,7 @@ import (
 	humanize "github.com/dustin/go-humanize"
 
 	"echod/internal/load"
+	"echod/internal/text"
 )
 
 // writeLoadReport prints a report for people.
@@ -24,8 +25,8 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 		b.WriteByte('\n')
 		writeLoadComparison(&b, comparison)
 	}
-	for _, text := range r.Errors {
-		fmt.Fprintf(&b, "\nerror: %s", text)
+	for _, err := range r.Errors {
+		fmt.Fprintf(&b, "\nerror: %s", text.Printable(err))
 	}
 	fmt.Fprintln(&b)
 	if len(failures) == 0 {
@@ -39,7 +40,7 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 
 // loadTitle says what was done.
 func loadTitle(r *load.Report) string {
-	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, many(r.Conns, "connection"), seconds(r.Lasted))}
+	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, text.Count(r.Conns, "connection"), seconds(r.Lasted))}
 	sizes := "messages of " + strings.ReplaceAll(r.Sizes, ",", ", ") + " bytes"
 	model := "Open model: latency counts from when each message was due."
 	switch {
@@ -52,7 +53,7 @@ func loadTitle(r *load.Report) string {
 		title = append(title, humanize.Commaf(r.Rate)+" "+sizes+" a second")
 	default:
 		title = append(title, sizes)
-		model = fmt.Sprintf("Closed model, %s in flight on each connection", many(r.Pipeline, "message"))
+		model = fmt.Sprintf("Closed model, %s in flight on each connection", text.Count(r.Pipeline, "message"))
 		if r.Think != "" {
 			model += ", think time " + r.Think
 		}
@@ -87,7 +88,7 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 		nonzero(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages, "NOTICE")...)...)
 	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed"), n(end.Reset, "reset"), n(end.Failed, "other"))
 	row("reconnects", humanize.Comma(r.Reconnects))
-	row("without service", n(int64(r.Outage.Clients), "of "+many(r.Conns, "client")), "median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
+	row("without service", n(int64(r.Outage.Clients), "of "+text.Count(r.Conns, "client")), "median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
 	if len(r.Addresses) > 1 {
 		for i, a := range r.Addresses {
 			name := ""
@@ -145,12 +146,12 @@ func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
 // loadConclusion sums up a run in which nothing was wrong.
 func loadConclusion(r *load.Report) string {
 	if r.Echoes.Returned == r.Echoes.Sent {
-		text := "All messages came back, once and in order."
+		conclusion := "All messages came back, once and in order."
 		if r.Outage.Clients > 0 {
-			text += fmt.Sprintf("\n%s of %s were without service for a while, at most %s.",
-				humanize.Comma(int64(r.Outage.Clients)), many(r.Conns, "client"), latency(r.Outage.Max))
+			conclusion += fmt.Sprintf("\n%s of %s were without service for a while, at most %s.",
+				humanize.Comma(int64(r.Outage.Clients)), text.Count(r.Conns, "client"), latency(r.Outage.Max))
 		}
-		return text
+		return conclusion
 	}
 	missing := nonzero(r.Echoes.Lost, "lost", r.Echoes.TurnedAway, "turned away")
 	return "Some messages did not come back, but no limit was exceeded: " + strings.Join(missing, ", ") + "."
@@ -174,14 +175,6 @@ func wrapped(cells []string, width int) []string {
 		}
 	}
 	return lines
-}
-
-// many is count with thousands separators.
-func many(n int, noun string) string {
-	if n == 1 {
-		return count(n, noun)
-	}
-	return humanize.Comma(int64(n)) + " " + noun + "s"
 }
 
 // nonzero lists the counts that are not zero. pairs are counts and what they count.

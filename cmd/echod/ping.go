@@ -2,117 +2,193 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"echod/client"
+	"echod/internal/text"
 )
 
 func newPingCommand() *cobra.Command {
-	var p pinger
+	p := pinger{interval: seconder(time.Second), timeout: seconder(5 * time.Second)}
 	cmd := &cobra.Command{
-		Use:   "ping",
-		Short: "Connect, send a message and wait for its echo: is the server well?",
-		Long: `Connect, send a message and wait for its echo, and say how long it took.
+		Use:   "ping [HOST:PORT]",
+		Short: "Connect, send a message and wait for its echo",
+		Long: `Connect, send a message and wait for its echo, and say how long each step took.
 
-Each ping is a connection of its own, as a new client's would be. A server that is
-paused, full or shutting down says so, and the ping has failed. Ctrl-C ends the pings,
-with their summary.
+Each ping resolves the name and makes a connection of its own, as a new client would. A
+server that is paused, full or shutting down says so, and the ping fails with that
+reason. A server that is paused without saying so accepts no connections: the ping
+connects, and no echo comes. Ctrl-C ends the pings, with a summary.
 
-Exit codes: 0 every echo came back, 1 one did not, 2 usage, 128 and the signal's number
-if that came before the first ping was done.`,
-		Example: `  echod ping --quiet                         in a health check, for its exit code
-  echod ping --count 0 --interval 200ms      until Ctrl-C`,
-		Args: takes(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
+--json prints an object for each ping, and one for the summary. "result" is one of ok,
+dns, refused, reset, timeout, no-echo, paused, busy, shutdown, closed, wrong-echo, error.
+
+Exit status, as of ping(8): 0 if at least one echo came back, 1 if none did, 2 for usage
+errors or if the name could not be resolved, 128 plus the signal's number if a signal
+came before the first ping was done.`,
+		Example: `  echod ping
+  echod ping -c 5 -i 0.2 -W 1 echo.example:9999
+  echod ping --quiet                in a health check, for its exit status
+  echod ping -c 0 --json | jq .     until Ctrl-C`,
+		Args: takes(cobra.MaximumNArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
 			p.out = cmd.OutOrStdout()
+			if len(args) > 0 {
+				p.address = args[0]
+			}
 			if err := p.check(); err != nil {
 				return err
 			}
-			return toItsEnd(cmd.Context(), p.run)
+			return p.untilInterrupted(cmd.Context())
 		},
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVar(&p.address, "address", "127.0.0.1:9999", "server's `address`")
-	f.IntVar(&p.count, "count", 1, "`number` of pings; 0 is until Ctrl-C")
-	f.DurationVar(&p.interval, "interval", time.Second, "`time` from one to the next")
-	f.DurationVar(&p.timeout, "timeout", 5*time.Second, "`time` for a ping to be back")
-	f.IntVar(&p.size, "size", 64, "`bytes` of the message, its newline included")
-	f.BoolVar(&p.quiet, "quiet", false, "print nothing but why a ping has failed, on stderr")
+	f.StringVar(&p.address, "address", "127.0.0.1:9999", "`address` of the server, if HOST:PORT is not given: host:port,\ntls://host:port or unix:///path")
+	f.IntVarP(&p.count, "count", "c", 1, "`number` of pings; 0 means until Ctrl-C")
+	f.VarP(&p.interval, "interval", "i", "`time` from one ping to the next: seconds, or with a unit")
+	f.VarP(&p.timeout, "timeout", "W", "`time` to wait for a ping: seconds, or with a unit")
+	f.BoolVarP(&p.ipv4, "ipv4", "4", false, "use IPv4 only")
+	f.BoolVarP(&p.ipv6, "ipv6", "6", false, "use IPv6 only")
+	f.IntVarP(&p.size, "size", "s", 64, "`bytes` of the message, including its newline")
+	f.StringVar(&p.cacert, "cacert", "", "`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
+	f.BoolVar(&p.json, "json", false, "print JSON, one object per line")
+	f.BoolVarP(&p.quiet, "quiet", "q", false, "print nothing; if no echo came back, the reason goes to stderr")
 	return cmd
 }
 
-// toItsEnd calls f with a context that ends with SIGINT or SIGTERM, after which f still has something to say: its error
-// is the outcome, and not that it was interrupted.
-func toItsEnd(ctx context.Context, f func(context.Context) error) error {
-	var outcome error
-	_ = interruptible(ctx, func(ctx context.Context) error {
-		outcome = f(ctx)
+// A seconder is a flag for a time. A number without a unit is in seconds, as in ping(8).
+type seconder time.Duration
+
+func (s *seconder) Set(text string) error {
+	if n, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(n) < 1e9 {
+		*s = seconder(n * float64(time.Second))
 		return nil
-	})
-	return outcome
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		return errors.New("want a number of seconds, or a time such as 200ms")
+	}
+	*s = seconder(d)
+	return nil
 }
 
-// pinger is one echod ping.
+func (s *seconder) String() string { return time.Duration(*s).String() }
+func (s *seconder) Type() string   { return "time" }
+
+// pinger is one run of echod ping.
 type pinger struct {
 	address           string
+	cacert            string
 	count, size       int
-	interval, timeout time.Duration
-	quiet             bool
+	interval, timeout seconder
+	ipv4, ipv6        bool
+	json, quiet       bool
 	out               io.Writer
 
-	sent     int
-	connects []time.Duration
-	echoes   []time.Duration
+	tls     *tls.Config
+	target  client.Address
+	host    string // empty for a Unix socket
+	port    string
+	results []pingResult
 }
 
+// A pingResult is what became of a ping. Times are in seconds, and nil for steps that
+// were not completed.
+type pingResult struct {
+	Type    string   `json:"type"` // ping
+	Seq     int      `json:"seq"`
+	Address string   `json:"address"`
+	Remote  string   `json:"remote,omitempty"` // IP address and port
+	Bytes   int      `json:"bytes"`
+	Result  string   `json:"result"`
+	Error   string   `json:"error,omitempty"`
+	DNS     *float64 `json:"dns_seconds,omitempty"` // nil for an IP address
+	Connect *float64 `json:"connect_seconds,omitempty"`
+	Echo    *float64 `json:"echo_seconds,omitempty"`
+
+	err error
+}
+
+const pingOK = "ok"
+
 func (p *pinger) check() error {
+	var err error
+	if p.target, err = client.ParseAddress(p.address); err != nil {
+		return usageError{err}
+	}
+	if p.target.Network == "tcp" {
+		if p.host, p.port, err = net.SplitHostPort(p.target.Addr); err != nil {
+			return usageError{err}
+		}
+		if p.host == "" {
+			p.host = "localhost"
+		}
+	}
 	switch {
 	case p.count < 0:
 		return usagef("--count %d: must not be negative", p.count)
 	case p.size < 1:
-		return usagef("--size %d: at least 1", p.size)
+		return usagef("--size %d: must be at least 1", p.size)
 	case p.interval < 0:
-		return usagef("--interval %s: must not be negative", p.interval)
+		return usagef("--interval %s: must not be negative", p.interval.String())
 	case p.timeout <= 0:
-		return usagef("--timeout %s: must be more than nothing", p.timeout)
+		return usagef("--timeout %s: must be longer than 0", p.timeout.String())
+	case p.ipv4 && p.ipv6:
+		return usagef("-4 and -6: at most one of them")
+	case (p.ipv4 || p.ipv6) && p.target.Network != "tcp":
+		return usagef("-4 and -6: not for a Unix socket")
 	}
 	return nil
+}
+
+// untilInterrupted runs until it is done or a signal comes. After a signal it still
+// prints a summary, and its result decides the exit status.
+func (p *pinger) untilInterrupted(ctx context.Context) error {
+	var outcome error
+	_ = interruptible(ctx, func(ctx context.Context) error {
+		outcome = p.run(ctx)
+		return nil
+	})
+	return outcome
 }
 
 func (p *pinger) run(ctx context.Context) error {
 	if p.quiet {
 		p.out = io.Discard
 	}
+	var err error
+	if p.tls, err = tlsConfig(p.cacert); err != nil {
+		return err
+	}
 	began := time.Now()
-	var failed error
-	ticker := time.NewTicker(max(p.interval, time.Nanosecond))
+	ticker := time.NewTicker(max(time.Duration(p.interval), time.Nanosecond))
 	defer ticker.Stop()
 	for ctx.Err() == nil {
-		seq := p.sent + 1
-		connect, echo, err := p.ping(ctx)
-		if err != nil && ctx.Err() != nil {
-			break // this one does not count
+		r := p.ping(ctx, len(p.results)+1)
+		if r.err != nil && ctx.Err() != nil {
+			break // interrupted: this one does not count
 		}
-		p.sent++
-		if err != nil {
-			failed = err
-			if p.count == 1 {
-				break // it is said once, on stderr
-			}
-			fmt.Fprintf(p.out, "from %s: seq=%d: %v\n", p.address, seq, err)
-		} else {
-			p.connects, p.echoes = append(p.connects, connect), append(p.echoes, echo)
-			fmt.Fprintf(p.out, "%d bytes from %s: seq=%d connect=%s echo=%s\n", p.size, p.address, seq, latency(connect.Seconds()), latency(echo.Seconds()))
+		p.results = append(p.results, r)
+		if err := p.print(r); err != nil {
+			return err
 		}
-		if p.sent == p.count {
+		if len(p.results) == p.count {
 			break
 		}
 		select {
@@ -120,42 +196,209 @@ func (p *pinger) run(ctx context.Context) error {
 		case <-ctx.Done():
 		}
 	}
-	if p.sent == 0 {
+	if len(p.results) == 0 {
 		return context.Cause(ctx)
 	}
-	if p.count != 1 {
-		p.summary(time.Since(began))
+	if p.count != 1 || p.json {
+		if err := p.summarize(time.Since(began)); err != nil {
+			return err
+		}
 	}
-	switch {
-	case failed == nil:
-		return nil
-	case p.quiet || p.count == 1:
-		return fmt.Errorf("ping %s: %w", p.address, failed)
-	default:
-		return &exitError{code: exitFailed} // all has been said
-	}
+	return p.outcome()
 }
 
-// ping makes one connection and one echo.
-func (p *pinger) ping(ctx context.Context) (connect, echo time.Duration, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, p.timeout, fmt.Errorf("nothing within %s", p.timeout))
+// outcome returns nil if at least one echo came back.
+func (p *pinger) outcome() error {
+	unresolved := 0
+	for _, r := range p.results {
+		switch r.Result {
+		case pingOK:
+			return nil
+		case "dns":
+			unresolved++
+		}
+	}
+	exit := &exitError{code: exitFailed}
+	if unresolved == len(p.results) {
+		exit.code = exitUsage
+	}
+	if p.quiet || p.count == 1 && !p.json {
+		exit.err = fmt.Errorf("ping %s: %w", p.address, p.results[len(p.results)-1].err)
+	}
+	return exit
+}
+
+// ping resolves the name, connects and waits for one echo.
+func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
+	r = pingResult{Type: "ping", Seq: seq, Address: p.address, Bytes: p.size}
+	limit := time.Duration(p.timeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errPingTimeout)
 	defer cancel()
+	ctx, reject := context.WithCancelCause(ctx)
+	defer reject(nil)
+	fail := func(result, timeout string, err error) pingResult {
+		if errors.Is(err, errPingTimeout) {
+			r.Result, r.err = result, fmt.Errorf(timeout, limit)
+		} else {
+			err = pingError(err)
+			r.Result, r.err = pingResultOf(err), err
+		}
+		r.Error = r.err.Error()
+		return r
+	}
 	began := time.Now()
-	c, err := client.Dial(ctx, p.address, client.Options{})
+	hosts, err := p.resolve(ctx)
 	if err != nil {
-		return 0, 0, cause(err)
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fail("dns", "name not resolved within %s", err)
+	}
+	if p.named() {
+		r.DNS = new(time.Since(began).Seconds())
+	}
+	began = time.Now()
+	dial := func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, hosts, &r.Remote) }
+	var told *client.NoticeError // the server's last word, even if it does not close
+	onNotice := func(n client.Notice) {
+		if n.Ends() {
+			told = &client.NoticeError{Notice: n}
+			if n.Grace == 0 {
+				reject(told)
+			}
+		}
+	}
+	c, err := client.Dial(ctx, p.address, client.Options{Dial: dial, OnNotice: onNotice})
+	if err != nil {
+		return fail("timeout", "no connection within %s", err)
 	}
 	defer c.Close()
-	connect = time.Since(began)
+	r.Connect = new(time.Since(began).Seconds())
 	began = time.Now()
-	_, err = c.Echo(ctx, []byte(strings.Repeat("p", p.size-1)+"\n"))
-	return connect, time.Since(began), cause(err)
+	if _, err = c.Echo(ctx, []byte(strings.Repeat("p", p.size-1)+"\n")); err != nil {
+		if told != nil {
+			err = told
+		}
+		return fail("no-echo", "connected, but no echo within %s: the server may be paused", err)
+	}
+	r.Echo, r.Result = new(time.Since(began).Seconds()), pingOK
+	return r
 }
 
-// cause takes the address off an error, which has been said, and says in words what was no echo.
-func cause(err error) error {
+// named reports whether the host is a name that has to be resolved.
+func (p *pinger) named() bool {
+	_, err := netip.ParseAddr(p.host)
+	return p.host != "" && err != nil
+}
+
+// resolve returns the IP addresses of the host that may be used.
+func (p *pinger) resolve(ctx context.Context) ([]netip.Addr, error) {
+	if p.host == "" {
+		return nil, nil
+	}
+	network := "ip"
+	switch {
+	case p.ipv4:
+		network = "ip4"
+	case p.ipv6:
+		network = "ip6"
+	}
+	hosts, err := net.DefaultResolver.LookupNetIP(ctx, network, p.host)
+	if err == nil && len(hosts) == 0 {
+		err = &net.DNSError{Err: "no suitable address", Name: p.host, IsNotFound: true}
+	}
+	if a, ok := errors.AsType[*net.AddrError](err); ok { // an IP address of the other family
+		err = &net.DNSError{Err: a.Err, Name: p.host, IsNotFound: true}
+	}
+	return hosts, err
+}
+
+// dial connects to the first address that answers, and stores it in remote. Each one
+// gets its share of the time.
+func (p *pinger) dial(ctx context.Context, hosts []netip.Addr, remote *string) (net.Conn, error) {
+	if p.host == "" {
+		return client.DialConn(ctx, p.address, nil)
+	}
+	var first error
+	for i, host := range hosts {
+		address := net.JoinHostPort(host.Unmap().String(), p.port)
+		conn, err := p.dialOne(ctx, address, len(hosts)-i)
+		if err == nil {
+			*remote = address
+			return conn, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, first
+}
+
+// dialOne connects to one address, within its share of the time.
+func (p *pinger) dialOne(ctx context.Context, address string, of int) (net.Conn, error) {
+	if deadline, ok := ctx.Deadline(); ok && of > 1 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(of), errPingTimeout)
+		defer cancel()
+	}
+	if !p.target.TLS {
+		return client.DialConn(ctx, address, nil)
+	}
+	config := &tls.Config{}
+	if p.tls != nil {
+		config = p.tls.Clone()
+	}
+	config.ServerName = p.host
+	return client.DialConn(ctx, "tls://"+address, config)
+}
+
+var errPingTimeout = errors.New("timed out")
+
+// pingResultOf classifies the error of a ping.
+func pingResultOf(err error) string {
+	if notice, ok := errors.AsType[*client.NoticeError](err); ok {
+		switch notice.Notice.Kind {
+		case client.NoticePaused:
+			return "paused"
+		case client.NoticeBusy:
+			return "busy"
+		default:
+			return "shutdown"
+		}
+	}
+	if _, ok := errors.AsType[*wrongEchoError](err); ok {
+		return "wrong-echo"
+	}
+	if _, ok := errors.AsType[*net.DNSError](err); ok {
+		return "dns"
+	}
+	switch timeout, _ := errors.AsType[net.Error](err); {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "refused"
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+		return "reset"
+	case timeout != nil && timeout.Timeout():
+		return "timeout"
+	}
+	if _, ok := errors.AsType[*client.EndError](err); ok {
+		return "closed"
+	}
+	return "error"
+}
+
+// A wrongEchoError says what came instead of the echo.
+type wrongEchoError struct{ *client.CorruptionError }
+
+func (e *wrongEchoError) Error() string { return fmt.Sprintf("got %q instead of the echo", e.Got) }
+
+// pingError removes the address from an error of package client: it has been
+// printed.
+func pingError(err error) error {
 	if wrong, ok := errors.AsType[*client.CorruptionError](err); ok {
-		return fmt.Errorf("got %q, which is no echo", wrong.Got)
+		return &wrongEchoError{wrong}
+	}
+	if _, ok := errors.AsType[*net.DNSError](err); ok {
+		return err
 	}
 	if inner := errors.Unwrap(err); inner != nil {
 		return inner
@@ -163,26 +406,121 @@ func cause(err error) error {
 	return err
 }
 
-// summary says how it went, in the manner of ping(8).
-func (p *pinger) summary(took time.Duration) {
-	lost := 100 * float64(p.sent-len(p.echoes)) / float64(p.sent)
-	if len(p.echoes) > 0 {
-		lost = min(lost, 99.9) // not rounded to all
+// print prints a ping. A single failed one is not printed: it is the command's error.
+func (p *pinger) print(r pingResult) error {
+	switch {
+	case p.json:
+		return printJSONLine(p.out, r)
+	case r.err != nil && p.count == 1:
+		return nil
 	}
-	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost, time %s\n", p.address, p.sent, len(p.echoes), lost, span(took))
-	if len(p.echoes) > 0 {
-		fmt.Fprintf(p.out, "connect min/avg/max/mdev = %s\n   echo min/avg/max/mdev = %s\n", spread(p.connects), spread(p.echoes))
+	from := p.address
+	if r.DNS != nil && r.Remote != "" {
+		from += " (" + r.Remote + ")"
 	}
+	var err error
+	if r.err != nil {
+		_, err = fmt.Fprintf(p.out, "from %s: seq=%d: %s\n", from, r.Seq, text.Printable(r.Error))
+	} else {
+		dns := ""
+		if r.DNS != nil {
+			dns = " dns=" + latency(*r.DNS)
+		}
+		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s echo=%s\n", r.Bytes, from, r.Seq, dns, latency(*r.Connect), latency(*r.Echo))
+	}
+	if err != nil {
+		return fmt.Errorf("writing: %w", err)
+	}
+	return nil
 }
 
-// spread is the least, mean and greatest of some times, and their standard deviation, which ping(8) calls mdev.
-func spread(times []time.Duration) string {
-	least, most, sum, squares := math.Inf(1), 0.0, 0.0, 0.0
-	for _, t := range times {
-		ms := float64(t) / float64(time.Millisecond)
-		least, most, sum, squares = min(least, ms), max(most, ms), sum+ms, squares+ms*ms
+func printJSONLine(out io.Writer, v any) error {
+	if err := json.NewEncoder(out).Encode(v); err != nil {
+		return fmt.Errorf("writing: %w", err)
 	}
-	n := float64(len(times))
-	mean := sum / n
-	return fmt.Sprintf("%.3f/%.3f/%.3f/%.3f ms", least, mean, most, math.Sqrt(max(0, squares/n-mean*mean)))
+	return nil
+}
+
+// A pingSummary sums up all pings.
+type pingSummary struct {
+	Type     string         `json:"type"` // summary
+	Address  string         `json:"address"`
+	Sent     int            `json:"sent"`
+	Returned int            `json:"returned"`
+	Results  map[string]int `json:"results"`
+	Took     float64        `json:"took_seconds"`
+	DNS      *pingSpread    `json:"dns,omitempty"` // nil if no ping got that far
+	Connect  *pingSpread    `json:"connect,omitempty"`
+	Echo     *pingSpread    `json:"echo,omitempty"`
+}
+
+// A pingSpread describes some times. Deviation is the standard deviation, which ping(8)
+// calls mdev.
+type pingSpread struct {
+	Min       float64 `json:"min_seconds"`
+	Mean      float64 `json:"mean_seconds"`
+	Max       float64 `json:"max_seconds"`
+	Deviation float64 `json:"deviation_seconds"`
+}
+
+// String returns the spread as ping(8) prints it.
+func (s *pingSpread) String() string {
+	return fmt.Sprintf("%.3f/%.3f/%.3f/%.3f ms", s.Min*1e3, s.Mean*1e3, s.Max*1e3, s.Deviation*1e3)
+}
+
+func spreadOf(results []pingResult, step func(pingResult) *float64) *pingSpread {
+	s := pingSpread{Min: math.Inf(1)}
+	n, sum, squares := 0.0, 0.0, 0.0
+	for _, r := range results {
+		if t := step(r); t != nil && r.err == nil {
+			n, sum, squares = n+1, sum+*t, squares+*t**t
+			s.Min, s.Max = min(s.Min, *t), max(s.Max, *t)
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	s.Mean = sum / n
+	s.Deviation = math.Sqrt(max(0, squares/n-s.Mean*s.Mean))
+	return &s
+}
+
+// summarize prints the summary.
+func (p *pinger) summarize(took time.Duration) error {
+	s := pingSummary{
+		Type: "summary", Address: p.address, Sent: len(p.results), Results: map[string]int{}, Took: took.Seconds(),
+		DNS:     spreadOf(p.results, func(r pingResult) *float64 { return r.DNS }),
+		Connect: spreadOf(p.results, func(r pingResult) *float64 { return r.Connect }),
+		Echo:    spreadOf(p.results, func(r pingResult) *float64 { return r.Echo }),
+	}
+	for _, r := range p.results {
+		s.Results[r.Result]++
+	}
+	s.Returned = s.Results[pingOK]
+	if p.json {
+		return printJSONLine(p.out, s)
+	}
+	lost := 100 * float64(s.Sent-s.Returned) / float64(s.Sent)
+	if s.Returned > 0 {
+		lost = min(lost, 99.9) // not rounded to 100
+	}
+	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost", p.address, s.Sent, s.Returned, lost)
+	for _, result := range slices.Sorted(maps.Keys(s.Results)) {
+		if result != pingOK {
+			fmt.Fprintf(p.out, ", %d %s", s.Results[result], result)
+		}
+	}
+	_, err := fmt.Fprintf(p.out, ", time %s\n", span(took))
+	for _, step := range []struct {
+		name string
+		*pingSpread
+	}{{"dns", s.DNS}, {"connect", s.Connect}, {"echo", s.Echo}} {
+		if step.pingSpread != nil {
+			_, err = fmt.Fprintf(p.out, "%7s min/avg/max/mdev = %s\n", step.name, step.pingSpread)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("writing: %w", err)
+	}
+	return nil
 }
