@@ -21,5 +21,5 @@ go tool covdata percent -i=coverage | awk -v least="${COVER_MIN:-85}" '
 	END { if (low) { print "under " least " %; see: go tool cover -html coverage/profile"; exit 1 } }'
 
 [ "$(uname)" != Linux ] || step go -C bench test ./...
-[ ! -e examples/go.mod ] || step go -C examples test ./...
+step env MODULE=examples scripts/test.sh
 step scripts/dist-check.sh

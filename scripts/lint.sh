@@ -7,9 +7,8 @@ cd "$(dirname "$0")/.."
 root=$PWD
 vulndb=${VULNDB:+file://$(cd "$VULNDB" && pwd)}
 
-modules=.
+modules='. examples'
 [ "$(uname)" != Linux ] || modules="$modules bench" # bench runs on Linux only
-[ ! -e examples/go.mod ] || modules="$modules examples"
 
 # The development tools have a module of their own: their dependencies never reach users.
 tool() { go tool -modfile="$root/tools/go.mod" "$@"; }

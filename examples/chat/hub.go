@@ -135,8 +135,8 @@ func (h *hub) removeLocked(name string, m *member) {
 	close(m.queue)
 }
 
-// write sends the queue to the client until the member has left the room. A member that was dropped is told why, provided
-// that it takes what is queued in time.
+// write sends the queue to the client until the member has left the room. A member that was dropped is told why, if it
+// takes what is queued in time.
 func (m *member) write() {
 	for message := range m.queue {
 		if _, err := io.WriteString(m.conn, message); err != nil {

@@ -48,6 +48,14 @@ func start(t *testing.T, h *hub, config *tls.Config) (addr net.Addr, srv *server
 	}
 }
 
+// awaitConns waits until n connections are open.
+func awaitConns(t *testing.T, srv *server.Server, n int) {
+	t.Helper()
+	if err := srv.AwaitStatus(t.Context(), func(_ server.State, open int) bool { return open == n }); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestChat(t *testing.T) {
 	// A certificate, and a client that trusts it.
 	https := httptest.NewTLSServer(nil)
@@ -88,6 +96,7 @@ func TestChat(t *testing.T) {
 			ann.expect("bob: bye")
 			bob.close()
 			ann.expect("* bob has left")
+			awaitConns(t, srv, 2)
 
 			drain()
 			for _, c := range []client{ann, eve} {
@@ -154,9 +163,7 @@ func TestSlowMember(t *testing.T) {
 				}
 			}
 			slow.close()
-			if err := srv.AwaitStatus(t.Context(), func(_ server.State, n int) bool { return n == 1 }); err != nil {
-				t.Fatal(err)
-			}
+			awaitConns(t, srv, 1)
 			closed := srv.Closed()[0]
 			if !errors.Is(closed.Err, errTooSlow) || closed.Labels["nick"] != "slow" {
 				t.Errorf("closed %+v, want slow with errTooSlow", closed)
