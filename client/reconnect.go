@@ -80,12 +80,11 @@ func (r *retry) wait(ctx context.Context, err error) error {
 		r.since = time.Now()
 	}
 	delay := rand.N(r.limit(r.waits) + 1)
+	if err := r.expired(err); err != nil {
+		return err
+	}
 	if r.MaxElapsed > 0 {
-		left := r.MaxElapsed - time.Since(r.since)
-		if left <= 0 {
-			return fmt.Errorf("gave up after %s: %w", r.MaxElapsed, err)
-		}
-		delay = min(delay, left) // for a last attempt
+		delay = min(delay, r.MaxElapsed-time.Since(r.since)) // for a last attempt
 	}
 	timer := time.NewTimer(delay)
 	defer timer.Stop()
@@ -97,6 +96,14 @@ func (r *retry) wait(ctx context.Context, err error) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%w while reconnecting: %w", context.Cause(ctx), err)
 	}
+}
+
+// expired returns an error that wraps err if MaxElapsed has passed.
+func (r *retry) expired(err error) error {
+	if r.MaxElapsed <= 0 || r.since.IsZero() || time.Since(r.since) < r.MaxElapsed {
+		return nil
+	}
+	return fmt.Errorf("gave up after %s: %w", r.MaxElapsed, err)
 }
 
 // retryable reports whether the client should connect again after err.

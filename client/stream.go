@@ -58,7 +58,8 @@ type StreamOptions struct {
 
 	// StallTimeout is the time after which a connection is closed if nothing comes
 	// back while an echo is outstanding. It also limits the time to connect. Zero
-	// means 30 s. A negative value means no limit.
+	// means 30 s, or Reconnect.MaxElapsed if that is shorter. A negative value means
+	// no limit.
 	StallTimeout time.Duration
 
 	// Attempts is the number of connections that may end with the same item next in
@@ -203,8 +204,10 @@ type stream[K any] struct {
 
 	incomplete sync.WaitGroup // entries that are not completed
 	echoes     atomic.Int64   // number of items that have come back
-	sourceErr  error          // set before ctx ends with errAllDone
-	failure    error          // why the stream ended early; set before completed is closed
+	began      time.Time
+	lastEcho   atomic.Int64 // time of the last echo of any byte, in ns since began
+	sourceErr  error        // set before ctx ends with errAllDone
+	failure    error        // why the stream ended early; set before completed is closed
 	order      reorderBuffer[K]
 }
 
@@ -214,8 +217,11 @@ func newStream[K any](ctx context.Context, address string, opts StreamOptions) *
 	opts.InFlightBytes = max(cmp.Or(opts.InFlightBytes, defaultInFlightBytes), 1)
 	opts.StallTimeout = cmp.Or(opts.StallTimeout, defaultStallTimeout)
 	opts.Attempts = max(cmp.Or(opts.Attempts, defaultAttempts), 1)
+	if r := opts.Reconnect; r != nil && r.MaxElapsed > 0 && opts.StallTimeout > 0 {
+		opts.StallTimeout = min(opts.StallTimeout, r.MaxElapsed)
+	}
 	s := &stream[K]{
-		address: address, opts: opts,
+		address: address, opts: opts, began: time.Now(),
 		items:     semaphore.NewWeighted(int64(opts.InFlight)),
 		bytes:     semaphore.NewWeighted(int64(opts.InFlightBytes)),
 		queue:     make(chan *entry[K], opts.InFlight),

@@ -31,6 +31,8 @@ func (c *streamConn[K]) run() {
 		err := c.serve(e)
 		if c.opts.Reconnect == nil || permanent(err) {
 			c.stopSending(err)
+		} else {
+			c.updateRetry(err)
 		}
 		c.returnOutstanding(err)
 		if c.sendCtx.Err() == nil {
@@ -224,6 +226,7 @@ func (c *streamConn[K]) advance(conn *echoConn, n int, done []*entry[K]) []*entr
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.since = time.Now()
+	c.lastEcho.Store(int64(c.since.Sub(c.began)))
 	c.echoed += int64(n)
 	for len(c.outstanding) > 0 && c.outstanding[0].end <= c.echoed {
 		done = append(done, c.outstanding[0])
@@ -292,11 +295,9 @@ func (f *failureCount) add(echoes int64) int {
 	return f.n
 }
 
-// backOff waits before the next connection.
-func (c *streamConn[K]) backOff(err error) {
-	if c.opts.OnReconnect != nil {
-		c.opts.OnReconnect(err)
-	}
+// updateRetry restarts the limits of the retry after an echo, and stops sending if they
+// are reached after a connection that ended with err.
+func (c *streamConn[K]) updateRetry(err error) {
 	if now := c.echoes.Load(); now != c.seen {
 		c.seen = now
 		c.retry.echoedElsewhere()
@@ -305,6 +306,21 @@ func (c *streamConn[K]) backOff(err error) {
 		c.retry.echoed()
 	}
 	c.retry.Backoff = *c.opts.Reconnect
+	if c.retry.since.IsZero() && (errors.Is(err, errStalled) || errors.Is(err, errDialTimeout)) {
+		// MaxElapsed counts from the last echo, not from the end of the wait for it.
+		waited := min(c.opts.StallTimeout, time.Since(c.began)-time.Duration(c.lastEcho.Load()))
+		c.retry.since = time.Now().Add(-waited)
+	}
+	if err := c.retry.expired(err); err != nil {
+		c.stopSending(err)
+	}
+}
+
+// backOff waits before the next connection.
+func (c *streamConn[K]) backOff(err error) {
+	if c.opts.OnReconnect != nil {
+		c.opts.OnReconnect(err)
+	}
 	if err := c.retry.wait(c.sendCtx, err); err != nil {
 		c.stopSending(err) // no effect if the end of sendCtx ended the wait
 	}

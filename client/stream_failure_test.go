@@ -315,3 +315,23 @@ func TestStreamStall(t *testing.T) {
 		})
 	})
 }
+
+// MaxElapsed counts from the last echo, also if the server accepts connections and hangs.
+func TestStreamGivesUpOnAServerThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hangs := func(context.Context, string) (net.Conn, error) {
+			near, far := net.Pipe()
+			go func() { _, _ = io.Copy(io.Discard, far) }()
+			return near, nil
+		}
+		began := time.Now()
+		items := func(yield func(Item[int], error) bool) { yield(Item[int]{Data: []byte("x\n")}, nil) }
+		var last error
+		for _, err := range Stream(t.Context(), "memory", items, StreamOptions{Dial: hangs, Reconnect: &Backoff{MaxElapsed: 3 * time.Second}}) {
+			last = err
+		}
+		if took := time.Since(began); last == nil || !strings.Contains(last.Error(), "gave up after 3s") || took != 3*time.Second {
+			t.Errorf("%v after %v, want to give up after 3s", last, took)
+		}
+	})
+}

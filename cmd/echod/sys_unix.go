@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"syscall"
 )
@@ -61,3 +62,7 @@ func checkDirectory(dir string, above bool) error {
 	}
 	return nil
 }
+
+// ignoreBackgroundWrite lets a background job write to its terminal although 'stty tostop' is set.
+// Otherwise the job would be stopped.
+func ignoreBackgroundWrite() { signal.Ignore(syscall.SIGTTOU) }

@@ -3,184 +3,249 @@ package bulk
 import (
 	"fmt"
 	"io"
+	"os"
 	"path"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/mattn/go-runewidth"
-	"github.com/vbauerster/mpb/v8"
-	"github.com/vbauerster/mpb/v8/decor"
+
+	"echod/internal/text"
 )
 
 const (
-	redrawn   = 100 * time.Millisecond
-	barsAfter = 500 * time.Millisecond // what is done by then needs no bars
-	maxName   = 24                     // columns
+	redrawEvery = 100 * time.Millisecond
+	barsAfter   = 500 * time.Millisecond // a run that is done by then needs no bars
+	maxBars     = 10                     // of inputs
+	maxName     = 24                     // columns
+	minName     = 8
+	maxBar      = 40
+	minBar      = 4
 )
 
-// Bars draws the progress on a terminal of so many rows: a bar for each input, as far as they fit, and one for all.
-func Bars(w io.Writer, rows int) Display {
-	return &bars{events: events{w: w}, most: max(rows-3, 1)} // a line for all, one for the cursor, one for what is said
+// Bars draws the progress on a terminal: a bar for each input that is being read, as far
+// as they fit, and one for all. It draws nothing while this process is in the background.
+//
+// The cursor rests at the start of the first bar, not after the last: when a terminal
+// shrinks, it may wrap the bars to an unknown number of rows, but the cursor stays in front
+// of them, so that everything after it can be erased. (mpb counts rows instead, and drops
+// the numbers rather than the bar when space is short.)
+func Bars(terminal *os.File) (d Display, ok bool) {
+	if !canDraw(terminal) {
+		return nil, false
+	}
+	return &bars{
+		events:     events{w: terminal},
+		size:       func() (int, int) { return terminalSize(terminal) },
+		foreground: func() bool { return inForeground(terminal) },
+	}, true
 }
 
 type bars struct {
-	events
-	most int // bars of inputs at a time
+	events     // its mutex guards what follows
+	size       func() (columns, rows int)
+	foreground func() bool
 
-	mu       sync.Mutex // guards progress
-	progress *mpb.Progress
+	drawn bool // bars are on the screen
+	pace  *pace
 }
 
 // Say writes above the bars.
-func (b *bars) Say(text string) {
+func (b *bars) Say(s string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.progress == nil {
-		b.events.Say(text)
-		return
+	var out strings.Builder
+	if b.drawn && b.foreground() {
+		out.WriteString("\r\x1b[J")
 	}
-	_, _ = fmt.Fprintf(b.progress, "echod: %s\n", Printable(text))
+	b.drawn = false
+	fmt.Fprintf(&out, "echod: %s\n", text.Printable(s))
+	_, _ = io.WriteString(b.w, out.String())
 }
 
-func (b *bars) set(p *mpb.Progress) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.progress = p
-}
+func (b *bars) Error(s string) { b.Say(s) }
 
 func (b *bars) show(t *tally) (end func()) {
-	began := time.Now()
-	d := &drawing{tally: t, most: b.most, began: began}
-	stop := repeat(redrawn, func(since time.Duration) {
-		if since < barsAfter {
-			return
+	b.pace = newPace(t)
+	stop := repeat(redrawEvery, func(since time.Duration) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.pace.sample(time.Now())
+		if since >= barsAfter {
+			b.draw(false)
 		}
-		if d.p == nil {
-			d.p = mpb.New(mpb.WithOutput(b.w), mpb.WithRefreshRate(redrawn), mpb.WithAutoRefresh())
-			b.set(d.p)
-		}
-		d.update()
 	})
+	began := time.Now()
 	return func() {
 		stop()
-		if d.p == nil {
-			return
-		}
-		d.update()
-		d.finish()
-		b.set(nil)
-		d.p.Wait()
-	}
-}
-
-// drawing is what is on the screen.
-type drawing struct {
-	tally *tally
-	most  int
-	began time.Time
-
-	p     *mpb.Progress
-	bars  []inputBar
-	next  int // the input that has no bar yet
-	total *mpb.Bar
-}
-
-type inputBar struct {
-	*mpb.Bar
-	input *inputTally
-}
-
-func (d *drawing) update() {
-	for d.next < len(d.tally.inputs) && d.room() {
-		in := &d.tally.inputs[d.next]
-		d.bars = append(d.bars, inputBar{d.add(title(in.name), d.next, in.position, func() string {
-			return plural(in.came.Load(), "record")
-		}), in})
-		d.next++
-	}
-	if d.total == nil && len(d.tally.inputs) > 1 {
-		d.total = d.add("total", len(d.tally.inputs), d.tally.position, d.all)
-	}
-	for _, bar := range d.bars {
-		move(bar.Bar, bar.input.position)
-	}
-	if d.total != nil {
-		move(d.total, d.tally.position)
-	}
-}
-
-// room makes room for another bar: that of an input that is done is taken off.
-func (d *drawing) room() bool {
-	if len(d.bars) < d.most {
-		return true
-	}
-	for i, bar := range d.bars {
-		if bar.input.isDone() {
-			bar.Abort(true)
-			d.bars = append(d.bars[:i], d.bars[i+1:]...)
-			return true
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if time.Since(began) >= barsAfter {
+			b.pace.sample(time.Now())
+			b.draw(true)
 		}
 	}
-	return false
 }
 
-func move(bar *mpb.Bar, position func() (end, size int64, known bool)) {
+// draw draws the bars. The last time it leaves them on the screen.
+func (b *bars) draw(last bool) {
+	if !b.foreground() {
+		b.drawn = false
+		return
+	}
+	columns, rows := b.size()
+	lines := b.pace.bars(columns, rows)
+	var out strings.Builder
+	out.WriteString("\r")
+	for i, line := range lines {
+		out.WriteString(line + "\x1b[K") // erases the rest of the line
+		if i < len(lines)-1 {
+			out.WriteString("\n")
+		}
+	}
+	switch {
+	case last:
+		out.WriteString("\n")
+	case len(lines) > 1:
+		fmt.Fprintf(&out, "\x1b[J\r\x1b[%dA", len(lines)-1)
+	default:
+		out.WriteString("\x1b[J\r")
+	}
+	b.drawn = !last
+	_, _ = io.WriteString(b.w, out.String())
+}
+
+// bars returns the lines to draw on a terminal of that size.
+func (p *pace) bars(columns, rows int) []string {
+	t := p.tally
+	if len(t.inputs) == 1 {
+		in := &t.inputs[0]
+		return []string{p.bar(columns, title(in.name), in.position, p.numbers(in.came.Load()))}
+	}
+	most := max(min(maxBars, rows-2), 0)
+	var lines []string
+	for _, i := range p.visible(most) {
+		in := &t.inputs[i]
+		count := []number{{text.Count(in.came.Load(), "record"), 1}}
+		if in.bad.Load() {
+			count = []number{{"failed", 9}}
+		}
+		lines = append(lines, p.bar(columns, title(in.name), in.position, count))
+	}
+	name := fmt.Sprintf("total (%d of %d)", t.done(), len(t.inputs))
+	return append(lines, p.bar(columns, name, t.position, p.numbers(t.records())))
+}
+
+// visible returns the inputs whose bars are drawn: the last ones that were opened.
+func (p *pace) visible(most int) (inputs []int) {
+	for i := range p.tally.inputs {
+		in := &p.tally.inputs[i]
+		if in.source.Load() != nil || in.isDone() {
+			inputs = append(inputs, i)
+		}
+	}
+	return inputs[max(0, len(inputs)-most):]
+}
+
+// A number is a part of a bar's line. When space is short, those of the lowest rank go
+// first.
+type number struct {
+	text string
+	rank int
+}
+
+// numbers returns the numbers of the whole run.
+func (p *pace) numbers(came int64) []number {
+	bytes, perSecond := p.rates()
+	times := clock(p.elapsed())
+	if left, ok := p.left(); p.stalled() {
+		times += " stalled"
+	} else if ok {
+		times += "<" + clock(left)
+	}
+	numbers := []number{
+		{times, 8},
+		{humanize.Bytes(uint64(bytes)) + "/s", 7},
+		{text.Count(came, "record"), 3},
+		{humanize.Comma(int64(perSecond)) + "/s", 2},
+	}
+	for _, trouble := range p.tally.troubles() {
+		numbers = append(numbers, number{trouble, 6})
+	}
+	return numbers
+}
+
+// bar returns a line. As space gets short, first the bar shrinks, then the name, and then
+// numbers are left out.
+func (p *pace) bar(columns int, name string, position func() (end, size int64, known bool), numbers []number) string {
+	width := max(columns-1, 1) // a full line would wrap on some terminals
 	end, size, known := position()
 	if known {
-		bar.SetTotal(size, false)
+		numbers = append([]number{{fmt.Sprintf("%3d %%", percent(end, size)), 10},
+			{fmt.Sprintf("%s of %s", humanize.Bytes(uint64(end)), humanize.Bytes(uint64(size))), 4}}, numbers...)
+	} else {
+		numbers = append([]number{{humanize.Bytes(uint64(end)), 10}}, numbers...)
 	}
-	bar.SetCurrent(end)
+	nameWidth := min(max(runewidth.StringWidth(name), maxName), width)
+	if p.single() {
+		nameWidth = runewidth.StringWidth(name)
+	}
+	for len(numbers) > 1 && min(nameWidth, minName)+numbersWidth(numbers) > width {
+		numbers = withoutLowest(numbers)
+	}
+	nameWidth = max(min(nameWidth, width-numbersWidth(numbers)), min(nameWidth, minName))
+	free := width - nameWidth - numbersWidth(numbers) - 1 // and a space
+	if !known || free < minBar+2 {
+		return runewidth.Truncate(join(name, nameWidth, numbers, ""), width, "")
+	}
+	return join(name, nameWidth, numbers, progressBar(min(free, maxBar+2), end, size))
 }
 
-// title is the end of an input's name, in a line.
+// single reports whether there is one bar, so that none has to be aligned.
+func (p *pace) single() bool { return len(p.tally.inputs) == 1 }
+
+func numbersWidth(numbers []number) (width int) {
+	for _, n := range numbers {
+		width += 2 + runewidth.StringWidth(n.text)
+	}
+	return width
+}
+
+func withoutLowest(numbers []number) []number {
+	lowest := 0
+	for i, n := range numbers {
+		if n.rank <= numbers[lowest].rank {
+			lowest = i
+		}
+	}
+	return append(append([]number(nil), numbers[:lowest]...), numbers[lowest+1:]...)
+}
+
+// join puts the bar behind the first number.
+func join(name string, nameWidth int, numbers []number, bar string) string {
+	parts := []string{runewidth.FillRight(runewidth.Truncate(name, nameWidth, "…"), nameWidth)}
+	for i, n := range numbers {
+		parts = append(parts, "  "+n.text)
+		if i == 0 && bar != "" {
+			parts = append(parts, " "+bar)
+		}
+	}
+	return strings.Join(parts, "")
+}
+
+// progressBar returns a bar that is filled as far as percent says.
+func progressBar(width int, end, size int64) string {
+	inside := width - 2
+	filled := int(percent(end, size)) * inside / 100
+	bar := strings.Repeat("=", filled)
+	if filled < inside {
+		bar += ">"
+	}
+	return "[" + (bar + strings.Repeat(" ", inside))[:inside] + "]"
+}
+
+// title returns the end of an input's name, in one line.
 func title(name string) string {
-	return runewidth.Truncate(Printable(strings.ReplaceAll(path.Base(name), "\t", " ")), maxName, "…")
-}
-
-// finish leaves the bars on the screen as they are.
-func (d *drawing) finish() {
-	for _, bar := range d.bars {
-		bar.Abort(false)
-	}
-	if d.total != nil {
-		d.total.Abort(false)
-	}
-}
-
-func (d *drawing) all() string { return plural(d.tally.records(), "record") }
-
-// add makes a bar. Where the length is not known there is nothing to fill it with.
-func (d *drawing) add(name string, place int, position func() (end, size int64, known bool), done func() string) *mpb.Bar {
-	last := len(d.tally.inputs) == 1 || place == len(d.tally.inputs) // the one that tells how it goes on the whole
-	return d.p.New(0, mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding(" ").Rbound("]"),
-		mpb.BarPriority(place),
-		mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR)),
-		mpb.AppendDecorators(
-			decor.Any(func(decor.Statistics) string {
-				end, size, known := position()
-				if !known {
-					return " " + humanize.Bytes(uint64(end))
-				}
-				return fmt.Sprintf(" %3d %% of %s", percent(end, size), humanize.Bytes(uint64(size)))
-			}, decor.WCSyncSpaceR),
-			decor.Any(func(decor.Statistics) string { return done() }, decor.WCSyncSpace),
-			decor.Any(func(decor.Statistics) string {
-				if !last {
-					return ""
-				}
-				return d.pace()
-			}, decor.WCSyncSpaceR),
-		))
-}
-
-// pace says how fast it goes, how long it may take, and what has not gone well.
-func (d *drawing) pace() string {
-	since := time.Since(d.began)
-	parts := []string{fmt.Sprintf(" %s/s", humanize.Comma(int64(float64(d.tally.records())/since.Seconds())))}
-	if left, ok := d.tally.timeLeft(since); ok {
-		parts = append(parts, left+" left")
-	}
-	return strings.Join(append(parts, d.tally.troubles()...), "  ")
+	return runewidth.Truncate(text.Printable(path.Base(name)), maxName, "…")
 }

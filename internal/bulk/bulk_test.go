@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// echoServer echoes in memory.
+// echoServer dials a server in memory.
 func echoServer(t *testing.T) client.DialFunc {
 	var serving sync.WaitGroup
 	t.Cleanup(serving.Wait)
@@ -35,13 +35,13 @@ func echoServer(t *testing.T) client.DialFunc {
 	}
 }
 
-// send runs with these options, and returns what came back and what was said.
-func send(t *testing.T, opts Options) (out, said string, summary Summary, err error) {
+// send runs with these options, and returns the output and the reports.
+func send(t *testing.T, opts Options) (out, reported string, summary Summary, err error) {
 	t.Helper()
-	var written, told bytes.Buffer
-	opts.Address, opts.Display = "memory", Events(&told)
+	var written, reports bytes.Buffer
+	opts.Address, opts.Display = "memory", Events(&reports)
 	if opts.Out == nil {
-		opts.Out = Stream(&written)
+		opts.Out = NewOutput(&written)
 	}
 	opts.Stream.Ordered = true
 	if opts.Stream.Dial == nil {
@@ -51,7 +51,7 @@ func send(t *testing.T, opts Options) (out, said string, summary Summary, err er
 		opts.Records.Format = records.Lines
 	}
 	summary, err = Run(t.Context(), t.Context(), opts)
-	return written.String(), told.String(), summary, err
+	return written.String(), reports.String(), summary, err
 }
 
 func file(t *testing.T, name, text string) string {
@@ -63,30 +63,30 @@ func file(t *testing.T, name, text string) string {
 	return path
 }
 
-func TestRecordsStayApartBehindALineWithoutItsEnd(t *testing.T) {
+func TestRunSeparatesInputsWithoutANewline(t *testing.T) {
 	out, _, summary, err := send(t, Options{Inputs: []string{file(t, "a", "one\ntwo"), file(t, "b", "three")}})
 	if want := "one\ntwo\nthree"; err != nil || out != want || summary.Came != 3 {
 		t.Errorf("%q, %+v, %v; want %q", out, summary, err, want)
 	}
 }
 
-func TestOnlyTheFirstFailuresAreNamed(t *testing.T) {
+func TestRunReportsTheFirstFailures(t *testing.T) {
 	table := file(t, "t.csv", "a,b\n"+strings.Repeat("1\n", 50))
-	_, said, summary, err := send(t, Options{Inputs: []string{table}, Records: records.Options{Format: records.CSV}})
-	if err != nil || summary.Malformed != 50 || strings.Count(said, "wrong number of fields") != 10 || !strings.Contains(said, "more failures are only counted") {
-		t.Errorf("%+v, %v, said:\n%s", summary, err, said)
+	_, reported, summary, err := send(t, Options{Inputs: []string{table}, Records: records.Options{Format: records.CSV}})
+	if err != nil || summary.Malformed != 50 || strings.Count(reported, "instead of 2 (--allow-ragged accepts it)") != 10 || !strings.Contains(reported, "further failures are counted, and not reported") {
+		t.Errorf("%+v, %v, reported:\n%s", summary, err, reported)
 	}
 }
 
-func TestRateIsKept(t *testing.T) {
+func TestRunKeepsTheRate(t *testing.T) {
 	began := time.Now()
 	_, _, summary, err := send(t, Options{Inputs: []string{file(t, "a", strings.Repeat("x\n", 101))}, Rate: 1000})
-	if took := time.Since(began); err != nil || summary.Came != 101 || took < 85*time.Millisecond { // less a burst of ten
+	if took := time.Since(began); err != nil || summary.Came != 101 || took < 85*time.Millisecond { // minus a burst of ten
 		t.Errorf("%+v in %v, %v", summary, took, err)
 	}
 }
 
-func TestSummaryIsALine(t *testing.T) {
+func TestSummary(t *testing.T) {
 	for want, s := range map[string]Summary{
 		"1 record came back: 5 B in 1s, 1/s":                                                    {Came: 1, Bytes: 5, Took: time.Second},
 		"all 2,000 records came back: 5.0 kB in 2s, 1,000/s":                                    {Came: 2000, Bytes: 5000, Took: 2 * time.Second},

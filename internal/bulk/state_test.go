@@ -1,8 +1,10 @@
 package bulk
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -16,32 +18,32 @@ import (
 	"echod/internal/records"
 )
 
-func TestStateKnowsWhatIsSettled(t *testing.T) {
+func TestStateKnowsWhatIsDone(t *testing.T) {
 	inputs := []string{file(t, "in", "one\n"), file(t, "all", "1\n"), file(t, "but one", "1\n")}
 	path := filepath.Join(t.TempDir(), "state")
 	s, err := OpenState(path, inputs, records.Options{})
-	if err != nil || s.goesOn() {
-		t.Fatalf("a state without a file: %v, goes on: %v", err, s.goesOn())
+	if err != nil || s.continues() {
+		t.Fatalf("a state without a file: %v, continues: %v", err, s.continues())
 	}
 	for i := range inputs {
 		s.take(key{input: i, number: 1})
 		s.take(key{input: i, number: 2})
-		s.settle([]key{{input: i, number: 1}}, reached{Malformed: 1})
+		s.done([]key{{input: i, number: 1}}, progress{Malformed: 1})
 	}
-	s.settle([]key{{input: 1, number: 2}}, reached{Malformed: 1})
+	s.done([]key{{input: 1, number: 2}}, progress{Malformed: 1})
 	s.read(1)
 	s.read(2)
 	if err := s.save(); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // the second time from what the first has saved without a record more
+	for range 2 { // the second time from what the first saved without another record
 		s, err = OpenState(path, inputs, records.Options{})
-		if err != nil || !s.goesOn() || s.reached().Malformed != 1 {
-			t.Fatalf("%v, goes on: %v, %+v", err, s.goesOn(), s.reached())
+		if err != nil || !s.continues() || s.progress().Malformed != 1 {
+			t.Fatalf("%v, continues: %v, %+v", err, s.continues(), s.progress())
 		}
 		for number, want := range map[int64]bool{1: true, 2: false, 3: false} {
 			if got := s.has(key{number: number}); got != want {
-				t.Errorf("record %d is settled: %v, want %v", number, got, want)
+				t.Errorf("record %d is done: %v, want %v", number, got, want)
 			}
 		}
 		for i, want := range []bool{false, true, false} {
@@ -55,8 +57,8 @@ func TestStateKnowsWhatIsSettled(t *testing.T) {
 	}
 }
 
-// Going on from a state needs the same inputs, read in the same way.
-func TestStateIsAboutItsInputs(t *testing.T) {
+// A state can be continued only with the same inputs, read in the same way.
+func TestStateOfOtherInputs(t *testing.T) {
 	input, path := file(t, "in", "one\n"), filepath.Join(t.TempDir(), "state")
 	const url, secret = "http://me:pw@host/x?", "token=a"
 	was := records.Options{Format: records.CSV, Delimiter: ',', BlockSize: 1, MaxRecord: 2}
@@ -75,17 +77,17 @@ func TestStateIsAboutItsInputs(t *testing.T) {
 		inputs []string
 		want   string
 	}{
-		"format":      {func(o *records.Options) { o.Format = records.Raw }, nil, "format is csv there, and not raw"},
-		"header":      {func(o *records.Options) { o.NoHeader = true }, nil, "header is true there, and not false"},
-		"delimiter":   {func(o *records.Options) { o.Delimiter = ';' }, nil, "delimiter is , there, and not ;"},
+		"format":      {func(o *records.Options) { o.Format = records.Raw }, nil, "format was csv, and is raw"},
+		"header":      {func(o *records.Options) { o.NoHeader = true }, nil, "header was true, and is false"},
+		"delimiter":   {func(o *records.Options) { o.Delimiter = ';' }, nil, "delimiter was ,, and is ;"},
 		"quotes":      {func(o *records.Options) { o.LazyQuotes = true }, nil, "lazy quotes"},
-		"block size":  {func(o *records.Options) { o.BlockSize = 4 }, nil, "block size is 1 there, and not 4"},
-		"max record":  {func(o *records.Options) { o.MaxRecord = 4 }, nil, "longest record is 2 there, and not 4"},
-		"pieces":      {func(o *records.Options) { o.Pieces = true }, nil, "cutting of long lines"},
-		"verbatim":    {func(o *records.Options) { o.Verbatim = true }, nil, "leaving packed input as it is"},
-		"one less":    {nil, []string{input}, "is about 2 inputs, and not 1"},
-		"other name":  {nil, []string{file(t, "other", "one\n"), url + secret}, "is about " + input},
-		"other query": {nil, []string{input, url + "token=b"}, "is about http://host/x?... with another user, query or fragment"},
+		"block size":  {func(o *records.Options) { o.BlockSize = 4 }, nil, "block size was 1, and is 4"},
+		"max record":  {func(o *records.Options) { o.MaxRecord = 4 }, nil, "longest record was 2, and is 4"},
+		"pieces":      {func(o *records.Options) { o.Pieces = true }, nil, "splitting of long lines"},
+		"verbatim":    {func(o *records.Options) { o.Verbatim = true }, nil, "verbatim input"},
+		"one less":    {nil, []string{input}, "the earlier run had 2 inputs, not 1"},
+		"other name":  {nil, []string{file(t, "other", "one\n"), url + secret}, "the earlier run read " + input},
+		"other query": {nil, []string{input, url + "token=b"}, "the earlier run read http://host/x?... with another user, query or fragment"},
 	} {
 		opts, inputs := was, []string{input, url + secret}
 		if c.change != nil {
@@ -105,8 +107,8 @@ func TestStateIsAboutItsInputs(t *testing.T) {
 		want     string
 	}{
 		{"one\n", modified, ""},
-		{"two\n", modified.Add(time.Hour), input + " has changed since: it is of "},
-		{"one and two\n", modified, input + " has changed since: it has 12 bytes, and had 4"},
+		{"two\n", modified.Add(time.Hour), input + " changed since: its time is "},
+		{"one and two\n", modified, input + " changed since: it has 12 bytes, and had 4"},
 	} {
 		if err := errors.Join(os.WriteFile(input, []byte(c.text), 0o600), os.Chtimes(input, time.Time{}, c.modified)); err != nil {
 			t.Fatal(err)
@@ -117,19 +119,19 @@ func TestStateIsAboutItsInputs(t *testing.T) {
 	}
 }
 
-// A state that cannot be written is noticed before anything is given up.
-func TestPrepareTriesTheState(t *testing.T) {
+// A state that cannot be written is an error before any file is truncated.
+func TestPrepareSavesTheStateFirst(t *testing.T) {
 	kept := file(t, "out", "what is there\n")
 	s, err := OpenState(filepath.Join(t.TempDir(), "no such", "state"), nil, records.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	out, err := OpenTarget(kept)
+	out, err := OpenOutput(kept)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer out.close()
-	if err := Prepare(out, nil, s); err == nil || !strings.Contains(err.Error(), "where to go on was not saved") {
+	if err := Prepare(out, nil, s); err == nil || !strings.Contains(err.Error(), "cannot save where to continue") {
 		t.Errorf("got %v", err)
 	}
 	if text, err := os.ReadFile(kept); string(text) != "what is there\n" {
@@ -137,21 +139,21 @@ func TestPrepareTriesTheState(t *testing.T) {
 	}
 }
 
-// What a state is about is at the beginning of the output; what is behind it is sent again.
-func TestOutputIsCutToWhatIsSettled(t *testing.T) {
+// A later run truncates the output to the records that are done.
+func TestOutputIsTruncatedToWhatIsDone(t *testing.T) {
 	path, another := file(t, "out", "one\ntwo\nth"), file(t, "another", "kept\n")
-	const settled = int64(len("one\n"))
-	write := func(path string, was *savedTarget, goesOn bool) (string, error) {
+	const done = int64(len("one\n"))
+	write := func(path string, was *savedOutput, continues bool) (string, error) {
 		t.Helper()
-		out, err := OpenTarget(path)
+		out, err := OpenOutput(path)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer out.close()
-		if err := out.goOnFrom(was, goesOn); err != nil {
+		if err := out.seek(was, continues); err != nil {
 			return "", err
 		}
-		if err := out.cut(); err != nil {
+		if err := out.truncate(); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := out.Write([]byte("X")); err != nil {
@@ -165,32 +167,32 @@ func TestOutputIsCutToWhatIsSettled(t *testing.T) {
 	}
 	one := hashOf([]byte("one\n"))
 	for _, c := range []struct {
-		name   string
-		path   string
-		was    *savedTarget
-		goesOn bool
-		want   string
+		name      string
+		path      string
+		was       *savedOutput
+		continues bool
+		want      string
 	}{
-		{"going on", path, &savedTarget{path, settled, one}, true, "one\nX"},
+		{"continuing", path, &savedOutput{File: path, Length: done, Tail: one}, true, "one\nX"},
 		{"after a stream", another, nil, true, "kept\nX"},
 		{"from the beginning", another, nil, false, "X"},
-		{"before anything was sent", path, &savedTarget{path, 0, ""}, false, "X"},
+		{"before anything was sent", path, &savedOutput{File: path}, false, "X"},
 	} {
-		if got, err := write(c.path, c.was, c.goesOn); err != nil || got != c.want {
+		if got, err := write(c.path, c.was, c.continues); err != nil || got != c.want {
 			t.Errorf("%s: %q (%v), want %q", c.name, got, err, c.want)
 		}
 	}
-	for want, was := range map[string]*savedTarget{
-		"it differs before byte 100":                       {path, 100, one},
-		"it differs before byte 1":                         {path, 1, one},
-		"has written to " + path + "2, and not to " + path: {path + "2", settled, one},
+	for want, was := range map[string]*savedOutput{
+		"it differs before byte 100":                             {File: path, Length: 100, Tail: one},
+		"it differs before byte 1":                               {File: path, Length: 1, Tail: one},
+		"the earlier run wrote to " + path + "2, not to " + path: {File: path + "2", Length: done, Tail: one},
 	} {
 		if _, err := write(path, was, true); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("an output that is another: %v, want %q", err, want)
+			t.Errorf("another output: %v, want %q", err, want)
 		}
 	}
 	if got := readFile(t, path); got != "X" {
-		t.Errorf("what is not gone on with is %q now", got)
+		t.Errorf("an output that was refused is %q now", got)
 	}
 }
 
@@ -203,8 +205,8 @@ func readFile(t *testing.T, path string) string {
 	return string(text)
 }
 
-// An input that an earlier run has read to its end is not read again, and counts.
-func TestInputsThatAreCompleteCount(t *testing.T) {
+// An input that an earlier run finished is not read again, and its records are counted.
+func TestStateSkipsCompleteInputs(t *testing.T) {
 	inputs := []string{file(t, "a", "1\n2\n3\n"), file(t, "b", "4\n5\n")}
 	path := filepath.Join(t.TempDir(), "state")
 	before, err := OpenState(path, inputs, records.Options{})
@@ -213,7 +215,7 @@ func TestInputsThatAreCompleteCount(t *testing.T) {
 	}
 	for number := range int64(3) {
 		before.take(key{number: number + 1})
-		before.settle([]key{{number: number + 1}}, reached{})
+		before.done([]key{{number: number + 1}}, progress{})
 	}
 	before.read(0)
 	if err := before.save(); err != nil {
@@ -225,21 +227,21 @@ func TestInputsThatAreCompleteCount(t *testing.T) {
 	}
 	out, _, summary, err := send(t, Options{Inputs: inputs, State: state})
 	if err != nil || out != "4\n5\n" || summary.Came != 2 || summary.Skipped != 3 {
-		t.Errorf("%q, %+v, %v; want those of the second, and three done before", out, summary, err)
+		t.Errorf("%q, %+v, %v; want the records of the second, and three done before", out, summary, err)
 	}
 }
 
-// However a file is called, it is the same one.
-func TestOutputIsKnownByItsWholeName(t *testing.T) {
+// The state has the absolute path of the output.
+func TestOutputHasAnAbsolutePath(t *testing.T) {
 	t.Chdir(t.TempDir())
 	for i, name := range []string{"out", "./out"} {
-		out, err := OpenTarget(name)
+		out, err := OpenOutput(name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if i > 0 {
 			text := readFile(t, name)
-			err = out.goOnFrom(&savedTarget{out.path, int64(len(text)), hashOf([]byte(text))}, true)
+			err = out.seek(&savedOutput{File: out.path, Length: int64(len(text)), Tail: hashOf([]byte(text))}, true)
 		}
 		if err == nil {
 			_, err = out.Write([]byte("line\n"))
@@ -263,9 +265,9 @@ func must(text string, err error) string {
 	return text
 }
 
-// Who interrupts the reading of standard input has not come to its end.
-func TestStandardInputThatIsCutShortIsNotAtItsEnd(t *testing.T) {
-	for range 50 { // what was wrong once hung on chance
+// An interrupt while standard input is read is not taken for its end.
+func TestRunIsStoppedWhileItReadsStandardInput(t *testing.T) {
+	for range 50 { // the order of events is random
 		synctest.Test(t, func(t *testing.T) {
 			stop, cancel := context.WithCancelCause(t.Context())
 			defer cancel(nil)
@@ -287,8 +289,8 @@ func TestStandardInputThatIsCutShortIsNotAtItsEnd(t *testing.T) {
 				return near, nil
 			}
 			summary, err := Run(t.Context(), stop, Options{
-				Address: "memory", Inputs: []string{stdin}, Stdin: strings.NewReader(strings.Repeat("a line\n", 100_000)),
-				Stream: client.StreamOptions{Dial: slow, Conns: 1}, Out: Stream(io.Discard), Display: Events(io.Discard),
+				Address: "memory", Inputs: []string{stdinName}, Stdin: strings.NewReader(strings.Repeat("a line\n", 100_000)),
+				Stream: client.StreamOptions{Dial: slow, Conns: 1}, Out: NewOutput(io.Discard), Display: Events(io.Discard),
 			})
 			if !errors.Is(err, ErrStopped) || !summary.Unread || summary.Came == 0 || summary.Missing() > 0 {
 				t.Fatalf("%+v, %v", summary, err)
@@ -297,8 +299,8 @@ func TestStandardInputThatIsCutShortIsNotAtItsEnd(t *testing.T) {
 	}
 }
 
-// A run that is killed can be gone on with: its state is at the most two seconds old.
-func TestStateIsKeptUpToDate(t *testing.T) {
+// The state of a run that is killed is at most two seconds old.
+func TestStateIsSavedPeriodically(t *testing.T) {
 	input, path := file(t, "in", strings.Repeat("a line\n", 1000)), filepath.Join(t.TempDir(), "state")
 	synctest.Test(t, func(t *testing.T) {
 		state, err := OpenState(path, []string{input}, records.Options{})
@@ -312,12 +314,12 @@ func TestStateIsKeptUpToDate(t *testing.T) {
 				return
 			}
 			in := was.now.Inputs[0]
-			if settled := in.Records - int64(len(in.Missing)); settled < 300 || settled > 600 {
-				t.Errorf("%d records are settled after 5.5 s of 100 a second", settled)
+			if done := in.Records - int64(len(in.Missing)); done < 300 || done > 600 {
+				t.Errorf("%d records are done after 5.5 s of 100 a second", done)
 			}
 		})
 		defer looked.Stop()
-		if err := Prepare(Stream(nil), nil, state); err != nil {
+		if err := Prepare(NewOutput(nil), nil, state); err != nil {
 			t.Fatal(err)
 		}
 		if _, _, summary, err := send(t, Options{Inputs: []string{input}, Rate: 100, State: state}); err != nil || summary.Came != 1000 {
@@ -326,5 +328,109 @@ func TestStateIsKeptUpToDate(t *testing.T) {
 	})
 	if _, err := os.Stat(path); !os.IsNotExist(err) {
 		t.Errorf("the state is still there: %v", err)
+	}
+}
+
+// A run that is continued with another input sends nothing of it.
+func TestStateRefusesAnotherInput(t *testing.T) {
+	lines := func(from, to int) string {
+		var b strings.Builder
+		for i := range to - from {
+			fmt.Fprintf(&b, "line %d\n", from+i)
+		}
+		return b.String()
+	}
+	for name, c := range map[string]struct {
+		input string
+		want  string // in the report
+		lines int    // sent
+	}{
+		"the same":  {lines(0, 3000), "", 3000},
+		"longer":    {lines(0, 4000), "", 4000},
+		"different": {lines(1, 3001), "it is not the input that the earlier run read: its first ", 0},
+		"shorter":   {lines(0, 10), "it is not the input that the earlier run read: it has 10 records, and had at least ", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path, out := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "out")
+			run := func(ctx context.Context, input io.Reader, rate float64) (string, Summary) {
+				t.Helper()
+				opts := Options{Inputs: []string{stdinName}, Stdin: input, Records: records.Options{Format: records.Lines}, Rate: rate}
+				opts.Stream.Dial, opts.Stream.Ordered = echoServer(t), true
+				var reports bytes.Buffer
+				opts.Display = Events(&reports)
+				var err error
+				if opts.State, err = OpenState(path, opts.Inputs, opts.Records); err != nil {
+					t.Fatal(err)
+				}
+				if opts.Out, err = OpenOutput(out); err != nil {
+					t.Fatal(err)
+				}
+				if err := Prepare(opts.Out, nil, opts.State); err != nil {
+					t.Fatal(err)
+				}
+				summary, _ := Run(t.Context(), ctx, opts)
+				return reports.String(), summary
+			}
+			stop, cancel := context.WithCancelCause(t.Context())
+			time.AfterFunc(50*time.Millisecond, func() { cancel(errors.New("interrupted")) })
+			_, first := run(stop, strings.NewReader(lines(0, 3000)), 4000)
+			if first.Came == 0 || first.Came >= 3000 {
+				t.Fatalf("the first run sent %d records", first.Came)
+			}
+			reported, second := run(t.Context(), strings.NewReader(c.input), 0)
+			want := c.lines
+			if want == 0 {
+				want = int(first.Came)
+			}
+			if got := strings.Count(readFile(t, out), "\n"); got != want || !strings.Contains(reported, c.want) || (second.BadInputs > 0) != (c.want != "") {
+				t.Errorf("%d lines, want %d; reported %q; %+v", got, want, reported, second)
+			}
+			if c.want == "" && readFile(t, out) != c.input {
+				t.Error("the output is not the input")
+			}
+		})
+	}
+}
+
+// Every number of a state file is validated.
+func TestStateValidatesItsFile(t *testing.T) {
+	input := file(t, "in", "one\n")
+	for change, want := range map[string]string{
+		`"records": 0`:                              "",
+		`"records": -5`:                             "a number of " + input + " is negative",
+		`"records": 1, "missing": [2]`:              "record 2 of " + input + " is out of place",
+		`"records": 3, "missing": [2, 2]`:           "record 2 of " + input + " is out of place",
+		`"records": 3, "missing": [0]`:              "record 0 of " + input + " is out of place",
+		`"records": 1, "continue": {"bytes": -1}`:   "the place to continue " + input + " is out of range",
+		`"records": 1, "continue": {"digest": "x"}`: "a digest of " + input + " is malformed",
+		`"records": 1e30`:                           " is not the state of an earlier run",
+	} {
+		s, err := OpenState(filepath.Join(t.TempDir(), "state"), []string{input}, records.Options{})
+		if err != nil || s.save() != nil {
+			t.Fatal(err)
+		}
+		text := strings.Replace(readFile(t, s.path), `"records": 0`, change, 1)
+		if _, err := OpenState(file(t, "state", text), []string{input}, records.Options{}); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", change, err, want)
+		}
+	}
+	text := `{"version": 1, "format": "Format(0)", "delimiter": "\u0000", "block_size": 0, "max_record": 0, "output": {"length": -5}, "inputs": []}`
+	if _, err := OpenState(file(t, "state", text), nil, records.Options{}); err == nil || !strings.Contains(err.Error(), "the length -5 is negative") {
+		t.Errorf("a negative length: %v", err)
+	}
+}
+
+// A name that is not UTF-8 is recognised.
+func TestStateOfANameThatIsNotUTF8(t *testing.T) {
+	input, path := "caf\xe9", filepath.Join(t.TempDir(), "state")
+	s, err := OpenState(path, []string{input}, records.Options{})
+	if err != nil || s.save() != nil {
+		t.Fatal(err)
+	}
+	if _, err := OpenState(path, []string{input}, records.Options{}); err != nil {
+		t.Errorf("the same: %v", err)
+	}
+	if _, err := OpenState(path, []string{"caf\xe8"}, records.Options{}); err == nil {
+		t.Error("another name was taken for the same")
 	}
 }

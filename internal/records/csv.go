@@ -95,7 +95,7 @@ func (r *rows) readHeader() error {
 		return err
 	}
 	if i := bytes.IndexByte(r.text, 0); i >= 0 {
-		return fmt.Errorf("header, line %d: %w: NUL bytes, as in UTF-16 without a byte order mark", r.w.line, ErrEncoding)
+		return fmt.Errorf("header, line %d: %w", r.w.line, ErrNUL)
 	}
 	names, from := make([]string, len(r.ends)), 0
 	for i, end := range r.ends {

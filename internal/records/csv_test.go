@@ -238,7 +238,7 @@ func TestCSVMalformed(t *testing.T) {
 func TestCSVHeaderMalformed(t *testing.T) {
 	for text, want := range map[string]string{
 		"\na,b\"\n1,2\n":                   `read data: header, line 2, column 4: bare " in non-quoted-field (records before: 0)`,
-		"a\x00,\x00b\x00\n\x001\x00":       `read data: header, line 1: cannot be decoded: NUL bytes, as in UTF-16 without a byte order mark (records before: 0)`,
+		"a\x00,\x00b\x00\n\x001\x00":       `read data: header, line 1: NUL bytes, as in UTF-16 without a byte order mark (records before: 0)`,
 		"a,\"b\n1,2\n":                     `read data: header, line 1, column 3: extraneous or missing " in quoted-field: not closed (records before: 0)`,
 		strings.Repeat("x", 100) + "\n1\n": "read data: header, line 1, column 1: too long: more than 64 bytes (records before: 0)",
 	} {

@@ -67,6 +67,7 @@ var (
 	ErrTooLong  = errors.New("too long")
 	ErrColumns  = errors.New("too many columns")
 	ErrEncoding = errors.New("cannot be decoded")
+	ErrNUL      = errors.New("NUL bytes, as in UTF-16 without a byte order mark")
 )
 
 // Format says what a record is.
