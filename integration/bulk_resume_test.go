@@ -4,6 +4,7 @@ package integration
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -12,14 +13,30 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// Who interrupts a run goes on from there, and each record is written once.
-func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
+func TestSendResume(t *testing.T) {
+	t.Run("after SIGKILL", testResumeAfterKill)
+	t.Run("after SIGHUP", testResumeAfterHangup)
+	t.Run("after the reader of the output has gone", testResumeAfterBrokenPipe)
+	t.Run("after the output reached a size limit", testResumeAfterFileLimit)
+	t.Run("after a full disk", testResumeAfterFullDisk)
+	t.Run("after SIGINT", testResumeAfterInterrupt)
+	t.Run("after a second SIGTERM", testResumeAfterSecondSignal)
+	t.Run("failures of the earlier run count", testResumeRemembersFailures)
+	t.Run("--strict stops at the same record again", testResumeStrict)
+	t.Run("a URL that changed", testResumeChangedURL)
+	t.Run("another standard input", testResumeAnotherInput)
+	t.Run("a URL by Range", testResumeURLByRange)
+}
+
+// The same command continues an interrupted run, and each record is written once.
+func testResumeAfterInterrupt(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	const rows = 3000
@@ -44,13 +61,13 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 		t.Fatalf("%d of %d rows were written when it was interrupted", half, rows)
 	}
 
-	// Another command line is refused, and nothing is lost.
+	// Another command line is refused, and changes nothing.
 	check(t, os.WriteFile(filepath.Join(dir, "other"), []byte("x\n"), 0o600))
-	if got := e.bulk("--csv", "--resume", state, filepath.Join(dir, "other")); got.code != 1 || !strings.Contains(got.stderr, "is about "+table) {
+	if got := e.bulk("--csv", "--resume", state, filepath.Join(dir, "other")); got.code != 1 || !strings.Contains(got.stderr, "the earlier run read "+table) {
 		t.Errorf("with another input: %+v", got)
 	}
 
-	if got := e.bulk("--csv", "--output", filepath.Join(dir, "other"), "--resume", state, table); got.code != 1 || !strings.Contains(got.stderr, "has written to "+out) {
+	if got := e.bulk("--csv", "--output", filepath.Join(dir, "other"), "--resume", state, table); got.code != 1 || !strings.Contains(got.stderr, "the earlier run wrote to "+out) {
 		t.Errorf("with another output: %+v", got)
 	}
 	if kept := readFile(t, filepath.Join(dir, "other")); kept != "x\n" {
@@ -59,7 +76,7 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 
 	got := e.bulk(args...)
 	if got.code != 0 || !strings.Contains(got.stderr, "done before") {
-		t.Errorf("going on: %+v", got)
+		t.Errorf("continuing: %+v", got)
 	}
 	expectRows(t, out, rows)
 	if _, err := os.Stat(state); !os.IsNotExist(err) {
@@ -67,8 +84,8 @@ func TestBulkIsInterruptedAndGoesOn(t *testing.T) {
 	}
 }
 
-// The second interrupt ends it, and what had not come back is still to be sent.
-func TestBulkIsInterruptedTwice(t *testing.T) {
+// The second signal stops at once. What had not come back is sent by the next run.
+func testResumeAfterSecondSignal(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	if got := e.ctl("pause"); got.code != 0 {
@@ -88,7 +105,7 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
 	said := bufio.NewReader(stderr)
 	line, err := said.ReadString('\n')
-	if !strings.Contains(line, "once more") {
+	if !strings.Contains(line, "a second signal") {
 		t.Errorf("it says %q (%v)", line, err)
 	}
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
@@ -108,21 +125,21 @@ func TestBulkIsInterruptedTwice(t *testing.T) {
 		t.Errorf("the state is %+v, want 10 records, all of them missing", saved)
 	}
 	if _, err := os.Stat(failed); !os.IsNotExist(err) {
-		t.Errorf("what is in the state is in the failed, too: %v", err)
+		t.Errorf("the records are in the state and in the failed: %v", err)
 	}
 	if got := e.ctl("resume"); got.code != 0 {
 		t.Fatal(got)
 	}
 	if got := e.bulk(args...); got.code != 0 {
-		t.Errorf("going on: %+v", got)
+		t.Errorf("continuing: %+v", got)
 	}
 	if n := strings.Count(readFile(t, out), "a line\n"); n != 1000 {
 		t.Errorf("%d lines were written, want 1000", n)
 	}
 }
 
-// Without a server for long it gives up, says so, and keeps where it was.
-func TestBulkGivesUp(t *testing.T) {
+// Without a server it gives up, and keeps what it did not send.
+func TestSendGivesUp(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	input, failed := filepath.Join(dir, "in"), filepath.Join(dir, "failed")
@@ -135,19 +152,19 @@ func TestBulkGivesUp(t *testing.T) {
 		t.Errorf("the failed are %q", kept)
 	}
 	if !strings.Contains(got.stderr, "connection refused: connecting again, for at most 300ms without an echo\n") || strings.Count(got.stderr, "connecting again") != 1 {
-		t.Errorf("it does not say once why it connects again: %s", got.stderr)
+		t.Errorf("the reason to connect again is not reported once: %s", got.stderr)
 	}
 	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 1000)), 0o600))
 	got = echodRun(t, "send", "--timeout", "1ns", "--lines", "--give-up", "100ms", input)
-	for _, want := range []string{"64 not finished", "not all of the input was read", "not within 1ns", "a run with --resume FILE can be gone on with"} {
+	for _, want := range []string{"64 not finished", "not all of the input was read", "not within 1ns", "a run with --resume FILE can be continued"} {
 		if !strings.Contains(got.stderr, want) {
 			t.Errorf("stderr lacks %q: %s", want, got.stderr)
 		}
 	}
 }
 
-// What came to nothing in one run is not forgotten by the next.
-func TestBulkRemembersFailuresWhenItGoesOn(t *testing.T) {
+// A run reports what failed in an earlier one.
+func testResumeRemembersFailures(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
@@ -158,15 +175,15 @@ func TestBulkRemembersFailuresWhenItGoesOn(t *testing.T) {
 		t.Errorf("interrupted: %+v", got)
 	}
 	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, "1 failed before") || !strings.Contains(got.stderr, "1 malformed") {
-		t.Errorf("going on: %+v", got)
+		t.Errorf("continuing: %+v", got)
 	}
 	if kept := readFile(t, failed); kept != "a,b\n3\n6\n" {
 		t.Errorf("the failed are %q", kept)
 	}
 }
 
-// With --strict the record at which it stopped is still to come.
-func TestBulkIsStrictAgainWhenItGoesOn(t *testing.T) {
+// With --strict the next run begins with the record at which the first stopped.
+func testResumeStrict(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
@@ -174,14 +191,14 @@ func TestBulkIsStrictAgainWhenItGoesOn(t *testing.T) {
 	check(t, os.WriteFile(table, []byte("a,b\n1,2\n3\n4,5\n"), 0o600))
 	args := []string{"--csv", "--strict", "--resume", filepath.Join(dir, "state"), table}
 	for i, want := range []string{`{"line":2,"a":"1","b":"2"}` + "\n", ""} {
-		if got := e.bulk(args...); got.code != 1 || got.stdout != want || !strings.Contains(got.stderr, "stopped at a malformed record") {
+		if got := e.bulk(args...); got.code != 1 || got.stdout != want || !strings.Contains(got.stderr, "stopped at the first malformed record or input") {
 			t.Errorf("run %d: %+v, want %q", i+1, got, want)
 		}
 	}
 }
 
-// A URL that gives something else than it did is not gone on with.
-func TestBulkNoticesThatAURLHasChanged(t *testing.T) {
+// A URL that changed is refused.
+func testResumeChangedURL(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	var version atomic.Int64
@@ -195,7 +212,7 @@ func TestBulkNoticesThatAURLHasChanged(t *testing.T) {
 	args := []string{"--lines", "--output", out, "--resume", filepath.Join(dir, "state"), web.URL + "/x?token=secret"}
 	e.interrupted(syscall.SIGINT, out, args...)
 	version.Add(1)
-	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, `/x?... has changed since `) || strings.Contains(got.stderr, "secret") {
+	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, `/x?...: it changed since `) || strings.Contains(got.stderr, "secret") {
 		t.Errorf("another version: %+v", got)
 	}
 	version.Add(-1)
@@ -204,8 +221,8 @@ func TestBulkNoticesThatAURLHasChanged(t *testing.T) {
 	}
 }
 
-// A named pipe to which nobody writes keeps nobody waiting.
-func TestBulkLeavesAPipeWithoutAWriter(t *testing.T) {
+// A named pipe without a writer does not keep an interrupted run from ending.
+func TestSendPipeWithoutWriter(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	pipe := filepath.Join(t.TempDir(), "pipe")
@@ -223,5 +240,179 @@ func TestBulkLeavesAPipeWithoutAWriter(t *testing.T) {
 	_ = cmd.Wait()
 	if code := exitCode(cmd.ProcessState); code != 130 {
 		t.Errorf("code %d, want 130", code)
+	}
+}
+
+// interrupted runs 'echod send' slowly, sends it a signal once more is in the file out, and returns the result.
+func (e *echod) interrupted(sig syscall.Signal, out string, args ...string) result {
+	e.t.Helper()
+	size := func() int64 {
+		if info, err := os.Stat(out); err == nil {
+			return info.Size()
+		}
+		return 0
+	}
+	before := size()
+	cmd := e.sendCommand(append([]string{"--rate", "1000"}, args...)...)
+	cmd.Env = environment()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	check(e.t, cmd.Start())
+	poll(e.t, "some to be written", func() bool { return size() > before })
+	check(e.t, cmd.Process.Signal(sig))
+	_ = cmd.Wait()
+	return result{stderr: stderr.String(), code: exitCode(cmd.ProcessState)}
+}
+
+// The first run and later ones are killed. Each record is written once.
+func testResumeAfterKill(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	const rows = 3000
+	table, dir := writeCSV(t, rows), t.TempDir()
+	out := filepath.Join(dir, "out")
+	args := []string{"--csv", "--conns", "4", "--ordered", "--output", out, "--resume", filepath.Join(dir, "state"), table}
+	e.interrupted(syscall.SIGKILL, out, args...)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
+		e.interrupted(sig, out, args...)
+	}
+	if got := e.bulk(args...); got.code != 0 || !strings.Contains(got.stderr, "done before") {
+		t.Errorf("continuing: %+v", got)
+	}
+	expectRows(t, out, rows)
+}
+
+// The closing of a terminal stops a run as an interrupt does.
+func testResumeAfterHangup(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	input, out, state := filepath.Join(dir, "in"), filepath.Join(dir, "out"), filepath.Join(dir, "state")
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 3000)), 0o600))
+	got := e.interrupted(syscall.SIGHUP, out, "--lines", "--output", out, "--resume", state, input)
+	if got.code != 129 || !strings.Contains(got.stderr, "--resume "+state) || strings.Contains(got.stderr, "echod: all ") || !strings.Contains(got.stderr, "; not all of the input was read\n") {
+		t.Errorf("got %+v", got)
+	}
+}
+
+// With --resume, a reader that goes away is an error, and the state has what it did not get.
+func testResumeAfterBrokenPipe(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	input, state := filepath.Join(dir, "in"), filepath.Join(dir, "state")
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 3000)), 0o600))
+	cmd := e.sendCommand("--lines", "--resume", state, input)
+	read, write, err := os.Pipe()
+	check(t, err)
+	check(t, read.Close())
+	cmd.Stdout, cmd.Env = write, environment()
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	_ = cmd.Run()
+	check(t, write.Close())
+	if exitCode(cmd.ProcessState) != 1 || !strings.Contains(stderr.String(), "writing the echoes: ") || !strings.Contains(stderr.String(), "broken pipe (the same command") {
+		t.Errorf("code %d: %s", exitCode(cmd.ProcessState), stderr.String())
+	}
+	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 || strings.Count(got.stdout, "a line\n") != 3000 {
+		t.Errorf("continuing: code %d, %d lines; %s", got.code, strings.Count(got.stdout, "a line\n"), got.stderr)
+	}
+}
+
+// A file that cannot grow ends with part of a line, which the next run removes.
+func testResumeAfterFileLimit(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	input, out, state := filepath.Join(dir, "in"), filepath.Join(dir, "out"), filepath.Join(dir, "state")
+	var text strings.Builder
+	for i := range 50_000 {
+		fmt.Fprintf(&text, "this is line %d\n", i)
+	}
+	check(t, os.WriteFile(input, []byte(text.String()), 0o600))
+	args := []string{"--lines", "--resume", state, "--output", out, input}
+	full := commandOf(append([]string{"sh", "-c", `ulimit -f 401 && exec "$0" send --address "$@"`, built(t, echodBinary), e.addr}, args...)...)
+	if got := run(t, full); got.code != 1 || !strings.Contains(got.stderr, "file too large (the same command") {
+		t.Fatalf("got %+v", got)
+	}
+	if torn := readFile(t, out); torn == "" || strings.HasSuffix(torn, "\n") {
+		t.Fatalf("the output ends with %q, want a torn line", torn[max(0, len(torn)-20):])
+	}
+	if got := e.bulk(args...); got.code != 0 {
+		t.Errorf("continuing: %+v", got)
+	}
+	if readFile(t, out) != text.String() {
+		t.Error("the output is not the input")
+	}
+}
+
+// What came back and could not be written is sent again.
+func testResumeAfterFullDisk(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	input, state := filepath.Join(dir, "in"), filepath.Join(dir, "state")
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 3000)), 0o600))
+	if got := e.bulk("--lines", "--output", "/dev/full", "--resume", state, input); got.code != 1 || !strings.Contains(got.stderr, "no space left on device (the same command continues from here") {
+		t.Errorf("got %+v", got)
+	}
+	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 || strings.Count(got.stdout, "a line\n") != 3000 {
+		t.Errorf("continuing: code %d, %d lines, want 3000; %s", got.code, strings.Count(got.stdout, "a line\n"), got.stderr)
+	}
+}
+
+// Another standard input is refused, and nothing of it is sent.
+func testResumeAnotherInput(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	out := filepath.Join(dir, "out")
+	args := []string{"--lines", "--output", out, "--resume", filepath.Join(dir, "state")}
+	input := strings.Repeat("a line\n", 3000)
+	slow := e.sendCommand(append([]string{"--rate", "1000"}, args...)...)
+	slow.Stdin, slow.Env = strings.NewReader(input), environment()
+	check(t, slow.Start())
+	poll(t, "some to be written", func() bool { info, err := os.Stat(out); return err == nil && info.Size() > 0 })
+	check(t, slow.Process.Signal(syscall.SIGINT))
+	_ = slow.Wait()
+	before := readFile(t, out)
+	other := e.sendCommand(args...)
+	other.Stdin = strings.NewReader(strings.Repeat("b line\n", 3000))
+	if got := run(t, other); got.code != 1 || !strings.Contains(got.stderr, "it is not the input that the earlier run read") || readFile(t, out) != before {
+		t.Errorf("another input: %+v", got)
+	}
+	same := e.sendCommand(args...)
+	same.Stdin = strings.NewReader(input)
+	if got := run(t, same); got.code != 0 || readFile(t, out) != input {
+		t.Errorf("the same input: %+v", got)
+	}
+}
+
+// A URL is not read again from its beginning if its server supports ranges.
+func testResumeURLByRange(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	text := strings.Repeat("a line\n", 3000)
+	var ranges []string
+	var mu sync.Mutex
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		mu.Lock()
+		ranges = append(ranges, req.Header.Get("Range"))
+		mu.Unlock()
+		w.Header().Set("ETag", `"1"`)
+		http.ServeContent(w, req, "", time.Time{}, strings.NewReader(text))
+	}))
+	defer web.Close()
+	dir := t.TempDir()
+	out := filepath.Join(dir, "out")
+	args := []string{"--lines", "--output", out, "--resume", filepath.Join(dir, "state"), web.URL}
+	e.interrupted(syscall.SIGINT, out, args...)
+	if got := e.bulk(args...); got.code != 0 || readFile(t, out) != text || !strings.Contains(got.stderr, "done before") {
+		t.Errorf("continuing: %+v", got)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(ranges) != 2 || ranges[0] != "" || !strings.HasPrefix(ranges[1], "bytes=") {
+		t.Errorf("the ranges asked for are %q", ranges)
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// writeCSV writes a table of so many rows, and returns its path.
+// writeCSV writes a table with this number of rows, and returns its path.
 func writeCSV(t *testing.T, rows int) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "table.csv")
@@ -33,7 +33,7 @@ func writeCSV(t *testing.T, rows int) string {
 	return path
 }
 
-// expectRows checks that a file has what comes back for each row of writeCSV, once and in order.
+// expectRows checks that a file has the echo of each row of writeCSV, once and in order.
 func expectRows(t *testing.T, path string, rows int) {
 	t.Helper()
 	file, err := os.Open(path)
@@ -49,13 +49,13 @@ func expectRows(t *testing.T, path string, rows int) {
 		}
 	}
 	if i != rows || lines.Err() != nil {
-		t.Errorf("%d rows have come back (%v), want %d", i, lines.Err(), rows)
+		t.Errorf("%d rows came back (%v), want %d", i, lines.Err(), rows)
 	}
 }
 
-// Two million rows through 16 connections, while the server is killed twice and restarted once: each row comes back once and in order,
-// and the client stays small.
-func TestBulkOfTwoMillionRowsSurvivesThreeRestarts(t *testing.T) {
+// Two million rows are sent over 16 connections, while the server is killed twice and drained once. Each row
+// comes back once and in order, and the client needs little memory.
+func TestSendTwoMillionRowsOverThreeRestarts(t *testing.T) {
 	slow(t)
 	const rows, mostMemory = 2_000_000, 64 << 10 // KiB
 	binary := built(t, leanBinary)
@@ -94,9 +94,9 @@ func TestBulkOfTwoMillionRowsSurvivesThreeRestarts(t *testing.T) {
 	}
 	expectRows(t, out, rows)
 	if most, known := memory(); known {
-		t.Logf("%d KiB at the most; %s", most, stderr.String())
+		t.Logf("%d KiB at most; %s", most, stderr.String())
 		if most > mostMemory {
-			t.Errorf("the client has taken %d KiB, want at most %d", most, mostMemory)
+			t.Errorf("the client used %d KiB, want at most %d", most, mostMemory)
 		}
 	}
 	if !regexp.MustCompile(`all 2,000,000 records came back: .*reconnect`).MatchString(stderr.String()) {
@@ -104,8 +104,8 @@ func TestBulkOfTwoMillionRowsSurvivesThreeRestarts(t *testing.T) {
 	}
 }
 
-// watchMemory watches how much a process takes, until it is gone; the function that it returns awaits that, and tells the most, in KiB, if
-// the system does. (What the kernel says at a process's end begins with that of its parent.)
+// watchMemory samples the peak memory of a process until it is gone. The returned function waits for that, and
+// returns the peak in KiB, if the system reports it. (The peak that wait4 returns includes that of the parent.)
 func watchMemory(pid int) (most func() (kib int, known bool)) {
 	peak := regexp.MustCompile(`VmHWM:\s+(\d+) kB`)
 	seen := make(chan int, 1)

@@ -16,7 +16,9 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -27,7 +29,7 @@ func (e *echod) bulk(args ...string) result {
 	return run(e.t, e.sendCommand(args...))
 }
 
-func TestBulkReadsFilesURLsAndStandardInput(t *testing.T) {
+func TestSendInputs(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
@@ -76,8 +78,8 @@ func TestBulkReadsFilesURLsAndStandardInput(t *testing.T) {
 	}
 }
 
-// With a rate there is a record at a time, and each connection waits for one.
-func TestBulkUsesItsConnections(t *testing.T) {
+// At a low rate each connection waits for a record, so that all are used.
+func TestSendUsesAllConnections(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	const conns = 12
@@ -91,8 +93,8 @@ func TestBulkUsesItsConnections(t *testing.T) {
 	}
 }
 
-// A malformed row is named, kept, and does not stop the rest; with --strict it does.
-func TestBulkNamesMalformedRows(t *testing.T) {
+// A malformed row is reported and kept, and the others are sent. With --strict it stops the run.
+func TestSendMalformedRows(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
@@ -102,7 +104,7 @@ func TestBulkNamesMalformedRows(t *testing.T) {
 	if want := `{"line":2,"a":"1","b":"2"}` + "\n" + `{"line":5,"a":"7","b":"8"}` + "\n"; got.stdout != want || got.code != 1 {
 		t.Errorf("got %+v, want %q and code 1", got, want)
 	}
-	for _, want := range []string{table + ":3:1: wrong number of fields: 1 instead of 2\n", table + ":4:4: bare \" in non-quoted-field\n", "2 of 4 records came back", "2 malformed"} {
+	for _, want := range []string{table + ":3:1: wrong number of fields: 1 instead of 2 (--allow-ragged accepts it)\n", table + ":4:4: bare \" in non-quoted-field (--lazy-quotes accepts it)\n", "2 of 4 records came back", "2 malformed"} {
 		if !strings.Contains(got.stderr, want) {
 			t.Errorf("stderr lacks %q:\n%s", want, got.stderr)
 		}
@@ -111,12 +113,12 @@ func TestBulkNamesMalformedRows(t *testing.T) {
 		t.Errorf("the failed are %q, want %q", kept, want)
 	}
 	got = e.bulk("--csv", "--strict", table)
-	if want := `{"line":2,"a":"1","b":"2"}` + "\n"; got.stdout != want || got.code != 1 || !strings.Contains(got.stderr, "stopped at a malformed record") {
+	if want := `{"line":2,"a":"1","b":"2"}` + "\n"; got.stdout != want || got.code != 1 || !strings.Contains(got.stderr, "stopped at the first malformed record or input") {
 		t.Errorf("--strict: got %+v, want %q and code 1", got, want)
 	}
 }
 
-// corrupting is an echo server that changes lines with the word "bad" while bad is set.
+// corrupting starts an echo server that changes lines with the word "bad" while bad is set.
 func corrupting(t *testing.T, bad *atomic.Bool) (address string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -149,8 +151,8 @@ func corrupting(t *testing.T, bad *atomic.Bool) (address string) {
 	return ln.Addr().String()
 }
 
-// What did not come back right is kept in a form that can be sent again.
-func TestBulkKeepsWhatFailed(t *testing.T) {
+// What came back differently is kept in a form that can be sent again.
+func TestSendFailedFile(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct{ flag, input, kept, again string }{
 		"lines": {"--lines", "good\nbad 1\ngood\nbad 2\n", "bad 1\nbad 2\n", "bad 1\nbad 2\n"},
@@ -180,7 +182,7 @@ func TestBulkKeepsWhatFailed(t *testing.T) {
 	}
 }
 
-func TestBulkSaysWhatIsWrong(t *testing.T) {
+func TestSendErrors(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	dir := t.TempDir()
@@ -200,6 +202,14 @@ func TestBulkSaysWhatIsWrong(t *testing.T) {
 		"no such file":         {[]string{"--lines", dir + "/nosuch"}, 1, "read " + dir + "/nosuch: no such file or directory\n"},
 		"a directory":          {[]string{"--lines", dir}, 1, "is a directory"},
 		"not packed":           {[]string{"--lines", plain}, 1, "the name says gzip, and the content is not"},
+		"tar":                  {[]string{"--lines", path("x.tar", strings.Repeat("\x00", 257)+"ustar")}, 1, "tar archives are not supported"},
+		"other encoding":       {[]string{"--csv", path("latin1.csv", "a,b\n1,\xe9\n")}, 1, "latin1.csv:2:3: cannot be decoded: byte 0xE9 is not UTF-8 (--encoding NAME decodes it, --replace-invalid replaces it)"},
+		"UTF-16 without mark":  {[]string{"--csv", path("utf16.csv", "a\x00,\x00b\x00\n\x00")}, 1, "(--encoding utf-16le decodes it)"},
+		"unknown encoding":     {[]string{"--csv", "--encoding", "klingon", table}, 2, `--encoding: unknown encoding "klingon"`},
+		"comment":              {[]string{"--csv", "--comment", ",", table}, 2, "--comment \",\": want one character that is not the delimiter"},
+		"header of requests":   {[]string{"--lines", "--header", "secret", table}, 2, "--header, number 1: want 'Name: value'"},
+		"no certificate":       {[]string{"--lines", "--cacert", table, table}, 2, "it has no certificate in PEM"},
+		"not closed":           {[]string{"--csv", path("open.csv", "a\n\"x\n")}, 1, "not closed\n"},
 		"a state nowhere":      {[]string{"--lines", "--resume", "-", table}, 2, "--resume -: want the name of a file"},
 		"two formats":          {[]string{"--lines", "--csv", table}, 2, "--lines, --csv and --raw: only one of them"},
 		"text with a flag":     {[]string{"--conns", "4", table}, 2, "--conns: arguments are text, unless"},
@@ -208,18 +218,18 @@ func TestBulkSaysWhatIsWrong(t *testing.T) {
 		"delimiter":            {[]string{"--csv", "--delimiter", "ab", table}, 2, `--delimiter "ab": want one character`},
 		"size":                 {[]string{"--raw", "--block-size", "big", table}, 2, `--block-size "big": want a size`},
 		"no connections":       {[]string{"--lines", "--conns", "0", table}, 2, "--conns 0: want a number from 1"},
-		"its own output":       {[]string{"--lines", "--output", table, table}, 2, table + ": it is to be read, and not to be written to"},
-		"twice the same":       {[]string{"--lines", "--output", dir + "/new", "--failed", dir + "/./new", table}, 2, "it is to be written to for another flag"},
-		"state over output":    {[]string{"--lines", "--output", kept, "--resume", link, table}, 2, "it is to be written to for another flag"},
+		"its own output":       {[]string{"--lines", "--output", table, table}, 2, table + ": the file is an input"},
+		"twice the same":       {[]string{"--lines", "--output", dir + "/new", "--failed", dir + "/./new", table}, 2, "the file is written for another purpose too"},
+		"state over output":    {[]string{"--lines", "--output", kept, "--resume", link, table}, 2, "the file is written for another purpose too"},
 		"nowhere for failed":   {[]string{"--lines", "--output", kept, "--failed", dir + "/nodir/f", table}, 1, "no such file or directory"},
-		"nowhere for a state":  {[]string{"--lines", "--output", kept, "--resume", dir + "/nodir/f", table}, 1, "where to go on was not saved"},
+		"nowhere for a state":  {[]string{"--lines", "--output", kept, "--resume", dir + "/nodir/f", table}, 1, "cannot save where to continue"},
 		"nothing in flight":    {[]string{"--lines", "--in-flight", "0", table}, 2, "--in-flight 0: want a number from 1"},
 		"no number":            {[]string{"--lines", "--rate", "NaN", table}, 2, "--rate NaN: want a number"},
-		"too long":             {[]string{"--lines", "--max-record", "2B", "--failed", dir + "/f", table}, 1, "too long: more than 2 bytes (--max-record allows more; not kept in " + dir + "/f)"},
-		"escape sequences":     {[]string{"--lines", dir + "/a\x1b]0;b\n"}, 1, "a\ufffd]0;b\n"},
-		"other columns":        {[]string{"--csv", "--failed", dir + "/f", table, other}, 1, "b.csv has other columns"},
-		"an output that fails": {[]string{"--lines", "--output", "/dev/full", table}, 1, "writing what came back: "},
-		"a broken state":       {[]string{"--lines", "--resume", plain, table}, 1, "x.gz is not what an earlier run has left"},
+		"too long":             {[]string{"--lines", "--max-record", "2B", "--failed", dir + "/f", table}, 1, "too long: more than 2 bytes (--max-record allows more); not kept in " + dir + "/f"},
+		"escape sequences":     {[]string{"--lines", dir + "/a\x1b]0;b\n"}, 1, "a\ufffd]0;b\ufffd: no such file"},
+		"other columns":        {[]string{"--csv", "--failed", dir + "/f", table, other}, 1, "b.csv: its columns differ from those of the input before"},
+		"an output that fails": {[]string{"--lines", "--output", "/dev/full", table}, 1, "writing the echoes: "},
+		"a broken state":       {[]string{"--lines", "--resume", plain, table}, 1, "x.gz is not the state of an earlier run"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := e.bulk(c.args...)
@@ -239,7 +249,92 @@ func TestBulkSaysWhatIsWrong(t *testing.T) {
 	check(t, err)
 	defer input.Close()
 	cmd.Stdin = input
-	if got := run(t, cmd); got.code != 2 || !strings.Contains(got.stderr, "it is to be read") {
+	if got := run(t, cmd); got.code != 2 || !strings.Contains(got.stderr, "the file is an input") {
 		t.Errorf("with its output as standard input: %+v", got)
+	}
+}
+
+// An input that cannot be read does not stop the others.
+func TestSendBadInputs(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	dir := t.TempDir()
+	one, two := filepath.Join(dir, "one"), filepath.Join(dir, "two")
+	check(t, os.WriteFile(one, []byte("1\n"), 0o600))
+	check(t, os.WriteFile(two, []byte("2\n"), 0o600))
+	web := httptest.NewServer(http.NotFoundHandler())
+	defer web.Close()
+	args := []string{"--lines", dir + "/none", one, dir, web.URL + "/x", two}
+	got := e.bulk(args...)
+	if got.code != 1 || got.stdout != "1\n2\n" {
+		t.Errorf("got %+v", got)
+	}
+	for _, want := range []string{
+		"read " + dir + "/none: no such file or directory\n", "read " + dir + ": is a directory\n", web.URL + "/x: 404 Not Found\n",
+		"2 records came back", "; 3 inputs not read to the end\n",
+	} {
+		if !strings.Contains(got.stderr, want) {
+			t.Errorf("stderr lacks %q:\n%s", want, got.stderr)
+		}
+	}
+	if got := e.bulk(append([]string{"--quiet"}, args...)...); got.code != 1 || got.stdout != "1\n2\n" || strings.Count(got.stderr, "\n") != 3 {
+		t.Errorf("--quiet: got %+v, want the three errors alone", got)
+	}
+	if got := e.bulk(append([]string{"--strict"}, args...)...); got.code != 1 || got.stdout != "" {
+		t.Errorf("--strict: got %+v", got)
+	}
+}
+
+// When the reader of the output has gone, as in '| head', it ends as filters do.
+func TestSendToAReaderThatHasGone(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	cmd := e.sendCommand("--lines")
+	cmd.Stdin = strings.NewReader(strings.Repeat("a line\n", 100_000))
+	read, write, err := os.Pipe()
+	check(t, err)
+	check(t, read.Close())
+	var stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr, cmd.Env = write, &stderr, environment()
+	_ = cmd.Run()
+	check(t, write.Close())
+	if code := exitCode(cmd.ProcessState); code != 128+int(syscall.SIGPIPE) || stderr.Len() > 0 {
+		t.Errorf("code %d, stderr %q; want 141 and nothing", code, stderr.String())
+	}
+}
+
+// A file that is the output too would grow for ever.
+func TestSendRefusesItsOutputAsInput(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	path := filepath.Join(t.TempDir(), "same.txt")
+	check(t, os.WriteFile(path, []byte("a\nb\n"), 0o600))
+	for _, args := range [][]string{{"--lines", path}, nil} {
+		cmd := e.sendCommand(args...)
+		out, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
+		check(t, err)
+		in, err := os.Open(path)
+		check(t, err)
+		var stderr bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr, cmd.Env = in, out, &stderr, environment()
+		_ = cmd.Run()
+		check(t, in.Close())
+		check(t, out.Close())
+		if code := exitCode(cmd.ProcessState); code != 2 || !strings.Contains(stderr.String(), "is the output too") || readFile(t, path) != "a\nb\n" {
+			t.Errorf("%q: code %d, stderr %q", args, code, stderr.String())
+		}
+	}
+}
+
+// --give-up counts from the last echo, also if the server accepts connections and hangs.
+func TestSendGivesUpOnAServerThatHangs(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	defer ln.Close()
+	began := time.Now()
+	got := echodRun(t, "send", "--address", ln.Addr().String(), "--lines", "--give-up", "1s", writeCSV(t, 10))
+	if took := time.Since(began); got.code != 1 || !strings.Contains(got.stderr, "gave up after 1s: ") || took > 10*time.Second { // the stall timeout is 30 s
+		t.Errorf("after %v: %+v", took, got)
 	}
 }

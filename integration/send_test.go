@@ -21,7 +21,7 @@ func (e *echod) sendCommand(args ...string) *exec.Cmd {
 	return exec.Command(built(e.t, echodBinary), append([]string{"send", "--address", e.addr}, args...)...)
 }
 
-// sending is an echod send whose input the test types.
+// sending is an echod send whose standard input the test writes.
 type sending struct {
 	*exec.Cmd
 	in     io.WriteCloser
@@ -50,7 +50,7 @@ func (e *echod) startSending(args ...string) *sending {
 	return s
 }
 
-// echo types a line and reads its echo.
+// echo writes a line and reads its echo.
 func (s *sending) echo(t *testing.T, line string) {
 	t.Helper()
 	_, err := io.WriteString(s.in, line)
@@ -60,7 +60,7 @@ func (s *sending) echo(t *testing.T, line string) {
 	}
 }
 
-// end reads what else there is on stdout, and returns it with the exit code.
+// end reads the rest of stdout, and returns it with the exit code.
 func (s *sending) end() (rest string, code int) {
 	all, _ := io.ReadAll(s.out)
 	_ = s.Wait()
@@ -104,7 +104,7 @@ func TestSendStandardInput(t *testing.T) {
 	}
 }
 
-func TestSendTellsNoticesFromEchoes(t *testing.T) {
+func TestSendSeparatesNoticesFromEchoes(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s")
 	s := e.startSending()
@@ -144,7 +144,7 @@ func TestSendReconnectsToTheSuccessor(t *testing.T) {
 	}
 }
 
-func TestSendSaysWhyNot(t *testing.T) {
+func TestSendTextErrors(t *testing.T) {
 	t.Parallel()
 	paused := start(t)
 	if got := paused.ctl("pause", "--mode", "reject"); got.code != 0 {

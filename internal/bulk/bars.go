@@ -19,7 +19,7 @@ const (
 	barsAfter   = 500 * time.Millisecond // a run that is done by then needs no bars
 	maxBars     = 10                     // of inputs
 	maxName     = 24                     // columns
-	minName     = 8
+	minName     = 10
 	maxBar      = 40
 	minBar      = 4
 )
@@ -119,22 +119,31 @@ func (b *bars) draw(last bool) {
 // bars returns the lines to draw on a terminal of that size.
 func (p *pace) bars(columns, rows int) []string {
 	t := p.tally
+	var bars []bar
 	if len(t.inputs) == 1 {
 		in := &t.inputs[0]
-		return []string{p.bar(columns, title(in.name), in.position, p.numbers(in.came.Load()))}
-	}
-	most := max(min(maxBars, rows-2), 0)
-	var lines []string
-	for _, i := range p.visible(most) {
-		in := &t.inputs[i]
-		count := []number{{text.Count(in.came.Load(), "record"), 1}}
-		if in.bad.Load() {
-			count = []number{{"failed", 9}}
+		bars = []bar{{title(in.name), in.position, p.numbers(in.came.Load())}}
+	} else {
+		for _, i := range p.visible(max(min(maxBars, rows-2), 0)) {
+			in := &t.inputs[i]
+			count := number{text.Count(in.came.Load(), "record"), 1}
+			if in.bad.Load() {
+				count = number{"failed", 9}
+			}
+			bars = append(bars, bar{title(in.name), in.position, []number{count}})
 		}
-		lines = append(lines, p.bar(columns, title(in.name), in.position, count))
+		name := fmt.Sprintf("total %d/%d", t.done(), len(t.inputs))
+		bars = append(bars, bar{name, t.position, p.numbers(t.records())})
 	}
-	name := fmt.Sprintf("total (%d of %d)", t.done(), len(t.inputs))
-	return append(lines, p.bar(columns, name, t.position, p.numbers(t.records())))
+	nameWidth := 0
+	for _, b := range bars {
+		nameWidth = max(nameWidth, runewidth.StringWidth(b.name))
+	}
+	var lines []string
+	for _, b := range bars {
+		lines = append(lines, b.line(columns, nameWidth))
+	}
+	return lines
 }
 
 // visible returns the inputs whose bars are drawn: the last ones that were opened.
@@ -176,34 +185,36 @@ func (p *pace) numbers(came int64) []number {
 	return numbers
 }
 
-// bar returns a line. As space gets short, first the bar shrinks, then the name, and then
-// numbers are left out.
-func (p *pace) bar(columns int, name string, position func() (end, size int64, known bool), numbers []number) string {
+// A bar is a line about an input, or about all.
+type bar struct {
+	name     string
+	position func() (end, size int64, known bool)
+	numbers  []number
+}
+
+// line formats a bar. As space gets short, first the bar itself shrinks, then numbers are
+// left out.
+func (b bar) line(columns, nameWidth int) string {
 	width := max(columns-1, 1) // a full line would wrap on some terminals
-	end, size, known := position()
+	end, size, known := b.position()
+	numbers := []number{{humanize.Bytes(uint64(end)), 10}}
 	if known {
-		numbers = append([]number{{fmt.Sprintf("%3d %%", percent(end, size)), 10},
-			{fmt.Sprintf("%s of %s", humanize.Bytes(uint64(end)), humanize.Bytes(uint64(size))), 4}}, numbers...)
-	} else {
-		numbers = append([]number{{humanize.Bytes(uint64(end)), 10}}, numbers...)
+		numbers = []number{
+			{fmt.Sprintf("%3d %%", percent(end, size)), 10},
+			{fmt.Sprintf("%s of %s", humanize.Bytes(uint64(end)), humanize.Bytes(uint64(size))), 4},
+		}
 	}
-	nameWidth := min(max(runewidth.StringWidth(name), maxName), width)
-	if p.single() {
-		nameWidth = runewidth.StringWidth(name)
-	}
+	numbers = append(numbers, b.numbers...)
 	for len(numbers) > 1 && min(nameWidth, minName)+numbersWidth(numbers) > width {
 		numbers = withoutLowest(numbers)
 	}
 	nameWidth = max(min(nameWidth, width-numbersWidth(numbers)), min(nameWidth, minName))
 	free := width - nameWidth - numbersWidth(numbers) - 1 // and a space
 	if !known || free < minBar+2 {
-		return runewidth.Truncate(join(name, nameWidth, numbers, ""), width, "")
+		return runewidth.Truncate(join(b.name, nameWidth, numbers, ""), width, "")
 	}
-	return join(name, nameWidth, numbers, progressBar(min(free, maxBar+2), end, size))
+	return join(b.name, nameWidth, numbers, progressBar(min(free, maxBar+2), end, size))
 }
-
-// single reports whether there is one bar, so that none has to be aligned.
-func (p *pace) single() bool { return len(p.tally.inputs) == 1 }
 
 func numbersWidth(numbers []number) (width int) {
 	for _, n := range numbers {

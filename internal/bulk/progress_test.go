@@ -116,8 +116,8 @@ func TestBarShrinksBeforeTheNumbers(t *testing.T) {
 		200: "people.csv   45 % [==================>                     ]  450 kB of 1.0 MB  00:01<00:01  450 kB/s  4,500 records  4,500/s",
 		100: "people.csv   45 % [======>       ]  450 kB of 1.0 MB  00:01<00:01  450 kB/s  4,500 records  4,500/s",
 		60:  "people.csv   45 %  450 kB of 1.0 MB  00:01<00:01  450 kB/s",
-		40:  "people.c…   45 %  00:01<00:01  450 kB/s",
-		30:  "people.c…   45 %  00:01<00:01",
+		40:  "people.csv   45 % [==>   ]  00:01<00:01",
+		30:  "people.csv   45 % [====>    ]",
 		20:  "people.csv   45 %",
 		5:   "peop",
 	} {
@@ -166,7 +166,7 @@ func TestBarsFit(t *testing.T) {
 			}
 		}
 	}
-	if lines := p.bars(150, 24); !strings.HasPrefix(lines[len(lines)-1], "total (29 of 30)") {
+	if lines := p.bars(150, 24); !strings.HasPrefix(lines[len(lines)-1], "total 29/30") {
 		t.Errorf("the last line is %q", lines[len(lines)-1])
 	}
 }
