@@ -106,7 +106,7 @@ func TestFiguresOfLimitsAndTheProcess(t *testing.T) {
 	check(t, err)
 	for series, want := range map[string]float64{
 		"process_max_fds":         500,
-		"echod_connections_limit": 500 - 128,
+		"echod_connections_limit": 500 - 160,
 		fmt.Sprintf("echod_accept_queue_limit{listener=%q}", e.addr): backlog,
 	} {
 		if got[series] != want || want == 0 {
