@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"echod/control"
@@ -101,5 +102,36 @@ func TestSocketActivation(t *testing.T) {
 				t.Errorf("exit code %d, %q; want 1, and %q in it", got.code, got.stderr, c.want)
 			}
 		})
+	}
+}
+
+// The server cannot know whether a successor comes. The kernel would reset the clients in the queue when the supervisor
+// closes the socket too.
+func TestG4DrainServesTheQueueOfAnInheritedSocket(t *testing.T) {
+	t.Parallel()
+	ln := tcpSocket(t)
+	path := filepath.Join(shortDir(t), "c")
+	e := launch(t, activated(t, []passedSocket{{"echo", ln}}, "--control", path, "--grace", "20s"), path)
+	e.addr = ln.Addr().String()
+	e.pause(control.PauseRequest{})
+	waiting := make([]*peer, 20)
+	for i := range waiting {
+		waiting[i] = e.dial()
+	}
+	e.signal(syscall.SIGTERM)
+	for _, p := range waiting {
+		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+		check(t, p.echo("served\n"))
+	}
+	later := e.dial() // left to a successor
+	for _, p := range waiting {
+		check(t, p.leave())
+	}
+	e.wait(0)
+	served, err := ln.Accept()
+	check(t, err)
+	defer served.Close()
+	if served.RemoteAddr().String() != later.LocalAddr().String() {
+		t.Errorf("the successor's first client is %s, want %s", served.RemoteAddr(), later.LocalAddr())
 	}
 }

@@ -22,24 +22,24 @@ type echod struct {
 	t       testing.TB
 	cmd     *exec.Cmd
 	pid     int
-	socket  string   // the control socket's path
+	socket  string   // path of the control socket
 	addrs   []string // of the listeners
 	addr    string   // the first of them
 	log     *journal
 	control *control.Client
 
 	exited chan struct{}
-	gone   time.Time // when it had exited, once exited is closed
-	code   int       // its exit code then; 128+signal when a signal has killed it
+	gone   time.Time // when it exited; valid once exited is closed
+	code   int       // its exit code, or 128+signal; valid once exited is closed
 }
 
-// start runs the server with these flags besides those that every test wants, and waits until it listens.
+// start starts a server with these flags, and others that all tests use, and waits until it listens.
 func start(t testing.TB, flags ...string) *echod {
 	t.Helper()
 	return startAs(t, nil, flags...)
 }
 
-// startAs is start through a command that ends up executing its arguments, such as nohup.
+// startAs is like start, but runs the server through a wrapper that executes its arguments, such as nohup.
 func startAs(t testing.TB, wrapper []string, flags ...string) *echod {
 	t.Helper()
 	argv := slices.Concat(wrapper, []string{built(t, echodBinary), "serve", "--log-format", "json"}, flags)
@@ -56,7 +56,7 @@ func startAs(t testing.TB, wrapper []string, flags ...string) *echod {
 	return launch(t, exec.Command(argv[0], argv[1:]...), socket)
 }
 
-// startEmbedding runs the program of testdata/embed.
+// startEmbedding starts the program in testdata/embed.
 func startEmbedding(t testing.TB, flags ...string) *echod {
 	t.Helper()
 	socket := filepath.Join(shortDir(t), "c")
@@ -67,18 +67,7 @@ func startEmbedding(t testing.TB, flags ...string) *echod {
 // launch starts a server and waits for all of its listeners.
 func launch(t testing.TB, cmd *exec.Cmd, socket string) *echod {
 	t.Helper()
-	e := &echod{t: t, cmd: cmd, socket: socket, log: newJournal(), exited: make(chan struct{})}
-	e.cmd.Stderr = e.log
-	if e.cmd.Env == nil {
-		e.cmd.Env = environment()
-	}
-	e.cmd.WaitDelay = patience
-	check(t, e.cmd.Start())
-	e.pid = e.cmd.Process.Pid
-	go e.await()
-	e.control = control.NewClient(socket)
-	t.Cleanup(e.cleanup)
-
+	e := spawn(t, cmd, socket)
 	listeners := 0
 	for _, arg := range e.cmd.Args {
 		if arg == "--listen" {
@@ -92,7 +81,24 @@ func launch(t testing.TB, cmd *exec.Cmd, socket string) *echod {
 	return e
 }
 
-// shortDir makes a directory whose name leaves room in a socket's path, of 107 bytes at most.
+// spawn starts a server and does not wait for its listeners. The end of the test kills it.
+func spawn(t testing.TB, cmd *exec.Cmd, socket string) *echod {
+	t.Helper()
+	e := &echod{t: t, cmd: cmd, socket: socket, log: newJournal(), exited: make(chan struct{})}
+	e.cmd.Stderr = e.log
+	if e.cmd.Env == nil {
+		e.cmd.Env = environment()
+	}
+	e.cmd.WaitDelay = patience
+	check(t, e.cmd.Start())
+	e.pid = e.cmd.Process.Pid
+	go e.await()
+	e.control = control.NewClient(socket)
+	t.Cleanup(e.cleanup)
+	return e
+}
+
+// shortDir makes a directory with a short name: a socket's path has at most 107 bytes.
 func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "echod")
@@ -109,7 +115,7 @@ func (e *echod) await() {
 	e.code = exitCode(e.cmd.ProcessState)
 }
 
-// exitCode is what a shell would show.
+// exitCode returns the exit code as a shell shows it.
 func exitCode(state *os.ProcessState) int {
 	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
 		return 128 + int(status.Signal())
@@ -126,7 +132,7 @@ func (e *echod) cleanup() {
 		<-e.exited
 	}
 	if strings.Contains(e.log.String(), "DATA RACE") {
-		e.t.Error("the race detector has found something")
+		e.t.Error("the race detector found a race")
 	}
 	if e.t.Failed() {
 		text := e.log.String()
@@ -151,7 +157,7 @@ func (e *echod) awaitNth(n int, msg string, fields ...string) entry {
 	return found
 }
 
-// signal sends sig, and returns when it did.
+// signal sends sig and returns the time.
 func (e *echod) signal(sig syscall.Signal) time.Time {
 	e.t.Helper()
 	sent := time.Now()
@@ -159,7 +165,7 @@ func (e *echod) signal(sig syscall.Signal) time.Time {
 	return sent
 }
 
-// wait waits for the end of the process, and checks its exit code.
+// wait waits for the process to exit, and checks its exit code.
 func (e *echod) wait(code int) {
 	e.t.Helper()
 	select {
@@ -172,7 +178,7 @@ func (e *echod) wait(code int) {
 	}
 }
 
-// status asks the control plane.
+// status returns the server's status.
 func (e *echod) status() control.Status {
 	e.t.Helper()
 	st, err := e.control.Status(within(e.t, patience))
@@ -180,7 +186,7 @@ func (e *echod) status() control.Status {
 	return st
 }
 
-// state checks the state.
+// expectState checks the server's state.
 func (e *echod) expectState(want string) {
 	e.t.Helper()
 	if got := e.status().State; got != want {
@@ -188,7 +194,7 @@ func (e *echod) expectState(want string) {
 	}
 }
 
-// awaitOpen waits until so many connections are open.
+// awaitOpen waits until n connections are open.
 func (e *echod) awaitOpen(n int) {
 	e.t.Helper()
 	_, err := e.control.Wait(within(e.t, patience), control.WaitRequest{Connections: &n})
@@ -197,7 +203,7 @@ func (e *echod) awaitOpen(n int) {
 	}
 }
 
-// expectAccounts checks that accepted = open + closed, and what was closed by which reason.
+// expectAccounts checks that accepted = open + closed, and the number closed for each reason.
 func (e *echod) expectAccounts(want map[string]uint64) {
 	e.t.Helper()
 	st := e.status()
@@ -212,11 +218,11 @@ func (e *echod) expectAccounts(want map[string]uint64) {
 	}
 }
 
-// queued is how many clients wait in the first listener's accept queue.
+// queued returns how many clients wait in the first listener's accept queue.
 func (e *echod) queued(st control.Status) int {
 	e.t.Helper()
 	if st.Listeners[0].AcceptQueue == nil {
-		missing(e.t, "this system does not tell how long an accept queue is")
+		missing(e.t, "this system does not show the length of an accept queue")
 	}
 	return *st.Listeners[0].AcceptQueue
 }
@@ -232,13 +238,13 @@ func balanced(st control.Status) error {
 	return nil
 }
 
-// result is what became of a program.
+// result is the outcome of a program.
 type result struct {
 	stdout, stderr string
 	code           int
 }
 
-// ctl runs 'echod ctl' against the server.
+// ctl runs 'echod ctl' with the server's control socket.
 func (e *echod) ctl(args ...string) result {
 	e.t.Helper()
 	return run(e.t, e.ctlCommand(args...))
@@ -249,7 +255,7 @@ func (e *echod) ctlCommand(args ...string) *exec.Cmd {
 	return exec.Command(built(e.t, echodBinary), append([]string{"ctl", "--control", e.socket}, args...)...)
 }
 
-// run runs a program to its end, within bounds.
+// run runs a program until it exits. It is killed after patience.
 func run(t testing.TB, cmd *exec.Cmd) result {
 	t.Helper()
 	var stdout, stderr bytes.Buffer

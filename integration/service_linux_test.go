@@ -39,6 +39,7 @@ func TestSystemd(t *testing.T) {
 	t.Run("the watchdog restarts a hanging process", s.testWedge)
 	t.Run("a crash refuses no client", s.testCrash)
 	t.Run("echod-control.socket passes the control socket", s.testControlSocket)
+	t.Run("the documented commands work", s.testDocumentedCommands)
 	t.Run("the journal has fields", s.testJournal)
 	t.Run("a drain may outlast the stop timeout", s.testStopTimeout)
 	t.Run("a forced stop is no failure", s.testForce)
@@ -374,4 +375,31 @@ func (s *systemd) removeDropIn(t *testing.T, name string) {
 	s.ctl(t, "stop", "echod.socket", "echod.service")
 	check(t, os.Remove(filepath.Join(s.units, name)))
 	s.ctl(t, "daemon-reload")
+}
+
+// Each of the commands that docs/operations.md has, and variants, changes the address on a running service.
+func (s *systemd) testDocumentedCommands(t *testing.T) {
+	s.fresh(t)
+	defer s.removeDropIn(t, "echod.socket.d/20-test.conf")
+	for _, restart := range []string{"echod.socket echod.service", "echod.service echod.socket", "echod.socket"} {
+		addr := "127.0.0.1:" + freePorts(t, 1)[0]
+		s.write(t, "echod.socket.d/20-test.conf", "[Socket]\nListenStream=\nListenStream="+addr+"\n")
+		s.ctl(t, "daemon-reload")
+		s.ctl(t, append([]string{"restart"}, strings.Fields(restart)...)...)
+		s.awaitProperty(t, "ActiveState", func(state string) bool { return state == "active" })
+		plane := control.NewClient(s.socket)
+		st, err := plane.Status(within(t, patience))
+		plane.Close()
+		check(t, err)
+		if len(st.Listeners) != 1 || st.Listeners[0].Address != addr {
+			t.Errorf("after restart %s it listens on %+v, want %s", restart, st.Listeners, addr)
+		}
+	}
+	s.ctl(t, "enable", "echod-control.socket")
+	defer s.ctl(t, "disable", "--now", "echod-control.socket")
+	s.ctl(t, "restart", "echod.service")
+	plane := control.NewClient("/proc/" + s.pid + "/root/run/echod-control.sock")
+	defer plane.Close()
+	_, err := plane.Status(within(t, patience))
+	check(t, err)
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -224,23 +225,22 @@ func testClosingATerminal(t *testing.T) {
 	check(t, err)
 }
 
-// TestLogReaderStops checks that a log that nobody reads, such as a terminal after Ctrl-S, does not block the server.
-func TestLogReaderStops(t *testing.T) {
-	t.Parallel()
-	const grace = time.Second
+// startUnread starts a server, without a control socket, whose log nobody reads any more, such as on a terminal after
+// Ctrl-S.
+func startUnread(t *testing.T, flags ...string) (cmd *exec.Cmd, addr string) {
+	t.Helper()
 	fifo := filepath.Join(shortDir(t), "log")
 	check(t, syscall.Mkfifo(fifo, 0o600))
 	read, err := os.OpenFile(fifo, os.O_RDWR, 0) // for writing too, so that it does not wait for a writer
 	check(t, err)
-	defer read.Close()
+	t.Cleanup(func() { _ = read.Close() })
 	write, err := os.OpenFile(fifo, os.O_WRONLY, 0)
 	check(t, err)
-	cmd := commandOf(built(t, echodBinary), "--log-format", "json", "--listen", "127.0.0.1:0", "--control", "off", "--grace", grace.String())
+	cmd = commandOf(append([]string{built(t, echodBinary), "--log-format", "json", "--listen", "127.0.0.1:0", "--control", "off"}, flags...)...)
 	cmd.Stderr, cmd.Env = write, environment()
 	check(t, cmd.Start())
 	t.Cleanup(func() { _ = cmd.Process.Kill() })
 	check(t, write.Close())
-	addr := ""
 	for lines := bufio.NewReader(read); addr == ""; {
 		line, err := lines.ReadString('\n')
 		check(t, err)
@@ -249,25 +249,47 @@ func TestLogReaderStops(t *testing.T) {
 		}
 	}
 	fill(t, fifo)
+	return cmd, addr
+}
 
-	stayer, err := connect(addr)
-	check(t, err)
-	defer stayer.Close()
-	for range 10 { // each adds lines to the log
-		p, err := connect(addr)
-		check(t, err)
-		check(t, errors.Join(p.echo("hello\n"), p.leave(), p.Close()))
-	}
-	check(t, stayer.echo("still there\n"))
-	sent := time.Now()
-	check(t, cmd.Process.Signal(syscall.SIGTERM))
-	check(t, stayer.expectRest("SHUTDOWN 1 SIGTERM\n"))
-	_ = cmd.Wait()
-	if took := time.Since(sent); took > grace+2*time.Second {
-		t.Errorf("the process exited after %v, want at most %v", took, grace+2*time.Second)
-	}
-	if code := exitCode(cmd.ProcessState); code != 0 {
-		t.Errorf("exit code %d, want 0", code)
+func TestLogReaderStops(t *testing.T) {
+	t.Parallel()
+	const grace = time.Second
+	for _, sig := range []struct {
+		name string
+		syscall.Signal
+		code int
+	}{{"SIGTERM", syscall.SIGTERM, 0}, {"SIGQUIT", syscall.SIGQUIT, 131}} {
+		t.Run(sig.name, func(t *testing.T) {
+			t.Parallel()
+			cmd, addr := startUnread(t, "--grace", grace.String())
+			stayer, err := connect(addr)
+			check(t, err)
+			defer stayer.Close()
+			for range 10 { // each adds lines to the log
+				p, err := connect(addr)
+				check(t, err)
+				check(t, errors.Join(p.echo("hello\n"), p.leave(), p.Close()))
+			}
+			check(t, stayer.echo("still there\n"))
+			sent := time.Now()
+			check(t, cmd.Process.Signal(sig.Signal))
+			check(t, stayer.expect("SHUTDOWN 1 "+sig.name+"\n"))
+			most := grace + 2*time.Second
+			if sig.code != 0 { // the second one forces the end, and does not wait for the stacks to be read
+				check(t, cmd.Process.Signal(sig.Signal))
+				most = grace
+			} else {
+				check(t, stayer.expectRest(""))
+			}
+			_ = cmd.Wait()
+			if took := time.Since(sent); took > most {
+				t.Errorf("the process exited after %v, want at most %v", took, most)
+			}
+			if code := exitCode(cmd.ProcessState); code != sig.code {
+				t.Errorf("exit code %d, want %d", code, sig.code)
+			}
+		})
 	}
 }
 

@@ -374,8 +374,11 @@ const emptyAtMost = 4096
 // emptyQueue ends accepting so that no client is reset: it lets no new TCP handshake begin, and takes to admission who
 // is in the accept queue and who is in the middle of a handshake. Then run closes the listener.
 func (a *acceptor) emptyQueue() {
-	if a.ln.Inherited {
-		a.leaveAcceptors() // the queue belongs to the successor
+	if a.ln.Inherited { // the queue belongs to the successor
+		a.leaveAcceptors()
+		if a.ln.EmptyQueue {
+			a.takeWaiting()
+		}
 		return
 	}
 	shut := stopHandshakes(a.ln.Listener) == nil
@@ -400,6 +403,21 @@ func (a *acceptor) emptyQueue() {
 		default:
 			return
 		}
+	}
+}
+
+// takeWaiting takes to admission who is in the accept queue of an inherited listener now. Who comes later is left.
+func (a *acceptor) takeWaiting() {
+	waiting, _, ok := acceptQueue(a.ln.Listener)
+	if !ok {
+		waiting = emptyAtMost
+	}
+	for ; waiting > 0 && a.awaitFile(); waiting-- {
+		nc, err := a.source.acceptWithin(time.Millisecond)
+		if err != nil {
+			return
+		}
+		a.take(nc)
 	}
 }
 

@@ -21,6 +21,10 @@ type Listener struct {
 	// accepting: clients in the accept queue are left to the successor, and the socket is not changed. Accepted
 	// connections keep the keepalive and TCP_NODELAY settings of the socket.
 	Inherited bool
+	// EmptyQueue makes a drain of an inherited listener serve the clients that are in the accept queue when it begins.
+	// Use it if there may be no successor: these clients would be reset when the last process closes the socket. Later
+	// clients are left to the successor.
+	EmptyQueue bool
 }
 
 // ListenConfig opens listeners for a server. The zero value is ready to use.
@@ -36,8 +40,9 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 	return ListenConfig{}.Listen(ctx, address)
 }
 
-// Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. Unlike
-// net.Listen it does not use Multipath TCP, because new handshakes cannot be kept out of its accept queue while a
+// Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. The
+// host 0.0.0.0 is all IPv4 addresses; an empty host or [::] is all IPv4 and IPv6 addresses. Unlike net.Listen it does
+// not use Multipath TCP, because new handshakes cannot be kept out of its accept queue while a
 // drain empties it. Serve takes listeners of any kind.
 func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener, error) {
 	network, addr, err := splitAddress(address)
@@ -66,14 +71,22 @@ func splitAddress(address string) (network, addr string, err error) {
 	scheme, rest, ok := strings.Cut(address, "://")
 	switch {
 	case !ok:
-		return "tcp", address, nil
+		return tcpNetwork(address), address, nil
 	case scheme == "tcp":
-		return "tcp", rest, nil
+		return tcpNetwork(rest), rest, nil
 	case scheme == "unix" && strings.HasPrefix(rest, "/"):
 		return "unix", rest, nil
 	default:
 		return "", "", fmt.Errorf("address %q: want host:port, tcp://host:port or unix:///path", address)
 	}
+}
+
+// tcpNetwork returns the network for an address. Package net would listen on IPv6 too for 0.0.0.0.
+func tcpNetwork(addr string) string {
+	if strings.HasPrefix(addr, "0.0.0.0:") {
+		return "tcp4"
+	}
+	return "tcp"
 }
 
 // A source is a listener from which accepting can be interrupted.

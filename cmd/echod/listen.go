@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -92,7 +93,7 @@ func inheritSockets() (s sockets, err error) {
 			case ln == nil:
 				err = fmt.Errorf("systemd socket %q: not a listening stream socket", name)
 			case name == echoSocket:
-				s.echo = append(s.echo, server.Listener{Listener: ln, Inherited: true})
+				s.echo = append(s.echo, server.Listener{Listener: ln, Inherited: true, EmptyQueue: true})
 			case name == controlSocket && s.control == nil && ln.Addr().Network() == "unix":
 				s.control = ln
 			case name == controlSocket:
@@ -108,15 +109,25 @@ func inheritSockets() (s sockets, err error) {
 	return s, err
 }
 
+// listenEcho listens on all addresses. If 0.0.0.0 and [::] are given with the same port, the latter is for IPv6
+// only, and otherwise for both.
 func listenEcho(ctx context.Context, addresses []string) ([]server.Listener, error) {
-	for _, address := range addresses {
-		if _, _, err := net.SplitHostPort(address); err != nil {
-			return nil, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999", address)
-		}
-	}
 	var listeners []server.Listener
 	for _, address := range addresses {
-		ln, err := server.Listen(ctx, address)
+		host, port, err := net.SplitHostPort(address)
+		if err != nil && !strings.Contains(address, "://") {
+			err = usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999", address)
+			sockets{echo: listeners}.close()
+			return nil, err
+		}
+		var ln net.Listener
+		if host == "::" && slices.Contains(addresses, "0.0.0.0:"+port) {
+			var lc net.ListenConfig
+			lc.SetMultipathTCP(false) // as server.Listen does
+			ln, err = lc.Listen(ctx, "tcp6", address)
+		} else {
+			ln, err = server.Listen(ctx, address)
+		}
 		if err != nil {
 			sockets{echo: listeners}.close()
 			return nil, fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
