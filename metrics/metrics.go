@@ -24,6 +24,7 @@ type Metrics struct {
 	registry  *prometheus.Registry
 	signals   *prometheus.CounterVec
 	requests  *prometheus.CounterVec
+	dropped   *prometheus.CounterVec
 	durations Durations
 	handler   http.Handler
 }
@@ -38,13 +39,16 @@ func New(version string) *Metrics {
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "echod_control_requests_total", Help: "Requests answered on the control socket and over HTTP, by route, method and status code.",
 		}, []string{"route", "method", "code"}),
+		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "echod_log_entries_dropped_total", Help: "Log entries dropped, by cause: sampling or a slow reader.",
+		}, []string{"cause"}),
 		durations: NewDurations(Options{}),
 	}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "echod_build_info", Help: "1, with the version as a label.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	build.Set(1)
-	m.registry.MustRegister(build, m.signals, m.requests, m.durations,
+	m.registry.MustRegister(build, m.signals, m.requests, m.dropped, m.durations,
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
 	return m
@@ -62,6 +66,11 @@ func (m *Metrics) Signal(name string) { m.signals.WithLabelValues(name).Inc() }
 // Request counts a request to the control plane. It is for control.Options.OnRequest.
 func (m *Metrics) Request(route, method string, code int) {
 	m.requests.WithLabelValues(route, method, strconv.Itoa(code)).Inc()
+}
+
+// LogDropped counts log entries that were dropped, by their cause.
+func (m *Metrics) LogDropped(cause string, entries int64) {
+	m.dropped.WithLabelValues(cause).Add(float64(entries))
 }
 
 // ServeHTTP answers with all metrics in the format that the request accepts.

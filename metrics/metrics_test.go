@@ -166,12 +166,14 @@ func testClients(t *testing.T) {
 	m.Signal("SIGTERM")
 	m.Request("/v1/status", "GET", 200)
 	m.Request("/v1/status", "GET", 200)
+	m.LogDropped("sampling", 3)
 	s.StartDrain(server.DrainOptions{Grace: time.Hour, Reason: "x"})
 	awaitLines(t, m, `echod_notices_total{result="sent"} 2`, `echod_state{state="draining"} 1`)
 	_ = stays.CloseWrite()
 	<-s.Done()
 	awaitLines(t, m,
 		`echod_signals_total{signal="SIGTERM"} 1`, `echod_control_requests_total{code="200",method="GET",route="/v1/status"} 2`,
+		`echod_log_entries_dropped_total{cause="sampling"} 3`,
 		`echod_state{state="stopped"} 1`, `echod_state_transitions_total{state="draining"} 1`,
 		`echod_connections_closed_total{reason="client-left"} 1`, `echod_connection_duration_seconds_count 3`)
 }
@@ -181,6 +183,7 @@ func testConventions(t *testing.T) {
 	serve(t, m, server.Options{})
 	m.Signal("SIGTERM")
 	m.Request("/v1/status", "GET", 200)
+	m.LogDropped("sampling", 1)
 	problems, err := promlint.New(strings.NewReader(scrape(t, m))).Lint()
 	if err != nil {
 		t.Fatal(err)

@@ -466,10 +466,3 @@ func span(d time.Duration) string {
 }
 
 func seconds(s float64) string { return span(time.Duration(s * float64(time.Second))) }
-
-func count(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return strconv.Itoa(n) + " " + noun + "s"
-}

@@ -24,7 +24,7 @@ const (
 // Causes for which log entries are dropped.
 const (
 	droppedBySampling = "sampling"
-	droppedBySlowness = "slow reader"
+	droppedBySlowness = "slow-reader"
 )
 
 // chooseFormat returns the log format to use when format is empty: console on a terminal, journal when

@@ -59,7 +59,7 @@ func TestLogSink(t *testing.T) {
 		<-sink.done
 		kept := strings.Count(out.String(), "line\n")
 		lost := logBacklog + 10 - kept
-		report := fmt.Sprintf("log entries dropped {\"cause\": \"slow reader\", \"entries\": %d}\n", lost)
+		report := fmt.Sprintf("log entries dropped {\"cause\": \"slow-reader\", \"entries\": %d}\n", lost)
 		if kept < logBacklog || kept > logBacklog+1 || !strings.Contains(out.String(), report) {
 			t.Errorf("kept %d of %d; other output %q, want %q", kept, logBacklog+10, strings.ReplaceAll(out.String(), "line\n", ""), report)
 		}
@@ -78,7 +78,7 @@ func TestLogSink(t *testing.T) {
 		<-lost
 		sink.close()
 		<-sink.done
-		if want := "log entries dropped {\"cause\": \"slow reader\", \"entries\": 1}\n"; out.String() != want || dropped[droppedBySlowness] != 1 {
+		if want := "log entries dropped {\"cause\": \"slow-reader\", \"entries\": 1}\n"; out.String() != want || dropped[droppedBySlowness] != 1 {
 			t.Errorf("got %q and %v, want %q", out.String(), dropped, want)
 		}
 	})

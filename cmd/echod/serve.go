@@ -207,7 +207,7 @@ func serve(ctx context.Context, f serveFlags) error {
 	signal.Ignore(syscall.SIGPIPE)
 
 	stats := metrics.New(version)
-	log, sink, err := newLogger(f.logLevel, f.logFormat, nil)
+	log, sink, err := newLogger(f.logLevel, f.logFormat, stats.LogDropped)
 	if err != nil {
 		return err
 	}
