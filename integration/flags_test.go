@@ -19,7 +19,7 @@ func TestSeveralListeners(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--listen", "127.0.0.1:0", "--grace", "20s")
 	if st := e.status(); len(st.Listeners) != 3 {
-		t.Errorf("the listeners are %+v", st.Listeners)
+		t.Errorf("listeners %+v", st.Listeners)
 	}
 	var peers []*peer
 	for _, addr := range e.addrs {
@@ -37,7 +37,7 @@ func TestSeveralListeners(t *testing.T) {
 		peers = append(peers, p)
 	}
 	if n := len(e.admitted()); n != 3 {
-		t.Errorf("%d admitted, want 3: a pause is for all listeners", n)
+		t.Errorf("%d admitted, want 3: a pause applies to all listeners", n)
 	}
 	e.signal(syscall.SIGTERM)
 	for _, p := range peers {
@@ -51,7 +51,7 @@ func TestIPv6(t *testing.T) {
 	t.Parallel()
 	probe, err := net.Listen("tcp", "[::1]:0")
 	if err != nil {
-		t.Skipf("IPv6 is not there: %v", err)
+		t.Skipf("no IPv6: %v", err)
 	}
 	_ = probe.Close()
 	e := start(t, "--listen", "[::1]:0", "--max-conns-per-ip", "1", "--grace", "20s")
@@ -68,7 +68,7 @@ func TestIPv6(t *testing.T) {
 	e.wait(0)
 }
 
-func TestG11ConnectionLimitClientsWait(t *testing.T) {
+func TestLimitQueuesClients(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--max-conns", "2", "--grace", "20s")
 	first, second := e.served(), e.served()
@@ -79,7 +79,7 @@ func TestG11ConnectionLimitClientsWait(t *testing.T) {
 	}
 	check(t, first.leave())
 	check(t, waiting.expect("waiting\n"))
-	another := e.dial() // a drain takes it, though there is no place
+	another := e.dial() // a drain accepts it in spite of the limit
 	e.signal(syscall.SIGTERM)
 	for _, p := range []*peer{second, waiting, another} {
 		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
@@ -89,7 +89,7 @@ func TestG11ConnectionLimitClientsWait(t *testing.T) {
 	e.wait(0)
 }
 
-func TestG11ConnectionLimitClientsAreRejected(t *testing.T) {
+func TestLimitRejectsClients(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--max-conns", "2", "--at-limit", "reject")
 	first, _ := e.served(), e.served()
@@ -97,7 +97,7 @@ func TestG11ConnectionLimitClientsAreRejected(t *testing.T) {
 	check(t, first.leave())
 	check(t, first.Close())
 	_, err := e.control.Wait(within(t, patience), control.WaitRequest{Connections: new(1)})
-	if err != nil { // the rejected one may linger
+	if err != nil { // the rejected client may linger
 		t.Fatal(err)
 	}
 	e.served()
@@ -143,7 +143,7 @@ func TestStallTimeout(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--stall-timeout", "300ms")
 	p := e.dial()
-	p.flood() // until the server has had enough
+	p.flood() // until the server closes
 	e.awaitOpen(0)
 	e.expectAccounts(map[string]uint64{"stalled": 1})
 }
@@ -152,7 +152,7 @@ func TestNoticeTemplates(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ name, template, want string }{
 		{"default", "SHUTDOWN {seconds} {reason}\\n", "\nSHUTDOWN 20 SIGTERM\n"},
-		{"exactly as it is", "SHUTDOWN", "SHUTDOWN"},
+		{"without a newline", "SHUTDOWN", "SHUTDOWN"},
 		{"escapes", `\x01bye\t{reason}\u00e9\n`, "\n\x01bye\tSIGTERM\u00e9\n"},
 		{"nothing", "", ""},
 	} {
@@ -179,14 +179,13 @@ func TestNoticeTemplates(t *testing.T) {
 		said, err := time.Parse(time.RFC3339, strings.TrimSpace(line))
 		check(t, err)
 		if deadline := e.status().Drain.Deadline; !said.Equal(deadline.Truncate(time.Second)) {
-			t.Errorf("the notice says %s, and the deadline is %s", said, deadline)
+			t.Errorf("the notice says %s, the deadline is %s", said, deadline)
 		}
 		check(t, p.leave())
 		e.wait(0)
 	})
 }
 
-// TestControlSocketModes: for whom it was meant, and for nobody else.
 func TestControlSocketModes(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -213,7 +212,7 @@ func TestControlOff(t *testing.T) {
 	e := launch(t, cmd, filepath.Join(dir, "control.sock"))
 	check(t, e.served().leave())
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
-		t.Errorf("made %v (%v)", left, err)
+		t.Errorf("files left: %v (%v)", left, err)
 	}
 	e.signal(syscall.SIGTERM)
 	e.wait(0)

@@ -17,27 +17,27 @@ import (
 	"time"
 )
 
-// freePorts finds ports that nobody listens on.
+// freePorts returns n free ports.
 func freePorts(t *testing.T, n int) []string {
 	t.Helper()
 	ports := make([]string, n)
 	for i := range ports {
 		ln, err := net.Listen("tcp", "127.0.0.1:0")
 		check(t, err)
-		defer ln.Close() // only at the end, or one would be given twice
+		defer ln.Close() // at the end, so that no port is returned twice
 		_, ports[i], err = net.SplitHostPort(ln.Addr().String())
 		check(t, err)
 	}
 	return ports
 }
 
-// fleet is HAProxy in front of three echods, as packaging/haproxy has them. HAProxy sends nobody elsewhere whom one of them refuses: it has
-// to know before.
+// fleet is HAProxy in front of three servers, as in packaging/haproxy. HAProxy does not send a client that one server
+// refuses to another: it has to take the server out of service before.
 type fleet struct {
 	t     *testing.T
 	front string // where clients connect
 	ports []string
-	flags []string // of each echod
+	flags []string // of each server
 	nodes []*echod
 	log   *journal
 }
@@ -50,7 +50,7 @@ func startFleet(t *testing.T) *fleet {
 	text := readFile(t, "../packaging/haproxy/haproxy.cfg")
 	flags := regexp.MustCompile(`(?m)^# +(--proxy-protocol .*) &$`).FindStringSubmatch(text)
 	if flags == nil {
-		t.Fatal("haproxy.cfg does not say how echod is started")
+		t.Fatal("haproxy.cfg has no echod command")
 	}
 	f.flags = strings.Fields(flags[1])
 	for i := range f.nodes {
@@ -60,7 +60,7 @@ func startFleet(t *testing.T) *fleet {
 	config := text
 	for _, c := range []struct{ line, instead string }{{"\toption redispatch\n", "\tno option redispatch\n"}, {"\tretries 3\n", "\tretries 0\n"}} {
 		if !strings.Contains(config, c.line) {
-			t.Fatalf("haproxy.cfg has no %q", c.line)
+			t.Fatalf("haproxy.cfg does not have %q", c.line)
 		}
 		config = strings.Replace(config, c.line, c.instead, 1)
 	}
@@ -77,7 +77,7 @@ func startFleet(t *testing.T) *fleet {
 	path := filepath.Join(t.TempDir(), "haproxy.cfg")
 	check(t, os.WriteFile(path, []byte(config), 0o600))
 	if out, err := exec.Command(haproxy, "-c", "-f", path).CombinedOutput(); err != nil {
-		t.Fatalf("HAProxy does not like its configuration: %v\n%s", err, out)
+		t.Fatalf("HAProxy rejects its configuration: %v\n%s", err, out)
 	}
 	cmd := exec.Command(haproxy, "-db", "-f", path)
 	cmd.Stdout, cmd.Stderr = f.log, f.log
@@ -91,13 +91,13 @@ func startFleet(t *testing.T) *fleet {
 	return f
 }
 
-// startNode runs the i-th echod.
+// startNode starts the i-th server.
 func (f *fleet) startNode(i int) {
 	f.t.Helper()
 	f.nodes[i] = start(f.t, append([]string{"--listen", "127.0.0.1:" + f.ports[1+i], "--http", "127.0.0.1:" + f.ports[4+i]}, f.flags...)...)
 }
 
-// awaitServing waits until clients get an echo through HAProxy.
+// awaitServing waits until HAProxy serves clients.
 func (f *fleet) awaitServing() {
 	f.t.Helper()
 	for end := time.Now().Add(patience); ; {
@@ -115,13 +115,13 @@ func (f *fleet) awaitServing() {
 	}
 }
 
-// restart replaces the i-th echod, and waits until HAProxy sends it clients again.
+// restart restarts the i-th server, and waits until HAProxy sends it clients.
 func (f *fleet) restart(i int) {
 	f.t.Helper()
 	f.nodes[i].signal(syscall.SIGTERM)
 	f.nodes[i].wait(0)
 	f.startNode(i)
-	for end := time.Now().Add(patience); f.nodes[i].status().Accepted < 3; { // HAProxy takes connections in turn
+	for end := time.Now().Add(patience); f.nodes[i].status().Accepted < 3; { // HAProxy distributes connections evenly
 		if time.Now().After(end) {
 			f.t.Fatalf("HAProxy sends no clients to server %d after its restart", i)
 		}
@@ -129,7 +129,7 @@ func (f *fleet) restart(i int) {
 	}
 }
 
-// heeding is a client that stays, heeds each notice by connecting anew, and counts what came back.
+// heeding is a client that reconnects on each notice, and counts its messages and echoes.
 type heeding struct {
 	sent, back, notices, connects int
 }
@@ -144,7 +144,7 @@ func (h *heeding) run(front string, stop *atomic.Bool) error {
 	return nil
 }
 
-// connection sends one message after the other, until it is told to leave.
+// connection sends messages until it gets a notice.
 func (h *heeding) connection(front string, stop *atomic.Bool) error {
 	p, err := connect(front)
 	if err != nil {
@@ -162,7 +162,7 @@ func (h *heeding) connection(front string, stop *atomic.Bool) error {
 			line, err := p.in.ReadString('\n')
 			switch {
 			case err != nil:
-				return fmt.Errorf("%q has no echo: %w", message, err)
+				return fmt.Errorf("no echo of %q: %w", message, err)
 			case strings.HasPrefix(line, "SHUTDOWN "):
 				told = true
 				h.notices++
@@ -178,17 +178,18 @@ func (h *heeding) connection(front string, stop *atomic.Bool) error {
 		return err
 	}
 	rest, err := p.rest()
-	if strings.HasPrefix(rest, "SHUTDOWN ") { // it came while this one was leaving
+	if strings.HasPrefix(rest, "SHUTDOWN ") { // the notice came while this client was leaving
 		rest = ""
 	}
 	if err == nil && rest != "" {
-		err = fmt.Errorf("got %q to the end, want nothing", rest)
+		err = fmt.Errorf("got %q before the end of the stream", rest)
 	}
 	return err
 }
 
-// A rolling restart of three echods behind HAProxy: nobody's connect fails, and who heeds the notice loses no byte.
-func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
+// During a rolling restart of three servers behind HAProxy no connect fails, and clients that reconnect on a notice lose
+// no byte.
+func TestRollingRestart(t *testing.T) {
 	slow(t)
 	f := startFleet(t)
 	var stop atomic.Bool
@@ -200,7 +201,7 @@ func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
 	for i := range stayers {
 		clients.Go(func() { errs[i] = staying[i].run(f.front, &stop) })
 	}
-	for i := range passers { // connect, echo, leave, again and again
+	for i := range passers { // these connect, echo and leave, again and again
 		clients.Go(func() {
 			for !stop.Load() && errs[stayers+i] == nil {
 				p, err := connect(f.front)
@@ -213,7 +214,7 @@ func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
 				if err == nil {
 					var rest string
 					if rest, err = p.rest(); err == nil && rest != "" && !strings.HasPrefix(rest, "SHUTDOWN ") {
-						err = fmt.Errorf("got %q to the end", rest)
+						err = fmt.Errorf("got %q before the end of the stream", rest)
 					}
 				}
 				if p != nil {
@@ -233,7 +234,7 @@ func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
 			}
 		}
 	})
-	defer finish() // a restart may fail because clients have
+	defer finish() // a failed client can make a restart fail
 	for i := range f.nodes {
 		f.restart(i)
 	}
@@ -243,11 +244,11 @@ func TestRollingRestartBehindHAProxyLosesNothing(t *testing.T) {
 		sent, back, notices, connects = sent+h.sent, back+h.back, notices+h.notices, connects+h.connects
 	}
 	if sent != back || notices == 0 || passing.Load() == 0 {
-		t.Errorf("%d messages were sent and %d came back, %d notices, %d clients passed", sent, back, notices, passing.Load())
+		t.Errorf("%d messages sent, %d echoed, %d notices, %d short clients", sent, back, notices, passing.Load())
 	}
 	t.Logf("%d messages, %d lost; %d connects of those who stay, %d notices; %d clients passed; 0 failed", sent, sent-back, connects, notices, passing.Load())
 
-	// The servers know their clients, not HAProxy.
+	// The servers list the clients' addresses, not HAProxy's.
 	p, err := connect(f.front)
 	check(t, err)
 	defer p.Close()

@@ -14,16 +14,16 @@ import (
 	"time"
 )
 
-// journal takes what a process writes to stderr, line by line, and lets tests wait for lines.
+// journal records the lines that a process writes to stderr. Tests can wait for lines.
 type journal struct {
 	mu      sync.Mutex
 	lines   []entry
 	partial []byte
-	ended   bool          // no more will come
-	grown   chan struct{} // closed, and made anew, with each write
+	ended   bool          // the process has exited
+	grown   chan struct{} // closed and replaced with each write
 }
 
-// entry is a line: a log line where msg is not empty.
+// entry is a line. msg is not empty if it is a log entry.
 type entry struct {
 	text   string
 	msg    string
@@ -42,7 +42,7 @@ func parseEntry(text string) entry {
 	return e
 }
 
-// str is a field as text; empty where there is none.
+// str returns a field as text, or the empty string.
 func (e entry) str(field string) string {
 	if v, ok := e.fields[field]; ok {
 		return fmt.Sprint(v)
@@ -50,7 +50,7 @@ func (e entry) str(field string) string {
 	return ""
 }
 
-// num is a field that is a whole number; -1 where there is none.
+// num returns a numeric field, or -1.
 func (e entry) num(field string) int {
 	if v, ok := e.fields[field].(float64); ok {
 		return int(v)
@@ -58,7 +58,7 @@ func (e entry) num(field string) int {
 	return -1
 }
 
-// has reports whether e is a log line with this message and these fields, given as name, value, name, value.
+// has reports whether e has this message and these fields (name, value, name, value...).
 func (e entry) has(msg string, fields ...string) bool {
 	ok := e.msg == msg
 	for i := 0; ok && i < len(fields); i += 2 {
@@ -83,7 +83,7 @@ func (j *journal) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// end says that the process has ended.
+// end notes that the process has exited.
 func (j *journal) end() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -96,14 +96,14 @@ func (j *journal) wake() {
 	j.grown = make(chan struct{})
 }
 
-// look returns the lines so far, whether these are all, and else a channel that is closed once there is more.
+// look returns the lines so far, whether there will be no more, and a channel that is closed with the next line.
 func (j *journal) look() (lines []entry, ended bool, grown <-chan struct{}) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.lines[:len(j.lines):len(j.lines)], j.ended, j.grown
 }
 
-// String is all of it.
+// String returns all lines.
 func (j *journal) String() string {
 	lines, _, _ := j.look()
 	var all strings.Builder
@@ -113,7 +113,7 @@ func (j *journal) String() string {
 	return all.String()
 }
 
-// find returns the lines so far with this message and these fields.
+// find returns the entries so far with this message and these fields.
 func (j *journal) find(msg string, fields ...string) (found []entry) {
 	lines, _, _ := j.look()
 	for _, e := range lines {
@@ -124,32 +124,32 @@ func (j *journal) find(msg string, fields ...string) (found []entry) {
 	return found
 }
 
-// await returns the n-th line with this message and these fields, waiting for it.
+// await waits for the n-th entry with this message and these fields.
 func (j *journal) await(ctx context.Context, n int, msg string, fields ...string) (entry, error) {
 	for {
-		_, ended, grown := j.look() // before the search, so that nothing is missed
+		_, ended, grown := j.look() // before the search, so that no line is missed
 		if found := j.find(msg, fields...); len(found) >= n {
 			return found[n-1], nil
 		}
 		if ended {
-			return entry{}, fmt.Errorf("no log line %q %v, and the process has ended", msg, fields)
+			return entry{}, fmt.Errorf("no log entry %q %v, and the process has exited", msg, fields)
 		}
 		select {
 		case <-grown:
 		case <-ctx.Done():
-			return entry{}, fmt.Errorf("no log line %q %v: %w", msg, fields, context.Cause(ctx))
+			return entry{}, fmt.Errorf("no log entry %q %v: %w", msg, fields, context.Cause(ctx))
 		}
 	}
 }
 
-// awaitText waits until a line has text in it, whatever else the line is.
+// awaitText waits until the lines contain text.
 func (j *journal) awaitText(ctx context.Context, text string) error {
 	for {
 		_, ended, grown := j.look()
 		if all := j.String(); strings.Contains(all, text) {
 			return nil
 		} else if ended {
-			return fmt.Errorf("no line with %q in %q, and the process has ended", text, all)
+			return fmt.Errorf("no line with %q in %q, and the process has exited", text, all)
 		}
 		select {
 		case <-grown:
@@ -161,7 +161,7 @@ func (j *journal) awaitText(ctx context.Context, text string) error {
 
 var errImpatient = errors.New("it took too long")
 
-// within is a context for what should come at once.
+// within returns a context with a timeout.
 func within(t testing.TB, d time.Duration) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeoutCause(t.Context(), d, errImpatient)

@@ -9,13 +9,13 @@ import (
 	"testing"
 )
 
-// The headers that proxies send, written by hand from the PROXY protocol's specification. Each names 203.0.113.9 or 2001:db8::9.
+// Headers, written by hand from the PROXY protocol's specification. They name the client 203.0.113.9 or 2001:db8::9.
 var (
 	headerV1     = "PROXY TCP4 203.0.113.9 198.51.100.1 5555 9999\r\n"
 	headerV1IPv6 = "PROXY TCP6 2001:db8::9 2001:db8::1 5555 9999\r\n"
 	headerV2     = headerOf("21 11 000c cb007109 c6336401 15b3 270f")
 	headerV2IPv6 = headerOf("21 21 0024 20010db8000000000000000000000009 20010db8000000000000000000000001 15b3 270f")
-	// With a checksum's place and a name (types 3 and 2) behind the addresses, as HAProxy adds them on request.
+	// With two TLVs, a checksum (type 3) and a name (type 2), which HAProxy adds on request.
 	headerV2More = headerOf("21 11 001b cb007109 c6336401 15b3 270f 04 0004 00000000 02 0005 6563686f64")
 	headerCheck  = headerOf("20 00 0000")
 )
@@ -28,7 +28,7 @@ func headerOf(rest string) string {
 	return string(raw)
 }
 
-func TestProxyHeaderNamesTheClientEverywhere(t *testing.T) {
+func TestProxyClientAddress(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct{ header, client string }{
 		"version 1":               {headerV1, "203.0.113.9:5555"},
@@ -53,13 +53,13 @@ func TestProxyHeaderNamesTheClientEverywhere(t *testing.T) {
 			list, err := e.control.Conns(within(t, patience), -1, 0)
 			check(t, err)
 			if len(list.Connections) != 1 || list.Connections[0].Remote != client {
-				t.Errorf("the listing has %+v, want one connection of %s", list.Connections, client)
+				t.Errorf("listed %+v, want one connection from %s", list.Connections, client)
 			}
 			check(t, p.leave())
 			if got := e.awaitLog("connection closed").str("remote"); got != client {
-				t.Errorf("the log says %s has left, want %s", got, client)
+				t.Errorf("the log names %s, want %s", got, client)
 			}
-			const echoed = uint64(len("in one segment\nand later\n")) // the header is not the client's
+			const echoed = uint64(len("in one segment\nand later\n")) // without the header
 			if st := e.status(); st.BytesIn != echoed || st.BytesOut != echoed {
 				t.Errorf("%d bytes in, %d out, want %d", st.BytesIn, st.BytesOut, echoed)
 			}
@@ -67,7 +67,7 @@ func TestProxyHeaderNamesTheClientEverywhere(t *testing.T) {
 	}
 }
 
-func TestProxyHeaderInPiecesIsWaitedFor(t *testing.T) {
+func TestProxyHeaderInPieces(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--proxy-protocol", "127.0.0.1")
 	for _, header := range []string{headerV1, headerV2More} {
@@ -82,7 +82,7 @@ func TestProxyHeaderInPiecesIsWaitedFor(t *testing.T) {
 	e.expectAccounts(map[string]uint64{"client-closed": 2})
 }
 
-func TestLimitPerAddressCountsTheProxysClients(t *testing.T) {
+func TestProxyLimitPerAddress(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--proxy-protocol", "127.0.0.1", "--max-conns-per-ip", "1")
 	first, other, second := e.dial(), e.dial(), e.dial()
@@ -90,19 +90,19 @@ func TestLimitPerAddressCountsTheProxysClients(t *testing.T) {
 	check(t, first.expect("hello\n"))
 	check(t, other.send(headerV1IPv6+"hello\n"))
 	check(t, other.expect("hello\n"))
-	check(t, second.send(headerV2+"hello\n")) // the first one's address again
+	check(t, second.send(headerV2+"hello\n")) // the same address as the first one
 	if err := second.expectRest("BUSY\n"); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestWhoIsTrustedAndSendsNoHeaderIsTurnedAway(t *testing.T) {
+func TestProxyWithoutHeaderIsRejected(t *testing.T) {
 	t.Parallel()
 	for name, sent := range map[string]string{
 		"data":               "hello, world\n",
 		"a header that lies": "PROXY TCP4 nowhere 198.51.100.1 5555 9999\r\n",
 		"an endless header":  "PROXY " + strings.Repeat("x", 4096),
-		"half of one":        headerV2[:20], // and then nothing, until time is up
+		"half of one":        headerV2[:20], // and then nothing until the timeout
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -110,19 +110,18 @@ func TestWhoIsTrustedAndSendsNoHeaderIsTurnedAway(t *testing.T) {
 			p := e.dial()
 			check(t, p.send(sent))
 			if got, _ := p.rest(); got != "" {
-				t.Errorf("it was sent %q", got)
+				t.Errorf("the server sent %q", got)
 			}
 			e.awaitLog("handshake failed")
 			e.awaitOpen(0)
 			e.expectAccounts(map[string]uint64{"rejected-unidentified": 1})
-			check(t, e.proxied(headerV1).leave()) // the next one is served
+			check(t, e.proxied(headerV1).leave()) // others are served
 		})
 	}
 }
 
-// TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket: more of them than the process can have files, where who comes too
-// late is to be told so.
-func TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket(t *testing.T) {
+// More silent connections from a proxy than the process can have files leave files for the control socket.
+func TestG11SilentProxyConnections(t *testing.T) {
 	const files = 300
 	e := startAs(t, fewFiles(t, files), "--proxy-protocol", "127.0.0.1", "--at-limit", "reject")
 	for range 2 * files {
@@ -132,26 +131,28 @@ func TestG11SilentConnectionsOfAProxyLeaveFilesForTheControlSocket(t *testing.T)
 	}
 	for range 20 {
 		if st := e.status(); st.Connections >= files-64 {
-			t.Fatalf("%d connections are open, of %d files", st.Connections, files)
+			t.Fatalf("%d connections open with a limit of %d files", st.Connections, files)
 		}
 	}
-	if lines := e.log.find("cannot accept, retrying"); len(lines) > 0 {
-		t.Errorf("it ran out of files: %s", lines[0].text)
+	for _, line := range e.log.find("cannot accept, retrying") {
+		if why := line.str("error"); why != "the limit on open files is reached" { // the server's own, which keeps a reserve
+			t.Errorf("out of files: %s", why)
+		}
 	}
 }
 
-func TestWhoOnlyConnectsIsNothingToWarnOf(t *testing.T) {
+func TestProxyHealthCheckIsNotLogged(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--proxy-protocol", "127.0.0.1")
 	check(t, e.dial().Close())
 	e.awaitLog("connection closed", "reason", "client-closed")
 	e.expectAccounts(map[string]uint64{"client-closed": 1})
 	if lines := e.log.find("handshake failed"); len(lines) > 0 {
-		t.Errorf("the log has %s", lines[0].text)
+		t.Errorf("logged %s", lines[0].text)
 	}
 }
 
-// proxied is a peer that a proxy announces, and that is being served.
+// proxied connects a peer that sends a header first, and waits until it is served.
 func (e *echod) proxied(header string) *peer {
 	e.t.Helper()
 	p := e.dial()
@@ -160,7 +161,7 @@ func (e *echod) proxied(header string) *peer {
 	return p
 }
 
-func TestHeaderOfAStrangerIsData(t *testing.T) {
+func TestProxyHeaderFromUntrustedIsData(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--proxy-protocol", "10.0.0.0/8,192.168.0.1")
 	p := e.dial()
@@ -168,13 +169,13 @@ func TestHeaderOfAStrangerIsData(t *testing.T) {
 	list, err := e.control.Conns(within(t, patience), -1, 0)
 	check(t, err)
 	if want := p.LocalAddr().String(); len(list.Connections) != 1 || list.Connections[0].Remote != want {
-		t.Errorf("the listing has %+v, want one connection of %s", list.Connections, want)
+		t.Errorf("listed %+v, want one connection from %s", list.Connections, want)
 	}
 	check(t, p.leave())
 }
 
-// A server on both families sees the proxy by a mapped address.
-func TestProxyIsTrustedByItsMappedAddress(t *testing.T) {
+// A listener for both families shows an IPv4 proxy with an IPv4-mapped address.
+func TestProxyMappedAddress(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--listen", "[::]:0", "--proxy-protocol", "127.0.0.1")
 	_, port, err := net.SplitHostPort(e.addr)

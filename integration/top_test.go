@@ -21,12 +21,12 @@ type screen struct {
 	pid  int // of echod top
 }
 
-// top runs echod top on a screen of so many columns and rows. settings go before it, such as variables.
+// top starts echod top on a screen of this size. settings are environment variables.
 func (e *echod) top(columns, rows int, settings ...string) *screen {
 	e.t.Helper()
 	dir := shortDir(e.t)
 	s := &screen{t: e.t, tmux: []string{require(e.t, "tmux"), "-S", filepath.Join(dir, "tmux"), "-f", os.DevNull, "-u"}}
-	// The shell shows what top leaves behind: its exit code, and whether the terminal is as it was.
+	// The shell prints top's exit code, and whether it restored the terminal's settings.
 	script := fmt.Sprintf(`before=$(stty -g); env LC_ALL=C.UTF-8 %s sh -c 'echo $$ >"$0" && exec "$@"' '%s' '%s' top --control '%s' --interval 100ms;
 echo "code=$?"; [ "$before" != "$(stty -g)" ] || echo 'settings as before'; exec cat`, strings.Join(settings, " "), filepath.Join(dir, "pid"), built(e.t, echodBinary), e.socket)
 	s.call("new-session", "-d", "-x", strconv.Itoa(columns), "-y", strconv.Itoa(rows), script)
@@ -57,13 +57,13 @@ func (s *screen) call(args ...string) string {
 	return got.stdout
 }
 
-// shows is the text on the screen.
+// shows returns the text on the screen.
 func (s *screen) shows() string {
 	s.t.Helper()
 	return s.call("capture-pane", "-p")
 }
 
-// presses presses keys, by tmux's names.
+// presses presses keys, named as in tmux.
 func (s *screen) presses(keys ...string) {
 	s.t.Helper()
 	s.call(append([]string{"send-keys"}, keys...)...)
@@ -75,7 +75,7 @@ func (s *screen) types(text string) {
 	s.call("send-keys", "-l", text)
 }
 
-// awaits waits until the screen shows what matches all patterns at once, and returns the submatches of the first.
+// awaits waits until the screen matches all patterns, and returns the submatches of the first.
 func (s *screen) awaits(patterns ...string) (found []string) {
 	s.t.Helper()
 	poll(s.t, "the screen to show "+strings.Join(patterns, " and "), func() bool {
@@ -94,24 +94,24 @@ func (s *screen) awaits(patterns ...string) (found []string) {
 	return found
 }
 
-// awaitsNot waits until the screen no longer shows what matches pattern.
+// awaitsNot waits until the screen does not match pattern.
 func (s *screen) awaitsNot(pattern string) {
 	s.t.Helper()
 	poll(s.t, "the screen not to show "+pattern, func() bool { return !regexp.MustCompile(`(?m)` + pattern).MatchString(s.shows()) })
 }
 
-// awaitsEnd waits until top has ended with this code, and checks that the terminal is as it was.
+// awaitsEnd waits until top exits with this code, and checks that it restored the terminal.
 func (s *screen) awaitsEnd(code int) {
 	s.t.Helper()
 	s.awaits(fmt.Sprintf(`^code=%d$`, code), `^settings as before$`)
 	if flags := strings.TrimSpace(s.call("display-message", "-p", "#{alternate_on} #{cursor_flag} #{keypad_cursor_flag} #{mouse_any_flag}")); flags != "0 1 0 0" {
-		s.t.Errorf("the terminal is left with alternate screen, cursor, keypad, mouse = %s, want 0 1 0 0", flags)
+		s.t.Errorf("alternate screen, cursor, keypad, mouse are %s after the end, want 0 1 0 0", flags)
 	}
 }
 
 var sizes = []struct{ columns, rows int }{{80, 24}, {200, 50}, {40, 10}}
 
-func TestTopShowsTheServerOnScreensOfAllSizes(t *testing.T) {
+func TestTopScreenSizes(t *testing.T) {
 	t.Parallel()
 	for _, size := range sizes {
 		t.Run(fmt.Sprintf("%dx%d", size.columns, size.rows), func(t *testing.T) {
@@ -142,7 +142,7 @@ func TestTopShowsTheServerOnScreensOfAllSizes(t *testing.T) {
 	}
 }
 
-func TestTopPausesAndResumes(t *testing.T) {
+func TestTopPause(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.served()
@@ -171,7 +171,7 @@ func TestTopPausesAndResumes(t *testing.T) {
 	e.expectState("running")
 }
 
-func TestTopKillsTheSelectedConnection(t *testing.T) {
+func TestTopKill(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	stays := e.served()
@@ -192,7 +192,7 @@ func TestTopKillsTheSelectedConnection(t *testing.T) {
 	s.awaits(p.LocalAddr().String() + ` +killed`)
 }
 
-func TestTopSortsAndFilters(t *testing.T) {
+func TestTopSortAndFilter(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	quiet := e.served()
@@ -202,11 +202,11 @@ func TestTopSortsAndFilters(t *testing.T) {
 	order := func(first, second *peer) string {
 		return `(?s) ` + first.LocalAddr().String() + ` .* ` + second.LocalAddr().String() + ` `
 	}
-	s.presses("s") // from the rate on to the id
+	s.presses("s") // from RATE to ID
 	s.awaits(`ID▲`, order(quiet, busy))
 	s.presses("r")
 	s.awaits(`ID▼`, order(busy, quiet))
-	s.presses("S", "S") // back to the bytes out
+	s.presses("S", "S") // back to OUT
 	s.awaits(`OUT▼`, order(busy, quiet))
 	s.presses("r")
 	s.awaits(`OUT▲`, order(quiet, busy))
@@ -220,7 +220,7 @@ func TestTopSortsAndFilters(t *testing.T) {
 	s.awaits(`^2 connections`, order(quiet, busy))
 }
 
-func TestTopDrainsAndSaysThatTheServerIsGone(t *testing.T) {
+func TestTopDrain(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "60s")
 	p := e.served()
@@ -243,7 +243,7 @@ func TestTopDrainsAndSaysThatTheServerIsGone(t *testing.T) {
 	s.awaitsEnd(0)
 }
 
-func TestTopWaitsForASuccessor(t *testing.T) {
+func TestTopReconnects(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.served()
@@ -260,7 +260,7 @@ func TestTopWaitsForASuccessor(t *testing.T) {
 	s.awaits(`^connections +2 open`, `^ +2 127.0.0.1`)
 }
 
-func TestTopOfAServerThatIsStuck(t *testing.T) {
+func TestTopServerHangs(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.served()
@@ -273,7 +273,7 @@ func TestTopOfAServerThatIsStuck(t *testing.T) {
 	s.awaits(`^ running `)
 }
 
-func TestTopGivesTheTerminalBackWhenItIsKilled(t *testing.T) {
+func TestTopRestoresTheTerminal(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP, syscall.SIGINT} {
@@ -296,7 +296,7 @@ func TestTopGivesTheTerminalBackWhenItIsKilled(t *testing.T) {
 
 var colour = regexp.MustCompile("\x1b\\[[0-9;]*m")
 
-// colours are the sequences on the screen that set one.
+// colours returns the colour sequences on the screen.
 func (s *screen) colours() (set []string) {
 	s.t.Helper()
 	for _, sequence := range colour.FindAllString(s.call("capture-pane", "-e", "-p"), -1) {
@@ -309,14 +309,14 @@ func (s *screen) colours() (set []string) {
 	return set
 }
 
-func TestTopWithoutColour(t *testing.T) {
+func TestTopNoColor(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.served()
 	coloured := e.top(80, 24)
 	coloured.awaits(`^ running `, `127.0.0.1.*serving`)
 	if len(coloured.colours()) == 0 {
-		t.Error("no colours where nobody minds them")
+		t.Error("no colours by default")
 	}
 	for _, setting := range []string{"NO_COLOR=yes", "TERM=dumb", "ECHOD_TOP_NO_COLOR=true"} {
 		s := e.top(80, 24, setting)
@@ -329,7 +329,7 @@ func TestTopWithoutColour(t *testing.T) {
 	}
 }
 
-func TestTopDrawsOnlyASCIIWhereTheLocaleHasNoMore(t *testing.T) {
+func TestTopASCII(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.served()
@@ -340,7 +340,7 @@ func TestTopDrawsOnlyASCIIWhereTheLocaleHasNoMore(t *testing.T) {
 	}
 }
 
-func TestTopWithoutAServer(t *testing.T) {
+func TestTopNoServer(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	e.signal(syscall.SIGTERM)
@@ -350,8 +350,8 @@ func TestTopWithoutAServer(t *testing.T) {
 	s.awaitsEnd(2)
 }
 
-// TestTopSuspends: the shell gets the terminal for a while.
-func TestTopSuspends(t *testing.T) {
+// Ctrl-Z returns to the shell, and fg to top.
+func TestTopSuspend(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	term, _ := openTerminal(t)

@@ -19,20 +19,20 @@ import (
 	"echod/server"
 )
 
-// told is what systemd was told.
-type told struct {
+// notifications records what was sent to systemd.
+type notifications struct {
 	mu    sync.Mutex
 	lines []string
 }
 
-func (t *told) tell(state string) {
+func (t *notifications) add(state string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.lines = append(t.lines, state)
 }
 
-// take returns what was told since the last time.
-func (t *told) take() []string {
+// take returns the notifications since the last call.
+func (t *notifications) take() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	lines := t.lines
@@ -40,34 +40,34 @@ func (t *told) take() []string {
 	return lines
 }
 
-// fewListener is one to which few come.
-type fewListener struct {
-	few    chan net.Conn
+// oneListener accepts what is sent to conns.
+type oneListener struct {
+	conns  chan net.Conn
 	closed chan struct{}
 	close  func()
 }
 
-func (l fewListener) Accept() (net.Conn, error) {
+func (l oneListener) Accept() (net.Conn, error) {
 	select {
-	case nc := <-l.few:
+	case nc := <-l.conns:
 		return nc, nil
 	case <-l.closed:
 		return nil, net.ErrClosed
 	}
 }
 
-func (l fewListener) Close() error {
+func (l oneListener) Close() error {
 	l.close()
 	return nil
 }
 
-func (l fewListener) Addr() net.Addr { return &net.TCPAddr{} }
+func (l oneListener) Addr() net.Addr { return &net.TCPAddr{} }
 
-// supervise tells what there is to tell of srv, until the test ends.
-func supervise(t *testing.T, s *sdNotifier, task func(context.Context)) *told {
+// runTask runs a task of the notifier until the test ends.
+func runTask(t *testing.T, s *sdNotifier, task func(context.Context)) *notifications {
 	t.Helper()
-	var said told
-	s.notify = said.tell
+	var sent notifications
+	s.notify = sent.add
 	ctx, cancel := context.WithCancelCause(context.Background())
 	var tasks sync.WaitGroup
 	tasks.Go(func() { task(ctx) })
@@ -75,10 +75,10 @@ func supervise(t *testing.T, s *sdNotifier, task func(context.Context)) *told {
 		cancel(errStopped)
 		tasks.Wait()
 	})
-	return &said
+	return &sent
 }
 
-// newTestServer makes a server, and serve has it serve one client until the test ends.
+// newTestServer returns a server. serve makes it serve one client until the test ends.
 func newTestServer(t *testing.T, opts server.Options) (srv *server.Server, serve func()) {
 	t.Helper()
 	srv, err := server.New(server.Echo, opts)
@@ -88,9 +88,9 @@ func newTestServer(t *testing.T, opts server.Options) (srv *server.Server, serve
 	t.Cleanup(func() { _ = srv.Close() })
 	return srv, func() {
 		far, near := net.Pipe()
-		ln := fewListener{few: make(chan net.Conn, 1), closed: make(chan struct{})}
+		ln := oneListener{conns: make(chan net.Conn, 1), closed: make(chan struct{})}
 		ln.close = sync.OnceFunc(func() { close(ln.closed) })
-		ln.few <- far
+		ln.conns <- far
 		var both sync.WaitGroup
 		both.Go(func() { _, _ = io.Copy(io.Discard, near) })
 		both.Go(func() { _ = srv.Serve(ln) })
@@ -102,14 +102,14 @@ func newTestServer(t *testing.T, opts server.Options) (srv *server.Server, serve
 	}
 }
 
-// probed is a probe that says what it is told to.
-type probed struct {
+// fakeProbe is a probe with a given result.
+type fakeProbe struct {
 	mu    sync.Mutex
-	err   error // errProbeTimeout: it takes as long as it may
+	err   error // errProbeTimeout: block until the timeout
 	tries int
 }
 
-func (p *probed) probe(ctx context.Context) error {
+func (p *fakeProbe) probe(ctx context.Context) error {
 	p.mu.Lock()
 	p.tries++
 	err := p.err
@@ -121,13 +121,13 @@ func (p *probed) probe(ctx context.Context) error {
 	return err
 }
 
-func (p *probed) say(err error) {
+func (p *fakeProbe) set(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.err = err
 }
 
-func (p *probed) tried() int {
+func (p *fakeProbe) count() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.tries
@@ -138,64 +138,64 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
-func TestReadyIsSaidOnceTheServerServesAndIsAlive(t *testing.T) {
+func TestReady(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv, serve := newTestServer(t, server.Options{})
 		core, logs := observer.New(zap.WarnLevel)
-		plane := &probed{err: errors.New("not yet")}
+		plane := &fakeProbe{err: errors.New("not yet")}
 		s := &sdNotifier{srv: srv, log: zap.New(core), probes: []func(context.Context) error{srv.Probe, plane.probe}}
-		said := supervise(t, s, s.announce)
+		sent := runTask(t, s, s.announce)
 		pass(time.Minute)
-		if lines := said.take(); plane.tried() > 0 || lines != nil {
-			t.Errorf("before it serves it was probed %d times, and systemd told %q", plane.tried(), lines)
+		if lines := sent.take(); plane.count() > 0 || lines != nil {
+			t.Errorf("before it serves: %d probes, notified %q", plane.count(), lines)
 		}
 		serve()
 		pass(10*statusInterval - 1)
-		if lines := said.take(); plane.tried() != 10 || lines != nil {
-			t.Errorf("it was probed %d times, want 10, and systemd told %q", plane.tried(), lines)
+		if lines := sent.take(); plane.count() != 10 || lines != nil {
+			t.Errorf("%d probes, want 10; notified %q", plane.count(), lines)
 		}
 		if n := logs.FilterMessage("probe failed; not ready yet").Len(); n != 10 {
 			t.Errorf("%d warnings, want 10", n)
 		}
-		plane.say(nil)
+		plane.set(nil)
 		pass(statusInterval)
-		if got, want := said.take(), []string{"READY=1", "STATUS=running: 1 connection, 1 accepted"}; !slices.Equal(got, want) {
-			t.Errorf("systemd was told %q, want %q", got, want)
+		if got, want := sent.take(), []string{"READY=1", "STATUS=running: 1 connection, 1 accepted"}; !slices.Equal(got, want) {
+			t.Errorf("notified %q, want %q", got, want)
 		}
 	})
 }
 
-func TestWatchdogIsToldWhileEveryProbeSaysSo(t *testing.T) {
+func TestWatchdog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		both := []*probed{{}, {}}
+		both := []*fakeProbe{{}, {}}
 		s := &sdNotifier{log: zap.NewNop(), probes: []func(context.Context) error{both[0].probe, both[1].probe}}
-		said := supervise(t, s, func(ctx context.Context) { s.pingWatchdog(ctx, 6*time.Second) })
+		sent := runTask(t, s, func(ctx context.Context) { s.pingWatchdog(ctx, 6*time.Second) })
 		pass(6*time.Second + 1)
-		if got := said.take(); len(got) != 4 || got[0] != "WATCHDOG=1" {
-			t.Errorf("in 6 s systemd was told %q, want WATCHDOG=1 at once and every 2 s", got)
+		if got := sent.take(); len(got) != 4 || got[0] != "WATCHDOG=1" {
+			t.Errorf("notified %q in 6 s, want WATCHDOG=1 at once and every 2 s", got)
 		}
 		for i, p := range both {
 			for _, err := range []error{errors.New("wedged"), errProbeTimeout} {
-				p.say(err)
+				p.set(err)
 				pass(20 * time.Second)
-				if got := said.take(); got != nil {
-					t.Errorf("probe %d says %v, and systemd was told %q", i, err, got)
+				if got := sent.take(); got != nil {
+					t.Errorf("probe %d returns %v; notified %q", i, err, got)
 				}
 			}
-			p.say(nil)
+			p.set(nil)
 			pass(6 * time.Second)
-			if said.take() == nil {
-				t.Error("systemd was not told that all is well again")
+			if sent.take() == nil {
+				t.Error("no ping after the probe succeeded again")
 			}
 		}
 	})
 }
 
-func TestDrainGetsTheTimeThatItTakesAndAStuckOneNoMore(t *testing.T) {
+func TestExtendTimeout(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		release := make(chan struct{})
 		core, _ := observer.New(zap.InfoLevel)
-		// A log that blocks holds up whoever conducts the drain.
+		// A blocking logger stops the drain.
 		log := zap.New(core, zap.Hooks(func(e zapcore.Entry) error {
 			if e.Message == "draining" {
 				<-release
@@ -205,13 +205,13 @@ func TestDrainGetsTheTimeThatItTakesAndAStuckOneNoMore(t *testing.T) {
 		srv, serve := newTestServer(t, server.Options{Logger: log, Drain: server.DrainOptions{Delay: 30 * time.Second}})
 		serve()
 		s := &sdNotifier{srv: srv, log: zap.NewNop()}
-		said := supervise(t, s, s.announce)
+		sent := runTask(t, s, s.announce)
 		t.Cleanup(func() { close(release) })
 		pass(time.Second)
-		said.take()
+		sent.take()
 		srv.StartDrain(server.DrainOptions{Grace: 30 * time.Second, Reason: "x"})
 		extensions := func() (n int) {
-			for _, line := range said.take() {
+			for _, line := range sent.take() {
 				if strings.HasPrefix(line, "STOPPING=1\nEXTEND_TIMEOUT_USEC=") {
 					n++
 				}
@@ -219,16 +219,16 @@ func TestDrainGetsTheTimeThatItTakesAndAStuckOneNoMore(t *testing.T) {
 			return n
 		}
 		synctest.Wait()
-		if got, want := said.take()[0], "STOPPING=1\nEXTEND_TIMEOUT_USEC=70000000"; got != want {
-			t.Errorf("systemd was told %q, want %q: delay, grace and ten seconds", got, want)
+		if got, want := sent.take()[0], "STOPPING=1\nEXTEND_TIMEOUT_USEC=70000000"; got != want {
+			t.Errorf("notified %q, want %q: delay, grace and ten seconds", got, want)
 		}
 		pass(time.Minute + drainMargin)
 		if n := extensions(); n < 60 {
-			t.Errorf("systemd was asked for time %d times, want every second", n)
+			t.Errorf("%d extensions, want one a second", n)
 		}
 		pass(time.Hour)
 		if n := extensions(); n != 0 {
-			t.Errorf("the drain is stuck, and systemd was asked for time %d times", n)
+			t.Errorf("%d extensions during a stuck drain", n)
 		}
 	})
 }
