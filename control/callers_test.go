@@ -175,17 +175,22 @@ func testKeptPauses(t *testing.T) {
 func testForgottenWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
+		ctx, cancel := context.WithCancel(t.Context())
+		collect := r.follow(ctx, t) // the oldest, and not the idlest
+		time.Sleep(time.Second)
 		first := make(chan error, 1)
 		go func() {
 			_, err := r.client.Wait(t.Context(), WaitRequest{State: "draining"})
 			first <- err
 		}()
-		synctest.Wait()
-		for range maxStreams - 1 {
+		time.Sleep(time.Second)
+		for range maxStreams - 2 {
 			ask(t, r.rawConn(t), "GET /v1/wait?connections=9999 HTTP/1.1\r\nHost: echod\r\n\r\n")
 			time.Sleep(time.Second)
 		}
 		wantEqual(t, "requests that last", r.plane.streams.count(), maxStreams)
+		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
+		synctest.Wait()
 		lease, err := r.client.PauseWhileConnected(t.Context(), PauseRequest{})
 		if err != nil {
 			t.Fatal(err)
@@ -193,6 +198,13 @@ func testForgottenWaits(t *testing.T) {
 		defer lease.Close()
 		problem := wantProblem(t, receive(t, "the answer to the oldest wait", first), ProblemBusy)
 		wantEqual(t, "its status", problem.Status, http.StatusServiceUnavailable)
+		synctest.Wait()
+		cancel()
+		var seen []string
+		for _, e := range collect() {
+			seen = append(seen, e.Type)
+		}
+		wantEqual(t, "events", seen, []string{"hold", "state", "hold"})
 	})
 }
 

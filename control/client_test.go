@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -18,7 +19,7 @@ import (
 	"echod/server"
 )
 
-// calls are the client's methods, each with arguments that a running server with one connection accepts.
+// calls are the client's methods, with arguments that a server with one connection accepts.
 var calls = []struct {
 	name string
 	call func(context.Context, *Client) error
@@ -47,14 +48,29 @@ var calls = []struct {
 	{"Shutdown", func(ctx context.Context, c *Client) error { _, err := c.Shutdown(ctx, ShutdownRequest{}); return err }},
 }
 
-// events has a server that ends its stream by itself, else it would not return.
+// events reads all events; the server must end them.
 func events(ctx context.Context, c *Client) (err error) {
 	for _, err = range c.Events(ctx) {
 	}
 	return err
 }
 
-func TestEveryCallIsAnswered(t *testing.T) {
+func TestClient(t *testing.T) {
+	t.Run("every call is answered", testCalls)
+	t.Run("requests are as asked for", testRequests)
+	t.Run("OnAnswer gets each answer as it came", testOnAnswer)
+	t.Run("problems are errors", testProblemErrors)
+	t.Run("without a server, every call says so", testNoServer)
+	t.Run("a server that goes away is reported", testServerGone)
+	t.Run("a lease ends when the server goes away", testLeaseGone)
+	t.Run("answers that are not the API are reported", testBadAnswers)
+	t.Run("calls end with the cause of their context", testContext)
+	t.Run("a server that does not answer is reported", testSilentServer)
+	t.Run("answers are bounded", testHugeAnswers)
+	t.Run("@name is a file", testAtName)
+}
+
+func testCalls(t *testing.T) {
 	r := newRig(t, server.Options{})
 	r.echoClient(t)
 	for _, c := range calls {
@@ -65,7 +81,7 @@ func TestEveryCallIsAnswered(t *testing.T) {
 	<-r.ended
 }
 
-func TestNobodyThere(t *testing.T) {
+func testNoServer(t *testing.T) {
 	dir := shortDir(t)
 	c := NewClient(filepath.Join(dir, "none.sock"))
 	want := "no server answers on control socket " + filepath.Join(dir, "none.sock") + ": no such file or directory"
@@ -81,7 +97,7 @@ func TestNobodyThere(t *testing.T) {
 	wantEqual(t, "Events", events(t.Context(), c).Error(), want)
 }
 
-// answering makes a client whose server reads each request's headers and then runs answer on the connection.
+// answering returns a client whose server reads each request and then calls answer. HEAD is answered with 200.
 func answering(answer func(net.Conn)) *Client {
 	return &Client{path: "/run/echod.sock", http: &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
@@ -94,6 +110,10 @@ func answering(answer func(net.Conn)) *Client {
 					return
 				}
 				_, _ = io.Copy(io.Discard, req.Body)
+				if req.Method == http.MethodHead {
+					_, _ = io.WriteString(served, "HTTP/1.1 200 OK\r\n\r\n")
+					return
+				}
 				answer(served)
 			}()
 			return conn, nil
@@ -101,7 +121,7 @@ func answering(answer func(net.Conn)) *Client {
 	}}}
 }
 
-func TestServerThatGoesAwayInTheMiddle(t *testing.T) {
+func testServerGone(t *testing.T) {
 	for _, half := range []string{
 		"",
 		"HTTP/1.1 200 OK\r\n",
@@ -126,7 +146,7 @@ func TestServerThatGoesAwayInTheMiddle(t *testing.T) {
 	}
 }
 
-func TestLeaseEndsWhenTheServerGoesAway(t *testing.T) {
+func testLeaseGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := answering(func(conn net.Conn) {
 			_, _ = io.WriteString(conn, "HTTP/1.1 201 Created\r\nConnection: close\r\n\r\n{\"id\":\"h1\"}\n")
@@ -144,7 +164,7 @@ func TestLeaseEndsWhenTheServerGoesAway(t *testing.T) {
 	})
 }
 
-func TestAnswersThatAreNotUnderstood(t *testing.T) {
+func testBadAnswers(t *testing.T) {
 	for _, other := range []struct{ answer, want string }{
 		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers something that is not the control API: invalid character 'h' looking for beginning of value"},
 		{"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers 404 Not Found"},
@@ -160,13 +180,13 @@ func TestAnswersThatAreNotUnderstood(t *testing.T) {
 	}
 }
 
-func TestCallsEndWithTheirContextAndItsCause(t *testing.T) {
+func testContext(t *testing.T) {
 	enough := errors.New("enough")
 	for _, half := range []string{"", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"} {
 		synctest.Test(t, func(t *testing.T) {
 			c := answering(func(conn net.Conn) {
 				_, _ = io.WriteString(conn, half)
-				_, _ = io.Copy(io.Discard, conn) // until the caller has left
+				_, _ = io.Copy(io.Discard, conn) // until the client closes
 			})
 			for _, call := range calls {
 				ctx, cancel := context.WithTimeoutCause(t.Context(), quietTimeout/2, enough)
@@ -179,7 +199,7 @@ func TestCallsEndWithTheirContextAndItsCause(t *testing.T) {
 	}
 }
 
-func TestProblemsAreErrorsThatSayWhatIsWrong(t *testing.T) {
+func testProblemErrors(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		_, err := r.client.Pause(t.Context(), PauseRequest{TTL: -time.Second})
@@ -192,7 +212,7 @@ func TestProblemsAreErrorsThatSayWhatIsWrong(t *testing.T) {
 	})
 }
 
-func TestOnAnswerGetsEachAnswerAsItCame(t *testing.T) {
+func testOnAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		var mu sync.Mutex
@@ -217,7 +237,7 @@ func TestOnAnswerGetsEachAnswerAsItCame(t *testing.T) {
 		since := lease.Hold.Since.Format(time.RFC3339Nano)
 		resumed := `{"changed":true,"state":"running","released":1}` + "\n"
 		released := `{"released":"the server was resumed","state":"running"}` + "\n"
-		if len(got) == 4 && got[2] == released { // the two come on connections of their own
+		if len(got) == 4 && got[2] == released { // they come on two connections
 			got[2], got[3] = got[3], got[2]
 		}
 		wantEqual(t, "answers", got, []string{
@@ -229,7 +249,7 @@ func TestOnAnswerGetsEachAnswerAsItCame(t *testing.T) {
 	})
 }
 
-func TestClientSendsWhatItWasAsked(t *testing.T) {
+func testRequests(t *testing.T) {
 	var got string
 	synctest.Test(t, func(t *testing.T) {
 		c := &Client{path: "x", http: &http.Client{Transport: roundTrip(func(req *http.Request) (*http.Response, error) {
@@ -276,3 +296,96 @@ func TestClientSendsWhatItWasAsked(t *testing.T) {
 type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
+
+func testSilentServer(t *testing.T) {
+	for _, half := range []string{"", "HTTP/1.1 200 OK\r\n", "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"} {
+		synctest.Test(t, func(t *testing.T) {
+			c := answering(func(conn net.Conn) {
+				_, _ = io.WriteString(conn, half)
+				_, _ = io.Copy(io.Discard, conn)
+			})
+			for _, call := range calls {
+				if call.name == "Wait" || call.name == "PauseWhileConnected" && half != "" && half[len(half)-1] == '{' {
+					continue // may take any time once the server has answered
+				}
+				began := time.Now()
+				err := call.call(t.Context(), c)
+				const want = "the server on control socket /run/echod.sock does not answer: nothing came for 5s"
+				if _, ok := errors.AsType[*UnreachableError](err); !ok || err.Error() != want {
+					t.Errorf("%s after %q: error is %v, want an UnreachableError that says: %s", call.name, half, err, want)
+				}
+				wantEqual(t, call.name+": time", time.Since(began), quietTimeout)
+			}
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		c := &Client{path: "x", http: &http.Client{Transport: &http.Transport{
+			DialContext: func(context.Context, string, string) (net.Conn, error) {
+				served, conn := net.Pipe()
+				go func() {
+					defer served.Close()
+					_, _ = io.Copy(io.Discard, served)
+				}()
+				return conn, nil
+			},
+		}}}
+		began := time.Now()
+		_, err := c.Wait(t.Context(), WaitRequest{State: "paused"})
+		if _, ok := errors.AsType[*UnreachableError](err); !ok {
+			t.Errorf("Wait: error is %v, want an UnreachableError", err)
+		}
+		wantEqual(t, "Wait: time", time.Since(began), quietTimeout)
+	})
+	synctest.Test(t, func(t *testing.T) { // slow is not silent
+		body := `{"connections":[]}` + strings.Repeat(" ", 20)
+		c := answering(func(conn net.Conn) {
+			_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", len(body))
+			for _, b := range body {
+				time.Sleep(quietTimeout - time.Second)
+				_, _ = io.WriteString(conn, string(b))
+			}
+		})
+		must[Conns](t)(c.Conns(t.Context(), -1, 0))
+	})
+}
+
+func testHugeAnswers(t *testing.T) {
+	endless := func(head string) *Client {
+		return answering(func(conn net.Conn) {
+			_, _ = io.WriteString(conn, head)
+			for chunk := []byte(strings.Repeat(" ", 1<<20)); ; {
+				if _, err := conn.Write(chunk); err != nil {
+					return
+				}
+			}
+		})
+	}
+	_, err := endless("HTTP/1.1 200 OK\r\n\r\n").Status(t.Context())
+	if want := "control socket /run/echod.sock answers with more than 64 MiB"; err == nil || err.Error() != want {
+		t.Errorf("Status: error is %v, want: %s", err, want)
+	}
+	const want = "control socket /run/echod.sock answers with a line of more than 1 MiB"
+	if err := events(t.Context(), endless("HTTP/1.1 200 OK\r\n\r\n")); err == nil || err.Error() != want {
+		t.Errorf("Events: error is %v, want: %s", err, want)
+	}
+	if _, err := endless("HTTP/1.1 201 Created\r\n\r\n").PauseWhileConnected(t.Context(), PauseRequest{}); err == nil || err.Error() != want {
+		t.Errorf("PauseWhileConnected: error is %v, want: %s", err, want)
+	}
+	if _, err := endless("HTTP/1.1 500 \x1b[31mred\r\n\r\n").Status(t.Context()); err == nil || strings.Contains(err.Error(), "\x1b") {
+		t.Errorf("Status: error is %q, want no escapes", err)
+	}
+}
+
+func testAtName(t *testing.T) {
+	t.Chdir(shortDir(t))
+	ln, err := Listen(t.Context(), "@name", SocketOptions{Mode: 0o600})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	conn, err := dialSocket(t.Context(), "@name")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+}

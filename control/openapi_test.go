@@ -1,14 +1,19 @@
 package control
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
@@ -71,7 +76,7 @@ func (d document) wantAnswer(t *testing.T, in *openapi3filter.RequestValidationI
 	}
 	out.SetBodyBytes([]byte(got.body))
 	if err := openapi3filter.ValidateResponse(context.Background(), out); err != nil {
-		t.Errorf("%s %s answers %d, which the document does not allow: %v", in.Request.Method, in.Request.URL, got.status, err)
+		t.Errorf("%s %s answers %d, which is not in the document: %v", in.Request.Method, in.Request.URL, got.status, err)
 	}
 }
 
@@ -87,11 +92,20 @@ func (d document) wantSchema(t *testing.T, name string, line []byte) {
 		t.Fatalf("%s: %v", line, err)
 	}
 	if err := schema.Value.VisitJSON(v, openapi3.EnableFormatValidation()); err != nil {
-		t.Errorf("%s is no %s: %v", line, name, err)
+		t.Errorf("%s is not a %s: %v", line, name, err)
 	}
 }
 
-func TestDocumentHasExactlyTheRoutesThereAre(t *testing.T) {
+func TestDocument(t *testing.T) {
+	t.Run("has exactly the routes of the plane", testDocumentRoutes)
+	t.Run("names all states, reasons, modes, phases and problems", testDocumentEnums)
+	t.Run("allows no unknown properties", testDocumentClosed)
+	t.Run("matches every answer, and every answer in it is given", testDocumentAnswers)
+	t.Run("has the end of the drain delay", testDocumentDrain)
+	t.Run("has the event for missed events", testDocumentMissed)
+}
+
+func testDocumentRoutes(t *testing.T) {
 	doc := loadDocument(t)
 	var documented, served []string
 	for path, item := range doc.Paths.Map() {
@@ -107,7 +121,7 @@ func TestDocumentHasExactlyTheRoutesThereAre(t *testing.T) {
 	wantEqual(t, "routes in the document", documented, served)
 }
 
-func TestDocumentNamesAllThatCanBe(t *testing.T) {
+func testDocumentEnums(t *testing.T) {
 	doc := loadDocument(t)
 	enum := func(name string) (values []string) {
 		for _, v := range doc.Components.Schemas[name].Value.Enum {
@@ -150,18 +164,327 @@ func TestDocumentNamesAllThatCanBe(t *testing.T) {
 	wantEqual(t, "types of problems", problems, want)
 }
 
-func TestDocumentLeavesNoObjectOpen(t *testing.T) {
+func testDocumentClosed(t *testing.T) {
 	doc := loadDocument(t)
 	objects := 0
 	for name, schema := range doc.Components.Schemas {
 		if s := schema.Value; s.Type.Is("object") {
 			objects++
 			if s.AdditionalProperties.Has == nil || *s.AdditionalProperties.Has {
-				t.Errorf("%s allows further properties: drift would not show", name)
+				t.Errorf("%s allows unknown properties", name)
 			}
 		}
 	}
 	if objects < 20 {
-		t.Errorf("the document has %d objects: this test looks in the wrong place", objects)
+		t.Errorf("the document has only %d objects", objects)
 	}
+}
+
+// exchange is a request and the status of its answer.
+type exchange struct {
+	method, target, body string
+	status               int
+}
+
+// drive makes requests, checks each and its answer against the document, and adds the answers to seen. The document must
+// not allow a request that is answered 400, unless it is in lax.
+func (d document) drive(t *testing.T, r *rig, seen map[string]bool, exchanges []exchange) {
+	t.Helper()
+	for _, e := range exchanges {
+		what := e.method + " " + e.target + " " + e.body
+		got := r.do(t, e.method, e.target, e.body)
+		if got.status != e.status {
+			t.Errorf("%.80s: answered %d: %s: want %d", what, got.status, got.body, e.status)
+			continue
+		}
+		in, err := d.request(e.method, e.target, e.body)
+		switch {
+		case got.status == http.StatusNotFound && in == nil:
+			d.wantSchema(t, "NotFoundProblem", []byte(got.body))
+			continue
+		case got.status == http.StatusMethodNotAllowed:
+			d.wantSchema(t, "MethodProblem", []byte(got.body))
+			continue
+		case in == nil:
+			t.Errorf("%.80s: not in the document: %v", what, err)
+			continue
+		case err != nil && got.status < 300:
+			t.Errorf("%.80s: answered %d, and the document does not allow the request: %v", what, got.status, err)
+		case err == nil && got.status == http.StatusBadRequest && !slices.Contains(lax, e.target+" "+e.body):
+			t.Errorf("%.80s: answered %d, and the document allows the request", what, got.status)
+		}
+		d.wantAnswer(t, in, got)
+		seen[in.Route.Method+" "+in.Route.Path+" "+strconv.Itoa(got.status)] = true
+	}
+}
+
+// lax are bad requests that the document cannot tell from good ones.
+var lax = []string{
+	"/v1/conns?all=true&min_idle=1s ", "/v1/conns ", "/v1/conns?all=false ",
+	`/v1/pause {"ttl":"0s"}`, `/v1/pause {"reason":"x","reason":"x"}`,
+	`/v1/shutdown {"now":true,"grace":"5s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
+	`/v1/pause {"reason":"x"} {}`,
+}
+
+// testDocumentAnswers makes every operation give every answer in the document.
+func testDocumentAnswers(t *testing.T) {
+	doc := loadDocument(t)
+	r := newRig(t, server.Options{Grace: time.Hour})
+	seen := map[string]bool{}
+	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
+	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
+	hugeText := strings.Replace(huge, "reason", "text", 1)
+
+	for range 4 {
+		r.echoClient(t)
+	}
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/status", "", 200},
+		{get, "/v1/status?x=1", "", 400},
+		{put, "/v1/status", "", 405},
+		{get, "/v1/stat", "", 404},
+		{get, "/metrics", "", 200},
+		{post, "/metrics", "", 405},
+
+		{get, "/v1/conns", "", 200},
+		{get, "/v1/conns?limit=1&min_idle=0s", "", 200},
+		{get, "/v1/conns?limit=-1", "", 400},
+		{get, "/v1/conns?limit=1.5", "", 400},
+		{get, "/v1/conns?limit=1&limit=1", "", 400},
+		{get, "/v1/conns?min_idle=soon", "", 400},
+		{get, "/v1/conns?min_idle=-1s", "", 400},
+		{post, "/v1/conns", "", 405},
+		{del, "/v1/conns/1", "", 200},
+		{del, "/v1/conns/9999", "", 404},
+		{del, "/v1/conns/-1", "", 400},
+		{del, "/v1/conns/x", "", 400},
+		{get, "/v1/conns/1", "", 405},
+		{del, "/v1/conns", "", 400},
+		{del, "/v1/conns?all=false", "", 400},
+		{del, "/v1/conns?all=yes", "", 400},
+		{del, "/v1/conns?all=true&min_idle=1s", "", 400},
+		{del, "/v1/conns?min_idle=1h", "", 200},
+		{del, "/v1/conns?all=true", "", 200},
+	})
+	r.awaitConns(t, 0)
+	r.echoClient(t)
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/conns/closed", "", 200},
+		{get, "/v1/conns/closed?limit=2", "", 200},
+		{get, "/v1/conns/closed?limit=all", "", 400},
+		{get, "/v1/status", "", 200},
+
+		{post, "/v1/notify", `{"text":"back at noon"}`, 200},
+		{post, "/v1/notify", `{"text":""}`, 400},
+		{post, "/v1/notify", `{"text":"two\nlines"}`, 400},
+		{post, "/v1/notify", `{}`, 400},
+		{post, "/v1/notify", ``, 400},
+		{post, "/v1/notify", hugeText, 413},
+
+		{post, "/v1/pause", ``, 201},
+		{post, "/v1/pause", `{}`, 201},
+		{post, "/v1/pause", `{"reason":"bäckup","ttl":"1h30m","mode":"reject"}`, 201},
+		{get, "/v1/status", "", 200},
+		{get, "/v1/wait?state=paused", "", 200},
+		{get, "/v1/wait?state=paused&connections=1&timeout=1m", "", 200},
+		{get, "/v1/wait?connections=7&timeout=0s", "", 408},
+		{get, "/v1/wait", "", 400},
+		{get, "/v1/wait?state=asleep", "", 400},
+		{get, "/v1/wait?connections=-1", "", 400},
+		{get, "/v1/wait?state=paused&timeout=5", "", 400},
+		{post, "/v1/pause", `{"ttl":"0s"}`, 400},
+		{post, "/v1/pause", `{"ttl":"-5s"}`, 400},
+		{post, "/v1/pause", `{"ttl":5}`, 400},
+		{post, "/v1/pause", `{"ttl":null}`, 400},
+		{post, "/v1/pause", `{"mode":"halt"}`, 400},
+		{post, "/v1/pause", `{"tll":"5s"}`, 400},
+		{post, "/v1/pause", `{"reason":"x","reason":"x"}`, 400},
+		{post, "/v1/pause", `{"reason":"x"`, 400},
+		{post, "/v1/pause", `{"reason":"x"} {}`, 400},
+		{post, "/v1/pause", `["reason"]`, 400},
+		{post, "/v1/pause?while=idle", ``, 400},
+		{post, "/v1/pause", huge, 413},
+		{del, "/v1/holds/h1", "", 200},
+		{del, "/v1/holds/h1", "", 404},
+		{del, "/v1/holds/h2?now=true", "", 400},
+		{post, "/v1/resume", ``, 200},
+		{post, "/v1/resume", `{}`, 200},
+		{post, "/v1/resume", `{"all":true}`, 400},
+		{post, "/v1/resume", huge, 413},
+		{get, "/v1/events?type=state", "", 400},
+
+		{post, "/v1/shutdown", `{"now":true,"grace":"5s"}`, 400},
+		{post, "/v1/shutdown", `{"now":"yes"}`, 400},
+		{post, "/v1/shutdown", huge, 413},
+	})
+
+	doc.driveBusy(t, r, seen)
+	streams := doc.followStreams(t, r, seen)
+	doc.drive(t, r, seen, []exchange{
+		{post, "/v1/shutdown", `{"grace":"1h","reason":"upgrade"}`, 202},
+		{post, "/v1/shutdown", ``, 200},
+		{post, "/v1/shutdown", `{"grace":"30m"}`, 202},
+		{get, "/v1/status", "", 200},
+		{post, "/v1/pause", "", 409},
+		{post, "/v1/resume", "", 409},
+		{del, "/v1/holds/h2", "", 409},
+		{get, "/v1/wait?state=running", "", 409},
+		{get, "/v1/wait?state=draining", "", 200},
+		{post, "/v1/notify", `{"text":"goodbye"}`, 200},
+		{post, "/v1/shutdown", `{"now":true,"grace":"0s"}`, 202},
+	})
+	streams()
+	<-r.ended
+
+	for path, item := range doc.Paths.Map() {
+		for method, operation := range item.Operations() {
+			for status := range operation.Responses.Map() {
+				if !seen[method+" "+path+" "+status] {
+					t.Errorf("%s %s: no request was answered %s, which is in the document", method, path, status)
+				}
+			}
+		}
+	}
+}
+
+// driveBusy drives the answers that are given when too many requests last.
+func (d document) driveBusy(t *testing.T, r *rig, seen map[string]bool) {
+	t.Helper()
+	var conns []net.Conn
+	last := func(request string, total int) {
+		conn := r.rawConn(t)
+		conns = append(conns, conn)
+		ask(t, conn, request+" HTTP/1.1\r\nHost: echod\r\nContent-Length: 0\r\n\r\n")
+		r.awaitStreams(t, total)
+	}
+	for n := range maxKept {
+		last("POST /v1/pause?while=connected", n+1)
+	}
+	d.drive(t, r, seen, []exchange{{http.MethodPost, "/v1/pause?while=connected", "", http.StatusServiceUnavailable}})
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	r.awaitStreams(t, 0)
+
+	conns = nil
+	var driving sync.WaitGroup
+	driving.Go(func() {
+		d.drive(t, r, seen, []exchange{{http.MethodGet, "/v1/wait?connections=77", "", http.StatusServiceUnavailable}})
+	})
+	r.awaitStreams(t, 1)
+	for n := range maxStreams {
+		last("GET /v1/events", min(n+2, maxStreams))
+	}
+	driving.Wait()
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+	r.awaitStreams(t, 0)
+}
+
+// followStreams opens both kinds of streams and makes every kind of event happen. Once the server has stopped, check
+// checks each line against the document.
+func (d document) followStreams(t *testing.T, r *rig, seen map[string]bool) (check func()) {
+	t.Helper()
+	events := d.openStream(t, r, http.MethodGet, "/v1/events", http.StatusOK)
+	pause := d.openStream(t, r, http.MethodPost, "/v1/pause?while=connected", http.StatusCreated)
+	hold := pause()
+	d.wantSchema(t, "Hold", hold)
+	d.wantSchema(t, "PauseLine", hold)
+	must[Change](t)(r.client.Resume(t.Context()))
+	released := pause()
+	d.wantSchema(t, "Released", released)
+	d.wantSchema(t, "PauseLine", released)
+	if line := pause(); line != nil {
+		t.Errorf("another line after the last one: %s", line)
+	}
+	_ = r.echoClient(t).Close()
+	r.awaitConns(t, 1)
+	seen["GET /v1/events 200"] = true
+
+	return func() {
+		kinds := map[string]bool{}
+		for line := events(); line != nil; line = events() {
+			d.wantSchema(t, "Event", line)
+			for _, kind := range []string{"state", "opened", "closed", "hold", "released"} {
+				if strings.Contains(string(line), `"type":"`+kind+`"`) {
+					kinds[kind] = true
+				}
+			}
+		}
+		wantEqual(t, "kinds of events that were seen", kinds, map[string]bool{"state": true, "opened": true, "closed": true, "hold": true, "released": true})
+	}
+}
+
+// openStream makes a request that lasts. next returns its next line, and nil at the end.
+func (d document) openStream(t *testing.T, r *rig, method, target string, status int) (next func() []byte) {
+	t.Helper()
+	if _, err := d.request(method, target, ""); err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(context.Background(), method, "http://echod"+target, http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := r.client.http.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	wantEqual(t, target+": status", resp.StatusCode, status)
+	wantEqual(t, target+": type", resp.Header.Get("Content-Type"), "application/jsonl")
+	lines := bufio.NewReader(resp.Body)
+	return func() []byte {
+		line, err := lines.ReadBytes('\n')
+		if err != nil {
+			return nil
+		}
+		return line
+	}
+}
+
+func testDocumentDrain(t *testing.T) {
+	doc := loadDocument(t)
+	began := time.Now()
+	for name, until := range map[string]time.Time{"with a delay": began.Add(3 * time.Second), "without": began} {
+		got := wireDrain(&server.DrainInfo{Since: began, AcceptUntil: until, Deadline: began.Add(time.Minute), Reason: "x"})
+		wantEqual(t, name+": accepting_until", got.AcceptingUntil != nil, until.After(began))
+		line, err := json.Marshal(got)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc.wantSchema(t, "Drain", line)
+	}
+}
+
+func testDocumentMissed(t *testing.T) {
+	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventsMissed, Missed: 3}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	loadDocument(t).wantSchema(t, "Event", line)
+}
+
+// TestStrictness sends to every route in the table a parameter, and a body, that it does not have.
+func TestStrictness(t *testing.T) {
+	r := newRig(t, server.Options{})
+	for _, route := range r.plane.routes {
+		if route.pattern == "/metrics" {
+			continue // its handler is not ours
+		}
+		target := strings.ReplaceAll(route.pattern, "{id}", "h1")
+		for _, query := range []string{"grace=1m", "now=true", "no_such_parameter=1", "%zz"} {
+			got := r.do(t, route.method, target+"?"+query, "")
+			what := route.method + " " + target + "?" + query
+			wantEqual(t, what+": status", got.status, http.StatusBadRequest)
+			wantEqual(t, what+": problem", strings.Contains(got.body, ProblemInvalid), true)
+		}
+		if route.method == http.MethodPost {
+			got := r.do(t, route.method, target, `{"no_such_field":1}`)
+			wantEqual(t, route.method+" "+target+": status with an unknown field", got.status, http.StatusBadRequest)
+		}
+	}
+	st := r.srv.Status()
+	wantEqual(t, "state", st.State, server.Running)
+	wantEqual(t, "holds", len(st.Holds), 0)
 }

@@ -12,7 +12,7 @@ import (
 	"echod/server"
 )
 
-// asked is what a plane answers to a request.
+// asked returns what a plane answers to a request.
 func asked(t *testing.T, h http.Handler, method, path string) (status int, body string) {
 	t.Helper()
 	w := httptest.NewRecorder()
@@ -20,7 +20,17 @@ func asked(t *testing.T, h http.Handler, method, path string) (status int, body 
 	return w.Code, w.Body.String()
 }
 
-func TestPausedAndDrainingAreAliveAndNotReady(t *testing.T) {
+func TestWeb(t *testing.T) {
+	t.Run("a paused or draining server is alive and not ready", testWebStates)
+	t.Run("a starting or stopped server is not ready", testWebEnds)
+	t.Run("at the connection limit, readiness follows what new clients get", testWebFull)
+	t.Run("livez probes the server", testWebLive)
+	t.Run("nothing changes anything", testWebReadOnly)
+	t.Run("only allowed host names read it", testWebHosts)
+	t.Run("Debug answers below /debug/", testWebDebug)
+}
+
+func testWebStates(t *testing.T) {
 	r := newRig(t, server.Options{})
 	web := NewWeb(r.srv, Options{})
 	want := func(path string, status int, parts ...string) {
@@ -56,13 +66,13 @@ func TestPausedAndDrainingAreAliveAndNotReady(t *testing.T) {
 	if _, err := nc.Read(make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	r.srv.StartDrain(server.DrainOptions{Grace: time.Minute, Reason: "deploy"})
+	r.srv.Drain(time.Minute, "deploy")
 	want("/livez", 200, "draining")
 	want("/readyz", 503, "draining", "deploy", "until")
 }
 
-func TestStartingAndStoppedAreNotReady(t *testing.T) {
-	srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
+func testWebEnds(t *testing.T) {
+	srv, err := server.New(server.Echo, server.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,17 +88,17 @@ func TestStartingAndStoppedAreNotReady(t *testing.T) {
 	}
 }
 
-func TestAtTheLimitReadinessSaysWhatNewClientsGet(t *testing.T) {
+func testWebFull(t *testing.T) {
 	for name, tt := range map[string]struct {
-		atLimit server.LimitMode
+		atLimit server.AtLimit
 		status  int
 		body    string
 	}{
-		"wait":   {server.LimitQueue, 200, "ready: full, with 1 connection: new clients wait for a place\n"},
-		"reject": {server.LimitReject, 503, "not ready: full, with 1 connection\n"},
+		"wait":   {server.Wait, 200, "ready: full, with 1 connection: new clients wait for a place\n"},
+		"reject": {server.Reject, 503, "not ready: full, with 1 connection\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, server.Options{Limits: server.Limits{MaxConns: 1, AtLimit: tt.atLimit}})
+			r := newRig(t, server.Options{MaxConns: 1, AtLimit: tt.atLimit})
 			web := NewWeb(r.srv, Options{})
 			c := r.echoClient(t)
 			if status, body := asked(t, web, http.MethodGet, "/readyz"); status != tt.status || body != tt.body {
@@ -103,10 +113,9 @@ func TestAtTheLimitReadinessSaysWhatNewClientsGet(t *testing.T) {
 	}
 }
 
-// That is tried, and not concluded from an answer's being given.
-func TestLivezProbesTheServer(t *testing.T) {
+func testWebLive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
+		srv, err := server.New(server.Echo, server.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -119,14 +128,14 @@ func TestLivezProbesTheServer(t *testing.T) {
 		if status != http.StatusServiceUnavailable || !strings.Contains(body, "accepting from memory is stuck") {
 			t.Errorf("/livez of a server whose accept loop is stuck: %d %q, want 503", status, body)
 		}
-		wantEqual(t, "time for the proof", time.Since(began), probeTimeout)
+		wantEqual(t, "time until the answer", time.Since(began), probeTimeout)
 		_ = ln.Close()
 		_ = srv.Close()
 		serving.Wait()
 	})
 }
 
-func TestWebChangesNothing(t *testing.T) {
+func testWebReadOnly(t *testing.T) {
 	r := newRig(t, server.Options{})
 	web := NewWeb(r.srv, Options{Metrics: http.NotFoundHandler()})
 	for _, path := range []string{"/livez", "/readyz", "/v1/status", "/metrics"} {
@@ -145,8 +154,13 @@ func TestWebChangesNothing(t *testing.T) {
 	}
 }
 
-// What callers make up is counted together, or they could make the server remember ever more.
-func TestRequestsAreToldByRouteAndCode(t *testing.T) {
+func TestOptions(t *testing.T) {
+	t.Run("OnRequest gets routes, and not paths", testOnRequest)
+	t.Run("Metrics answers /metrics", testMetrics)
+}
+
+// testOnRequest checks that callers cannot make up routes or methods, each of which would be a metric.
+func testOnRequest(t *testing.T) {
 	r := newRig(t, server.Options{})
 	var mu sync.Mutex
 	seen := make(map[string]int)
@@ -172,7 +186,7 @@ func TestRequestsAreToldByRouteAndCode(t *testing.T) {
 	}
 }
 
-func TestMetricsAreOnTheControlPlaneToo(t *testing.T) {
+func testMetrics(t *testing.T) {
 	r := newRig(t, server.Options{})
 	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("metrics")) })
 	if _, body := asked(t, New(r.srv, Options{Metrics: metrics}), http.MethodGet, "/metrics"); body != "metrics" {
@@ -180,5 +194,40 @@ func TestMetricsAreOnTheControlPlaneToo(t *testing.T) {
 	}
 	if status, _ := asked(t, New(r.srv, Options{}), http.MethodGet, "/metrics"); status != http.StatusNotFound {
 		t.Errorf("without metrics: %d, want 404", status)
+	}
+}
+
+func testWebHosts(t *testing.T) {
+	r := newRig(t, server.Options{})
+	web := NewWeb(r.srv, Options{Metrics: http.HandlerFunc(someMetrics), Debug: http.HandlerFunc(someMetrics), Hosts: []string{"Allowed.example"}})
+	status := func(host, path string) int {
+		w := httptest.NewRecorder()
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, http.NoBody)
+		req.Host = host
+		web.ServeHTTP(w, req)
+		return w.Code
+	}
+	for host, want := range map[string]int{
+		"127.0.0.1": 200, "127.0.0.1:9090": 200, "[::1]:9090": 200, "[::1]": 200, "10.1.2.3:80": 200, "[fe80::1%25eth0]:80": 200,
+		"localhost:9090": 200, "echod": 200, "allowed.example": 200, "ALLOWED.example.:9090": 200, "": 200,
+		"evil.example": 421, "evil.example:9090": 421, "localhost.evil.example": 421, "127.0.0.1.evil.example": 421, "sub.allowed.example": 421, "evil": 421,
+	} {
+		for _, path := range []string{"/v1/status", "/metrics", "/debug/pprof/heap"} {
+			wantEqual(t, "status of "+path+" for "+host, status(host, path), want)
+		}
+		wantEqual(t, "status of /livez for "+host, status(host, "/livez"), 200)
+		wantEqual(t, "status of /readyz for "+host, status(host, "/readyz"), 200)
+	}
+}
+
+func testWebDebug(t *testing.T) {
+	r := newRig(t, server.Options{})
+	web := NewWeb(r.srv, Options{Debug: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = w.Write([]byte(r.URL.Path)) })})
+	for _, path := range []string{"/debug/pprof/", "/debug/pprof/heap", "/debug/vars"} {
+		status, body := asked(t, web, http.MethodGet, path)
+		wantEqual(t, path, [2]any{status, body}, [2]any{http.StatusOK, path})
+	}
+	if status, _ := asked(t, NewWeb(r.srv, Options{}), http.MethodGet, "/debug/pprof/"); status != http.StatusNotFound {
+		t.Errorf("without Debug: %d, want 404", status)
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"sync"
@@ -12,13 +14,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/oklog/run"
 	"go.uber.org/zap"
 
 	"echod/server"
 )
 
-// witness notes in what state the server was when each actor returned.
+// witness records the state of the server when each actor returned.
 type witness struct {
 	srv      *server.Server
 	mu       sync.Mutex
@@ -35,7 +38,12 @@ func (w *witness) watch(name string, a actor) (func() error, func(error)) {
 	}, a.interrupt
 }
 
-func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
+func TestG7(t *testing.T) {
+	t.Run("no actor returns before the server has stopped", testActorsEnd)
+	t.Run("the control plane answers until the last connection is gone", testAnswersToTheEnd)
+}
+
+func testActorsEnd(t *testing.T) {
 	broken := errors.New("no more room")
 	for _, end := range []struct {
 		name string
@@ -44,15 +52,15 @@ func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
 		// control is the state in which the control plane's actor returns.
 		control server.State
 	}{
-		{"a signal", func(p parts) { p.signals <- term }, nil, server.StateStopped},
-		{"the program", func(p parts) { p.srv.StartDrain(server.DrainOptions{Reason: "program"}) }, nil, server.StateStopped},
-		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.StateStopped},
-		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.StateStopped},
-		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.StateRunning},
+		{"a signal", func(p parts) { p.signals <- term }, nil, server.Stopped},
+		{"the program", func(p parts) { p.srv.Drain(0, "program") }, nil, server.Stopped},
+		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.Stopped},
+		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.Stopped},
+		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.Running},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier(), Drain: server.DrainOptions{Grace: grace}})
+				srv, err := server.New(server.Echo, server.Options{Grace: grace})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -61,7 +69,7 @@ func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
 				other, stop := context.WithCancelCause(t.Context())
 				w := &witness{srv: srv, returned: map[string]server.State{}}
 				var g run.Group
-				g.Add(w.watch("server", pair(ServerActor(srv, server.Listener{Listener: echo}))))
+				g.Add(w.watch("server", pair(ServerActor(srv, echo))))
 				g.Add(w.watch("signals", pair(NewSignals(srv, in, zap.NewNop(), io.Discard).Actor())))
 				g.Add(w.watch("control", pair(New(srv, Options{}).Actor(socket))))
 				g.Add(func() error { <-other.Done(); return context.Cause(other) }, func(error) { stop(errDone) })
@@ -79,27 +87,27 @@ func TestG7NoActorReturnsBeforeTheServerHasStopped(t *testing.T) {
 					t.Errorf("the run group returned %v: want %v", err, end.want)
 				}
 				if took := time.Since(began); took < grace || took > grace+2*time.Second {
-					t.Errorf("the client had %s: want the whole grace of %s", took, grace)
+					t.Errorf("the client had %s: want the whole grace period of %s", took, grace)
 				}
 				wantEqual(t, "states in which the actors returned", w.returned, map[string]server.State{
-					"server": server.StateStopped, "signals": server.StateStopped, "control": end.control,
+					"server": server.Stopped, "signals": server.Stopped, "control": end.control,
 				})
 			})
 		})
 	}
 }
 
-// parts are what a program is made of.
+// parts are the parts of a program.
 type parts struct {
 	srv          *server.Server
 	signals      chan<- os.Signal
 	echo, socket *pipeListener
-	stop         context.CancelCauseFunc // of an actor that is none of ours
+	stop         context.CancelCauseFunc // ends an actor of the program
 }
 
 var errDone = errors.New("done")
 
-func TestG7ControlPlaneAnswersUntilTheLastConnectionIsGone(t *testing.T) {
+func testAnswersToTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSignalled(t)
 		collect := s.follow(t.Context(), t)
@@ -127,18 +135,27 @@ func TestG7ControlPlaneAnswersUntilTheLastConnectionIsGone(t *testing.T) {
 	})
 }
 
-func TestControlPlaneEndsSoonAfterTheServerWhateverItsCallersDo(t *testing.T) {
+func TestActors(t *testing.T) {
+	t.Run("the control plane ends soon after the server, whatever its callers do", testPlaneEnds)
+	t.Run("a control plane that fails drains the server", testPlaneFails)
+	t.Run("the end of an actor keeps the deadline of a drain", testDeadlineKept)
+	t.Run("without listeners the server actor waits for the server", testNoListeners)
+	t.Run("an actor interrupted before it serves closes its listener", testEarlyInterrupt)
+	t.Run("the socket stays until the server has drained", testSocketStays)
+}
+
+func testPlaneEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{}, func(r *rig) actor {
 			r.plane.linger = lingerTimeout
 			return actor{}
 		})
-		pauseByHand(t, r.rawConn(t), "") // and does not read the last line
+		pauseByHand(t, r.rawConn(t), "") // does not read the last line
 		ask(t, r.rawConn(t), "GET /v1/events HTTP/1.1\r\nHost: echod\r\n\r\n")
 		ask(t, r.rawConn(t), "POST /v1/pause HTTP/1.1\r\nHost: echod\r\nContent-Length: 100\r\n\r\n{")
 		ask(t, r.rawConn(t), "GET /v1/status")
 		synctest.Wait()
-		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
+		r.srv.Drain(0, "SIGTERM")
 		<-r.srv.Done()
 		stopped := time.Now()
 		<-r.ended
@@ -148,33 +165,33 @@ func TestControlPlaneEndsSoonAfterTheServerWhateverItsCallersDo(t *testing.T) {
 	})
 }
 
-func TestControlPlaneThatFailsDrainsTheServer(t *testing.T) {
+func testPlaneFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
+		srv, err := server.New(server.Echo, server.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		socket := newPipeListener()
 		var g run.Group
-		g.Add(ServerActor(srv, server.Listener{Listener: newPipeListener()}))
+		g.Add(ServerActor(srv, newPipeListener()))
 		g.Add(New(srv, Options{}).Actor(socket))
 		socket.fail <- errDone
 		if err := g.Run(); !errors.Is(err, errDone) {
 			t.Errorf("the run group returned %v: want %v", err, errDone)
 		}
-		wantEqual(t, "state", srv.Status().State, server.StateStopped)
+		wantEqual(t, "state", srv.Status().State, server.Stopped)
 	})
 }
 
-func TestAnActorsEndKeepsTheDeadlineOfADrainUnderWay(t *testing.T) {
+func testDeadlineKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		fail := make(chan error)
-		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Second}}, func(*rig) actor {
+		r := newBubble(t, server.Options{Grace: time.Second}, func(*rig) actor {
 			return actor{func() error { return <-fail }, func(error) {}}
 		})
 		r.echoClient(t)
 		began := time.Now()
-		r.srv.StartDrain(server.DrainOptions{Grace: time.Minute, Reason: "upgrade"})
+		r.srv.Drain(time.Minute, "upgrade")
 		fail <- errDone
 		<-r.ended
 		if took := time.Since(began); took < time.Minute {
@@ -183,9 +200,9 @@ func TestAnActorsEndKeepsTheDeadlineOfADrainUnderWay(t *testing.T) {
 	})
 }
 
-func TestServerActorWithoutListenersWaitsForTheServer(t *testing.T) {
+func testNoListeners(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
+		srv, err := server.New(server.Echo, server.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -199,9 +216,9 @@ func TestServerActorWithoutListenersWaitsForTheServer(t *testing.T) {
 	})
 }
 
-func TestActorInterruptedBeforeItServesClosesItsListener(t *testing.T) {
+func testEarlyInterrupt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
+		srv, err := server.New(server.Echo, server.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -213,8 +230,8 @@ func TestActorInterruptedBeforeItServesClosesItsListener(t *testing.T) {
 	})
 }
 
-func TestSocketIsThereUntilTheServerHasDrained(t *testing.T) {
-	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
+func testSocketStays(t *testing.T) {
+	r := newRig(t, server.Options{Grace: time.Hour})
 	c := r.echoClient(t)
 	change := must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
 	wantEqual(t, "state", change.State, "draining")
@@ -226,7 +243,7 @@ func TestSocketIsThereUntilTheServerHasDrained(t *testing.T) {
 	<-r.ended
 	left, err := filepath.Glob(filepath.Join(filepath.Dir(r.socket), "*"))
 	wantEqual(t, "files left beside the socket", left, []string(nil))
-	wantEqual(t, "error of looking", err, nil)
+	wantEqual(t, "error", err, nil)
 	wantEqual(t, "what the run group returns", r.err, nil)
 }
 
@@ -241,4 +258,79 @@ func (c *echoClient) CloseWrite(t *testing.T) error {
 		t.Fatal("this connection cannot be half-closed")
 	}
 	return half.CloseWrite()
+}
+
+func TestServeAndShutdown(t *testing.T) {
+	start := func(t *testing.T) (*server.Server, *Plane, *pipeListener, <-chan error) {
+		srv, err := server.New(server.Echo, server.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		plane, ln, served := New(srv, Options{}), newPipeListener(), make(chan error, 1)
+		go func() { served <- plane.Serve(ln) }()
+		return srv, plane, ln, served
+	}
+	dial := func(t *testing.T, ln *pipeListener) net.Conn {
+		conn, err := ln.Dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		return conn
+	}
+	t.Run("Shutdown waits for a request that lasts", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			srv, plane, ln, served := start(t)
+			defer srv.Close()
+			answer := ask(t, dial(t, ln), "GET /v1/wait?state=running&timeout=1m HTTP/1.1\r\nHost: echod\r\n\r\n")
+			go func() { _, _ = io.Copy(io.Discard, answer) }()
+			synctest.Wait()
+			began := time.Now()
+			wantEqual(t, "error", plane.Shutdown(t.Context()), nil)
+			wantEqual(t, "time it took", time.Since(began), time.Minute)
+			wantEqual(t, "what Serve returns", <-served, http.ErrServerClosed, cmpopts.EquateErrors())
+		})
+	})
+	t.Run("Shutdown cuts it off when its context ends", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			srv, plane, ln, served := start(t)
+			defer srv.Close()
+			for _, request := range []string{"GET /v1/wait?state=running", "GET /v1/events", "POST /v1/pause?while=connected"} {
+				ask(t, dial(t, ln), request+" HTTP/1.1\r\nHost: echod\r\n\r\n")
+			}
+			synctest.Wait()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			began := time.Now()
+			wantEqual(t, "error", plane.Shutdown(ctx), context.DeadlineExceeded, cmpopts.EquateErrors())
+			wantEqual(t, "time it took", time.Since(began), time.Second)
+			wantEqual(t, "what Serve returns", <-served, http.ErrServerClosed, cmpopts.EquateErrors())
+			wantEqual(t, "state of the server", srv.Status().State, server.Starting)
+		})
+	})
+	t.Run("a plane serves several listeners", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			srv, plane, first, served := start(t)
+			defer srv.Close()
+			second, also := newPipeListener(), make(chan error, 1)
+			go func() { also <- plane.Serve(second) }()
+			for _, ln := range []*pipeListener{first, second} {
+				resp, err := http.ReadResponse(ask(t, dial(t, ln), "HEAD /v1/status HTTP/1.1\r\nHost: echod\r\nConnection: close\r\n\r\n"), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				wantEqual(t, "status", resp.StatusCode, http.StatusOK)
+			}
+			wantEqual(t, "error", plane.Shutdown(t.Context()), nil)
+			for _, served := range []<-chan error{served, also} {
+				wantEqual(t, "what Serve returns", <-served, http.ErrServerClosed, cmpopts.EquateErrors())
+			}
+		})
+	})
+}
+
+func TestImportRegistersNothing(t *testing.T) {
+	if _, pattern := http.DefaultServeMux.Handler(httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/debug/pprof/", http.NoBody)); pattern != "" {
+		t.Errorf("the default mux serves %s", pattern)
+	}
 }

@@ -10,7 +10,15 @@ import (
 	"echod/server"
 )
 
-func TestHoldsOfDifferentPeopleAreReleasedOneByOne(t *testing.T) {
+func TestPause(t *testing.T) {
+	t.Run("holds are released one by one", testHolds)
+	t.Run("the answer has the location of the hold", testPauseLocation)
+	t.Run("resume releases all holds", testResume)
+	t.Run("a hold ends with its time to live", testTTL)
+	t.Run("mode reject rejects new clients", testReject)
+}
+
+func testHolds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		first := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "backup"}))
@@ -28,7 +36,7 @@ func TestHoldsOfDifferentPeopleAreReleasedOneByOne(t *testing.T) {
 	})
 }
 
-func TestPauseSaysWhereItsHoldIs(t *testing.T) {
+func testPauseLocation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		got := r.do(t, http.MethodPost, "/v1/pause", "")
@@ -39,7 +47,7 @@ func TestPauseSaysWhereItsHoldIs(t *testing.T) {
 	})
 }
 
-func TestResumeReleasesEveryHoldAndSaysHowMany(t *testing.T) {
+func testResume(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		for range 3 {
@@ -52,7 +60,7 @@ func TestResumeReleasesEveryHoldAndSaysHowMany(t *testing.T) {
 	})
 }
 
-func TestPauseEndsWithItsTimeToLive(t *testing.T) {
+func testTTL(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		began := time.Now()
@@ -60,13 +68,13 @@ func TestPauseEndsWithItsTimeToLive(t *testing.T) {
 		if hold.Expires == nil || !hold.Expires.Equal(began.Add(90*time.Second)) {
 			t.Errorf("the hold expires at %v: want %v", hold.Expires, began.Add(90*time.Second))
 		}
-		r.await(t, server.StatePaused)
+		r.await(t, server.Paused)
 		must[Waited](t)(r.client.Wait(t.Context(), WaitRequest{State: "running"}))
 		wantEqual(t, "time paused", time.Since(began), 90*time.Second)
 	})
 }
 
-func TestPauseOfModeRejectTurnsNewClientsAway(t *testing.T) {
+func testReject(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Mode: "reject"}))
@@ -82,7 +90,12 @@ func TestPauseOfModeRejectTurnsNewClientsAway(t *testing.T) {
 	})
 }
 
-func TestKillEndsOneConnectionOnce(t *testing.T) {
+func TestKill(t *testing.T) {
+	t.Run("one connection, once", testKillOne)
+	t.Run("by idle time, and all", testKillMany)
+}
+
+func testKillOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		r.echoClient(t)
@@ -100,7 +113,7 @@ func TestKillEndsOneConnectionOnce(t *testing.T) {
 	})
 }
 
-func TestKillByIdleTimeAndKillAll(t *testing.T) {
+func testKillMany(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		r.echoClient(t)
@@ -120,7 +133,7 @@ func TestKillByIdleTimeAndKillAll(t *testing.T) {
 	})
 }
 
-func TestNotifyReachesWhoReadsAndCountsTheOthers(t *testing.T) {
+func TestNotify(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		told := r.echoClient(t)
@@ -137,9 +150,15 @@ func TestNotifyReachesWhoReadsAndCountsTheOthers(t *testing.T) {
 	})
 }
 
-func TestShutdownBeginsShortensForcesAndElseChangesNothing(t *testing.T) {
+func TestShutdown(t *testing.T) {
+	t.Run("begins, shortens and forces a drain, and otherwise changes nothing", testShutdownSteps)
+	t.Run("a grace of 0 is none, and not the default", testShutdownGraceZero)
+	t.Run("the drain refuses pauses and resumes, and names its deadline", testRefusals)
+}
+
+func testShutdownSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: 5 * time.Second}})
+		r := newBubble(t, server.Options{Grace: 5 * time.Second})
 		client := r.echoClient(t)
 		began := time.Now()
 		for _, step := range []struct {
@@ -159,7 +178,7 @@ func TestShutdownBeginsShortensForcesAndElseChangesNothing(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s: %v", step.name, err)
 			}
-			synctest.Wait() // for the client to be told
+			synctest.Wait() // the notice
 			wantEqual(t, step.name+": changed", change.Changed, step.status == http.StatusAccepted)
 			if now := change.State; now != "draining" && (now != "stopped" || !step.req.Now) {
 				t.Errorf("%s: state is %s", step.name, now)
@@ -169,13 +188,13 @@ func TestShutdownBeginsShortensForcesAndElseChangesNothing(t *testing.T) {
 		}
 		wantEqual(t, "notice", receive(t, "the notice", client.lines), "SHUTDOWN 60 upgrade\n")
 		<-r.ended
-		wantEqual(t, "time from the first to the end", time.Since(began) < time.Second, true)
+		wantEqual(t, "time from begin to end is less than a second", time.Since(began) < time.Second, true)
 	})
 }
 
-func TestShutdownWithoutGraceGivesNoneWhereItSaysSo(t *testing.T) {
+func testShutdownGraceZero(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
+		r := newBubble(t, server.Options{Grace: time.Hour})
 		client := r.echoClient(t)
 		began := time.Now()
 		got := r.do(t, http.MethodPost, "/v1/shutdown", `{"grace":"0s"}`)
@@ -183,12 +202,12 @@ func TestShutdownWithoutGraceGivesNoneWhereItSaysSo(t *testing.T) {
 		wantEqual(t, "notice", receive(t, "the notice", client.lines), "SHUTDOWN 0 control\n")
 		<-r.ended
 		if took := time.Since(began); took > 2*time.Second {
-			t.Errorf("the drain took %s: want two seconds at the most", took)
+			t.Errorf("the drain took %s: want at most two seconds", took)
 		}
 	})
 }
 
-func TestDrainRefusesWhatCannotBeHadAnyMoreAndNamesItsDeadline(t *testing.T) {
+func testRefusals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		r.echoClient(t)
@@ -218,7 +237,7 @@ func TestDrainRefusesWhatCannotBeHadAnyMoreAndNamesItsDeadline(t *testing.T) {
 	})
 }
 
-func TestRequestsThatMakeNoSenseAreRefused(t *testing.T) {
+func TestContradictoryRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		for _, bad := range []struct{ method, target, body, field string }{
@@ -254,6 +273,6 @@ func TestRequestsThatMakeNoSenseAreRefused(t *testing.T) {
 				t.Errorf("%s: %s lacks %s", what, got.body, want)
 			}
 		}
-		wantEqual(t, "state after all that", r.srv.Status().State, server.StateRunning)
+		wantEqual(t, "state", r.srv.Status().State, server.Running)
 	})
 }

@@ -15,7 +15,7 @@ import (
 	"echod/server"
 )
 
-// decoded is a field of each kind.
+// decoded has a field for each decoder.
 type decoded struct {
 	Text     string
 	Duration time.Duration
@@ -39,7 +39,7 @@ func decodeText(body string) (got decoded, err error) {
 	return got, err
 }
 
-func TestBodiesAreDecoded(t *testing.T) {
+func TestDecodeBody(t *testing.T) {
 	for body, want := range map[string]decoded{
 		"":                       {},
 		" \r\n\t":                {},
@@ -62,30 +62,33 @@ func TestBodiesAreDecoded(t *testing.T) {
 	}
 }
 
-func TestBodiesAreDecodedStrictly(t *testing.T) {
+func TestDecodeBodyStrictly(t *testing.T) {
 	for _, bad := range []struct{ name, body, field, says string }{
 		{"unknown field", `{"tex":"x"}`, "tex", "unknown field: want bool, count, duration, mode, state, text, word"},
 		{"another case", `{"Text":"x"}`, "Text", "unknown field"},
 		{"empty name", `{"":1}`, "", "unknown field"},
 		{"duplicate field", `{"text":"x","text":"x"}`, "text", "given twice"},
-		{"duplicate field in disguise", `{"text":"x","\u0074ext":"x"}`, "text", "given twice"},
+		{"duplicate field, one escaped", `{"text":"x","\u0074ext":"x"}`, "text", "given twice"},
 		{"null", `{"text":null}`, "text", "null is not a string"},
 		{"null number", `{"count":null}`, "count", "null is not a whole number"},
 		{"number for text", `{"text":1}`, "text", "1 is not a string"},
 		{"object for text", `{"text":{"a":1}}`, "text", `{"a":1} is not a string`},
 		{"control character", `{"text":"a\nb"}`, "text", "control character"},
+		{"C1 control character", `{"text":"a\u009bb"}`, "text", "control character"},
+		{"bidirectional control", `{"text":"a\u202eb"}`, "text", `"a\u202eb" has a character that is not printable`},
+		{"line separator", `{"text":"a\u2028b"}`, "text", `"a\u2028b" has a character that is not printable`},
 		{"long text", `{"text":"` + strings.Repeat("x", 1025) + `"}`, "text", "1025 bytes: at most 1024 are allowed"},
 		{"number for duration", `{"duration":5}`, "duration", `5 is not a duration such as "1.5s"`},
 		{"no unit", `{"duration":"5"}`, "duration", `"5" is not a duration`},
 		{"negative duration", `{"duration":"-5s"}`, "duration", "-5s is negative"},
-		{"endless duration", `{"duration":"9999999h"}`, "duration", "is not a duration"},
+		{"duration that overflows", `{"duration":"9999999h"}`, "duration", "is not a duration"},
 		{"fraction", `{"count":1.5}`, "count", "1.5 is not a whole number"},
 		{"exponent", `{"count":1e3}`, "count", "1e3 is not a whole number"},
 		{"text for count", `{"count":"1"}`, "count", `"1" is not a whole number`},
 		{"negative count", `{"count":-1}`, "count", "-1 is negative"},
 		{"huge count", `{"count":99999999999999999999}`, "count", "is not a whole number"},
-		{"text for truth", `{"bool":"true"}`, "bool", `"true" is not true or false`},
-		{"number for truth", `{"bool":1}`, "bool", "1 is not true or false"},
+		{"text for a boolean", `{"bool":"true"}`, "bool", `"true" is not true or false`},
+		{"number for a boolean", `{"bool":1}`, "bool", "1 is not true or false"},
 		{"unknown mode", `{"mode":"halt"}`, "mode", `unknown mode "halt": want hold or reject`},
 		{"mode of another type", `{"mode":true}`, "mode", "true is not hold or reject"},
 		{"unknown state", `{"state":"asleep"}`, "state", "asleep"},
@@ -122,7 +125,7 @@ func TestBodiesAreDecodedStrictly(t *testing.T) {
 	}
 }
 
-func TestBodiesThatAreTooLargeAreRefused(t *testing.T) {
+func TestDecodeBodyLimit(t *testing.T) {
 	fits := `{"count":1` + strings.Repeat(" ", maxBody-len(`{"count":1}`)) + `}`
 	got, err := decodeText(fits)
 	wantEqual(t, "the largest body", got, decoded{Count: 1})
@@ -139,7 +142,7 @@ func decodeTarget(query string) (got decoded, err error) {
 	return got, err
 }
 
-func TestQueriesAreDecoded(t *testing.T) {
+func TestDecodeQuery(t *testing.T) {
 	for query, want := range map[string]decoded{
 		"":                            {},
 		"count=12":                    {Count: 12},
@@ -157,7 +160,7 @@ func TestQueriesAreDecoded(t *testing.T) {
 	}
 }
 
-func TestQueriesAreDecodedStrictly(t *testing.T) {
+func TestDecodeQueryStrictly(t *testing.T) {
 	for _, bad := range []struct{ name, query, field, says string }{
 		{"unknown", "limit=1", "limit", "unknown parameter: want bool"},
 		{"given twice", "count=1&count=1", "count", "given twice"},
@@ -186,7 +189,7 @@ func TestQueriesAreDecodedStrictly(t *testing.T) {
 	}
 }
 
-func TestProblemsStayReadableWhateverTheyRepeat(t *testing.T) {
+func TestProblemsAreShort(t *testing.T) {
 	long := strings.Repeat("é", 5000)
 	for _, body := range []string{`{"` + long + `":1}`, `{"duration":"` + long + `"}`, `{"mode":"` + long + `"}`, `{"count":"` + long + `"}`} {
 		_, err := decodeText(body)
@@ -200,8 +203,41 @@ func TestProblemsStayReadableWhateverTheyRepeat(t *testing.T) {
 	}
 }
 
-// FuzzDecodeBody: whatever comes, it is either what another, laxer, decoder makes of it too, or a
-// problem that names a field.
+// TestStandardDecoderIsLax shows why encoding/json alone does not decode requests.
+func TestStandardDecoderIsLax(t *testing.T) {
+	for _, body := range []string{`{"text":"x","text":"y"}`, `{"TEXT":"x"}`, `{"text":null}`, `{} {}`} {
+		dec := json.NewDecoder(strings.NewReader(body))
+		dec.DisallowUnknownFields()
+		var got struct {
+			Text string `json:"text"`
+		}
+		if err := dec.Decode(&got); err != nil {
+			t.Errorf("%s: encoding/json refuses it by now: %v", body, err)
+		}
+		if _, err := decodeText(body); err == nil {
+			t.Errorf("%s: decoded without an error", body)
+		}
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                      "",
+		"plain, ünïcode, 日本 ☃ ": "plain, ünïcode, 日本 ☃ ",
+		"two\nlines\t":          `two\nlines\t`,
+		"\x1b[31mred\x7f":       `\x1b[31mred\x7f`,
+		"C1 \u009b31m":          `C1 \u009b31m`,
+		"\u202egnp.exe\u2066":   `\u202egnp.exe\u2066`,
+		"a\u2028b\u2029c":       `a\u2028b\u2029c`,
+		"\xff\x9b":              `\xff\x9b`,
+		"�":                     "�",
+	} {
+		wantEqual(t, text, printable(text), want)
+	}
+}
+
+// FuzzDecodeBody checks that every body is either decoded as encoding/json does, or refused with a problem that names
+// a field.
 func FuzzDecodeBody(f *testing.F) {
 	for _, seed := range []string{
 		``, `{}`, `{"text":"x"}`, `{"duration":"1s","count":3,"bool":true}`, `{"text":"x","text":"y"}`, `{"count":null}`,
@@ -228,7 +264,7 @@ func FuzzDecodeBody(f *testing.F) {
 			return
 		}
 		if len(bytes.TrimSpace(body)) == 0 {
-			wantEqual(t, "what comes of nothing", got, decoded{})
+			wantEqual(t, "decoded", got, decoded{})
 			return
 		}
 		var lax struct {
