@@ -159,7 +159,7 @@ func testKeptPauses(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		for range maxKept {
 			pauseByHand(t, r.rawConn(t), "")
-			time.Sleep(time.Hour)
+			time.Sleep(time.Minute)
 		}
 		_, err := r.client.PauseWhileConnected(t.Context(), PauseRequest{})
 		wantEqual(t, "status of one more", wantProblem(t, err, ProblemBusy).Status, http.StatusServiceUnavailable)
@@ -625,6 +625,33 @@ func TestAudit(t *testing.T) {
 			}
 			wantEqual(t, what+": line in the log", lines[0].ContextMap(), want)
 			wantEqual(t, what+": level", lines[0].Level, zap.InfoLevel)
+		}
+	})
+	t.Run("released holds name who released them", func(t *testing.T) {
+		r := newRig(t, server.Options{})
+		events := r.srv.Subscribe()
+		defer events.Close()
+		hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "backup"}))
+		must[Change](t)(r.client.ReleaseHold(t.Context(), hold.ID))
+		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "upgrade"}))
+		must[Change](t)(r.client.Resume(t.Context()))
+		lines := r.logs.FilterMessage("hold released").All()
+		wantEqual(t, "lines in the log", len(lines), 2)
+		for i, reason := range []string{"backup", "upgrade"} {
+			got := lines[i].ContextMap()
+			want := map[string]any{"reason": reason, "placed_by_uid": who["uid"], "placed_by_pid": who["pid"], "released_by_uid": who["uid"], "released_by_pid": who["pid"]}
+			for key, value := range want {
+				wantEqual(t, reason+": "+key, got[key], value)
+			}
+		}
+		released := 0
+		for e := range events.Events(t.Context()) {
+			if e.Type == server.EventHoldReleased {
+				wantEqual(t, "who released it, in the event", e.By, server.Caller{UID: os.Getuid(), PID: os.Getpid()})
+				if released++; released == 2 {
+					break
+				}
+			}
 		}
 	})
 	t.Run("reading is not logged", func(t *testing.T) {

@@ -68,7 +68,7 @@ func testTTL(t *testing.T) {
 		if hold.Expires == nil || !hold.Expires.Equal(began.Add(90*time.Second)) {
 			t.Errorf("the hold expires at %v: want %v", hold.Expires, began.Add(90*time.Second))
 		}
-		r.await(t, server.Paused)
+		r.await(t, server.StatePaused)
 		must[Waited](t)(r.client.Wait(t.Context(), WaitRequest{State: "running"}))
 		wantEqual(t, "time paused", time.Since(began), 90*time.Second)
 	})
@@ -158,7 +158,7 @@ func TestShutdown(t *testing.T) {
 
 func testShutdownSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: 5 * time.Second})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: 5 * time.Second}})
 		client := r.echoClient(t)
 		began := time.Now()
 		for _, step := range []struct {
@@ -194,7 +194,7 @@ func testShutdownSteps(t *testing.T) {
 
 func testShutdownGraceZero(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: time.Hour})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 		client := r.echoClient(t)
 		began := time.Now()
 		got := r.do(t, http.MethodPost, "/v1/shutdown", `{"grace":"0s"}`)
@@ -273,6 +273,6 @@ func TestContradictoryRequests(t *testing.T) {
 				t.Errorf("%s: %s lacks %s", what, got.body, want)
 			}
 		}
-		wantEqual(t, "state", r.srv.Status().State, server.Running)
+		wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"maps"
 	"net"
 	"net/http"
@@ -103,6 +104,7 @@ func TestDocument(t *testing.T) {
 	t.Run("matches every answer, and every answer in it is given", testDocumentAnswers)
 	t.Run("has the end of the drain delay", testDocumentDrain)
 	t.Run("has the event for missed events", testDocumentMissed)
+	t.Run("has labels, the handler's error, and who released a hold", testDocumentLabels)
 }
 
 func testDocumentRoutes(t *testing.T) {
@@ -170,7 +172,7 @@ func testDocumentClosed(t *testing.T) {
 	for name, schema := range doc.Components.Schemas {
 		if s := schema.Value; s.Type.Is("object") {
 			objects++
-			if s.AdditionalProperties.Has == nil || *s.AdditionalProperties.Has {
+			if name != "Labels" && (s.AdditionalProperties.Has == nil || *s.AdditionalProperties.Has) {
 				t.Errorf("%s allows unknown properties", name)
 			}
 		}
@@ -229,7 +231,7 @@ var lax = []string{
 // testDocumentAnswers makes every operation give every answer in the document.
 func testDocumentAnswers(t *testing.T) {
 	doc := loadDocument(t)
-	r := newRig(t, server.Options{Grace: time.Hour})
+	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 	seen := map[string]bool{}
 	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
 	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
@@ -458,11 +460,31 @@ func testDocumentDrain(t *testing.T) {
 }
 
 func testDocumentMissed(t *testing.T) {
-	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventsMissed, Missed: 3}))
+	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventMissed, Missed: 3}))
 	if err != nil {
 		t.Fatal(err)
 	}
 	loadDocument(t).wantSchema(t, "Event", line)
+}
+
+func testDocumentLabels(t *testing.T) {
+	doc := loadDocument(t)
+	labels := map[string]string{"user": "alice"}
+	addr := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}
+	open := wireConn(server.ConnInfo{ID: 1, Remote: addr, Local: addr, Phase: server.PhaseServing, Labels: labels})
+	closed := wireClosed(server.ClosedConn{ID: 1, Remote: addr, Local: addr, Labels: labels, Reason: server.ReasonHandlerError, Err: errors.New("no such user")})
+	released := wireEvent(server.Event{Type: server.EventHoldReleased, Hold: &server.HoldInfo{ID: "h1"}, Cause: "x", By: server.Caller{UID: 1, PID: 2}})
+	for name, v := range map[string]any{"Connection": open, "ClosedConnection": closed, "ReleasedEvent": released} {
+		line, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		doc.wantSchema(t, name, line)
+	}
+	wantEqual(t, "labels of an open connection", open.Labels, labels)
+	wantEqual(t, "labels of a closed connection", closed.Labels, labels)
+	wantEqual(t, "error of its handler", closed.Error, "no such user")
+	wantEqual(t, "who released the hold", released.ReleasedBy, &Caller{UID: 1, PID: 2})
 }
 
 // TestStrictness sends to every route in the table a parameter, and a body, that it does not have.
@@ -485,6 +507,6 @@ func TestStrictness(t *testing.T) {
 		}
 	}
 	st := r.srv.Status()
-	wantEqual(t, "state", st.State, server.Running)
+	wantEqual(t, "state", st.State, server.StateRunning)
 	wantEqual(t, "holds", len(st.Holds), 0)
 }

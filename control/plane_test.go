@@ -52,15 +52,15 @@ func testActorsEnd(t *testing.T) {
 		// control is the state in which the control plane's actor returns.
 		control server.State
 	}{
-		{"a signal", func(p parts) { p.signals <- term }, nil, server.Stopped},
-		{"the program", func(p parts) { p.srv.Drain(0, "program") }, nil, server.Stopped},
-		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.Stopped},
-		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.Stopped},
-		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.Running},
+		{"a signal", func(p parts) { p.signals <- term }, nil, server.StateStopped},
+		{"the program", func(p parts) { p.srv.StartDrain(server.DrainOptions{Reason: "program"}) }, nil, server.StateStopped},
+		{"another actor", func(p parts) { p.stop(errDone) }, errDone, server.StateStopped},
+		{"the listener", func(p parts) { p.echo.fail <- broken }, broken, server.StateStopped},
+		{"the control plane", func(p parts) { p.socket.fail <- broken }, broken, server.StateRunning},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				srv, err := server.New(server.Echo, server.Options{Grace: grace})
+				srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier(), Drain: server.DrainOptions{Grace: grace}})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -69,7 +69,7 @@ func testActorsEnd(t *testing.T) {
 				other, stop := context.WithCancelCause(t.Context())
 				w := &witness{srv: srv, returned: map[string]server.State{}}
 				var g run.Group
-				g.Add(w.watch("server", pair(ServerActor(srv, echo))))
+				g.Add(w.watch("server", pair(ServerActor(srv, server.Listener{Listener: echo}))))
 				g.Add(w.watch("signals", pair(NewSignals(srv, in, zap.NewNop(), io.Discard).Actor())))
 				g.Add(w.watch("control", pair(New(srv, Options{}).Actor(socket))))
 				g.Add(func() error { <-other.Done(); return context.Cause(other) }, func(error) { stop(errDone) })
@@ -90,7 +90,7 @@ func testActorsEnd(t *testing.T) {
 					t.Errorf("the client had %s: want the whole grace period of %s", took, grace)
 				}
 				wantEqual(t, "states in which the actors returned", w.returned, map[string]server.State{
-					"server": server.Stopped, "signals": server.Stopped, "control": end.control,
+					"server": server.StateStopped, "signals": server.StateStopped, "control": end.control,
 				})
 			})
 		})
@@ -155,7 +155,7 @@ func testPlaneEnds(t *testing.T) {
 		ask(t, r.rawConn(t), "POST /v1/pause HTTP/1.1\r\nHost: echod\r\nContent-Length: 100\r\n\r\n{")
 		ask(t, r.rawConn(t), "GET /v1/status")
 		synctest.Wait()
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		<-r.srv.Done()
 		stopped := time.Now()
 		<-r.ended
@@ -167,31 +167,31 @@ func testPlaneEnds(t *testing.T) {
 
 func testPlaneFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
 		socket := newPipeListener()
 		var g run.Group
-		g.Add(ServerActor(srv, newPipeListener()))
+		g.Add(ServerActor(srv, server.Listener{Listener: newPipeListener()}))
 		g.Add(New(srv, Options{}).Actor(socket))
 		socket.fail <- errDone
 		if err := g.Run(); !errors.Is(err, errDone) {
 			t.Errorf("the run group returned %v: want %v", err, errDone)
 		}
-		wantEqual(t, "state", srv.Status().State, server.Stopped)
+		wantEqual(t, "state", srv.Status().State, server.StateStopped)
 	})
 }
 
 func testDeadlineKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		fail := make(chan error)
-		r := newBubble(t, server.Options{Grace: time.Second}, func(*rig) actor {
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Second}}, func(*rig) actor {
 			return actor{func() error { return <-fail }, func(error) {}}
 		})
 		r.echoClient(t)
 		began := time.Now()
-		r.srv.Drain(time.Minute, "upgrade")
+		r.srv.StartDrain(server.DrainOptions{Grace: time.Minute, Reason: "upgrade"})
 		fail <- errDone
 		<-r.ended
 		if took := time.Since(began); took < time.Minute {
@@ -202,7 +202,7 @@ func testDeadlineKept(t *testing.T) {
 
 func testNoListeners(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -218,7 +218,7 @@ func testNoListeners(t *testing.T) {
 
 func testEarlyInterrupt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -231,7 +231,7 @@ func testEarlyInterrupt(t *testing.T) {
 }
 
 func testSocketStays(t *testing.T) {
-	r := newRig(t, server.Options{Grace: time.Hour})
+	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
 	c := r.echoClient(t)
 	change := must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
 	wantEqual(t, "state", change.State, "draining")
@@ -262,7 +262,7 @@ func (c *echoClient) CloseWrite(t *testing.T) error {
 
 func TestServeAndShutdown(t *testing.T) {
 	start := func(t *testing.T) (*server.Server, *Plane, *pipeListener, <-chan error) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -305,7 +305,7 @@ func TestServeAndShutdown(t *testing.T) {
 			wantEqual(t, "error", plane.Shutdown(ctx), context.DeadlineExceeded, cmpopts.EquateErrors())
 			wantEqual(t, "time it took", time.Since(began), time.Second)
 			wantEqual(t, "what Serve returns", <-served, http.ErrServerClosed, cmpopts.EquateErrors())
-			wantEqual(t, "state of the server", srv.Status().State, server.Starting)
+			wantEqual(t, "state of the server", srv.Status().State, server.StateStarting)
 		})
 	})
 	t.Run("a plane serves several listeners", func(t *testing.T) {

@@ -76,7 +76,7 @@ func (p *Plane) classify(err error) *Problem {
 		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}
 	}
 	if errors.Is(err, errCallerGone) {
-		return &Problem{Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout, Detail: err.Error()}
+		return &Problem{Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout, Detail: err.Error(), State: p.srv.Status().State.String()}
 	}
 	if errors.Is(err, server.ErrNoHold) || errors.Is(err, server.ErrNoConn) {
 		return notFound("%s", err)

@@ -14,7 +14,7 @@ import (
 func TestStatus(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
-		r := newBubble(t, server.Options{Grace: time.Minute})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Minute}})
 		left := r.echoClient(t)
 		r.echoClient(t)
 		_ = left.Close()
@@ -31,7 +31,7 @@ func TestStatus(t *testing.T) {
 			GraceSeconds: 60,
 		})
 
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		synctest.Wait()
 		st = must[Status](t)(r.client.Status(t.Context()))
 		wantEqual(t, "state", st.State, "draining")

@@ -142,13 +142,7 @@ func text(to *string) decoder {
 		if err := unmarshal(raw, to, "a string"); err != nil {
 			return err
 		}
-		if err := server.CheckText(*to); err != nil {
-			return err
-		}
-		if printable(*to) != *to {
-			return errors.New(`"` + printable(shorten(*to)) + `" has a character that is not printable`)
-		}
-		return nil
+		return server.CheckText(*to)
 	}
 }
 

@@ -54,7 +54,7 @@ func testWaitBriefly(t *testing.T) {
 			got, _ := r.client.Wait(t.Context(), WaitRequest{State: "paused"})
 			waited <- got
 		}()
-		time.Sleep(time.Hour)
+		time.Sleep(10 * time.Minute)
 		select {
 		case got := <-waited:
 			t.Fatalf("the wait returned %+v before the pause", got)
@@ -115,7 +115,7 @@ func testWaitTimeout(t *testing.T) {
 
 func testWaitDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newBubble(t, server.Options{Grace: time.Minute})
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: time.Minute}})
 		r.echoClient(t)
 		type result struct {
 			got Waited
@@ -136,7 +136,7 @@ func testWaitDrain(t *testing.T) {
 		synctest.Wait()
 
 		began := time.Now()
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		problem := wantProblem(t, receive(t, "the wait for paused", paused).err, ProblemDraining)
 		wantEqual(t, "deadline", problem.Deadline.Sub(began), time.Minute)
 		wantEqual(t, "time waited for paused", time.Since(began), time.Duration(0))
@@ -227,7 +227,7 @@ func testEventsOrder(t *testing.T) {
 			{Time: at(2), Type: "state", State: "running"},
 			{Time: at(3), Type: "opened", Conn: opened(2, 3)},
 			{Time: at(3), Type: "state", State: "draining"},
-			{Type: "closed", Closed: &ClosedConn{ID: 2, Remote: "pipe", Local: "pipe", Reason: "forced", Opened: at(3), BytesIn: 6, BytesOut: 6}},
+			{Type: "closed", Closed: &ClosedConn{ID: 2, Remote: "pipe", Local: "pipe", Reason: "forced", Opened: at(3), BytesIn: 6, BytesOut: 6, Error: server.ErrForced.Error()}},
 			{Type: "state", State: "stopped"},
 		}
 		got := collect()
@@ -339,7 +339,7 @@ func testEventsDropped(t *testing.T) {
 		if _, err := http.ReadResponse(bufio.NewReader(conn), nil); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Hour)
+		time.Sleep(10 * time.Minute)
 		wantEqual(t, "streams with nothing to read", r.plane.streams.count(), 1)
 		r.pauses(t, 100)
 		time.Sleep(answerTimeout - time.Millisecond)
@@ -415,10 +415,10 @@ func testPauseCaller(t *testing.T) {
 			r := newRig(t, server.Options{})
 			conn := r.rawConn(t)
 			hold, _ := pauseByHand(t, conn, caller.tail)
-			wantEqual(t, "state", r.srv.Status().State, server.Paused)
+			wantEqual(t, "state", r.srv.Status().State, server.StatePaused)
 			wantEqual(t, "reason", hold.Reason, "backup")
 			caller.leave(t, conn)
-			r.await(t, server.Running)
+			r.await(t, server.StateRunning)
 		})
 	}
 }
@@ -447,10 +447,10 @@ func testPauseLong(t *testing.T) {
 		conn := r.rawConn(t)
 		pauseByHand(t, conn, "\n")
 		ask(t, conn, "GET /v1/status HTTP/1.1\r\nHost: echod\r\n\r\n") // not answered
-		time.Sleep(24 * time.Hour)
-		wantEqual(t, "state a day later", r.srv.Status().State, server.Paused)
+		time.Sleep(10 * time.Minute)
+		wantEqual(t, "state ten minutes later", r.srv.Status().State, server.StatePaused)
 		_ = conn.Close()
-		r.await(t, server.Running)
+		r.await(t, server.StateRunning)
 	})
 }
 
@@ -460,10 +460,10 @@ func testPauseReason(t *testing.T) {
 		end  func(*rig)
 		want Released
 	}{
-		{"resumed", func(r *rig) { _, _ = r.srv.Resume() }, Released{server.ErrResumed.Error(), "running"}},
-		{"released", func(r *rig) { _ = r.srv.ReleaseHold("h1") }, Released{server.ErrReleased.Error(), "running"}},
+		{"resumed", func(r *rig) { _, _ = r.srv.Resume(server.Caller{}) }, Released{server.ErrResumed.Error(), "running"}},
+		{"released", func(r *rig) { _ = r.srv.ReleaseHold("h1", server.Caller{}) }, Released{server.ErrReleased.Error(), "running"}},
 		{"expired", func(*rig) { time.Sleep(time.Minute) }, Released{server.ErrExpired.Error(), "running"}},
-		{"drained", func(r *rig) { r.srv.Drain(0, "SIGTERM") }, Released{"", "draining"}},
+		{"drained", func(r *rig) { r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"}) }, Released{"", "draining"}},
 	} {
 		t.Run(end.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -474,7 +474,7 @@ func testPauseReason(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer lease.Close()
-				wantEqual(t, "state", r.srv.Status().State, server.Paused)
+				wantEqual(t, "state", r.srv.Status().State, server.StatePaused)
 				end.end(r)
 				<-lease.Ended()
 				if end.want.Released == "" {
@@ -491,7 +491,7 @@ func testPauseLastLine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		_, lines := pauseByHand(t, r.rawConn(t), "")
-		r.srv.Drain(0, "SIGTERM")
+		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})
 		<-r.srv.Done() // at once: there are no connections
 		synctest.Wait()
 		select {
@@ -516,7 +516,7 @@ func testLeaseClose(t *testing.T) {
 	wantEqual(t, "hold", lease.Hold.Reason, "backup")
 	lease.Close()
 	lease.Close()
-	r.await(t, server.Running)
+	r.await(t, server.StateRunning)
 }
 
 func testLeaseContext(t *testing.T) {
@@ -528,7 +528,7 @@ func testLeaseContext(t *testing.T) {
 	}
 	defer lease.Close()
 	cancel(errors.New("done"))
-	r.await(t, server.Running)
+	r.await(t, server.StateRunning)
 	<-lease.Ended()
 	wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
 }
@@ -544,7 +544,7 @@ func TestStreamsNeedHijack(t *testing.T) {
 		r.plane.ServeHTTP(w, req)
 		wantEqual(t, "status", w.status, http.StatusInternalServerError)
 		wantEqual(t, "problem", strings.Contains(w.body.String(), ProblemUnexpected), true)
-		wantEqual(t, "state", r.srv.Status().State, server.Running)
+		wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
 	})
 }
 

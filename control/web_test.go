@@ -66,13 +66,13 @@ func testWebStates(t *testing.T) {
 	if _, err := nc.Read(make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	r.srv.Drain(time.Minute, "deploy")
+	r.srv.StartDrain(server.DrainOptions{Grace: time.Minute, Reason: "deploy"})
 	want("/livez", 200, "draining")
 	want("/readyz", 503, "draining", "deploy", "until")
 }
 
 func testWebEnds(t *testing.T) {
-	srv, err := server.New(server.Echo, server.Options{})
+	srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,15 +90,15 @@ func testWebEnds(t *testing.T) {
 
 func testWebFull(t *testing.T) {
 	for name, tt := range map[string]struct {
-		atLimit server.AtLimit
+		atLimit server.LimitMode
 		status  int
 		body    string
 	}{
-		"wait":   {server.Wait, 200, "ready: full, with 1 connection: new clients wait for a place\n"},
-		"reject": {server.Reject, 503, "not ready: full, with 1 connection\n"},
+		"wait":   {server.LimitQueue, 200, "ready: full, with 1 connection: new clients wait for a place\n"},
+		"reject": {server.LimitReject, 503, "not ready: full, with 1 connection\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, server.Options{MaxConns: 1, AtLimit: tt.atLimit})
+			r := newRig(t, server.Options{Limits: server.Limits{MaxConns: 1, AtLimit: tt.atLimit}})
 			web := NewWeb(r.srv, Options{})
 			c := r.echoClient(t)
 			if status, body := asked(t, web, http.MethodGet, "/readyz"); status != tt.status || body != tt.body {
@@ -115,7 +115,7 @@ func testWebFull(t *testing.T) {
 
 func testWebLive(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		srv, err := server.New(server.Echo, server.Options{})
+		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -78,6 +78,8 @@ type Conn struct {
 	BytesIn     uint64    `json:"bytes_in"`
 	BytesOut    uint64    `json:"bytes_out"`
 	Notified    bool      `json:"notified"`
+
+	Labels map[string]string `json:"labels,omitempty"` // set by the handler
 }
 
 // ClosedConn is a closed connection.
@@ -92,6 +94,9 @@ type ClosedConn struct {
 	BytesIn         uint64    `json:"bytes_in"`
 	BytesOut        uint64    `json:"bytes_out"`
 	Notified        bool      `json:"notified"`
+
+	Labels map[string]string `json:"labels,omitempty"` // set by the handler
+	Error  string            `json:"error,omitempty"`  // of the handler
 }
 
 // Conns answers GET /v1/conns, the oldest first.
@@ -141,6 +146,14 @@ type Event struct {
 	Hold   *Hold       `json:"hold,omitempty"`
 	Cause  string      `json:"cause,omitempty"`
 	Missed int         `json:"missed,omitempty"`
+
+	ReleasedBy *Caller `json:"released_by,omitempty"`
+}
+
+// Caller is who released a hold through the control socket.
+type Caller struct {
+	UID int `json:"uid"`
+	PID int `json:"pid"`
 }
 
 func wireStatus(st server.Status, version string) Status {
@@ -197,16 +210,20 @@ func wireDrain(d *server.DrainInfo) *Drain {
 func wireConn(c server.ConnInfo) Conn {
 	return Conn{
 		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), State: c.Phase.String(), Opened: c.Opened,
-		IdleSeconds: c.Idle.Seconds(), BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified,
+		IdleSeconds: c.Idle.Seconds(), BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified, Labels: c.Labels,
 	}
 }
 
 func wireClosed(c server.ClosedConn) ClosedConn {
-	return ClosedConn{
+	out := ClosedConn{
 		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Reason: c.Reason.String(),
 		Opened: c.Opened, Closed: c.Closed, DurationSeconds: c.Closed.Sub(c.Opened).Seconds(),
-		BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified,
+		BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified, Labels: c.Labels,
 	}
+	if c.Err != nil {
+		out.Error = atMost(maxDetail, c.Err.Error())
+	}
+	return out
 }
 
 func wireEvent(e server.Event) Event {
@@ -222,6 +239,9 @@ func wireEvent(e server.Event) Event {
 	}
 	if e.Hold != nil {
 		out.Hold = new(wireHold(*e.Hold))
+	}
+	if e.By.PID != 0 {
+		out.ReleasedBy = &Caller{UID: e.By.UID, PID: e.By.PID}
 	}
 	return out
 }

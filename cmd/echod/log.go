@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -125,7 +126,7 @@ func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 // connection that the server cut off.
 func neverSampled(fields []zapcore.Field) bool {
 	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
-		return f.Key == "uid" || f.Key == "reason" && (f.String == "deadline" || f.String == "forced")
+		return strings.HasSuffix(f.Key, "uid") || f.Key == "reason" && (f.String == "deadline" || f.String == "forced")
 	})
 }
 
