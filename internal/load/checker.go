@@ -28,6 +28,7 @@ const (
 // out of order, a notice, or broken.
 type checker struct {
 	from      origin
+	template  template
 	runPrefix []byte
 	padding   []byte
 	maxSize   int           // of a message, in bytes
@@ -69,7 +70,7 @@ type flight struct {
 
 func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t *tally, onNotice func(client.Notice)) *checker {
 	return &checker{
-		from: from, runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
+		from: from, template: from.template(), runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
 		late: late, tally: t, onNotice: onNotice,
 	}
 }
@@ -81,7 +82,8 @@ func (c *checker) begin(due time.Duration, size int) {
 		c.first = 0
 	}
 	c.end += int64(size)
-	c.flights = append(c.flights, flight{due: due, end: c.end, frame: c.from.frame(c.next, c.padding[:size-MinSize])})
+	c.flights = append(c.flights, flight{due: due, end: c.end})
+	c.template.fill(&c.flights[len(c.flights)-1].frame, c.next, c.padding[:size-MinSize])
 	c.next++
 }
 
@@ -188,20 +190,21 @@ func (c *checker) expected(p []byte, size int) bool {
 	if c.start+int64(c.arrived+len(p)) > c.written {
 		return false
 	}
-	at := c.arrived
+	if len(p) == size { // the usual case
+		return bytes.Equal(p[:headSize], f.head[:]) && bytes.Equal(p[size-tailSize:], f.tail[:]) &&
+			bytes.Equal(p[headSize:size-tailSize], c.padding[:size-MinSize])
+	}
+	skip := c.arrived
 	for _, part := range c.parts(f, size) {
-		if at >= len(part) {
-			at -= len(part)
+		if skip >= len(part) {
+			skip -= len(part)
 			continue
 		}
-		n := min(len(p), len(part)-at)
-		if !bytes.Equal(p[:n], part[at:at+n]) {
+		n := min(len(p), len(part)-skip)
+		if !bytes.Equal(p[:n], part[skip:skip+n]) {
 			return false
 		}
-		p, at = p[n:], 0
-		if len(p) == 0 {
-			break
-		}
+		p, skip = p[n:], 0
 	}
 	return true
 }

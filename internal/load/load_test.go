@@ -2,10 +2,13 @@ package load
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"math"
 	"net"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -54,8 +57,16 @@ func TestFaultsAreToldApart(t *testing.T) {
 	var d net.Dialer
 	path := filepath.Join(t.TempDir(), "s")
 	serveOn(t, "unix", path, allFaults.serve)
+	web := httptest.NewTLSServer(nil) // for its certificate
+	defer web.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(web.Certificate())
+	overTLS := serveTCP(t, func(conn net.Conn) {
+		allFaults.serve(tls.Server(conn, &tls.Config{Certificates: web.TLS.Certificates}))
+	})
 	for name, opts := range map[string]Options{
 		"over TCP":           {Address: serveTCP(t, allFaults.serve)},
+		"over TLS":           {Address: "tls://" + overTLS, TLS: &tls.Config{RootCAs: roots}},
 		"over a Unix socket": {Address: "unix://" + path},
 		"over a net.Conn of Dial": {Address: serveTCP(t, allFaults.serve), Dial: func(ctx context.Context, address string) (net.Conn, error) {
 			return d.DialContext(ctx, "tcp", address)

@@ -55,16 +55,27 @@ type frame struct {
 	tail [tailSize]byte
 }
 
-// frame returns the frame of a message with this sequence number and padding.
-func (o origin) frame(seq uint64, padding []byte) (f frame) {
-	putHex(f.head[:8], uint64(o.run))
-	putHex(f.head[9:17], uint64(o.conn))
+// A template makes the frames of the messages of one connection.
+type template struct {
+	frame
+	prefixSum uint32 // checksum of the part before the sequence number
+}
+
+func (o origin) template() (t template) {
+	putHex(t.head[:8], uint64(o.run))
+	putHex(t.head[9:17], uint64(o.conn))
+	t.head[8], t.head[17], t.head[headSize-1] = ' ', ' ', ' '
+	t.tail[sumDigits] = '\n'
+	t.prefixSum = crc32.Checksum(t.head[:seqOffset], castagnoli)
+	return t
+}
+
+// fill makes f the frame of the message with this sequence number and padding.
+func (t *template) fill(f *frame, seq uint64, padding []byte) {
+	*f = t.frame
 	putHex(f.head[seqOffset:seqOffset+seqDigits], seq)
-	f.head[8], f.head[17], f.head[headSize-1] = ' ', ' ', ' '
-	sum := crc32.Update(crc32.Checksum(f.head[:], castagnoli), castagnoli, padding)
-	putHex(f.tail[:sumDigits], uint64(sum))
-	f.tail[sumDigits] = '\n'
-	return f
+	sum := crc32.Update(t.prefixSum, castagnoli, f.head[seqOffset:])
+	putHex(f.tail[:sumDigits], uint64(crc32.Update(sum, castagnoli, padding)))
 }
 
 // runPrefix returns the bytes that start every message of the run.

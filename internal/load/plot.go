@@ -416,14 +416,14 @@ func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 		}
 	}
 	count = max(count, r.Echo.Count, r.Connect.Count)
-	nines := math.Min(8, math.Ceil(math.Log10(float64(count))))
+	nines := math.Min(8, math.Log10(float64(count)))
 	x := func(fraction float64) float64 {
 		return plotLeft + (plotRight-plotLeft)*math.Min(nines, -math.Log10(math.Max(1-fraction, 1e-12)))/nines
 	}
 	scale := newLogScale(least, most, percentileTop, percentileEnd)
 	scale.grid(d)
 	ticks := []float64{0, 0.5}
-	for n := 1.0; n < nines; n++ {
+	for n := 1.0; n < nines-0.15; n++ { // no label under that of the maximum
 		ticks = append(ticks, 1-math.Pow(10, -n))
 	}
 	for _, fraction := range ticks {
@@ -452,25 +452,33 @@ func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 	return d.finish(w)
 }
 
-// distribution returns the curve of a latency: the whole histogram if the report has
-// it, and otherwise the percentiles.
+// distribution returns the curve of a latency: from the histogram if the report has it,
+// and otherwise through the known percentiles. It ends at the percentile that its number
+// of values resolves.
 func (r *Report) distribution(l Latency, echo bool) [][2]float64 {
 	if l.Count == 0 {
 		return nil
 	}
-	points := [][2]float64{{0.5, l.P50}, {0.9, l.P90}, {0.99, l.P99}, {0.999, l.P999}, {0.9999, l.P9999}, {1, l.Max}}
+	end := 1 - 1/float64(l.Count)
+	var points [][2]float64
 	if r.histograms == nil {
-		return points
+		for _, p := range [][2]float64{{0.5, l.P50}, {0.9, l.P90}, {0.99, l.P99}, {0.999, l.P999}, {0.9999, l.P9999}} {
+			if p[0] < end {
+				points = append(points, p)
+			}
+		}
+		return append(points, [2]float64{end, l.Max})
 	}
 	h := r.histograms.connect
 	if echo {
 		h = r.histograms.echo
 	}
-	points = points[:0]
-	for _, b := range h.CumulativeDistribution() {
-		points = append(points, [2]float64{b.Quantile / 100, float64(b.ValueAt) / 1e9})
+	const steps = 200
+	for i := range steps {
+		fraction := 1 - math.Pow(float64(l.Count), -float64(i)/steps)
+		points = append(points, [2]float64{fraction, percentile(h, 100*fraction)})
 	}
-	return points
+	return append(points, [2]float64{end, l.Max})
 }
 
 // niceStep returns 1, 2 or 5 times a power of ten, so that about n of them make span.

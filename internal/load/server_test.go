@@ -227,6 +227,8 @@ func expect(t *testing.T, what string, got, want any) {
 // makeMessage returns a whole message.
 func makeMessage(from origin, seq uint64, size int) []byte {
 	padding := newPadding(size)
-	f := from.frame(seq, padding)
+	var f frame
+	t := from.template()
+	t.fill(&f, seq, padding)
 	return bytes.Join([][]byte{f.head[:], padding, f.tail[:]}, nil)
 }
