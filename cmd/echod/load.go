@@ -72,7 +72,7 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&l.stages, "stages", "", "`list` of rates and times, such as 100:30s,500:1m, instead of\n--rate and --duration")
 	f.StringVar(&l.size, "size", "64", fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\nor both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
 	f.DurationVar(&o.Duration, "duration", load.DefaultDuration, "`time` for which messages are sent")
-	f.StringVar(&l.think, "think", "0s", "`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo; not with --rate or --stages")
+	f.StringVar(&l.think, "think", "", "`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo (default: none); not with --rate or --stages")
 	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened (default: all at once)")
 	f.DurationVar(&o.Churn, "churn", 0, "`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
@@ -181,8 +181,10 @@ func (l *loader) check(flags *pflag.FlagSet) error {
 	if l.opts.Sizes, err = load.ParseSizes(l.size); err != nil {
 		return usagef("--size: %w", err)
 	}
-	if l.opts.Think, err = load.ParseRange(l.think); err != nil {
-		return usagef("--think: %w", err)
+	if l.think != "" {
+		if l.opts.Think, err = load.ParseRange(l.think); err != nil {
+			return usagef("--think: %w", err)
+		}
 	}
 	switch {
 	case l.stages != "" && (flags.Changed("rate") || flags.Changed("duration")):

@@ -108,6 +108,11 @@ func (o *outageClock) served(now time.Duration, stays bool) {
 // hasDue reports whether something is due that no connection has taken.
 func (u *user) hasDue() bool { return len(u.again) > 0 || u.taken < u.due }
 
+// hasUnsent reports whether something is due that was not written.
+func (u *user) hasUnsent() bool {
+	return u.hasDue() || u.phase == active && u.check.unwritten() > 0
+}
+
 // tick does what time demands.
 func (u *user) tick(now time.Duration) {
 	if u.phase == active || u.phase == leaving {
@@ -313,7 +318,7 @@ func (u *user) send(now time.Duration) {
 			break
 		}
 	}
-	if u.phase == active && u.worker.draining && !u.hasDue() {
+	if u.phase == active && u.worker.draining && !u.hasUnsent() {
 		u.leave(leaveEnd, now)
 	}
 }

@@ -202,7 +202,7 @@ func (w *worker) drain(now time.Duration) {
 	w.draining, w.drainAt = true, min(now, w.run.opts.Duration)
 	for _, u := range w.users {
 		switch {
-		case u.hasDue():
+		case u.hasUnsent():
 		case u.phase == active:
 			u.leave(leaveEnd, now)
 		default:
