@@ -168,17 +168,7 @@ func TestOpenModel(t *testing.T) {
 // takes, over the time that it took.
 func TestThroughputIsOverTheTimeItTook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		slow := func(conn net.Conn) {
-			defer conn.Close()
-			for m := make([]byte, 64); ; {
-				if _, err := io.ReadFull(conn, m); err != nil {
-					return
-				}
-				time.Sleep(5 * time.Millisecond)
-				_, _ = conn.Write(m)
-			}
-		}
-		r := runInMemory(t, Options{Dial: inMemory(t, slow), Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute})
+		r := runInMemory(t, Options{Dial: inMemory(t, slow(5*time.Millisecond)), Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 2000, Returned: 2000})
 		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1}) // what waits to be written does not need another one
 		if math.Abs(r.PerSecond-200) > 2 || r.OfferedPerSecond != 500 || math.Abs(r.Took-10) > 0.1 || r.Lasted != 4 {
@@ -211,7 +201,7 @@ func TestClosedModel(t *testing.T) {
 		}
 	})
 	inBubble(t, "a think time passes between an echo and the next message", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3, Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond})
+		r := runInMemory(t, Options{Dial: inMemory(t, slow(time.Millisecond)), Conns: 3, Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond})
 		if r.Echoes.Sent != 3*11 || r.Echoes.Returned != r.Echoes.Sent || r.Think != "100ms" {
 			t.Errorf("%+v, think time %q: want 11 on each of 3 connections, 100ms", r.Echoes, r.Think)
 		}
@@ -225,6 +215,7 @@ func TestClosedModel(t *testing.T) {
 					return
 				}
 				sent = append(sent, time.Now())
+				time.Sleep(time.Millisecond)
 				_, _ = conn.Write(m)
 			}
 		}
@@ -507,6 +498,20 @@ func TestOutages(t *testing.T) {
 		}
 		expect(t, "outage", r.report([]*worker{w}).Outage, Outage{Clients: 2, Median: 2, Max: 9})
 	})
+}
+
+// slow echoes one message of 64 bytes after the other, and takes a while for each.
+func slow(takes time.Duration) func(net.Conn) {
+	return func(conn net.Conn) {
+		defer conn.Close()
+		for m := make([]byte, 64); ; {
+			if _, err := io.ReadFull(conn, m); err != nil {
+				return
+			}
+			time.Sleep(takes)
+			_, _ = conn.Write(m)
+		}
+	}
 }
 
 // lagging echoes everything with a constant delay.
