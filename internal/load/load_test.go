@@ -257,7 +257,7 @@ func TestClosedModel(t *testing.T) {
 		}
 	})
 	t.Run("a large message is written as there is room", func(t *testing.T) {
-		r := mustRun(t, Options{Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20), Duration: 50 * time.Millisecond, Late: time.Hour})
+		r := mustRun(t, Options{Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20), Duration: 300 * time.Millisecond, Late: time.Hour})
 		if e := r.Echoes; e.Sent == 0 || e.Returned != e.Sent {
 			t.Errorf("%+v", e)
 		}
@@ -604,10 +604,11 @@ func TestOwnLimits(t *testing.T) {
 			return echo(ctx, address)
 		}
 		r := runInMemory(t, Options{Dial: noPort, Stages: at(10, 2*time.Second)})
-		if c := r.Connects; c.NoPort == 0 || c.Tried != c.Made+c.NoPort || c.Missed() != 0 {
+		// The run may end in the middle of a connect, which has then timed out.
+		if c := r.Connects; c.NoPort < 5 || c.Tried != c.Made+c.NoPort+c.TimedOut || c.Missed() > 1 {
 			t.Errorf("connects %+v", c)
 		}
-		if f := strings.Join(r.Failures(Limits{Refused: new(int64(0))}), "; "); !strings.Contains(f, "ran out of local ports, which is not the server's fault") || strings.Contains(f, "turned away") {
+		if f := strings.Join(r.Failures(Limits{Refused: new(int64(1))}), "; "); !strings.Contains(f, "ran out of local ports, which is not the server's fault") || strings.Contains(f, "turned away") {
 			t.Errorf("failures %q", f)
 		}
 	})
