@@ -1,8 +1,8 @@
 // Command bench measures echod beside other echo servers: CPU time for an echo, throughput, latency,
 // memory of idle connections, churn, the drain and the listing of many connections. It runs on Linux.
 //
-// Each measurement starts a server as a process of its own, puts load on it from another process, and
-// stops it. The contenders take turns, several rounds of it.
+// Each measurement starts a server as a process, puts load on it from another process, and stops it. The servers take turns,
+// in several rounds.
 package main
 
 import (
@@ -33,7 +33,7 @@ func main() {
 	}
 }
 
-// flags are the command's, as given.
+// flags are the command line flags.
 type flags struct {
 	quick  bool
 	only   string
@@ -47,18 +47,21 @@ type flags struct {
 func benchMain(ctx context.Context, args []string) error {
 	var f flags
 	set := flag.NewFlagSet("bench", flag.ExitOnError)
-	set.BoolVar(&f.quick, "quick", false, "take two minutes: one round, pinned, memory of 1,000 connections only")
-	set.StringVar(&f.only, "only", "", "measure only these `contenders`, such as echod;gnet")
+	set.BoolVar(&f.quick, "quick", false, "take two minutes: one pinned round, memory of 1,000 connections only")
+	set.StringVar(&f.only, "only", "", "measure only these `servers`, such as echod;gnet")
 	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
-	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds, for another one than the usual")
-	set.DurationVar(&f.length, "time", 0, "`time` that each measurement counts, for another one than the usual")
-	set.StringVar(&f.out, "out", "out", "`directory` for benchmarks.md and what belongs to it")
-	set.BoolVar(&f.render, "render", false, "measure nothing: make the report again from the results in the directory")
+	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds instead of the default")
+	set.DurationVar(&f.length, "time", 0, "`time` of each measurement instead of the default")
+	set.StringVar(&f.out, "out", "out", "`directory` for results.json, benchmarks.md and its plots")
+	set.BoolVar(&f.render, "render", false, "measure nothing; write the report again from results.json")
 	if err := set.Parse(args); err != nil {
 		return err
 	}
 	if set.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", set.Arg(0))
+	}
+	if err := os.MkdirAll(plotsDir(f.out), 0o755); err != nil {
+		return err
 	}
 	if f.render {
 		r, err := readResults(resultsFile(f.out))
@@ -71,16 +74,13 @@ func benchMain(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(plotsDir(f.out), 0o755); err != nil {
-		return err
-	}
 	if err := r.save(resultsFile(f.out)); err != nil {
 		return err
 	}
 	return write(r, f.out, os.Stdout)
 }
 
-// plotsDir is where what belongs to the report in out is.
+// plotsDir is the directory of the report's plots.
 func plotsDir(out string) string { return filepath.Join(out, "benchmarks") }
 
 func resultsFile(out string) string { return filepath.Join(out, "results.json") }
@@ -90,7 +90,7 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 	if err != nil {
 		return nil, err
 	}
-	chosen, err := choose("contender", f.only, contenders, func(c contender) string { return c.Name })
+	chosen, err := choose("server", f.only, contenders, func(c contender) string { return c.Name })
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +107,7 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 		return nil, err
 	}
 	for _, b := range s.contenders {
-		s.results.Contenders = append(s.results.Contenders, entrant{b.Name, b.About, b.version})
+		s.results.Contenders = append(s.results.Contenders, participant{b.Name, b.About, b.version})
 	}
 	if err := s.run(ctx); err != nil {
 		return nil, err
@@ -116,7 +116,7 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 	return s.results, nil
 }
 
-// suite gives what the flags mean.
+// suite returns the suite that the flags describe.
 func (f flags) suite() (*suite, error) {
 	place, err := pinned()
 	if err != nil {
@@ -126,7 +126,7 @@ func (f flags) suite() (*suite, error) {
 		places: []placement{place, unpinned()}, shapes: shapes,
 		rounds: map[string]int{pinnedName: 7, unpinnedName: 3}, length: time.Second,
 		holding: []int{1000, 5000, 15000}, holdRounds: 2, settle: time.Second, crowd: 15000,
-		besideRounds: 4, besideLength: 5 * time.Second, // several disturbances
+		besideRounds: 4, besideLength: 5 * time.Second, // several disturbances in each
 		progress: os.Stderr, results: &results{Began: time.Now(), Seed: uint64(time.Now().UnixNano()), Quick: f.quick},
 	}
 	if f.quick {
@@ -151,7 +151,7 @@ func (f flags) suite() (*suite, error) {
 	return s, err
 }
 
-// choose picks what a flag names, with semicolons between, in the order of all; everything when it is empty.
+// choose returns the elements of all whose names are in names, separated by semicolons. Without names it returns all.
 func choose[T any](what, names string, all []T, name func(T) string) (chosen []T, err error) {
 	if names == "" {
 		return all, nil
@@ -163,7 +163,7 @@ func choose[T any](what, names string, all []T, name func(T) string) (chosen []T
 	wanted := strings.Split(names, ";")
 	for _, w := range wanted {
 		if !slices.Contains(known, w) {
-			return nil, fmt.Errorf("unknown %s %q: there are %s", what, w, strings.Join(known, "; "))
+			return nil, fmt.Errorf("unknown %s %q, want one of %s", what, w, strings.Join(known, "; "))
 		}
 	}
 	for _, v := range all {

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -16,19 +18,21 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"echod/bench/load"
 )
 
-// A process is a contender that runs.
+// A process is a running contender.
 type process struct {
 	cmd     *exec.Cmd
 	exited  chan error
 	stderr  *os.File
 	address string
-	dir     string // its own
+	dir     string // private
 }
 
-// patience is how long a server has to listen, and to end when asked to.
-const patience = 5 * time.Second
+// serverTimeout bounds how long a server takes to listen, and to stop.
+const serverTimeout = 5 * time.Second
 
 // start runs b on the given CPUs, and returns once it accepts connections.
 func start(ctx context.Context, b built, on cpus) (*process, error) {
@@ -38,7 +42,7 @@ func start(ctx context.Context, b built, on cpus) (*process, error) {
 	}
 	p := &process{dir: dir, exited: make(chan error, 1)}
 	if err := p.launch(ctx, b, on); err != nil {
-		p.stderr.Close() // nil, where it did not come to that, is no harm
+		p.stderr.Close() // may be nil
 		os.RemoveAll(dir)
 		return nil, fmt.Errorf("starting %s: %w", b.Name, err)
 	}
@@ -69,37 +73,37 @@ func (p *process) launch(ctx context.Context, b built, on cpus) (err error) {
 	return nil
 }
 
-// dieWithParent keeps a server or a load from outliving this process, whatever becomes of it.
+// dieWithParent makes the kernel kill a child when this process dies.
 func dieWithParent() *syscall.SysProcAttr { return &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }
 
-// freeAddress finds a port that nobody listens on.
+// freeAddress returns an unused loopback address.
 func freeAddress(ctx context.Context) (string, error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp4", "127.0.0.1:0")
 	if err != nil {
-		return "", fmt.Errorf("looking for a free port: %w", err)
+		return "", fmt.Errorf("finding a free port: %w", err)
 	}
 	defer ln.Close()
 	return ln.Addr().String(), nil
 }
 
 func (p *process) awaitListening() error {
-	for began := time.Now(); time.Since(began) < patience; time.Sleep(5 * time.Millisecond) {
+	for began := time.Now(); time.Since(began) < serverTimeout; time.Sleep(5 * time.Millisecond) {
 		select {
 		case err := <-p.exited:
 			p.exited <- err
-			return fmt.Errorf("it ended: %w", errors.Join(err, p.said()))
+			return fmt.Errorf("exited: %w", errors.Join(err, p.stderrText()))
 		default:
 		}
 		if nc, err := net.Dial("tcp4", p.address); err == nil {
 			return nc.Close()
 		}
 	}
-	return fmt.Errorf("it does not listen on %s after %v", p.address, patience)
+	return fmt.Errorf("not listening on %s after %v", p.address, serverTimeout)
 }
 
-// said is what the process wrote to stderr, as an error; nil when that was nothing.
-func (p *process) said() error {
+// stderrText returns the end of what the process wrote to stderr as an error, or nil.
+func (p *process) stderrText() error {
 	text, err := os.ReadFile(p.stderr.Name())
 	if err != nil || len(text) == 0 {
 		return err
@@ -109,15 +113,15 @@ func (p *process) said() error {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
-// stop ends the process, asking first.
+// stop sends SIGTERM, and SIGKILL after serverTimeout.
 func (p *process) stop() error {
 	defer os.RemoveAll(p.dir)
 	defer p.stderr.Close()
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
-	case <-p.exited: // how does not matter: most of the contenders do not handle the signal
+	case <-p.exited: // with any status: most contenders do not handle the signal
 		return nil
-	case <-time.After(patience):
+	case <-time.After(serverTimeout):
 	}
 	if err := p.cmd.Process.Kill(); err != nil {
 		return fmt.Errorf("ending process %d: %w", p.pid(), err)
@@ -126,12 +130,12 @@ func (p *process) stop() error {
 	return nil
 }
 
-// resident is how much memory the process has in RAM, in bytes.
+// resident returns the process's resident memory in bytes.
 func (p *process) resident() (int64, error) {
-	// Not the cheaper figure in /proc/PID/status, which each CPU brings up to date when it likes.
+	// The figure in /proc/PID/status is cheaper, but each CPU updates it with a delay.
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid()))
 	if err != nil {
-		return 0, fmt.Errorf("reading how much memory is in use: %w", err)
+		return 0, fmt.Errorf("reading the resident memory: %w", err)
 	}
 	for line := range bytes.Lines(text) {
 		if fields := strings.Fields(string(line)); len(fields) == 3 && fields[0] == "Rss:" {
@@ -139,18 +143,18 @@ func (p *process) resident() (int64, error) {
 			return kib << 10, err
 		}
 	}
-	return 0, errors.New("reading how much memory is in use: there is no Rss line")
+	return 0, errors.New("reading the resident memory: no Rss line")
 }
 
-// cpus are the CPUs that a process may use; all of them when empty.
+// cpus are the CPUs that a process may use. Empty means all.
 type cpus []int
 
-// run calls start, which starts a process, so that the process is bound to the CPUs.
+// run calls start, which starts a process, with the affinity that the process is to inherit.
 func (c cpus) run(start func() error) error {
 	if len(c) == 0 {
 		return start()
 	}
-	// A child inherits the affinity of the thread that forks it.
+	// A child inherits the affinity of the thread that starts it.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	var before, set unix.CPUSet
@@ -167,19 +171,19 @@ func (c cpus) run(start func() error) error {
 	return start()
 }
 
-// The names of the placements.
+// Names of the placements.
 const (
 	pinnedName   = "pinned"
 	unpinnedName = "unpinned"
 )
 
-// placement says which CPUs the server and the load get.
+// placement is the CPUs of the server and of the load.
 type placement struct {
 	Name         string
 	server, load cpus
 }
 
-// pinned gives the server one CPU, and the load another.
+// pinned gives the server one CPU and the load another.
 func pinned() (placement, error) {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
@@ -192,9 +196,184 @@ func pinned() (placement, error) {
 		}
 	}
 	if len(have) < 2 {
-		return placement{}, errors.New("binding the server and the load to a CPU each takes two CPUs")
+		return placement{}, errors.New("pinning needs two CPUs: one for the server, one for the load")
 	}
 	return placement{Name: pinnedName, server: cpus{have[1]}, load: cpus{have[0]}}, nil
 }
 
 func unpinned() placement { return placement{Name: unpinnedName} }
+
+// The load runs in a process of its own: this program, started with loadCommand and a job as its arguments. It prints the result
+// as JSON.
+const loadCommand = "load"
+
+// A job is what the load does.
+type job string
+
+const (
+	jobRun     job = "run"     // put load on the server and print a load.Result
+	jobHold    job = "hold"    // open connections, print null, keep them open until stdin ends
+	jobDrain   job = "drain"   // open connections, stop the server, print a load.Drained
+	jobDisturb job = "disturb" // make a disturbance once a second until stdin ends, and print the number
+)
+
+// loadMain is the main function of the load's process.
+func loadMain(args []string, in io.Reader, out io.Writer) error {
+	if len(args) != 2 {
+		return errors.New("want a job and its spec")
+	}
+	answer := json.NewEncoder(out)
+	if job(args[0]) == jobDisturb {
+		var d disturbance
+		if err := json.Unmarshal([]byte(args[1]), &d); err != nil {
+			return fmt.Errorf("reading the disturbance: %w", err)
+		}
+		times, err := d.repeat(ended(in))
+		if err != nil {
+			return err
+		}
+		return answer.Encode(times)
+	}
+	var spec load.Spec
+	if err := json.Unmarshal([]byte(args[1]), &spec); err != nil {
+		return fmt.Errorf("reading the spec: %w", err)
+	}
+	if job(args[0]) == jobRun {
+		result, err := load.Run(spec)
+		if err != nil {
+			return err
+		}
+		return answer.Encode(result)
+	}
+	held, err := load.Hold(spec)
+	if err != nil {
+		return err
+	}
+	defer held.Close()
+	if job(args[0]) == jobHold {
+		if err := answer.Encode(nil); err != nil {
+			return err
+		}
+		return held.ReadUntil(ended(in))
+	}
+	drained, err := held.Drain()
+	if err != nil {
+		return err
+	}
+	return answer.Encode(drained)
+}
+
+// ended returns a channel that is closed when in ends. Its goroutine ends with in or with the process.
+func ended(in io.Reader) <-chan struct{} {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = io.Copy(io.Discard, in)
+	}()
+	return done
+}
+
+// A loader is a running load.
+type loader struct {
+	cmd    *exec.Cmd
+	stdin  io.Closer // closing it ends the load
+	out    *json.Decoder
+	stderr bytes.Buffer
+}
+
+// startLoad starts a load.
+func startLoad(ctx context.Context, j job, spec any, on cpus) (*loader, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	text, err := json.Marshal(spec)
+	if err != nil {
+		return nil, err
+	}
+	l := &loader{cmd: exec.CommandContext(ctx, self, loadCommand, string(j), string(text))}
+	l.cmd.SysProcAttr = dieWithParent()
+	in, err := l.cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	l.stdin = in
+	out, err := l.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	l.out = json.NewDecoder(out)
+	l.cmd.Stderr = &l.stderr
+	if err := on.run(l.cmd.Start); err != nil {
+		return nil, fmt.Errorf("starting the load: %w", err)
+	}
+	return l, nil
+}
+
+// answer decodes the next value that the load prints.
+func (l *loader) answer(into any) error {
+	err := l.out.Decode(into)
+	if err == nil {
+		return nil
+	}
+	if failed := l.end(); failed != nil {
+		return failed // the reason
+	}
+	return fmt.Errorf("reading the load's answer: %w", err)
+}
+
+// end tells the load to end, and waits for it.
+func (l *loader) end() error {
+	_ = l.stdin.Close()
+	if err := l.cmd.Wait(); err != nil {
+		return fmt.Errorf("the load: %w: %s", err, bytes.TrimSpace(l.stderr.Bytes()))
+	}
+	return nil
+}
+
+// measure puts one load on a server.
+func measure(ctx context.Context, p *process, s shape, length time.Duration, on cpus) (r load.Result, err error) {
+	l, err := startLoad(ctx, jobRun, s.spec(p, length), on)
+	if err != nil {
+		return r, err
+	}
+	if err := l.answer(&r); err != nil {
+		return r, err
+	}
+	return r, l.end()
+}
+
+// A machine describes where the benchmark ran.
+type machine struct {
+	CPU    string
+	CPUs   int
+	Memory uint64 // bytes
+	Kernel string
+	Go     string
+}
+
+func thisMachine() (m machine, err error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return m, fmt.Errorf("reading the kernel's version: %w", err)
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return m, fmt.Errorf("reading the memory size: %w", err)
+	}
+	cpu := "unknown"
+	text, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return m, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+			cpu = strings.TrimSpace(value)
+			break
+		}
+	}
+	return machine{
+		CPU: cpu, CPUs: runtime.NumCPU(), Memory: info.Totalram * uint64(info.Unit),
+		Kernel: unix.ByteSliceToString(name.Sysname[:]) + " " + unix.ByteSliceToString(name.Release[:]), Go: runtime.Version(),
+	}, nil
+}

@@ -1,9 +1,14 @@
 package main
 
 import (
+	"cmp"
 	_ "embed"
+	"errors"
 	"fmt"
+	"image/color"
 	"io"
+	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,12 +18,18 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
+	"gonum.org/v1/plot/vg"
+	"gonum.org/v1/plot/vg/draw"
+	"gonum.org/v1/plot/vg/vgsvg"
 )
 
 //go:embed report.md.tmpl
 var reportTemplate string
 
-// write makes the report of r in out, with its plots, and prints the summary.
+// write writes the report and its plots to out, and prints the summary.
 func write(r *results, out string, summary io.Writer) error {
 	for name, draw := range map[string]func(*results, string) error{
 		"cpu.svg": plotCPU, "latency.svg": plotLatency, "memory.svg": plotMemory, "churn.svg": plotChurn,
@@ -54,9 +65,9 @@ func (r *results) render(w io.Writer) error {
 	return t.Execute(w, r)
 }
 
-// summarize prints what a person waits for at the terminal.
+// summarize prints the main figures.
 func (r *results) summarize(w io.Writer, report string) error {
-	fmt.Fprintf(w, "CPU time of the server for an echo in µs, pinned; connections in a second; memory of an idle connection in KiB\n\n")
+	fmt.Fprintf(w, "CPU time of the server per echo in µs, pinned; connections per second; memory per idle connection in KiB\n\n")
 	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(tab, "\t")
 	for _, sh := range shapes {
@@ -83,12 +94,12 @@ func (r *results) summarize(w io.Writer, report string) error {
 		return err
 	}
 	fmt.Fprintln(w)
-	if !r.Quick { // one short round proves nothing
+	if !r.Quick { // one short round is not enough
 		for _, g := range r.Goals() {
 			fmt.Fprintf(w, "%-9s %s: %s (%s)\n", map[bool]string{true: "reached", false: "MISSED"}[g.Reached], g.What, g.Measured, g.Bound)
 		}
 	}
-	_, err := fmt.Fprintf(w, "the whole report: %s\n", report)
+	_, err := fmt.Fprintf(w, "report: %s\n", report)
 	return err
 }
 
@@ -103,11 +114,11 @@ func cell(ok bool, text string) string {
 type line struct {
 	Name                             string
 	Own                              bool
-	CPU, Range, Floor, Rival         string // the ratios to the floor, and to the best rival
+	CPU, Range, Floor, Rival         string // Floor and Rival are ratios
 	PerSecond, P50, P99, P999, Loads string
 }
 
-// Table gives the lines for a shape, the least CPU time first.
+// Table returns the lines for a shape, least CPU time first.
 func (r *results) Table(place string, sh shape) (lines []line) {
 	rival := r.bestRival(place, sh.Name)
 	for _, name := range r.ranked(place, sh.Name) {
@@ -128,7 +139,7 @@ func (r *results) Table(place string, sh shape) (lines []line) {
 	return lines
 }
 
-// Row gives a contender's CPU times for the shapes of messages, as cells.
+// Row returns a contender's CPU times for messageShapes.
 func (r *results) Row(place, name string) (cells []string) {
 	for _, sh := range messageShapes {
 		run, ok := r.typical(place, sh.Name, name)
@@ -141,10 +152,10 @@ func (r *results) Row(place, name string) (cells []string) {
 	return cells
 }
 
-// messageShapes are those whose connections last.
+// messageShapes are the shapes with lasting connections.
 var messageShapes = shapes[:5]
 
-// MemoryRow gives a contender's memory for each connection, as cells, and the slope between the least and the most.
+// MemoryRow returns a contender's memory per connection, and the slope between the fewest and the most connections.
 func (r *results) MemoryRow(name string) (cells []string) {
 	held := r.Held()
 	for _, conns := range held {
@@ -160,13 +171,14 @@ func (r *results) MemoryRow(name string) (cells []string) {
 	return cells
 }
 
-// A contrast is a latency beside the crowd with each of the disturbances, the first being nothing.
+// A contrast is a latency next to the crowd, with each disturbance.
 type contrast struct {
 	Place, Shape, What string
 	With               []string
 }
 
-// Contrasts are what disturbances do to latencies: medians of all measurements, but for the longest wait; see heldUp.
+// Contrasts returns the latencies with each disturbance: medians of all measurements, and for the longest wait the least; see
+// delay.
 func (r *results) Contrasts() (all []contrast) {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		for _, sh := range shapes {
@@ -220,9 +232,218 @@ func milliseconds(ms float64) string {
 
 func thousands(n int) string { return humanize.Comma(int64(n)) }
 
-func (e entrant) Told() string {
+// VersionSuffix returns the version after a space, or "".
+func (e participant) VersionSuffix() string {
 	if e.Version == "" {
 		return ""
 	}
 	return " " + strings.TrimSpace(e.Version)
+}
+
+// A bar is one contender in a plot.
+type bar struct {
+	name  string
+	value float64
+	label string
+}
+
+// Colours that people who cannot distinguish red and green can distinguish (Okabe and Ito).
+var (
+	subjectColour = color.RGBA{R: 0x00, G: 0x72, B: 0xb2, A: 0xff}
+	floorColour   = color.RGBA{R: 0xe6, G: 0x9f, B: 0x00, A: 0xff}
+	othersColour  = color.RGBA{R: 0xb8, G: 0xbc, B: 0xc2, A: 0xff}
+)
+
+func colourOf(name string) color.Color {
+	switch name {
+	case subject:
+		return subjectColour
+	case floor:
+		return floorColour
+	}
+	return othersColour
+}
+
+// panel draws bars, the first on top. Bars longer than limit are cut off; their labels have the values.
+func panel(title, axis string, bars []bar, limit float64) (*plot.Plot, error) {
+	p := plot.New()
+	for _, style := range []*text.Style{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label} {
+		style.Font.Variant = "Sans"
+	}
+	p.Title.Text, p.X.Label.Text = title, axis
+	p.Title.TextStyle.Font.Size = vg.Points(12)
+	p.Title.Padding = vg.Points(6)
+	var names []string
+	var texts []string
+	points := make(plotter.XYs, len(bars))
+	longest := 0.0
+	for i, b := range bars {
+		at := len(bars) - 1 - i
+		length := min(b.value, limit)
+		longest = max(longest, length)
+		chart, err := plotter.NewBarChart(plotter.Values{length}, vg.Points(11))
+		if err != nil {
+			return nil, err
+		}
+		chart.Horizontal, chart.XMin, chart.Color, chart.LineStyle.Width = true, float64(at), colourOf(b.name), 0
+		p.Add(chart)
+		points[i] = plotter.XY{X: length, Y: float64(at)}
+		texts = append(texts, " "+b.label)
+		names = append(names, b.name)
+	}
+	labels, err := plotter.NewLabels(plotter.XYLabels{XYs: points, Labels: texts})
+	if err != nil {
+		return nil, err
+	}
+	for i := range labels.TextStyle {
+		labels.TextStyle[i].YAlign = draw.YCenter
+		labels.TextStyle[i].Font.Size = vg.Points(9)
+		labels.TextStyle[i].Font.Variant = "Sans"
+	}
+	p.Add(labels)
+	slices.Reverse(names)
+	p.NominalY(names...)
+	p.X.Min, p.X.Max = 0, longest*1.2
+	p.Y.Min, p.Y.Max = -0.7, float64(len(bars))-0.3
+	return p, nil
+}
+
+// save writes panels, in so many columns, to an SVG file.
+func save(path string, panels []*plot.Plot, columns int) error {
+	if len(panels) == 0 { // not measured: remove an older plot
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	const width, height = 4.6 * vg.Inch, 2.7 * vg.Inch
+	rows := (len(panels) + columns - 1) / columns
+	grid := make([][]*plot.Plot, rows)
+	for i := range grid {
+		grid[i] = make([]*plot.Plot, columns)
+	}
+	for i, p := range panels {
+		grid[i/columns][i%columns] = p
+	}
+	canvas := vgsvg.New(width*vg.Length(columns), height*vg.Length(rows))
+	whole := draw.New(canvas)
+	whole.SetColor(color.White) // readable in dark mode too
+	whole.Fill(whole.Rectangle.Path())
+	tiles := draw.Tiles{
+		Rows: rows, Cols: columns, PadX: vg.Points(14), PadY: vg.Points(12),
+		PadTop: vg.Points(6), PadBottom: vg.Points(6), PadLeft: vg.Points(6), PadRight: vg.Points(10),
+	}
+	for i, row := range plot.Align(grid, tiles, whole) {
+		for j, c := range row {
+			if grid[i][j] != nil {
+				grid[i][j].Draw(c)
+			}
+		}
+	}
+	file, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	_, err = canvas.WriteTo(file)
+	if closed := file.Close(); err == nil {
+		err = closed
+	}
+	return err
+}
+
+// plotCPU draws CPU times relative to the floor's or, without a floor, to the subject's.
+func plotCPU(r *results, path string) error {
+	var panels []*plot.Plot
+	for _, sh := range shapes {
+		unit := floor
+		if _, ok := r.typical(pinnedName, sh.Name, floor); !ok {
+			unit = subject
+		}
+		var bars []bar
+		for _, name := range r.ranked(pinnedName, sh.Name) {
+			if against, ok := r.ratio(pinnedName, sh.Name, name, unit, cpu); ok {
+				bars = append(bars, bar{name, against, times(against, true)})
+			}
+		}
+		if len(bars) == 0 {
+			continue
+		}
+		const cut = 4
+		p, err := panel(sh.Title, "CPU time per echo, as a multiple of "+unit+"'s", bars, cut)
+		if err != nil {
+			return err
+		}
+		panels = append(panels, p)
+	}
+	return save(path, panels, 2)
+}
+
+// plotLatency draws the median and the p99 of the latency.
+func plotLatency(r *results, path string) error {
+	var panels []*plot.Plot
+	for _, sh := range shapes[:2] {
+		for _, l := range []struct {
+			name string
+			of   figure
+		}{{"median", p50}, {"p99", p99}} {
+			var bars []bar
+			for _, name := range r.ranked(pinnedName, sh.Name) {
+				run, _ := r.typical(pinnedName, sh.Name, name)
+				bars = append(bars, bar{name, l.of(run), milliseconds(l.of(run))})
+			}
+			if len(bars) == 0 {
+				continue
+			}
+			slices.SortFunc(bars, func(a, b bar) int { return cmp.Compare(a.value, b.value) })
+			p, err := panel(sh.Title+": "+l.name, "ms from the write to the echo", bars, math.Inf(1))
+			if err != nil {
+				return err
+			}
+			panels = append(panels, p)
+		}
+	}
+	return save(path, panels, 2)
+}
+
+// plotMemory draws the memory per idle connection.
+func plotMemory(r *results, path string) error {
+	var panels []*plot.Plot
+	for _, conns := range r.Held() {
+		var bars []bar
+		for _, e := range r.Contenders {
+			if m, ok := r.leastMemory(e.Name, conns); ok {
+				each := m.perConn() / kib
+				bars = append(bars, bar{e.Name, max(0, each), fmt.Sprintf("%.2f", each)})
+			}
+		}
+		slices.SortFunc(bars, func(a, b bar) int { return cmp.Compare(a.value, b.value) })
+		p, err := panel(thousands(conns)+" idle connections", "KiB resident per connection", bars, math.Inf(1))
+		if err != nil {
+			return err
+		}
+		panels = append(panels, p)
+	}
+	return save(path, panels, 2)
+}
+
+// plotChurn draws how many connections are opened, used once and closed per second.
+func plotChurn(r *results, path string) error {
+	var panels []*plot.Plot
+	for _, place := range []string{pinnedName, unpinnedName} {
+		var bars []bar
+		for _, name := range r.ranked(place, churn) {
+			run, _ := r.typical(place, churn, name)
+			bars = append(bars, bar{name, run.PerSecond(), thousands(int(run.PerSecond()))})
+		}
+		if len(bars) == 0 {
+			continue
+		}
+		slices.SortFunc(bars, func(a, b bar) int { return cmp.Compare(b.value, a.value) })
+		p, err := panel("Connect, one echo, close: "+place, "connections per second", bars, math.Inf(1))
+		if err != nil {
+			return err
+		}
+		panels = append(panels, p)
+	}
+	return save(path, panels, 2)
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"time"
@@ -11,16 +12,16 @@ import (
 	"echod/bench/load"
 )
 
-// results are all that was measured, and on what. They are kept as JSON, so that a report can be made of them again.
+// results are all measurements, and the machine. They are kept as JSON, so that the report can be written again.
 type results struct {
 	Machine machine
 	Began   time.Time
-	Seed    uint64 // of the order in which contenders took turns
+	Seed    uint64 // of the contenders' order
 	Quick   bool
 	Length  time.Duration
 
-	Contenders []entrant
-	Missing    []string // with the reason
+	Contenders []participant
+	Missing    []string // with the reasons
 	Runs       []shapeRun
 	Memory     []memoryRun
 	Drains     []load.Drained
@@ -28,24 +29,24 @@ type results struct {
 	Beside     []besideRun
 }
 
-// An entrant is a contender that took part.
-type entrant struct{ Name, About, Version string }
+// A participant is a contender that was measured.
+type participant struct{ Name, About, Version string }
 
 // A shapeRun is one measurement of a contender.
 type shapeRun struct {
 	Place, Shape, Name string
 	Round              int
 	Result             load.Result
-	Failed             string `json:",omitempty"` // why there is no result
+	Failed             string `json:",omitempty"` // why it has no result
 }
 
-// memory is what a server had before and with a number of idle connections, in bytes.
+// memory is a server's resident memory in bytes, with one and with Conns idle connections.
 type memory struct {
 	Conns         int
-	Before, After int64 // with one connection, and with all
+	Before, After int64
 }
 
-// perConn is the memory for each connection, in bytes.
+// perConn returns the bytes per connection.
 func (m memory) perConn() float64 { return float64(m.After-m.Before) / float64(m.Conns-1) }
 
 type memoryRun struct {
@@ -61,7 +62,7 @@ func reason(err error) string {
 	return err.Error()
 }
 
-// runs are the measurements of a contender that came to something, by round.
+// runs returns the successful measurements of a contender, by round.
 func (r *results) runs(place, shape, name string) map[int]load.Result {
 	all := make(map[int]load.Result)
 	for _, run := range r.Runs {
@@ -72,7 +73,7 @@ func (r *results) runs(place, shape, name string) map[int]load.Result {
 	return all
 }
 
-// typical returns the run of a contender whose CPU time for an echo is the median.
+// typical returns the run with the median CPU time per echo.
 func (r *results) typical(place, shape, name string) (typical load.Result, ok bool) {
 	var all []load.Result
 	for _, run := range r.runs(place, shape, name) {
@@ -85,14 +86,14 @@ func (r *results) typical(place, shape, name string) (typical load.Result, ok bo
 	return all[(len(all)-1)/2], true
 }
 
-// A figure is one of those in a result.
+// A figure is a number in a result.
 type figure func(load.Result) float64
 
 func cpu(r load.Result) float64       { return float64(r.CPUPerEcho()) }
 func perSecond(r load.Result) float64 { return r.PerSecond() }
 
-// ratio compares a figure of two contenders: the median of the ratios within each round, since what the machine did in that
-// minute met both of them.
+// ratio compares a figure of two contenders. It is the median of the ratios within each round, because other work of the machine
+// affected both in the same minute.
 func (r *results) ratio(place, shape, name, other string, of figure) (ratio float64, ok bool) {
 	var all []float64
 	others := r.runs(place, shape, other)
@@ -104,7 +105,7 @@ func (r *results) ratio(place, shape, name, other string, of figure) (ratio floa
 	return median(all)
 }
 
-// median returns the middle of values; of an even number, the mean of the two in the middle.
+// median sorts values and returns their median.
 func median(values []float64) (m float64, ok bool) {
 	n := len(values)
 	if n == 0 {
@@ -114,7 +115,7 @@ func median(values []float64) (m float64, ok bool) {
 	return (values[(n-1)/2] + values[n/2]) / 2, true
 }
 
-// leastMemory returns the measurement of a contender with the least memory for each of so many connections.
+// leastMemory returns the measurement of a contender with the least memory per connection.
 func (r *results) leastMemory(name string, conns int) (least memory, ok bool) {
 	for _, run := range r.Memory {
 		if run.Name == name && run.Memory.Conns == conns && run.Failed == "" && (!ok || run.Memory.perConn() < least.perConn()) {
@@ -124,7 +125,7 @@ func (r *results) leastMemory(name string, conns int) (least memory, ok bool) {
 	return least, ok
 }
 
-// Held are the numbers of idle connections that memory was measured with, in order.
+// Held returns the numbers of idle connections that were measured, in order.
 func (r *results) Held() (conns []int) {
 	for _, run := range r.Memory {
 		conns = append(conns, run.Memory.Conns)
@@ -139,7 +140,7 @@ func p99(r load.Result) float64         { return milli(r.P99) }
 func p999(r load.Result) float64        { return milli(r.P999) }
 func longestWait(r load.Result) float64 { return milli(r.Max) }
 
-// beside returns a figure of all runs beside the crowd with a disturbance.
+// beside returns a figure of all runs next to the crowd with a disturbance.
 func (r *results) beside(place, shape, disturbance string, of figure) (all []float64) {
 	for _, run := range r.Beside {
 		if run.Place == place && run.Shape == shape && run.Disturbance == disturbance {
@@ -149,7 +150,7 @@ func (r *results) beside(place, shape, disturbance string, of figure) (all []flo
 	return all
 }
 
-// ranked are the contenders that were measured, the one with the least CPU time first.
+// ranked returns the names of the measured contenders, least CPU time first.
 func (r *results) ranked(place, shape string) (names []string) {
 	times := make(map[string]time.Duration)
 	for _, e := range r.Contenders {
@@ -162,7 +163,7 @@ func (r *results) ranked(place, shape string) (names []string) {
 	return names
 }
 
-// bestRival is the one of the rivals with the least CPU time for an echo; empty without any.
+// bestRival returns the rival with the least CPU time per echo, or "".
 func (r *results) bestRival(place, shape string) string {
 	for _, name := range r.ranked(place, shape) {
 		if slices.Contains(rivals, name) {
@@ -172,12 +173,12 @@ func (r *results) bestRival(place, shape string) string {
 	return ""
 }
 
-// Has reports whether anything was measured in a placement.
+// Has reports whether a placement was measured.
 func (r *results) Has(place string) bool {
 	return slices.ContainsFunc(r.Runs, func(run shapeRun) bool { return run.Place == place })
 }
 
-// Failures are the measurements that came to nothing, each once, with the reason.
+// Failures lists the failed measurements with their reasons, each once.
 func (r *results) Failures() (all []string) {
 	for _, run := range r.Runs {
 		if run.Failed != "" {
@@ -214,3 +215,83 @@ func readResults(path string) (*results, error) {
 	}
 	return r, nil
 }
+
+// A goal is a bound that the project has set itself, and what was measured.
+type goal struct {
+	What, Bound, Measured string
+	Reached               bool
+}
+
+// rivalShapes are the shapes in which CPU time is compared with the rivals'.
+var rivalShapes = shapes[:4]
+
+const kib = 1024
+
+// Goals returns the goals for which there is a measurement.
+func (r *results) Goals() (goals []goal) {
+	add := func(reached bool, what, bound, format string, args ...any) {
+		goals = append(goals, goal{what, bound, fmt.Sprintf(format, args...), reached})
+	}
+	for _, sh := range rivalShapes {
+		rival := r.bestRival(pinnedName, sh.Name)
+		if times, ok := r.ratio(pinnedName, sh.Name, subject, rival, cpu); ok {
+			add(atMost(times, 1), "CPU time per echo, "+sh.Title, "at most that of the best of gnet, netpoll, nbio and net with io.Copy",
+				"%.2f times that of %s", times, rival)
+		}
+	}
+	first := shapes[0]
+	if times, ok := r.ratio(pinnedName, first.Name, subject, floor, cpu); ok {
+		add(atMost(times, 1.4), "CPU time per echo, "+first.Title, "at most 1.4 times that of the floor", "%.2f times", times)
+	}
+	const many = 15000
+	if m, ok := r.leastMemory(subject, many); ok {
+		add(atMost(m.perConn()/kib, 4), "memory per idle connection, of 15,000", "at most 4.0 KiB resident", "%.2f KiB", m.perConn()/kib)
+	}
+	if len(r.Drains) > 0 {
+		var told, closed time.Duration
+		first := time.Duration(math.MaxInt64)
+		for _, d := range r.Drains {
+			told, closed, first = max(told, d.LastTold), max(closed, d.LastClosed), min(first, d.FirstClosed)
+		}
+		late := closed - grace
+		add(told <= time.Second/2, thousands(r.Crowd)+" clients told of a drain", "within 0.5 s of the signal", "%.2f s", told.Seconds())
+		add(late <= time.Second && first >= grace, thousands(r.Crowd)+" connections closed", "not before the deadline, and within 1 s after it",
+			"%.2f s to %.2f s after it", (first - grace).Seconds(), late.Seconds())
+	}
+	if times, ok := r.ratio(pinnedName, churn, subject, net4KiB, perSecond); ok {
+		add(math.Round(100*times) >= 100, "connections opened, used once and closed, per second", "at least as many as with package net and a goroutine each",
+			"%.2f times as many", times)
+	}
+	for _, place := range []string{pinnedName, unpinnedName} {
+		with, ok := median(r.beside(place, first.Name, listing, p99))
+		without, _ := median(r.beside(place, first.Name, disturbances[0].Name, p99))
+		if ok && without > 0 {
+			add(atMost(with/without, 1.5), "p99 of the echo while "+thousands(r.Crowd)+" connections are listed every second, "+place,
+				"at most 1.5 times that without", "%.2f times", with/without)
+		}
+	}
+	for _, d := range disturbances[1:] {
+		if held, ok := r.delay(d.Name); ok {
+			add(atMost(held, 10), "delay of other clients by "+d.Name+" to "+thousands(r.Crowd)+" connections", "at most 10 ms", "%.1f ms", held)
+		}
+	}
+	return goals
+}
+
+// delay returns by how many milliseconds a disturbance lengthens a client's longest wait, in the worst shape and placement. Of
+// several measurements the least counts: the disturbance is in each of them, other delays of the machine are not.
+func (r *results) delay(disturbance string) (worst float64, ok bool) {
+	for _, place := range []string{pinnedName, unpinnedName} {
+		for _, sh := range shapes {
+			with := r.beside(place, sh.Name, disturbance, longestWait)
+			without := r.beside(place, sh.Name, disturbances[0].Name, longestWait)
+			if len(with) > 0 && len(without) > 0 {
+				worst, ok = max(worst, slices.Min(with)-slices.Min(without)), true
+			}
+		}
+	}
+	return worst, ok
+}
+
+// atMost compares with as many digits as the report shows.
+func atMost(value, bound float64) bool { return math.Round(100*value) <= math.Round(100*bound) }

@@ -13,7 +13,7 @@ import (
 	"echod/bench/load"
 )
 
-// The load is this program, started anew.
+// The load is this test binary, started again.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == loadCommand {
 		if err := loadMain(os.Args[2:], os.Stdin, os.Stdout); err != nil {
@@ -25,8 +25,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// required ends the test for want of something, as a failure where ECHOD_TEST_REQUIRE=1 says that all has to be there.
-func required(t *testing.T, what string) {
+// missing skips the test because the machine lacks something. With ECHOD_TEST_REQUIRE=1 the test fails.
+func missing(t *testing.T, what string) {
 	t.Helper()
 	if os.Getenv("ECHOD_TEST_REQUIRE") == "1" {
 		t.Fatal(what)
@@ -34,19 +34,19 @@ func required(t *testing.T, what string) {
 	t.Skip(what)
 }
 
-// All contenders are built, run and loaded in every shape, if only for a moment, and a report is made of it.
-func TestEveryContenderTakesPart(t *testing.T) {
+// TestSuite builds and runs every contender in every shape for a moment, and writes a report.
+func TestSuite(t *testing.T) {
 	place, err := pinned()
 	if err != nil {
-		required(t, err.Error())
+		missing(t, err.Error())
 	}
 	dir := t.TempDir()
-	ready, missing, err := buildAll(t.Context(), dir, contenders)
+	ready, notBuilt, err := buildAll(t.Context(), dir, contenders)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range missing {
-		required(t, m)
+	for _, m := range notBuilt {
+		missing(t, m)
 	}
 	var progress bytes.Buffer
 	s := &suite{
@@ -56,11 +56,11 @@ func TestEveryContenderTakesPart(t *testing.T) {
 		crowd: 100, besideRounds: 1, besideLength: 1200 * time.Millisecond,
 		progress: &progress, results: &results{Began: time.Now(), Crowd: 100},
 	}
-	for i := range s.shapes { // as they are, but for a crowd that would take its time
+	for i := range s.shapes { // fewer connections, to be quick
 		s.shapes[i].Conns = min(s.shapes[i].Conns, 100)
 	}
 	for _, b := range ready {
-		s.results.Contenders = append(s.results.Contenders, entrant{b.Name, b.About, b.version})
+		s.results.Contenders = append(s.results.Contenders, participant{b.Name, b.About, b.version})
 	}
 	if err := s.run(t.Context()); err != nil {
 		t.Fatalf("%v\n%s", err, progress.String())
@@ -70,7 +70,7 @@ func TestEveryContenderTakesPart(t *testing.T) {
 	}
 	for _, run := range s.results.Beside {
 		if (run.Times > 0) != (run.Disturbance != disturbances[0].Name) {
-			t.Errorf("%s, %s: there was %s %d times", run.Shape, run.Place, run.Disturbance, run.Times)
+			t.Errorf("%s, %s: %s was made %d times", run.Shape, run.Place, run.Disturbance, run.Times)
 		}
 	}
 
@@ -96,7 +96,7 @@ func TestEveryContenderTakesPart(t *testing.T) {
 	for _, b := range ready {
 		for what, text := range map[string]string{"report": string(report), "summary": summary.String()} {
 			if !strings.Contains(text, b.Name) {
-				t.Errorf("the %s does not name %s", what, b.Name)
+				t.Errorf("the %s does not contain %s", what, b.Name)
 			}
 		}
 	}
@@ -108,12 +108,12 @@ func TestEveryContenderTakesPart(t *testing.T) {
 	}
 }
 
-func TestAServerThatDoesNotStartIsNamedWithWhatItSaid(t *testing.T) {
+func TestStartFailureHasNameAndStderr(t *testing.T) {
 	b := built{contender: contender{Name: "broken"}, command: []string{"sh", "-c", "echo no such luck >&2; exit 3"}}
 	_, err := start(t.Context(), b, nil)
 	for _, want := range []string{"broken", "no such luck", "3"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("error %v, want one that says %q", err, want)
+			t.Errorf("error %v, want one with %q", err, want)
 		}
 	}
 }
@@ -125,19 +125,19 @@ func TestChoose(t *testing.T) {
 		t.Errorf("chosen %q, %v", got, err)
 	}
 	if got, err := choose("letter", "", all, name); err != nil || len(got) != 3 {
-		t.Errorf("nothing named: %q, %v, want all", got, err)
+		t.Errorf("no names: %q, %v, want all", got, err)
 	}
 	if _, err := choose("letter", "e", all, name); err == nil || !strings.Contains(err.Error(), `unknown letter "e"`) {
-		t.Errorf("error %v, want one that names what is unknown", err)
+		t.Errorf("error %v, want one with the unknown name", err)
 	}
 }
 
-// fabricated makes results of three rounds, in each of which the machine is slower than before. The subject takes so much CPU time for
-// an echo, gnet 10 µs and the floor 8.
+// fabricated returns results of three rounds, in each of which the machine is slower. The subject takes subjectCPU per echo, gnet
+// 10 µs and the floor 8 µs.
 func fabricated(subjectCPU time.Duration) *results {
 	r := &results{Crowd: 15000}
 	for name, cpu := range map[string]time.Duration{subject: subjectCPU, "gnet": 10 * time.Microsecond, floor: 8 * time.Microsecond} {
-		r.Contenders = append(r.Contenders, entrant{Name: name})
+		r.Contenders = append(r.Contenders, participant{Name: name})
 		for round := range 3 {
 			slowness := time.Duration(round + 1)
 			r.Runs = append(r.Runs, shapeRun{
@@ -149,7 +149,7 @@ func fabricated(subjectCPU time.Duration) *results {
 	return r
 }
 
-func TestGoalsAreReachedOrMissed(t *testing.T) {
+func TestGoals(t *testing.T) {
 	for _, c := range []struct {
 		cpu     time.Duration
 		reached []bool
@@ -165,7 +165,7 @@ func TestGoalsAreReachedOrMissed(t *testing.T) {
 	}
 }
 
-func TestTableRanksByCPUTime(t *testing.T) {
+func TestTableIsSortedByCPUTime(t *testing.T) {
 	lines := fabricated(9*time.Microsecond).Table(pinnedName, shapes[0])
 	if len(lines) != 3 {
 		t.Fatalf("lines %+v, want 3", lines)
@@ -182,15 +182,14 @@ func TestTableRanksByCPUTime(t *testing.T) {
 	}
 }
 
-// Of the longest waits the least counts, and the worst of shapes and placements.
-func TestHeldUpIsWhatHappensEveryTime(t *testing.T) {
+func TestDelayIsTheLeastOfTheLongestWaits(t *testing.T) {
 	r := new(results)
 	for _, run := range []struct {
 		place, disturbance string
 		longest            time.Duration
 	}{
 		{pinnedName, disturbances[0].Name, 3 * time.Millisecond},
-		{pinnedName, disturbances[0].Name, 80 * time.Millisecond}, // the machine's doing
+		{pinnedName, disturbances[0].Name, 80 * time.Millisecond}, // other work of the machine
 		{pinnedName, listing, 7 * time.Millisecond},
 		{pinnedName, listing, 90 * time.Millisecond},
 		{unpinnedName, disturbances[0].Name, 2 * time.Millisecond},
@@ -200,7 +199,7 @@ func TestHeldUpIsWhatHappensEveryTime(t *testing.T) {
 			Place: run.place, Shape: shapes[0].Name, Disturbance: run.disturbance, Result: load.Result{Max: run.longest},
 		})
 	}
-	if got, ok := r.heldUp(listing); !ok || got != 18 {
-		t.Errorf("held up for %v ms, %t; want 18", got, ok)
+	if got, ok := r.delay(listing); !ok || got != 18 {
+		t.Errorf("delayed by %v ms, %t; want 18", got, ok)
 	}
 }

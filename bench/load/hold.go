@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Held is a number of connections that have said one thing each, and are silent since.
+// Held is a number of idle connections, each of which has sent one message.
 type Held struct {
 	runner *runner
 }
 
-// Hold opens connections, oldest first, and sends one message of spec.Size on each, whose echo it awaits.
-// The caller closes what it returns.
+// Hold opens connections one after another, sends a message of spec.Size on each, and waits for its echo. The caller must call
+// Close.
 func Hold(spec Spec) (*Held, error) {
 	spec.Depth = 1
 	r, err := newRunner(spec)
@@ -45,7 +45,7 @@ func (r *runner) holdOne(i int) error {
 		return err
 	}
 	for !s.finished(r.spec.Size) {
-		if err := await(fd, cmp.Or(r.spec.Patience, patience)); err != nil {
+		if err := await(fd, cmp.Or(r.spec.Timeout, echoTimeout)); err != nil {
 			return err
 		}
 		if _, err := s.fill(r.buf, &r.spec); err != nil {
@@ -55,25 +55,24 @@ func (r *runner) holdOne(i int) error {
 	return nil
 }
 
-// patience is how long an echo may be in coming, unless the spec says otherwise.
-const patience = 10 * time.Second
+// echoTimeout is the default of Spec.Timeout.
+const echoTimeout = 10 * time.Second
 
-// await waits until fd can be read, for so long at the most.
-func await(fd int, patience time.Duration) error {
-	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(patience/time.Millisecond))
+// await waits until fd can be read.
+func await(fd int, timeout time.Duration) error {
+	n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(timeout/time.Millisecond))
 	switch {
 	case err == unix.EINTR:
 		return nil
 	case err != nil:
 		return fmt.Errorf("waiting for the server: %w", err)
 	case n == 0:
-		return fmt.Errorf("no echo within %v", patience)
+		return fmt.Errorf("no echo within %v", timeout)
 	}
 	return nil
 }
 
-// ReadUntil reads, and throws away, what comes on the connections until done is closed. An error means that the server
-// has ended one of them.
+// ReadUntil reads and discards data until done is closed. An error means that the server closed a connection.
 func (h *Held) ReadUntil(done <-chan struct{}) error {
 	r := h.runner
 	if err := h.watch(); err != nil {
@@ -86,8 +85,8 @@ func (h *Held) ReadUntil(done <-chan struct{}) error {
 			return nil
 		default:
 		}
-		const look = 50 // ms between looks at done
-		n, err := unix.EpollWait(r.poll, events[:], look)
+		const interval = 50 // ms between checks of done
+		n, err := unix.EpollWait(r.poll, events[:], interval)
 		if err != nil && err != unix.EINTR {
 			return fmt.Errorf("waiting for the server: %w", err)
 		}
@@ -99,7 +98,7 @@ func (h *Held) ReadUntil(done <-chan struct{}) error {
 	}
 }
 
-// watch has the poller tell what can be read.
+// watch adds all connections to the epoll instance.
 func (h *Held) watch() error {
 	for i, s := range h.runner.streams {
 		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLRDHUP, Fd: int32(i)}
@@ -113,15 +112,15 @@ func (h *Held) watch() error {
 // Close closes all connections.
 func (h *Held) Close() { h.runner.close() }
 
-// A Drained is how a server's drain looked to its clients.
+// A Drained is how clients saw a drain.
 type Drained struct {
 	// Since the signal.
 	HalfTold, LastTold      time.Duration
 	FirstClosed, LastClosed time.Duration
 }
 
-// Drain sends SIGTERM to the server, and watches until it has told every client so with one line, and
-// has closed every connection by an orderly end of stream.
+// Drain sends SIGTERM to the server, and waits until it has sent every client one notice and has closed every connection with a
+// FIN.
 func (h *Held) Drain() (d Drained, err error) {
 	r := h.runner
 	if err := h.watch(); err != nil {
@@ -140,7 +139,7 @@ func (h *Held) Drain() (d Drained, err error) {
 			continue
 		}
 		if err != nil || n == 0 {
-			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open a minute after anything happened", open, len(r.streams)))
+			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open after a minute without events", open, len(r.streams)))
 		}
 		for _, e := range events[:n] {
 			text, err := r.readText(int(e.Fd))
@@ -166,15 +165,15 @@ func (h *Held) Drain() (d Drained, err error) {
 		}
 	}
 	for i, notice := range notices {
-		notice = strings.TrimPrefix(notice, "\n") // unless the echo ended in one
+		notice = strings.TrimPrefix(notice, "\n") // in front of the notice, because the echo did not end in one
 		if !strings.HasPrefix(notice, "SHUTDOWN ") || strings.Index(notice, "\n") != len(notice)-1 {
-			return d, fmt.Errorf("connection %d was told %q, want one notice", i, notice)
+			return d, fmt.Errorf("connection %d read %q, want one notice", i, notice)
 		}
 	}
 	return d, nil
 }
 
-// readText reads what has come. On the server's end of stream it closes the connection.
+// readText reads available data. At the end of the stream it half-closes and returns io.EOF.
 func (r *runner) readText(i int) (string, error) {
 	s := r.streams[i]
 	n, err := unix.Read(s.fd, r.buf)
@@ -185,7 +184,7 @@ func (r *runner) readText(i int) (string, error) {
 		return "", fmt.Errorf("reading from the server: %w", err)
 	case n == 0:
 		unix.EpollCtl(r.poll, unix.EPOLL_CTL_DEL, s.fd, nil)
-		unix.Shutdown(s.fd, unix.SHUT_WR) // the server awaits it; the descriptor is closed at last, by close
+		unix.Shutdown(s.fd, unix.SHUT_WR) // the server waits for it; close closes the descriptor
 		return "", io.EOF
 	}
 	return string(r.buf[:n]), nil

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// serve runs a server that handles each connection, and returns its address.
+// serve starts a server and returns its address.
 func serve(t *testing.T, handle func(net.Conn)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -35,7 +35,7 @@ func serve(t *testing.T, handle func(net.Conn)) string {
 
 func echo(nc net.Conn) { _, _ = io.Copy(nc, nc) }
 
-// specFor is a short run against a server in this process.
+// specFor returns a short load on a server in this process.
 func specFor(address string) Spec {
 	return Spec{
 		Address: address, PID: os.Getpid(), Conns: 8, Size: 64, Depth: 1,
@@ -60,7 +60,7 @@ func TestRunCountsEchoes(t *testing.T) {
 				t.Fatal(err)
 			}
 			if r.Echoes == 0 || r.Elapsed < spec.Duration || r.ServerCPU <= 0 || r.LoadCPU <= 0 {
-				t.Errorf("result %+v, want something of everything", r)
+				t.Errorf("result %+v, want all fields set", r)
 			}
 			if r.P50 <= 0 || r.P50 > r.P99 || r.P99 > r.P999 || r.P999 > r.Max {
 				t.Errorf("latencies %v, %v, %v, %v: want them to rise", r.P50, r.P99, r.P999, r.Max)
@@ -69,15 +69,15 @@ func TestRunCountsEchoes(t *testing.T) {
 	}
 }
 
-// A server that is fast since it does something else than an echo must not win.
-func TestRunSeesWhatIsNotAnEcho(t *testing.T) {
+// A server must not be fast because it does something else than echoing.
+func TestRunDetectsWrongEchoes(t *testing.T) {
 	for name, fault := range map[string]struct {
-		change func(p []byte) []byte // what the server answers to its third read
+		change func(p []byte) []byte // changes the answer to the third read
 		want   string
 	}{
-		"corrupted": {func(p []byte) []byte { p[len(p)/2]++; return p }, "not what it was sent"},
-		"lost":      {func(p []byte) []byte { return p[1:] }, "not what it was sent"},
-		"doubled":   {func(p []byte) []byte { return append(p, p...) }, "not what it was sent"},
+		"corrupted": {func(p []byte) []byte { p[len(p)/2]++; return p }, "something else than the echo"},
+		"lost":      {func(p []byte) []byte { return p[1:] }, "something else than the echo"},
+		"doubled":   {func(p []byte) []byte { return append(p, p...) }, "something else than the echo"},
 		"ended":     {func([]byte) []byte { return nil }, "ended the stream after"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -101,14 +101,14 @@ func TestRunSeesWhatIsNotAnEcho(t *testing.T) {
 				}
 			})
 			if _, err := Run(specFor(address)); err == nil || !strings.Contains(err.Error(), fault.want) {
-				t.Errorf("error %v, want one that says %q", err, fault.want)
+				t.Errorf("error %v, want one with %q", err, fault.want)
 			}
 		})
 	}
 }
 
-// Notices may come between messages, where the run says so, and nowhere else.
-func TestRunTellsNoticesFromEchoes(t *testing.T) {
+// Notices may come between messages if the spec has them, and nowhere else.
+func TestRunAcceptsNotices(t *testing.T) {
 	const notice = "NOTICE hi\n"
 	address := serve(t, func(nc net.Conn) {
 		buf := make([]byte, 64)
@@ -123,19 +123,19 @@ func TestRunTellsNoticesFromEchoes(t *testing.T) {
 	})
 	spec := specFor(address)
 	if _, err := Run(spec); err == nil {
-		t.Error("a notice was taken for an echo")
+		t.Error("a notice passed as an echo")
 	}
 	spec.Notice = notice
 	if r, err := Run(spec); err != nil || r.Echoes == 0 {
 		t.Errorf("with notices: %+v, %v", r, err)
 	}
-	spec.Size = 100 // now they come in the middle
+	spec.Size = 100 // notices now come inside messages
 	if _, err := Run(spec); err == nil {
-		t.Error("a notice in the middle of a message was taken for one between two")
+		t.Error("a notice inside a message passed")
 	}
 }
 
-func TestRunNamesAnAddressThatMakesNoSense(t *testing.T) {
+func TestRunRefusesBadAddresses(t *testing.T) {
 	for _, address := range []string{"", "localhost:7", "127.0.0.1", "[::1]:7"} {
 		if _, err := Run(specFor(address)); err == nil || !strings.Contains(err.Error(), "want IPv4 and a port") {
 			t.Errorf("address %q: error %v", address, err)
@@ -143,8 +143,8 @@ func TestRunNamesAnAddressThatMakesNoSense(t *testing.T) {
 	}
 }
 
-// A server that serves some clients well, and forgets one, must not win.
-func TestRunSeesThatAnEchoIsStillToCome(t *testing.T) {
+// A server that ignores one of its clients must not win.
+func TestRunDetectsMissingEchoes(t *testing.T) {
 	var first atomic.Bool
 	address := serve(t, func(nc net.Conn) {
 		if first.CompareAndSwap(false, true) {
@@ -154,13 +154,13 @@ func TestRunSeesThatAnEchoIsStillToCome(t *testing.T) {
 		echo(nc)
 	})
 	spec := specFor(address)
-	spec.Patience = 20 * time.Millisecond
-	if _, err := Run(spec); err == nil || !strings.Contains(err.Error(), "on 1 of 8 connections the echo has not come") {
-		t.Errorf("error %v, want one that says that an echo has not come", err)
+	spec.Timeout = 20 * time.Millisecond
+	if _, err := Run(spec); err == nil || !strings.Contains(err.Error(), "on 1 of 8 connections the echo did not come") {
+		t.Errorf("error %v, want one for a missing echo", err)
 	}
 }
 
-// While a server holds up its clients, they would have sent more: a third of them, where it is for a third of the time.
+// A pause of a third of the run must show in the p99.
 func TestCorrectedLatenciesShowAPause(t *testing.T) {
 	const pause = 100 * time.Millisecond
 	address := serve(t, func(nc net.Conn) {
@@ -186,23 +186,22 @@ func TestCorrectedLatenciesShowAPause(t *testing.T) {
 		t.Fatal(err)
 	}
 	if r.P99 < pause/2 {
-		t.Errorf("p99 is %v: it does not show a pause of %v", r.P99, pause)
+		t.Errorf("p99 is %v, which does not show a pause of %v", r.P99, pause)
 	}
 }
 
-// A server that keeps a message to itself is not waited for until the end of time.
-func TestHoldGivesUpOnSilence(t *testing.T) {
+func TestHoldTimesOut(t *testing.T) {
 	address := serve(t, func(nc net.Conn) { _, _ = io.Copy(io.Discard, nc) })
-	held, err := Hold(Spec{Address: address, Conns: 1, Size: 64, Patience: 20 * time.Millisecond})
+	held, err := Hold(Spec{Address: address, Conns: 1, Size: 64, Timeout: 20 * time.Millisecond})
 	if err == nil {
 		held.Close()
 	}
 	if err == nil || !strings.Contains(err.Error(), "no echo within") {
-		t.Errorf("error %v, want one that says that there was no echo", err)
+		t.Errorf("error %v, want a timeout", err)
 	}
 }
 
-func TestHoldHasEachConnectionSayOneThing(t *testing.T) {
+func TestHoldSendsOneMessagePerConnection(t *testing.T) {
 	heard := make(chan int, 10)
 	address := serve(t, func(nc net.Conn) {
 		buf := make([]byte, 4096)
@@ -218,7 +217,7 @@ func TestHoldHasEachConnectionSayOneThing(t *testing.T) {
 	defer held.Close()
 	for range cap(heard) {
 		if n := <-heard; n != 64 {
-			t.Errorf("a connection said %d bytes, want 64", n)
+			t.Errorf("a connection sent %d bytes, want 64", n)
 		}
 	}
 }

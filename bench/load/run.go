@@ -1,6 +1,7 @@
 package load
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"runtime/debug"
@@ -10,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Run puts load on a server as spec says, and at its end waits for the echo of all that was sent. An error means that an
-// echo was wrong or missing, or that nothing could be measured.
+// Run puts a load on a server, and waits for all echoes at the end. An error means that an echo was wrong or missing, or that
+// measuring failed.
 func Run(spec Spec) (Result, error) {
-	debug.SetGCPercent(-1) // what a run allocates is bounded, and a collection would show as latency
+	debug.SetGCPercent(-1) // a run allocates little, and a collection would show as latency
 	defer debug.SetGCPercent(100)
 	r, err := newRunner(spec)
 	if err != nil {
@@ -26,7 +27,7 @@ func Run(spec Spec) (Result, error) {
 	if err := r.until(r.now() + spec.Warmup); err != nil {
 		return Result{}, err
 	}
-	if spec.Corrected && r.echoes > 0 { // how often each message is sent on average
+	if spec.Corrected && r.echoes > 0 { // mean time between two messages
 		r.interval = spec.Warmup * time.Duration(spec.Conns*spec.Depth) / time.Duration(r.echoes)
 	}
 	result, err := r.measure()
@@ -46,16 +47,16 @@ type runner struct {
 	buf     []byte
 	start   time.Time
 
-	ending    bool          // nothing is sent any more but what was begun
-	interval  time.Duration // for the correction of latencies; 0: they are not corrected
+	ending    bool          // no new messages
+	interval  time.Duration // for Corrected; 0: not corrected
 	echoes    int64
 	latencies *hdrhistogram.Histogram // in nanoseconds
 }
 
-// slowest is the longest latency that is told from longer ones.
+// slowest is the longest latency that is recorded; longer ones count as slowest.
 const slowest = time.Minute
 
-// readBuffer is what is read at once: as much as the servers with the largest buffers write.
+// readBuffer is as large as the largest buffers of the servers.
 const readBuffer = 512 << 10
 
 func newRunner(spec Spec) (*runner, error) {
@@ -82,7 +83,7 @@ func (r *runner) close() {
 
 func (r *runner) now() time.Duration { return time.Since(r.start) }
 
-// openAll opens the connections, and begins what is to be under way on each.
+// openAll opens all connections and sends the first messages.
 func (r *runner) openAll() error {
 	r.streams = make([]*stream, 0, r.spec.Conns)
 	for i := range r.spec.Conns {
@@ -95,7 +96,7 @@ func (r *runner) openAll() error {
 	return nil
 }
 
-// open connects the stream at index i anew. Where it does not wait, the connection may be under way on return.
+// open connects stream i again. If wait is false, it may return before the connection is established.
 func (r *runner) open(i int, wait bool) error {
 	s := r.streams[i]
 	begun := r.now()
@@ -115,7 +116,7 @@ func (r *runner) open(i int, wait bool) error {
 	return s.flush()
 }
 
-// measure counts from now on, for as long as spec says.
+// measure measures for spec.Duration.
 func (r *runner) measure() (Result, error) {
 	r.echoes = 0
 	r.latencies.Reset()
@@ -147,7 +148,7 @@ func (r *runner) measure() (Result, error) {
 	}, nil
 }
 
-// until serves the connections until the given time.
+// until handles events until the given time.
 func (r *runner) until(end time.Duration) error {
 	var events [256]unix.EpollEvent
 	for {
@@ -167,7 +168,7 @@ func (r *runner) until(end time.Duration) error {
 	}
 }
 
-// serve reads and writes what can be on the stream at index i.
+// serve reads and writes stream i as far as possible.
 func (r *runner) serve(i int) error {
 	s := r.streams[i]
 	for {
@@ -183,7 +184,7 @@ func (r *runner) serve(i int) error {
 			switch {
 			case r.ending || done == 0:
 			case r.spec.Churn:
-				unix.Close(s.fd) // which takes it out of the poller, too
+				unix.Close(s.fd) // also removes it from the epoll instance
 				return r.open(i, false)
 			default:
 				for range done {
@@ -195,7 +196,7 @@ func (r *runner) serve(i int) error {
 			return err
 		}
 		if n < len(r.buf) {
-			return nil // no more than that is here; the next byte makes an event of its own
+			return nil // nothing left; the next byte is a new event
 		}
 	}
 }
@@ -205,14 +206,14 @@ func (r *runner) count(latency time.Duration) {
 	_ = r.latencies.RecordCorrectedValue(int64(min(latency, slowest)), int64(r.interval))
 }
 
-// finish waits for the echoes of all that was sent.
+// finish waits for all echoes.
 func (r *runner) finish() error {
 	r.ending = true
-	patience := cmp.Or(r.spec.Patience, patience)
-	for end := r.now() + patience; ; {
+	timeout := cmp.Or(r.spec.Timeout, echoTimeout)
+	for end := r.now() + timeout; ; {
 		waiting := 0
 		for _, s := range r.streams {
-			if s.under > 0 {
+			if s.inFlight > 0 {
 				waiting++
 			}
 		}
@@ -221,10 +222,98 @@ func (r *runner) finish() error {
 		}
 		now := r.now()
 		if now >= end {
-			return fmt.Errorf("on %d of %d connections the echo has not come within %v", waiting, len(r.streams), patience)
+			return fmt.Errorf("on %d of %d connections the echo did not come within %v", waiting, len(r.streams), timeout)
 		}
 		if err := r.until(min(now+10*time.Millisecond, end)); err != nil {
 			return err
 		}
 	}
+}
+
+// A stream is a connection and its messages in flight.
+type stream struct {
+	fd    int
+	phase int // its offset in the pattern
+
+	queued, sent, received int64 // bytes: to be sent, sent, come back
+
+	began    []time.Duration // ring: when each message in flight was begun
+	first    int             // index of the oldest
+	inFlight int
+}
+
+// flush writes queued bytes, as many as the kernel takes.
+func (s *stream) flush() error {
+	for s.sent < s.queued {
+		n, err := unix.Write(s.fd, expect(s.phase, s.sent, int(min(s.queued-s.sent, longest))))
+		switch err {
+		case nil:
+			s.sent += int64(n)
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return nil // an event follows when there is room
+		default:
+			return fmt.Errorf("writing to the server after %d bytes: %w", s.sent, err)
+		}
+	}
+	return nil
+}
+
+// fill reads once into buf and verifies the data. It returns the number of bytes, 0 if there are none.
+func (s *stream) fill(buf []byte, spec *Spec) (int, error) {
+	for {
+		n, err := unix.Read(s.fd, buf)
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EAGAIN:
+			return 0, nil
+		case err != nil:
+			return 0, fmt.Errorf("reading from the server after %d bytes: %w", s.received, err)
+		case n == 0:
+			return 0, fmt.Errorf("the server ended the stream after %d of %d bytes", s.received, s.sent)
+		default:
+			return n, s.verify(buf[:n], spec)
+		}
+	}
+}
+
+// verify checks that got continues the echo. Notices may come between messages.
+func (s *stream) verify(got []byte, spec *Spec) error {
+	for len(got) > 0 {
+		part := got
+		if spec.Notice != "" {
+			part = got[:min(len(got), spec.Size-int(s.received%int64(spec.Size)))]
+		}
+		if matches(s.phase, s.received, part) {
+			s.received += int64(len(part))
+			got = got[len(part):]
+			continue
+		}
+		rest, ok := bytes.CutPrefix(bytes.TrimPrefix(got, []byte("\n")), []byte(spec.Notice))
+		if !ok || spec.Notice == "" || s.received%int64(spec.Size) != 0 {
+			return fmt.Errorf("after %d bytes the server sent something else than the echo", s.received)
+		}
+		got = rest
+	}
+	return nil
+}
+
+// begin queues a message of size bytes, at time now.
+func (s *stream) begin(size int, now time.Duration) {
+	s.began[(s.first+s.inFlight)%len(s.began)] = now
+	s.inFlight++
+	s.queued += int64(size)
+}
+
+// finished reports whether the oldest message in flight has come back.
+func (s *stream) finished(size int) bool {
+	return s.inFlight > 0 && s.received >= s.queued-int64(s.inFlight-1)*int64(size)
+}
+
+// finish removes the oldest message in flight, and returns when it was begun.
+func (s *stream) finish() time.Duration {
+	at := s.began[s.first]
+	s.first = (s.first + 1) % len(s.began)
+	s.inFlight--
+	return at
 }

@@ -1,5 +1,5 @@
-// The floor: what an echo costs when nothing but the echo is done. One thread, one epoll, one buffer for all connections; a small
-// message costs one epoll_wait, one read and one write.
+// The floor: the cost of an echo and nothing else. One thread, one epoll instance, one buffer for all connections. A small message
+// costs one epoll_wait, one read and one write.
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -14,15 +14,15 @@
 #include <unistd.h>
 
 enum {
-	BUF = 512 << 10, // bytes: of 64 KiB to 1 MiB what makes messages of 1 MiB cheapest
-	TURN = 16,       // buffers that one connection may fill before the others have their turn
+	BUF = 512 << 10, // bytes: the fastest for messages of 1 MiB, of 64 KiB to 1 MiB
+	TURN = 16,       // reads on one connection before the others get their turn
 	EVENTS = 512,
 	MAX_FDS = 1 << 20,
 	EDGE = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET,
 	BROKEN = EPOLLERR | EPOLLHUP,
 };
 
-// What the kernel did not take yet; data is NULL when it took all.
+// Bytes that the kernel did not take yet; data is NULL if there are none.
 struct rest {
 	char *data;
 	size_t off, len;
@@ -45,7 +45,7 @@ static void drop(int fd)
 	close(fd);
 }
 
-// Writes what is left of fd's rest. Returns 1 when nothing is left, 0 when the kernel takes no more, -1 when fd is gone.
+// Writes fd's rest. Returns 1 if nothing is left, 0 if the kernel takes no more, -1 if fd is broken.
 static int flush(int fd)
 {
 	struct rest *r = &rests[fd];
@@ -60,7 +60,7 @@ static int flush(int fd)
 	return 1;
 }
 
-// Writes n bytes of buf, and keeps as fd's rest what the kernel does not take. Returns as flush does.
+// Writes n bytes of buf, and keeps what the kernel does not take as fd's rest. Returns the same as flush.
 static int send_buf(int fd, ssize_t n)
 {
 	ssize_t sent = write(fd, buf, n);
@@ -81,7 +81,7 @@ static int send_buf(int fd, ssize_t n)
 	return 0;
 }
 
-// Handles an edge. It carries all that holds of fd, so that nothing needs to be remembered while reading is suspended.
+// Handles an edge-triggered event. It has the whole state of fd, so nothing needs to be kept while reading is suspended.
 static void serve(int fd, unsigned events)
 {
 	int ok = 1;
@@ -92,13 +92,13 @@ static void serve(int fd, unsigned events)
 	}
 	if (ok == 1 && !(events & (EPOLLIN | EPOLLRDHUP | EPOLLPRI | BROKEN)))
 		return;
-	// A short read has emptied the socket, and more to come is another edge; unless it stopped at an urgent byte, or at what may
-	// be the end of the stream.
+	// A short read has emptied the socket, and more data is another event, unless the read stopped at an urgent byte or the end of
+	// the stream.
 	int to_the_end = events & (EPOLLRDHUP | EPOLLPRI | BROKEN);
 	for (int i = 0; ok == 1; i++) {
 		if (i == TURN) {
 			struct epoll_event again = {.events = EDGE, .data.fd = fd};
-			if (epoll_ctl(ep, EPOLL_CTL_MOD, fd, &again) == 0) // is an edge of its own
+			if (epoll_ctl(ep, EPOLL_CTL_MOD, fd, &again) == 0) // causes another event
 				return;
 			break;
 		}
@@ -147,7 +147,7 @@ static int listen_on(const char *address)
 	if (ln < 0)
 		die("socket");
 	setsockopt(ln, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-	setsockopt(ln, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); // the accepted ones inherit it
+	setsockopt(ln, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on); // accepted sockets inherit it
 	if (bind(ln, (struct sockaddr *)&sa, sizeof sa) < 0 || listen(ln, 4096) < 0)
 		die(address);
 	return ln;
@@ -160,7 +160,7 @@ int main(int argc, char **argv)
 		return 1;
 	}
 	signal(SIGPIPE, SIG_IGN);
-	struct rlimit files; // as many as allowed, which a Go program gets by itself
+	struct rlimit files; // as many as allowed, as in Go programs
 	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
 		files.rlim_cur = files.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &files);
@@ -168,7 +168,7 @@ int main(int argc, char **argv)
 
 	int ln = listen_on(argv[1]);
 	ep = epoll_create1(EPOLL_CLOEXEC);
-	// Level-triggered, so that clients which wait for a free file descriptor are not forgotten.
+	// Level-triggered, so that clients that wait for a free file descriptor are accepted later.
 	struct epoll_event ev = {.events = EPOLLIN, .data.fd = ln};
 	if (ep < 0 || epoll_ctl(ep, EPOLL_CTL_ADD, ln, &ev) < 0)
 		die("epoll");

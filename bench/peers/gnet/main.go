@@ -1,5 +1,5 @@
-// Gnet echoes with github.com/panjf2000/gnet, one event loop per CPU that may be used and, as in gnet's own benchmark, each
-// locked to a thread. Build it with -tags poll_opt, as that benchmark does. Buffers are gnet's default, 64 KiB.
+// Gnet is an echo server on github.com/panjf2000/gnet with an event loop per CPU, each locked to a thread as in gnet's own
+// benchmark. Build it with -tags poll_opt, like that benchmark. Buffers have gnet's default size, 64 KiB.
 package main
 
 import (

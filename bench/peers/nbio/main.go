@@ -1,5 +1,5 @@
-// Nbio echoes with github.com/lesismal/nbio, level-triggered and with a read buffer of 64 KiB, which are its defaults. It has a
-// poller per CPU that may be used, where the default would be a quarter of that.
+// Nbio is an echo server on github.com/lesismal/nbio with its defaults, level-triggered with a read buffer of 64 KiB, but with a
+// poller per CPU instead of a quarter as many.
 package main
 
 import (

@@ -1,4 +1,4 @@
-// Net4k is the echo server of the textbooks: package net, a goroutine per connection, and a buffer of 4 KiB for each.
+// Net4k is a textbook echo server: package net, with a goroutine and a buffer of 4 KiB per connection.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// Netpoll echoes with github.com/cloudwego/netpoll and its nocopy reader and writer. Requests run on plain goroutines rather
-// than on its pool, as in netpoll's own benchmark; the number of pollers is its default, one for each 20 CPUs.
+// Netpoll is an echo server on github.com/cloudwego/netpoll, with its nocopy reader and writer. As in netpoll's own benchmark,
+// requests run on plain goroutines instead of its pool. It has the default number of pollers, one for 20 CPUs.
 package main
 
 import (

@@ -1,4 +1,4 @@
-"""Echoes as Python's standard library has it: socketserver, and a thread per connection."""
+"""An echo server on Python's standard library: socketserver, with a thread per connection."""
 
 import resource
 import socket
@@ -19,11 +19,11 @@ class Echo(socketserver.BaseRequestHandler):
 class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 4096  # the default, 5, would turn away clients that connect at once
+    request_queue_size = 4096  # the default is 5
 
 
 def main():
-    # As many open files as allowed, which a Go program gets by itself.
+    # As many open files as allowed, as in Go programs.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     host, port = sys.argv[1].rsplit(":", 1)
