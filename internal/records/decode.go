@@ -98,16 +98,16 @@ func CheckEncoding(name string) error {
 
 // decoderOf returns what decodes an encoding, or nil for UTF-8.
 func decoderOf(name string) (transform.Transformer, error) {
-	switch strings.ReplaceAll(strings.ToLower(name), "_", "-") {
-	case "", "utf-8", "utf8", "utf-8-sig", "us-ascii", "ascii":
+	switch strings.NewReplacer("-", "", "_", "").Replace(strings.ToLower(name)) { // they are written in many ways
+	case "", "utf8", "utf8sig", "usascii", "ascii":
 		return nil, nil
-	case "utf-16", "utf-16le", "utf16":
+	case "utf16", "utf16le":
 		return &utfDecoder{order: binary.LittleEndian, size: 2}, nil
-	case "utf-16be":
+	case "utf16be":
 		return &utfDecoder{order: binary.BigEndian, size: 2}, nil
-	case "utf-32", "utf-32le", "utf32":
+	case "utf32", "utf32le":
 		return &utfDecoder{order: binary.LittleEndian, size: 4}, nil
-	case "utf-32be":
+	case "utf32be":
 		return &utfDecoder{order: binary.BigEndian, size: 4}, nil
 	}
 	for _, name := range []string{name, strings.Replace(strings.ToLower(name), "latin-", "latin", 1)} {

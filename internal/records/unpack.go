@@ -230,6 +230,9 @@ func (g *gzipReader) Read(p []byte) (int, error) {
 		if err := g.skipPadding(); err != nil {
 			return 0, err
 		}
+		if next, _ := g.r.Peek(2); string(next) != "\x1f\x8b" && (len(next) == 2 || next[0] != 0x1f) {
+			return 0, gzip.ErrHeader
+		}
 		if err := g.gz.Reset(g.r); err != nil {
 			return 0, err
 		}
