@@ -217,6 +217,7 @@ func (c *streamConn[K]) receive(conn *echoConn) error {
 		for _, e := range done {
 			c.complete(e, nil)
 		}
+		clear(done) // or it keeps their data in memory while this connection is idle
 	}
 }
 
