@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"slices"
 	"strconv"
@@ -41,8 +42,10 @@ succeeded but the pause ended before it did.`,
 		},
 	}
 	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "`path` of the control socket")
+	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	cmd.PersistentFlags().BoolVar(&ctl.json, "json", false,
 		"print the server's answer unchanged, as JSON")
+	completesFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
 		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.shutdownCommand(),
@@ -52,14 +55,19 @@ succeeded but the pause ended before it did.`,
 
 // ctl holds the flags that all ctl commands share.
 type ctl struct {
-	path string
-	json bool
+	path  string
+	json  bool
+	quiet bool // do not repeat notes about the search for a server
 }
 
 // do calls f with a client. With --json it prints the answers as they come, and discards what f writes
 // to out for people.
 func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Client, out io.Writer) error) error {
-	c, err := controlClient(ctl.path, cmd.ErrOrStderr())
+	notes := cmd.ErrOrStderr()
+	if ctl.quiet {
+		notes = io.Discard
+	}
+	c, err := controlClient(ctl.path, notes)
 	if err != nil {
 		return err
 	}
@@ -91,7 +99,9 @@ func (ctl *ctl) statusCommand() *cobra.Command {
 
 func showStatus(out io.Writer, st control.Status) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	row := func(name, format string, args ...any) { fmt.Fprintf(w, name+"\t"+format+"\n", args...) }
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(w, "%s\t%s\n", name, text.Printable(fmt.Sprintf(format, args...)))
+	}
 	row("state", "%s", st.State)
 	if d := st.Drain; d != nil {
 		row("drain", "%s, %s left, %d notified, %d could not be notified", d.Reason, span(max(0, time.Until(d.Deadline))), d.Notified, d.NoticeFailed)
@@ -221,7 +231,7 @@ func (ctl *ctl) eventsCommand() *cobra.Command {
 					if err != nil {
 						return err
 					}
-					if _, err := fmt.Fprintln(out, describeEvent(e)); err != nil {
+					if err := printLine(out, "%s", describeEvent(e)); err != nil {
 						return fmt.Errorf("writing events: %w", err)
 					}
 				}
@@ -260,7 +270,9 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "wait",
 		Short: "Wait for a state or a number of open connections",
-		Args:  takes(cobra.NoArgs),
+		Long: `Wait for a state or a number of open connections. A wait for running or paused also
+waits for a server to start.`,
+		Args: takes(cobra.NoArgs),
 		Example: `  echod ctl wait --state running --timeout 10s
   echod ctl wait --connections 0`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -274,22 +286,54 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 			if req.State == "" && req.Connections == nil {
 				return usagef("nothing to wait for: want --state, --connections or both")
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				seen, err := c.Wait(ctx, req)
-				if err != nil {
-					return err
-				}
-				_, err = fmt.Fprintf(out, "%s with %s\n", seen.State, text.Count(seen.Connections, "connection"))
-				return err
-			})
+			wait := func(timeout *time.Duration) error {
+				req.Timeout = timeout
+				return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+					seen, err := c.Wait(ctx, req)
+					if err != nil {
+						return err
+					}
+					return printLine(out, "%s with %s", seen.State, text.Count(seen.Connections, "connection"))
+				})
+			}
+			if state == "running" || state == "paused" {
+				return ctl.retryUntilUp(req.Timeout, wait)
+			}
+			return wait(req.Timeout)
 		},
 	}
 	cmd.Flags().StringVar(&state, "state", "",
 		"`state` to wait for: running, paused, draining or stopped")
+	completes(cmd, "state", "running", "paused", "draining", "stopped")
 	cmd.Flags().IntVar(&connections, "connections", 0, "exactly this `number` of open connections")
 	cmd.Flags().DurationVar(&timeout, "timeout", 0,
 		"give up, with exit code 3, after this `time` (default: never)")
 	return cmd
+}
+
+// waitRetry is the time between two attempts of wait to reach a server.
+const waitRetry = 100 * time.Millisecond
+
+// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil.
+func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Duration) error) error {
+	began := time.Now()
+	for left := timeout; ; time.Sleep(waitRetry) {
+		if timeout != nil {
+			left = new(max(0, *timeout-time.Since(began)))
+		}
+		err := f(left)
+		_, away := errors.AsType[*control.UnreachableError](err)
+		if exit, ok := errors.AsType[*exitError](err); ok {
+			away = exit.code == exitUnreachable
+		}
+		switch {
+		case !away || errors.Is(err, fs.ErrPermission):
+			return err
+		case left != nil && *left == 0:
+			return &exitError{exitTimeout, fmt.Errorf("the wait timed out: %w", err)}
+		}
+		ctl.quiet = true
+	}
 }
 
 func (ctl *ctl) resumeCommand() *cobra.Command {
@@ -304,18 +348,18 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 						return err
 					}
 					if !change.Changed {
-						_, err = fmt.Fprintf(out, "nothing to resume: the server is %s\n", change.State)
-						return err
+						return printLine(out, "nothing to resume: the server is %s", change.State)
 					}
-					_, err = fmt.Fprintf(out, "released %s: the server is %s\n", text.Count(*change.Released, "hold"), change.State)
-					return err
+					return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"), change.State)
 				}
 				for _, id := range holds {
 					change, err := c.ReleaseHold(ctx, id)
 					if err != nil {
 						return err
 					}
-					fmt.Fprintf(out, "released %s: the server is %s\n", id, change.State)
+					if err := printLine(out, "released %s: the server is %s", id, change.State); err != nil {
+						return err
+					}
 				}
 				return nil
 			})
@@ -376,7 +420,7 @@ func (ctl *ctl) killCommand() *cobra.Command {
 
 func printKilled(out io.Writer, change control.Change, err error) error {
 	if err == nil {
-		_, err = fmt.Fprintf(out, "killed %s\n", text.Count(*change.Killed, "connection"))
+		err = printLine(out, "killed %s", text.Count(*change.Killed, "connection"))
 	}
 	return err
 }
@@ -393,8 +437,7 @@ func (ctl *ctl) notifyCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(out, "sent to %s, %d failed\n", text.Count(n.Sent, "client"), n.Failed)
-				return err
+				return printLine(out, "sent to %s, %d failed", text.Count(n.Sent, "client"), n.Failed)
 			})
 		},
 	}
@@ -424,10 +467,15 @@ func (ctl *ctl) shutdownCommand() *cobra.Command {
 					left = span(max(0, time.Until(change.Drain.Deadline))) + " left"
 				}
 				if !change.Changed {
-					left += ", unchanged: a drain can only be shortened"
+					left += ", unchanged"
 				}
-				_, err = fmt.Fprintf(out, "%s, %s\n", change.State, left)
-				return err
+				if err := printLine(out, "%s, %s", change.State, left); err != nil {
+					return err
+				}
+				if req.Grace != nil && !change.Changed {
+					return errors.New("the deadline is unchanged: a drain can only be shortened")
+				}
+				return nil
 			})
 		},
 	}
@@ -444,13 +492,19 @@ func table(out io.Writer, head string, rows func(row func(cells ...any))) error 
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, head)
 	rows(func(cells ...any) {
-		text := make([]string, len(cells))
+		texts := make([]string, len(cells))
 		for i, cell := range cells {
-			text[i] = fmt.Sprint(cell)
+			texts[i] = text.Printable(fmt.Sprint(cell))
 		}
-		fmt.Fprintln(w, strings.Join(text, "\t"))
+		fmt.Fprintln(w, strings.Join(texts, "\t"))
 	})
 	return w.Flush()
+}
+
+// printLine prints a line for people. Texts from the server become printable.
+func printLine(out io.Writer, format string, args ...any) error {
+	_, err := fmt.Fprintln(out, text.Printable(fmt.Sprintf(format, args...)))
+	return err
 }
 
 // span formats a duration for people.

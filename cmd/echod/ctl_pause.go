@@ -63,8 +63,7 @@ sends them PAUSED and closes.`,
 				if err != nil {
 					return err
 				}
-				_, err = fmt.Fprintf(out, "paused: hold %s\n", describeHold(h))
-				return err
+				return printLine(out, "paused: hold %s", describeHold(h))
 			})
 		},
 	}
@@ -72,6 +71,8 @@ sends them PAUSED and closes.`,
 	cmd.Flags().DurationVar(&req.TTL, "ttl", 0,
 		"resume automatically after this `time` (default: never)")
 	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
+	completes(cmd, "mode", "hold", "reject")
+	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault) // for the command to run
 	return cmd
 }
 

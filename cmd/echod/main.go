@@ -68,6 +68,7 @@ Without a command it serves, like 'echod serve'. To try it:
 	root.SilenceErrors = true
 	root.SilenceUsage = true
 	root.SuggestionsMinimumDistance = 2
+	root.CompletionOptions.DefaultShellCompDirective = nil // the other commands would inherit it
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
 		text, _, _ := strings.Cut(err.Error(), ": strconv.") // strconv's part repeats the value
 		return usageError{errors.New(text)}
@@ -125,5 +126,19 @@ func newVersionCommand() *cobra.Command {
 		Run: func(cmd *cobra.Command, _ []string) {
 			fmt.Fprintf(cmd.OutOrStdout(), "echod %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		},
+	}
+}
+
+// completes sets the values that the shell offers for a flag.
+func completes(cmd *cobra.Command, flag string, values ...cobra.Completion) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // there is no such flag, or it has values already
+	}
+}
+
+// completesFiles makes the shell offer files for a flag.
+func completesFiles(cmd *cobra.Command, flag string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault)); err != nil {
+		panic(err)
 	}
 }

@@ -120,6 +120,11 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.logFormat, "log-format", "",
 		"log `format`: console, json or journal (default: console on a\n"+
 			"terminal, journal under systemd, else json)")
+	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
+	completesFiles(cmd, "control")
+	completes(cmd, "at-limit", "wait", "reject")
+	completes(cmd, "log-level", "debug", "info", "warn", "error")
+	completes(cmd, "log-format", "console", "json", "journal")
 	return cmd
 }
 
