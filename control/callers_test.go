@@ -157,7 +157,7 @@ func testProbes(t *testing.T, path string) {
 func testKeptPauses(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
-		for range maxKept {
+		for range MaxCallers / 3 {
 			pauseByHand(t, r.rawConn(t), "")
 			time.Sleep(time.Minute)
 		}
@@ -167,7 +167,7 @@ func testKeptPauses(t *testing.T) {
 			ask(t, r.rawConn(t), "GET /v1/events HTTP/1.1\r\nHost: echod\r\n\r\n")
 			synctest.Wait()
 		}
-		wantEqual(t, "holds", len(r.srv.Status().Holds), maxKept)
+		wantEqual(t, "holds", len(r.srv.Status().Holds), MaxCallers/3)
 		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{})) // an ordinary one is still possible
 	})
 }
@@ -184,11 +184,11 @@ func testForgottenWaits(t *testing.T) {
 			first <- err
 		}()
 		time.Sleep(time.Second)
-		for range maxStreams - 2 {
+		for range MaxCallers*2/3 - 2 {
 			ask(t, r.rawConn(t), "GET /v1/wait?connections=9999 HTTP/1.1\r\nHost: echod\r\n\r\n")
 			time.Sleep(time.Second)
 		}
-		wantEqual(t, "requests that last", r.plane.streams.count(), maxStreams)
+		wantEqual(t, "requests that last", r.plane.streams.count(), MaxCallers*2/3)
 		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
 		synctest.Wait()
 		lease, err := r.client.PauseWhileConnected(t.Context(), PauseRequest{})

@@ -359,7 +359,7 @@ func (d document) driveBusy(t *testing.T, r *rig, seen map[string]bool) {
 		ask(t, conn, request+" HTTP/1.1\r\nHost: echod\r\nContent-Length: 0\r\n\r\n")
 		r.awaitStreams(t, total)
 	}
-	for n := range maxKept {
+	for n := range MaxCallers / 3 {
 		last("POST /v1/pause?while=connected", n+1)
 	}
 	d.drive(t, r, seen, []exchange{{http.MethodPost, "/v1/pause?while=connected", "", http.StatusServiceUnavailable}})
@@ -374,8 +374,8 @@ func (d document) driveBusy(t *testing.T, r *rig, seen map[string]bool) {
 		d.drive(t, r, seen, []exchange{{http.MethodGet, "/v1/wait?connections=77", "", http.StatusServiceUnavailable}})
 	})
 	r.awaitStreams(t, 1)
-	for n := range maxStreams {
-		last("GET /v1/events", min(n+2, maxStreams))
+	for n := range MaxCallers * 2 / 3 {
+		last("GET /v1/events", min(n+2, MaxCallers*2/3))
 	}
 	driving.Wait()
 	for _, conn := range conns {

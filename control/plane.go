@@ -18,8 +18,9 @@ import (
 	"echod/server"
 )
 
-// MaxCallers is how many connections a listener of a Plane keeps open at once. When one more comes, the
-// idlest is closed. A program needs as many open files in reserve for each listener that a Plane serves.
+// MaxCallers is how many connections a listener of a Plane keeps open at once, or 15 % of the files that the process may
+// open if that is less. When one more comes, the idlest is closed. A program needs as many open files in reserve for each
+// listener that a Plane serves.
 const MaxCallers = 48
 
 // What callers can make a Plane hold is bounded.
@@ -70,7 +71,8 @@ type Plane struct {
 	hosts     map[string]struct{} // names that the Host header may have; nil: any
 	linger    time.Duration       // for requests in progress once the server has stopped
 
-	streams streams
+	streams    streams
+	maxCallers int
 
 	mu        sync.Mutex
 	listeners []*callers // guarded by mu
@@ -119,8 +121,12 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 	}
 	p := &Plane{
 		srv: srv, version: opts.Version, log: opts.Logger, onRequest: opts.OnRequest,
-		mux: http.NewServeMux(), linger: lingerTimeout,
+		mux: http.NewServeMux(), linger: lingerTimeout, maxCallers: MaxCallers,
 	}
+	if files, limited := openFilesLimit(); limited {
+		p.maxCallers = min(MaxCallers, max(3, files*15/100))
+	}
+	p.streams.max, p.streams.maxKept = p.maxCallers*2/3, p.maxCallers/3
 	errorLog, _ := zap.NewStdLogAt(p.log, zap.WarnLevel) // fails only for an unknown level
 	p.http = &http.Server{
 		Handler:           p,
@@ -280,7 +286,7 @@ func (p *Plane) Serve(ln net.Listener) error { return p.serve(p.open(ln)) }
 
 // open makes ln known to Probe and bounds its connections.
 func (p *Plane) open(ln net.Listener) *callers {
-	l := limitCallers(ln, MaxCallers)
+	l := limitCallers(ln, p.maxCallers)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.listeners = append(p.listeners, l)

@@ -18,11 +18,6 @@ import (
 
 // Requests that last until their caller goes: GET /v1/wait, GET /v1/events and POST /v1/pause?while=connected.
 
-const (
-	maxStreams = 32 // requests that last, at once: for one more, the idlest wait or events is ended
-	maxKept    = 16 // of these, pauses while connected, which are never ended for another
-)
-
 var (
 	errCallerGone = errors.New("the caller has closed its connection")
 	errReplaced   = errors.New("ended for a newer request: too many waits, events and pauses are in progress")
@@ -32,6 +27,9 @@ var (
 
 // streams are the requests in progress that last.
 type streams struct {
+	max     int // how many last at once: for one more, the idlest wait or stream of events is ended
+	maxKept int // how many of them are pauses while connected, which are never ended for another
+
 	mu    sync.Mutex
 	open  map[*stream]struct{} // guarded by mu
 	ended chan struct{}        // guarded by mu; closed when one has finished, if shutdown waits for that
@@ -50,7 +48,7 @@ type stream struct {
 	replaced bool      // ended for another, and finishing
 }
 
-// stream lets a request last. kept protects it from being ended for another; at most maxKept are kept.
+// stream lets a request last. kept protects it from being ended for another; the number of these is bounded.
 func (p *Plane) stream(w *response, r *http.Request, kept bool) (*stream, error) {
 	if r.Method == http.MethodHead {
 		return nil, refuseMethod(w, r, http.MethodGet)
@@ -88,13 +86,13 @@ func (s *streams) add(added *stream) error {
 			idlest = other
 		}
 	}
-	if added.kept && kept >= maxKept {
+	if added.kept && kept >= s.maxKept {
 		return &Problem{
 			Type: ProblemBusy, Title: "Too many pauses", Status: http.StatusServiceUnavailable,
-			Detail: fmt.Sprintf("%d pauses while connected are in progress: no more are allowed", maxKept),
+			Detail: fmt.Sprintf("%d pauses while connected are in progress: no more are allowed", s.maxKept),
 		}
 	}
-	if open >= maxStreams {
+	if open >= s.max {
 		idlest.replaced = true
 		idlest.cancel(errReplaced)
 	}

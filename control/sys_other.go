@@ -52,3 +52,5 @@ func hungUp(net.Conn) bool { return false }
 func awaitHangup(net.Conn) {}
 
 func hasInput(net.Conn) bool { return false }
+
+func openFilesLimit() (files int, limited bool) { return 0, false }

@@ -50,6 +50,7 @@ type serveFlags struct {
 	stopTimeout   time.Duration
 	proxyProtocol []string
 	http          string
+	httpHosts     []string
 	pprof         bool
 	logLevel      string
 	logFormat     string
@@ -114,6 +115,9 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.http, "http", "",
 		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
 			"read-only; a port alone is on 127.0.0.1")
+	flags.StringSliceVar(&f.httpHosts, "http-host", nil,
+		"host `names` by which callers may address --http, besides IP\n"+
+			"addresses, localhost and this machine's name")
 	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof on --http too")
 	flags.StringVar(&f.logLevel, "log-level", "info",
 		"lowest `level` that is logged: debug, info, warn\nor error")
@@ -173,6 +177,9 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	}
 	if len(trusted) > 0 {
 		opts.WrapConn = proxied(trusted)
+	}
+	if len(f.httpHosts) > 0 && f.http == "" {
+		return opts, usagef("--http-host: needs --http")
 	}
 	if f.pprof && f.http == "" {
 		return opts, usagef("--pprof: needs --http")
@@ -247,6 +254,10 @@ func serve(ctx context.Context, f serveFlags) error {
 	g.Add(signals.Actor())
 
 	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request}
+	planeOpts.Hosts = f.httpHosts
+	if name, err := os.Hostname(); err == nil {
+		planeOpts.Hosts = append(planeOpts.Hosts, name)
+	}
 	if f.pprof {
 		planeOpts.Debug = profiles()
 	}
