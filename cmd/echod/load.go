@@ -76,7 +76,7 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened (default: all at once)")
 	f.DurationVar(&o.Churn, "churn", 0, "`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
-	f.BoolVar(&l.reconnect, "reconnect", true, "replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn replaces them")
+	f.BoolVar(&l.reconnect, "reconnect", true, "replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn\nreplaces them")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo is late")
 	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` to wait for messages in flight at the end; then they\nare lost, and connects have timed out")

@@ -75,7 +75,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVarP(&s.address, "address", "a", "127.0.0.1:9999", "server's `address`: host:port, tls://host:port or unix:///path")
+	f.StringVarP(&s.address, "address", "a", "127.0.0.1:9999", "server's `address`: host:port, tls://host:port or\nunix:///path")
 	f.DurationVarP(&s.timeout, "timeout", "t", 10*time.Second, "`time` to connect, and for TEXT to come back;\n0 is no limit")
 	f.BoolVar(&s.reconnect, "reconnect", false, "connect again, after growing waits, when the server goes away or\nis full")
 	f.DurationVar(&s.giveUp, "give-up", time.Minute, "with --reconnect: `time` without any echo after which to give up;\n0 is never")
@@ -90,7 +90,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	f.StringVar(&s.comment, "comment", "", "CSV: skip lines that begin with this `character`")
 	f.StringVarP(&s.encoding, "encoding", "e", "", "`name` of the text's encoding, such as utf-16, latin1 or shift_jis;\na byte order mark takes precedence (default: utf-8 for CSV, any\nbytes for lines)")
 	f.BoolVar(&s.replaceInvalid, "replace-invalid", false, "send U+FFFD for what cannot be decoded, and count it")
-	f.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block, up to 16MiB; about 15 are in memory")
+	f.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block, up to 16MiB; about 15 are\nin memory")
 	f.StringVar(&s.maxRecord, "max-record", "1MiB", "`size` of the longest line or row, up to 16MiB; several of that\nsize may be in memory for each connection")
 	f.BoolVar(&s.verbatim, "verbatim", false, "do not unpack, and do not decode lines")
 	f.StringArrayVarP(&s.header, "header", "H", nil, "`'Name: value'` to send with requests for URLs; may be repeated")
