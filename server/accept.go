@@ -37,6 +37,7 @@ type acceptor struct {
 	interrupted bool   // the source was interrupted and not resumed yet
 	iterations  uint64 // of the accept loop; Probe watches it
 	waiting     bool   // the loop waits with a connection that is not admitted yet
+	quiet       bool   // the loop has seen that the server is frozen, and accepts nothing
 	closing     bool   // CloseListener was called
 	emptying    bool   // the accept queue is being emptied
 }
@@ -80,7 +81,7 @@ func (st *state) interruptAcceptors() {
 // why accepting ended before.
 func (a *acceptor) run() error {
 	err := a.loop()
-	if err == nil {
+	if err == nil && !a.srv.isHandedOver() {
 		a.emptyQueue()
 	}
 	for nc := range a.source.close() {
@@ -112,14 +113,18 @@ func (a *acceptor) loop() error {
 // awaitClearance waits until it makes sense to accept. False means that the accept loop is to end.
 func (a *acceptor) awaitClearance() bool {
 	for {
-		var clear, stop bool
-		a.srv.state.With(func(st *state) { clear, stop = a.clearance(st) })
-		for !clear && !stop { // rare, so that mostly no waiter is made
-			a.park()
-			a.srv.awaitFor(parkInterval, func(st *state) bool {
-				clear, stop = a.clearance(st)
-				return clear || stop
-			})
+		var clear, stop, frozen bool
+		look := func(st *state) { clear, stop, frozen = a.clearance(st) }
+		for {
+			a.srv.state.With(func(st *state) { look(st); a.quiet = frozen })
+			if clear || stop {
+				break
+			}
+			was := frozen
+			if !frozen {
+				a.park()
+			}
+			a.srv.awaitFor(parkInterval, func(st *state) bool { look(st); return clear || stop || frozen != was })
 		}
 		if stop || a.srv.hasFile(0) || a.srv.hasFile(a.spareFiles()) {
 			return clear
@@ -141,20 +146,25 @@ func (a *acceptor) spareFiles() int {
 }
 
 // clearance reports whether it makes sense to accept, and then lets accept block again.
-func (a *acceptor) clearance(st *state) (clear, stop bool) {
+func (a *acceptor) clearance(st *state) (clear, stop, frozen bool) {
 	a.iterations++
 	switch {
+	case st.handedOver:
+		a.keepPath()
+		return false, true, false
+	case st.frozen:
+		return false, false, true
 	case st.notAccepting(), a.closing:
 		a.emptying = true
-		return false, true
+		return false, true, false
 	case !a.srv.mayAccept(st):
-		return false, false
+		return false, false, false
 	}
 	if a.interrupted {
 		a.interrupted = false
 		a.source.resume() // under the lock: a pause after this interrupts again
 	}
-	return true, false
+	return true, false, false
 }
 
 // take enters an accepted connection into the table, and waits with it until admission has decided.
@@ -223,6 +233,11 @@ func (s *Server) proceed(c *Conn, d decision, why Reason) {
 		go c.rejectNow(why)
 	case closeUnserved:
 		go c.closeUnserved()
+	case handedOver:
+		go func() {
+			defer s.endTask()
+			c.release()
+		}()
 	case undecided:
 	}
 }
@@ -350,10 +365,11 @@ func (a *acceptor) sleep(d time.Duration) {
 		closed int
 		phase  State
 		over   bool
+		frozen bool
 	}
 	var begin *moment
 	a.srv.awaitFor(d, func(st *state) bool {
-		now := moment{int(st.accepted) - st.conns.len(), st.phase, st.drain.over()}
+		now := moment{int(st.accepted) - st.conns.len(), st.phase, st.drain.over(), st.frozen}
 		if begin == nil {
 			begin = &now
 		}
@@ -475,4 +491,16 @@ func resetOnClose(nc net.Conn) {
 	if tcp, ok := nc.(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0)
 	}
+}
+
+// keepPath makes sure that closing this process's descriptor of a Unix socket leaves the path to the successor.
+func (a *acceptor) keepPath() {
+	if ln, ok := a.ln.Listener.(interface{ SetUnlinkOnClose(unlink bool) }); ok {
+		ln.SetUnlinkOnClose(false)
+	}
+}
+
+func (s *Server) isHandedOver() (yes bool) {
+	s.state.With(func(st *state) { yes = st.handedOver })
+	return yes
 }

@@ -15,6 +15,7 @@ const (
 	reject                        // tell the client why it is not served, linger, and close
 	rejectNow                     // the same without lingering, because too many files are open
 	closeUnserved                 // it was ended while it waited: close it
+	handedOver                    // another process has it: close the descriptor
 )
 
 // admit is the one place that decides whether an accepted connection may be served. It decides and counts under the
@@ -36,7 +37,7 @@ func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
 		}
 		c.rejected = true
 		st.rejecting++
-	case closeUnserved:
+	case closeUnserved, handedOver:
 		st.tasks++
 	case undecided, rejectNow:
 	}
@@ -61,6 +62,10 @@ func (s *Server) awaitAdmission(c *Conn, waiting *bool) (d decision, why Reason)
 
 func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
 	switch {
+	case st.frozen:
+		return undecided, 0
+	case st.handedOver && c.isSent():
+		return handedOver, 0
 	case c.endReason() != 0:
 		return closeUnserved, 0
 	case st.phase == StateStopped:
@@ -88,9 +93,9 @@ func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
 // mayAccept reports whether it makes sense to take a connection from the accept queue now.
 func (s *Server) mayAccept(st *state) bool {
 	switch {
-	case st.notAccepting():
-		return true
-	case st.pauseRejects():
+	case st.frozen:
+		return false
+	case st.notAccepting(), st.pauseRejects():
 		return true
 	case len(st.holds) > 0:
 		return false

@@ -36,6 +36,8 @@ type Conn struct {
 	writeClosed bool // CloseWrite was called
 	writeBroken bool // a write ended halfway: nothing that follows could be understood
 
+	echoing          atomic.Bool // the handler is Echo, which can be interrupted anywhere
+	handingOver      atomic.Bool // the handler is to reach its safe point; set under the lock of closing
 	handlerWrites    atomic.Bool // a write of the handler is in progress
 	hasWriteDeadline atomic.Bool // the handler has set one
 
@@ -50,6 +52,8 @@ type Conn struct {
 	// Guarded by Server.state.
 	admitted, rejected bool
 	told               bool // of the drain: the notice was posted
+
+	writeHeld bool // a handover holds writeLock; its own
 
 	gone bool // the sweeper has seen that the client has gone
 
@@ -82,6 +86,7 @@ type rareState struct {
 	parent                      context.Context
 	handlerErr                  error
 	drain                       connDrain
+	handover                    connHandover
 	remote                      net.Addr // nil for that of the socket
 }
 
@@ -240,7 +245,9 @@ func (c *Conn) endIdle(data bool) (interrupted bool) {
 		return false
 	}
 	c.closing.With(func(cl *closingState) {
-		cl.rare.drain.interrupted = !data // a request has begun: the handler can be interrupted after it
+		if data {
+			cl.rare.drain.interrupted = false // a request has begun: the handler can be interrupted after it
+		}
 		if cl.cause == nil {
 			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
 		}
@@ -248,18 +255,30 @@ func (c *Conn) endIdle(data bool) (interrupted bool) {
 	return true
 }
 
-// refuseIdleRead reports whether a read of an idle handler must fail because the drain has begun already.
-func (c *Conn) refuseIdleRead() (refuse bool) {
+// refuseIdleRead returns why a read of an idle handler must fail at once: a drain or a handover has begun already.
+func (c *Conn) refuseIdleRead() (err error) {
 	c.closing.With(func(cl *closingState) {
-		if cl.cause == nil && cl.rare != nil && cl.rare.drain.begun && !cl.rare.drain.interrupted {
+		switch {
+		case cl.cause != nil || cl.rare == nil:
+		case c.handingOver.Load():
+			err = ErrHandover
+		case cl.rare.drain.begun && !cl.rare.drain.interrupted:
 			cl.rare.drain.interrupted = true
-			refuse = true
+			err = ErrDraining
 		}
 	})
-	if refuse {
+	if err != nil {
 		c.idle.Store(idleNo)
 	}
-	return refuse
+	return err
+}
+
+// interruptError is what a read returns that was interrupted while the handler was idle.
+func (c *Conn) interruptError() error {
+	if c.handingOver.Load() {
+		return ErrHandover
+	}
+	return ErrDraining
 }
 
 // SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
@@ -382,8 +401,10 @@ func (cl *closingState) extra() *rareState {
 // Read reads what the client sent. Once the connection is to end, it fails with the cause. See MarkIdle for
 // ErrDraining.
 func (c *Conn) Read(p []byte) (int, error) {
-	if c.idle.Load() != idleNo && c.refuseIdleRead() {
-		return 0, ErrDraining
+	if c.idle.Load() != idleNo {
+		if err := c.refuseIdleRead(); err != nil {
+			return 0, err
+		}
 	}
 	n, err := c.nc.Read(p)
 	var interrupted bool
@@ -404,7 +425,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		if n > 0 {
 			return n, nil
 		}
-		return 0, ErrDraining
+		return 0, c.interruptError()
 	default:
 		err = c.explain(err)
 	}
@@ -486,7 +507,7 @@ func (c *Conn) cause() (cause error) {
 // at once, and what is still to be written has flushTimeout.
 func (c *Conn) end(why Reason, cause error) (first bool) {
 	c.closing.With(func(cl *closingState) {
-		if first = cl.reason == 0; first {
+		if first = cl.reason == 0 && !cl.sent(); first {
 			cl.reason = why
 			c.cancelIO(cl, cause)
 		}
@@ -563,9 +584,7 @@ func (c *Conn) serve() {
 	defer func() { c.close(natural) }()
 	defer func() {
 		if p := recover(); p != nil {
-			natural = ReasonHandlerPanic
-			c.srv.log.Error("handler panicked", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
-				zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+			natural = c.panicked(p)
 		}
 	}()
 	if c.from.base != nil || c.srv.opts.ConnContext != nil {
@@ -574,9 +593,38 @@ func (c *Conn) serve() {
 	natural = c.handlerResult(c.from.handler.ServeConn((*connContext)(c), c))
 }
 
+// serveWith is serve with another function in place of the handler's.
+func (c *Conn) serveWith(f func(ctx context.Context) error) {
+	defer c.srv.endTask()
+	natural := ReasonHandlerError
+	defer func() { c.close(natural) }()
+	defer func() {
+		if p := recover(); p != nil {
+			natural = c.panicked(p)
+		}
+	}()
+	if c.from.base != nil || c.srv.opts.ConnContext != nil {
+		c.setParent()
+	}
+	natural = c.handlerResult(f((*connContext)(c)))
+}
+
+// panicked logs a panic of the handler.
+func (c *Conn) panicked(p any) Reason {
+	c.srv.log.Error("handler panicked", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
+		zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+	return ReasonHandlerPanic
+}
+
 // handlerResult says how a connection ended that the server itself had no reason to end. It is a function of its own
 // because logging in serve would take stack from every handler.
 func (c *Conn) handlerResult(err error) Reason {
+	if state, ok := handoverState(err); ok {
+		var handedOver bool
+		if handedOver, err = c.awaitHandover(state); handedOver {
+			return reasonHandedOver
+		}
+	}
 	why := c.naturalReason(err)
 	if err != nil {
 		c.closing.With(func(cl *closingState) { cl.extra().handlerErr = err })
@@ -689,6 +737,10 @@ func (c *Conn) rejection(why Reason) []byte {
 // input sends an RST, and the client's kernel then discards what it has received and the client has not read
 // (RFC 1122, 4.2.2.13).
 func (c *Conn) close(natural Reason) {
+	if natural == reasonHandedOver {
+		c.release()
+		return
+	}
 	c.phase.Store(int32(PhaseClosing))
 	c.srv.connState(c, PhaseClosing)
 	c.closed.Store(true)

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -36,6 +37,9 @@ type copier struct {
 	size  bufferSize
 	small bool // a smaller buffer would have sufficed for the last read
 	echo  bool // dst is src
+	// resumable means that a handover may interrupt the copier anywhere. It then returns ErrHandover, and rest is what
+	// was read and not written.
+	resumable bool
 
 	visited  bool
 	reportsQ bool // what reportQueue returned
@@ -51,12 +55,14 @@ type copier struct {
 
 // run does between visits to the descriptor what may have to wait for a peer.
 func (cp *copier) run(raw syscall.RawConn) (int64, error) {
-	defer cp.release()
+	defer cp.finish()
 	c := cp.src
 	visit := cp.visit // bound once, because each binding allocates
 	for {
-		if c.idle.Load() != idleNo && c.refuseIdleRead() {
-			return cp.written, ErrDraining
+		if c.idle.Load() != idleNo {
+			if err := c.refuseIdleRead(); err != nil {
+				return cp.written, err
+			}
 		}
 		err := raw.Read(visit)
 		if len(cp.rest) > 0 {
@@ -72,7 +78,10 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 			return cp.written, c.explain(c.readError(cp.err))
 		case err != nil:
 			if c.idle.Load() != idleNo && c.endIdle(false) && c.cause() == nil {
-				return cp.written, ErrDraining
+				return cp.written, c.interruptError()
+			}
+			if cp.interruptedForHandover(err) {
+				return cp.written, ErrHandover
 			}
 			return cp.written, c.explain(asRead(err))
 		}
@@ -167,12 +176,19 @@ func (cp *copier) writeNow(fd uintptr) bool {
 // writeRest writes rest, and waits for its reader.
 func (cp *copier) writeRest() (err error) {
 	var n int
-	if cp.locked {
+	switch {
+	case cp.resumable:
+		if n, err = cp.writeResumable(); errors.Is(err, ErrHandover) {
+			cp.written += int64(n)
+			cp.rest = cp.rest[n:]
+			return err
+		}
+	case cp.locked:
 		n, err = cp.src.writeForHandler(cp.rest)
 		cp.src.writeBroken = cp.src.writeBroken || err != nil
 		cp.locked = false
 		cp.src.unlockWrite()
-	} else {
+	default:
 		n, err = cp.dst.Write(cp.rest)
 		if n < 0 || n > len(cp.rest) {
 			n, err = 0, errInvalidWrite
@@ -183,8 +199,35 @@ func (cp *copier) writeRest() (err error) {
 		err = io.ErrShortWrite
 	}
 	cp.rest = nil
-	cp.adapt()
+	if cp.buf != nil {
+		cp.adapt()
+	}
 	return err
+}
+
+// writeResumable writes rest to src. A handover that interrupts it does not break the stream: the successor goes on.
+func (cp *copier) writeResumable() (int, error) {
+	c := cp.src
+	if !cp.locked {
+		c.writeLock.Lock()
+	}
+	cp.locked = false
+	defer c.unlockWrite()
+	if err := c.writeError(); err != nil {
+		return 0, err
+	}
+	n, err := c.writeForHandler(cp.rest)
+	switch {
+	case err != nil && n < len(cp.rest) && cp.interruptedForHandover(err):
+		return n, ErrHandover
+	case err != nil && n > 0:
+		c.writeBroken = true
+	}
+	return n, err
+}
+
+func (cp *copier) interruptedForHandover(err error) bool {
+	return cp.resumable && errors.Is(err, os.ErrDeadlineExceeded) && cp.src.handingOver.Load() && cp.src.cause() == nil
 }
 
 var errInvalidWrite = errors.New("the writer returned a count outside of what it was given")
@@ -199,6 +242,12 @@ func (cp *copier) adapt() {
 	}
 }
 
+// finish gives the buffer back, and keeps a copy of what is not written.
+func (cp *copier) finish() {
+	cp.rest = slices.Clone(cp.rest)
+	cp.release()
+}
+
 func (cp *copier) release() {
 	if cp.buf != nil {
 		cp.buf.giveBack()
@@ -209,8 +258,48 @@ func (cp *copier) release() {
 // plain is run for a connection whose descriptor cannot be read directly, such as TLS.
 func (cp *copier) plain() (int64, error) {
 	cp.buf = takeBuffer(smallBuffer)
-	defer cp.release()
-	return io.CopyBuffer(struct{ io.Writer }{cp.dst}, struct{ io.Reader }{cp.src}, cp.buf.bytes)
+	defer cp.finish()
+	for {
+		n, err := cp.src.Read(cp.buf.bytes)
+		cp.read, cp.rest = n, cp.buf.bytes[:n:n]
+		if n > 0 {
+			if werr := cp.writeRest(); werr != nil {
+				return cp.written, werr
+			}
+			if cp.buf == nil {
+				cp.buf = takeBuffer(smallBuffer)
+			}
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return cp.written, nil
+		case err != nil && cp.interruptedForHandover(err):
+			return cp.written, ErrHandover
+		case err != nil:
+			return cp.written, err
+		}
+	}
+}
+
+// echo sends back what the client sends, after pending, which another process had read.
+func (c *Conn) echo(pending []byte) error {
+	cp := &copier{src: c, dst: c, echo: true, resumable: true, rest: pending}
+	c.echoing.Store(true)
+	var err error
+	if len(pending) > 0 {
+		err = cp.writeRest()
+	}
+	if err == nil {
+		if raw := rawConn(c.nc); raw != nil {
+			_, err = cp.run(raw)
+		} else {
+			_, err = cp.plain()
+		}
+	}
+	if errors.Is(err, ErrHandover) {
+		return Handover(cp.rest)
+	}
+	return err
 }
 
 // bufferSize is one of the sizes of the buffers that WriteTo reads into.

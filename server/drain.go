@@ -268,6 +268,11 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 		if st.phase == StateStopped {
 			return
 		}
+		if st.committing {
+			st.handover.deferred = append(st.handover.deferred, deferredDrain{deadline, o, mode})
+			changed = true
+			return
+		}
 		now := time.Now()
 		if begun = st.drain == nil; begun {
 			st.drain = &drain{since: now, acceptUntil: now.Add(o.Delay), reason: o.Reason}
@@ -295,6 +300,9 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 		}
 		end = st.drain.deadline
 	})
+	if changed {
+		return true
+	}
 	if begun {
 		go s.runDrain() // before logging, which may block
 	}
@@ -317,8 +325,11 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 	case shortened:
 		s.log.Info("drain deadline brought forward", fields...)
 	}
-	return begun || shortened || forced
+	return changed || begun || shortened || forced
 }
+
+// nothingLeft reports whether a server that was handed over has no connection left to drain.
+func (st *state) nothingLeft() bool { return st.handedOver && st.tasks == 0 }
 
 // stopAccepting lets no new client in any more. A pause ends with it and not before: clients that it keeps waiting must
 // not be served during a drain's delay, while somebody works on what the server was paused for.
@@ -359,6 +370,11 @@ func (s *Server) runDrain() {
 		}
 		st.subscribers = nil
 	})
+	for _, done := range []chan struct{}{s.forwarder(), s.follower()} {
+		if done != nil {
+			<-done
+		}
+	}
 	s.logReport()
 	close(s.stopped)
 }
@@ -370,7 +386,7 @@ func (s *Server) awaitDelay() {
 		var done bool
 		s.state.With(func(st *state) {
 			until = st.drain.acceptUntil
-			done = st.drain.notAccepting || st.drain.forced || !time.Now().Before(until)
+			done = st.drain.notAccepting || st.drain.forced || st.nothingLeft() || !time.Now().Before(until)
 			if done && !st.drain.notAccepting {
 				st.stopAccepting()
 			}
@@ -378,7 +394,9 @@ func (s *Server) awaitDelay() {
 		if done {
 			return
 		}
-		s.awaitFor(time.Until(until), func(st *state) bool { return st.drain.forced || !st.drain.acceptUntil.Equal(until) })
+		s.awaitFor(time.Until(until), func(st *state) bool {
+			return st.drain.forced || st.nothingLeft() || !st.drain.acceptUntil.Equal(until)
+		})
 	}
 }
 

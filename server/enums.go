@@ -75,7 +75,10 @@ const (
 	ReasonRejectedHandshake                   // WrapConn returned an error or took too long
 	ReasonDeadline                            // the grace period was over
 	ReasonForced                              // Server.Close or Server.Force
+	ReasonLost                                // stayed with a predecessor that died; see Server.TakeOver
 	reasonEnd
+
+	reasonHandedOver Reason = -1 // not closed: another process serves it
 )
 
 var reasonNames = [reasonEnd]string{
@@ -85,7 +88,7 @@ var reasonNames = [reasonEnd]string{
 	ReasonKilled:         "killed",
 	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit", ReasonRejectedDraining: "rejected-draining",
 	ReasonRejectedHandshake: "rejected-unidentified",
-	ReasonDeadline:          "deadline", ReasonForced: "forced",
+	ReasonDeadline:          "deadline", ReasonForced: "forced", ReasonLost: "lost",
 }
 
 // String returns the reason's name as logs, the control plane and metrics show it.

@@ -34,6 +34,8 @@ func (e closedError) Is(target error) bool { return target == net.ErrClosed }
 var (
 	// ErrDraining is what an interrupted Read returns after Conn.MarkIdle. No byte was lost; the handler may go on.
 	ErrDraining = errors.New("the connection is being drained")
+	// ErrHandover is what an interrupted Read returns when the connection is to be handed over. No byte was lost.
+	ErrHandover = errors.New("the connection is being handed over")
 	// ErrWriteClosed is what Write returns after CloseWrite.
 	ErrWriteClosed = errors.New("write after CloseWrite")
 	// ErrWriteBroken is what Write returns after an earlier write sent only a part of its bytes.

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"io"
 	"net"
 	"reflect"
 	"runtime"
@@ -30,13 +29,24 @@ type HandlerFunc func(ctx context.Context, c *Conn) error
 // ServeConn calls f.
 func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) error { return f(ctx, c) }
 
-// Echo sends back every byte as it comes, until the client ends its stream (RFC 862).
-var Echo Handler = HandlerFunc(echo)
-
-func echo(_ context.Context, c *Conn) error {
-	_, err := io.Copy(c, c)
-	return err
+// A Resumer is a Handler whose connections can be handed over to another process; see Server.HandOver. The handler
+// opts in by reaching a safe point, between two requests: when Conn.HandingOver is closed, or when a Read fails with
+// ErrHandover after Conn.MarkIdle, ServeConn returns Handover(state).
+type Resumer interface {
+	Handler
+	// ResumeConn is ServeConn for a connection that was handed over. state is what the handler returned with Handover,
+	// in this process or in another one.
+	ResumeConn(ctx context.Context, c *Conn, state []byte) error
 }
+
+// Echo sends back every byte as it comes, until the client ends its stream (RFC 862). It is a Resumer.
+var Echo Handler = echoHandler{}
+
+type echoHandler struct{}
+
+func (echoHandler) ServeConn(_ context.Context, c *Conn) error { return c.echo(nil) }
+
+func (echoHandler) ResumeConn(_ context.Context, c *Conn, state []byte) error { return c.echo(state) }
 
 // WrapConn prepares a connection before it is admitted, on the connection's own goroutine. It may read from nc, and
 // returns the connection to serve: nc itself, or one on top of it, such as a tls.Conn. Its RemoteAddr is the client's

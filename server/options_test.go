@@ -52,7 +52,7 @@ func TestMaxConnsLeavesAReserveOfFiles(t *testing.T) {
 
 func TestHandlersAreNamedForTheLog(t *testing.T) {
 	for want, h := range map[string]Handler{
-		"echod/server.echo":           Echo,
+		"server.echoHandler":          Echo,
 		"*server.namedHandler":        &namedHandler{},
 		"server.namedHandler":         namedHandler{},
 		"echod/server.stubborn.func2": stubborn(t),

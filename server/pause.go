@@ -66,6 +66,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
 	}
+	s.awaitThaw()
 	h := &Hold{srv: s, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
 	h.ended, h.end = context.WithCancelCause(context.Background())
 
@@ -149,6 +150,7 @@ func (st *state) endHold(i int, cause error, by Caller) {
 
 // ReleaseHold releases the hold with the given id; by is who asks. The error is ErrNoHold or a *DrainingError.
 func (s *Server) ReleaseHold(id string, by Caller) error {
+	s.awaitThaw()
 	var found *Hold
 	var err error
 	s.state.With(func(st *state) {
@@ -173,6 +175,7 @@ func (s *Server) ReleaseHold(id string, by Caller) error {
 // Resume releases every hold, and returns how many there were; by is who asks. It does nothing if the server is not
 // paused. The error is a *DrainingError once a drain has begun.
 func (s *Server) Resume(by Caller) (released int, err error) {
+	s.awaitThaw()
 	if s.log == nil {
 		return 0, errNotNew
 	}

@@ -103,7 +103,10 @@ func (s *Server) ServeListener(l Listener) error {
 		_ = l.Close()
 		return errors.New("server: serve: neither the listener nor the server has a handler")
 	}
-	a := newAcceptor(s, l)
+	a := s.takeAdopted(l)
+	if a == nil {
+		a = newAcceptor(s, l)
+	}
 	var sweep bool
 	s.state.With(func(st *state) {
 		if st.phase == StateStarting {
@@ -142,6 +145,17 @@ func (s *Server) ServeListener(l Listener) error {
 		s.awaitFor(flushTimeout+lingerTimeout, func(st *state) bool { return st.tasks == 0 })
 	}
 	return err
+}
+
+// takeAdopted returns the acceptor that TakeOver made for l; nil if there is none.
+func (s *Server) takeAdopted(l Listener) (a *acceptor) {
+	s.state.With(func(st *state) {
+		if i := slices.IndexFunc(st.adopted, func(a *acceptor) bool { return a.ln.Listener == l.Listener }); i >= 0 {
+			a = st.adopted[i]
+			st.adopted = slices.Delete(st.adopted, i, i+1)
+		}
+	})
+	return a
 }
 
 // CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve

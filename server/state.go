@@ -30,9 +30,19 @@ type state struct {
 	noticesSent, noticesFailed uint64
 	transitions                [StateStopped + 1]uint64 // how often each state was entered
 
+	adopted   []*acceptor // from TakeOver, until ServeListener is called for them
 	acceptors []*acceptor // those that may still let new connections in
 	tasks     int         // goroutines that accept, or that work for a connection
 	sweeping  bool        // the sweeper was started
+
+	handover   *handover                 // in progress; nil otherwise
+	frozen     bool                      // nothing is accepted, admitted or changed
+	committing bool                      // the successor was told to take over, and has not answered yet
+	handedOver bool                      // another process is the owner now
+	ends       []handoverEnd             // of connections that stayed behind, to be forwarded
+	forwarding chan struct{}             // closed when the last was forwarded; nil if nothing was handed over
+	following  chan struct{}             // closed when the predecessor's end was seen; nil if nothing was taken over
+	behind     map[uint64]handoverBehind // with the predecessor of this server; they count as open
 
 	onShutdown  []func()
 	subscribers []*Subscription
@@ -64,6 +74,9 @@ func (st *state) publishChange(before State) {
 	}
 }
 
+// open is how many connections are open, with those that stayed with a predecessor.
+func (st *state) open() int { return st.conns.len() + len(st.behind) }
+
 // addConn enters a connection that was just accepted into the table.
 func (st *state) addConn(c *Conn) {
 	st.lastID++
@@ -90,6 +103,9 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 		st.countAddress(c, -1)
 	case c.rejected:
 		st.rejecting--
+	}
+	if st.handedOver {
+		st.ends = append(st.ends, handoverEnd{ID: c.id, Reason: closed.Reason.String(), BytesIn: closed.BytesIn, BytesOut: closed.BytesOut})
 	}
 	st.closed[closed.Reason]++
 	st.bytesIn += closed.BytesIn

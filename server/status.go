@@ -20,6 +20,7 @@ type Status struct {
 	Started           time.Time
 	Listeners         []ListenerInfo
 	Connections       int           // open connections, in any phase
+	Behind            int           // of these, those that a predecessor still serves; see Server.TakeOver
 	Phases            map[Phase]int // of these
 	MaxConns          int           // how many are served at once at most; 0 is no limit
 	Accepted          uint64        // always Connections plus the sum over Closed
@@ -82,7 +83,8 @@ func (s *Server) Status() Status {
 	s.state.With(func(st *state) {
 		status.State = st.visible()
 		status.Full = st.admitted >= s.opts.Limits.MaxConns
-		status.Connections = st.conns.len()
+		status.Connections = st.open()
+		status.Behind = len(st.behind)
 		status.Accepted = st.accepted
 		for why, n := range st.closed {
 			if n > 0 {
@@ -128,7 +130,7 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 	if s.log == nil {
 		return errNotNew
 	}
-	return s.state.Await(ctx, func(st *state) bool { return match(st.visible(), st.conns.len()) })
+	return s.state.Await(ctx, func(st *state) bool { return match(st.visible(), st.open()) })
 }
 
 // Info describes the connection as it is now.
@@ -167,6 +169,7 @@ func (s *Server) snapshot() (conns []*Conn) {
 // Kill ends an open connection: what was read is written back, and the client sees an end of stream. It returns at
 // once. The error is ErrNoConn if no connection with that id is open, or if it is ending already.
 func (s *Server) Kill(id uint64) error {
+	s.awaitThaw()
 	var c *Conn
 	s.state.With(func(st *state) { c = st.conns.get(id) })
 	if c == nil || !s.kill(c) {
@@ -177,6 +180,7 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc kills each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
+	s.awaitThaw()
 	for c := range inTurns(s.snapshot(), promptTurn) {
 		if match(c.Info()) && s.kill(c) {
 			killed++

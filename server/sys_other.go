@@ -5,6 +5,7 @@ package server
 import (
 	"errors"
 	"net"
+	"os"
 	"syscall"
 )
 
@@ -71,3 +72,11 @@ func (socketOptions) apply(net.Conn) {}
 func peerCredentials(net.Conn) (cred Credentials, ok bool) { return cred, false }
 
 func openFilesLimit() (int, bool) { return 0, false }
+
+const linkSupported = false
+
+func sendHeader(*net.UnixConn, []byte, []any) error { return errors.ErrUnsupported }
+
+func receiveHeader(*net.UnixConn) ([]byte, []*os.File, error) { return nil, nil, errors.ErrUnsupported }
+
+func isListening(*os.File) (bool, error) { return false, errors.ErrUnsupported }

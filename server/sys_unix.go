@@ -4,8 +4,10 @@ package server
 
 import (
 	"errors"
+	"io"
 	"math"
 	"net"
+	"os"
 	"slices"
 	"syscall"
 
@@ -135,4 +137,88 @@ func openFilesLimit() (int, bool) {
 		return int(n), true
 	}
 	return 0, false // RLIM_INFINITY
+}
+
+const linkSupported = true
+
+// sendHeader sends a header together with the descriptors of files. It takes them by SyscallConn: File would make the
+// shared description blocking.
+func sendHeader(link *net.UnixConn, header []byte, files []any) error {
+	fds := make([]int, 0, len(files))
+	defer func() {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	}()
+	for _, file := range files {
+		raw, err := file.(syscall.Conn).SyscallConn()
+		if err != nil {
+			return err
+		}
+		failed := raw.Control(func(fd uintptr) {
+			var dup int
+			if dup, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0); err == nil {
+				fds = append(fds, dup)
+			}
+		})
+		if err := errors.Join(failed, err); err != nil {
+			return err
+		}
+	}
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	n, _, err := link.WriteMsgUnix(header, oob, nil)
+	if err == nil && n < len(header) {
+		err = io.ErrShortWrite
+	}
+	return err
+}
+
+// receiveHeader receives a header and the descriptors that come with it.
+func receiveHeader(link *net.UnixConn) (header []byte, files []*os.File, err error) {
+	header = make([]byte, linkHeader)
+	oob := make([]byte, unix.CmsgSpace(4*linkFiles))
+	n, oobn, flags, _, err := link.ReadMsgUnix(header, oob)
+	if err != nil {
+		return nil, nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil {
+		return nil, nil, err
+	}
+	for i := range messages {
+		fds, err := unix.ParseUnixRights(&messages[i])
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			files = append(files, os.NewFile(uintptr(fd), "handover"))
+		}
+	}
+	if flags&unix.MSG_CTRUNC != 0 {
+		return nil, files, errors.New("the kernel dropped descriptors: the limit on open files is too low")
+	}
+	if n == 0 {
+		return nil, files, io.EOF
+	}
+	if _, err := io.ReadFull(link, header[n:]); err != nil {
+		return nil, files, err
+	}
+	return header, files, nil
+}
+
+func isListening(f *os.File) (listening bool, err error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false, err
+	}
+	failed := raw.Control(func(fd uintptr) {
+		var n int
+		n, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
+		listening = n != 0
+	})
+	return listening, errors.Join(failed, err)
 }

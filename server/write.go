@@ -1,6 +1,8 @@
 package server
 
 import (
+	"errors"
+	"os"
 	"time"
 )
 
@@ -55,7 +57,7 @@ func (c *Conn) unlockWrite() {
 // deliver sends the posted messages, unless another goroutine holds the write lock and will do so. What the kernel does
 // not take at once is left to a goroutine, which keeps the lock.
 func (c *Conn) deliver() {
-	for c.posted.Load() > 0 && c.writeLock.TryLock() {
+	for c.posted.Load() > 0 && !c.handingOver.Load() && c.writeLock.TryLock() {
 		for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 			text := c.render(m)
 			if len(text) == 0 {
@@ -85,7 +87,17 @@ func (c *Conn) deliver() {
 // finishMessage sends the rest of m and waits for the client to take it. It was handed the write lock.
 func (c *Conn) finishMessage(m *message, rest []byte) {
 	defer c.srv.endTask()
+	c.setFinishing(true)
 	n, err := c.write(rest)
+	for err != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.handingOver.Load() {
+		if rest = rest[n:]; c.stopNotice(rest) {
+			c.writeLock.Unlock()
+			m.done(messageSent)
+			return
+		}
+		n, err = c.write(rest)
+	}
+	c.setFinishing(false)
 	c.writeBroken = c.writeBroken || n < len(rest)
 	if err != nil {
 		m.done(messageFailed)
@@ -93,6 +105,11 @@ func (c *Conn) finishMessage(m *message, rest []byte) {
 		m.done(messageSent)
 	}
 	c.unlockWrite()
+}
+
+// setFinishing tells a handover that it may interrupt the write in progress.
+func (c *Conn) setFinishing(yes bool) {
+	c.closing.With(func(cl *closingState) { cl.extra().handover.finishing = yes })
 }
 
 // flushMessages sends the posted messages and waits for the client to take them. The caller holds the write lock.

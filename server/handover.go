@@ -1,0 +1,804 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Bounds of a handover. The freeze is what clients can notice.
+const (
+	DefaultFreezeTimeout    = 500 * time.Millisecond
+	DefaultSafePointTimeout = 50 * time.Millisecond
+
+	maxHandlerState = 1 << 20 // bytes of one handler's state
+	copyRounds      = 8       // of copying ahead what has been opened meanwhile
+)
+
+// Errors of a handover.
+var (
+	// ErrHandoverInProgress means that another handover of the same server goes on.
+	ErrHandoverInProgress = errors.New("a handover is in progress")
+	// ErrHandoverFormat means that the two processes do not speak the same format.
+	ErrHandoverFormat = errors.New("the handover format is not supported")
+	// ErrHandedOver ends a hold whose server was handed over: the hold goes on in the successor.
+	ErrHandedOver = errors.New("the server was handed over")
+)
+
+// HandoverOptions says how HandOver goes.
+type HandoverOptions struct {
+	// Program names the program and its version, for the successor's log.
+	Program string
+	// Data is passed to the successor as it is, such as settings.
+	Data []byte
+	// Extra listeners are passed along by name, such as that of a control plane. The server does not use them.
+	Extra map[string]net.Listener
+	// Kill ends the successor. The server calls it when the successor has not acknowledged the commit in time, and goes
+	// on serving after it returned; so the successor must not run any more by then. It is required.
+	Kill func()
+	// FreezeTimeout bounds the time in which no connection is served, from the freeze to the successor's acknowledgement.
+	// After it the handover is rolled back. Zero means DefaultFreezeTimeout.
+	FreezeTimeout time.Duration
+	// SafePointTimeout is how much of it handlers have to reach their safe point. Zero means DefaultSafePointTimeout.
+	SafePointTimeout time.Duration
+	// Keep is how long connections that cannot be handed over are served before they are drained. Zero means that they
+	// are drained at once.
+	Keep time.Duration
+	// Drain is the drain of those connections. Zero fields mean Options.Drain's.
+	Drain DrainOptions
+}
+
+// HandoverReport sums up a handover.
+type HandoverReport struct {
+	HandedOver int            // connections that the successor serves now
+	Behind     map[string]int // connections that stayed with the predecessor, by why
+	Frozen     time.Duration  // from the freeze to the commit
+	Took       time.Duration
+}
+
+// Handover is what ServeConn of a Resumer returns at its safe point. state is at most 1 MiB; it may be nil.
+func Handover(state []byte) error { return &handoverError{state} }
+
+type handoverError struct{ state []byte }
+
+func (e *handoverError) Error() string { return ErrHandover.Error() }
+
+func handoverState(err error) (state []byte, ok bool) {
+	if err == nil {
+		return nil, false
+	}
+	e, ok := errors.AsType[*handoverError](err)
+	if !ok {
+		return nil, false
+	}
+	return e.state, true
+}
+
+// handover is a handover in progress.
+type handover struct {
+	parked   awaited[int]    // handlers that are at their safe point
+	outcome  chan struct{}   // closed at the end
+	deferred []deferredDrain // guarded by Server.state
+}
+
+// connHandover is a connection's part in a handover.
+type connHandover struct {
+	signal    chan struct{} // of HandingOver; nil until the handler asks for it
+	parked    bool          // the handler has returned Handover
+	state     []byte        // and this is its state
+	finishing bool          // a goroutine waits for the client to take a notice
+	stopped   bool          // it was interrupted, and waits for the outcome
+	unsent    []byte        // what is left of notices
+	sent      bool          // another process gets the connection: nothing may change any more
+}
+
+// HandingOver returns a channel that is closed when the connection is to be handed over to another process: the handler
+// should reach its safe point, and return Handover(state), within 50 ms. Otherwise the connection stays behind.
+func (c *Conn) HandingOver() (signal <-chan struct{}) {
+	c.closing.With(func(cl *closingState) {
+		h := &cl.extra().handover
+		if h.signal == nil {
+			h.signal = make(chan struct{})
+			if c.handingOver.Load() {
+				close(h.signal)
+			}
+		}
+		signal = h.signal
+	})
+	return signal
+}
+
+func (cl *closingState) sent() bool { return cl.rare != nil && cl.rare.handover.sent }
+
+// interruptForHandover asks the handler to reach its safe point.
+func (c *Conn) interruptForHandover() {
+	c.closing.With(func(cl *closingState) {
+		if cl.reason != 0 || cl.cause != nil {
+			return
+		}
+		h := &cl.extra().handover
+		c.handingOver.Store(true)
+		if h.signal != nil {
+			close(h.signal)
+		}
+		if c.echoing.Load() {
+			_ = c.nc.SetReadDeadline(longAgo)
+			_ = c.nc.SetWriteDeadline(longAgo)
+		} else if c.idle.CompareAndSwap(idleMarked, idleInterrupted) {
+			_ = c.nc.SetReadDeadline(longAgo)
+		}
+	})
+}
+
+// resumeAfterHandover takes interruptForHandover and hold back. Goroutines that wait for the outcome go on after it.
+func (c *Conn) resumeAfterHandover() {
+	var unsent []byte
+	c.closing.With(func(cl *closingState) {
+		if cl.rare == nil {
+			return
+		}
+		h := &cl.rare.handover
+		if !h.stopped {
+			unsent = h.unsent // otherwise its goroutine sends it
+		}
+		if c.handingOver.Load() {
+			h.signal = nil
+		}
+		h.parked, h.state, h.stopped, h.unsent, h.sent = false, nil, false, nil, false
+		c.handingOver.Store(false)
+		if cl.cause == nil {
+			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
+			_ = c.nc.SetWriteDeadline(time.Time{})
+		}
+	})
+	if !c.writeHeld {
+		c.deliver()
+		return
+	}
+	c.writeHeld = false
+	if len(unsent) == 0 {
+		c.unlockWrite()
+		return
+	}
+	c.srv.startTask()
+	go c.finishMessage(&message{done: func(messageResult) {}}, unsent)
+}
+
+// awaitHandover is called on the goroutine of a connection whose handler returned Handover. It waits for the outcome.
+// If the connection stays here, it resumes the handler, and returns its error.
+func (c *Conn) awaitHandover(saved []byte) (handedOver bool, err error) {
+	resumer, ok := c.from.handler.(Resumer)
+	if !ok {
+		return false, errNotResumer
+	}
+	for ok {
+		var h *handover
+		c.srv.state.With(func(st *state) { h = st.handover })
+		if h != nil && c.park(saved) {
+			h.parked.With(func(n *int) { *n++ })
+			<-h.outcome
+			var sent bool
+			c.closing.With(func(cl *closingState) { sent = cl.sent() })
+			if sent {
+				return true, nil
+			}
+		}
+		err = resumer.ResumeConn((*connContext)(c), c, saved)
+		saved, ok = handoverState(err)
+	}
+	return false, err
+}
+
+// park records that the handler is at its safe point. It reports false if the handover does not wait for it any more.
+func (c *Conn) park(saved []byte) (parked bool) {
+	if len(saved) > maxHandlerState {
+		c.srv.log.Warn("handler state is too large to be handed over", zap.Uint64("conn", c.id), zap.Int("bytes", len(saved)))
+		return false
+	}
+	c.closing.With(func(cl *closingState) {
+		if parked = c.handingOver.Load() && cl.reason == 0; parked {
+			cl.rare.handover.parked, cl.rare.handover.state = true, saved
+		}
+	})
+	return parked
+}
+
+var errNotResumer = errors.New("the handler returned Handover and has no ResumeConn")
+
+// release closes this process's descriptor of a connection that another process serves now.
+func (c *Conn) release() {
+	c.closed.Store(true)
+	c.closeMessages()
+	c.closing.With(func(cl *closingState) {
+		if cl.ctx != nil {
+			cl.ctx.cancel(ErrHandover)
+		}
+	})
+	_ = c.sock.Close()
+	connFiles.Add(-1)
+}
+
+// HandOver passes the server's listeners, connections, holds and counters over link to another process, in which
+// TakeOver receives them. Connections are served until the freeze, which lasts at most half a second; then the successor
+// serves them. Until the successor has acknowledged the commit, any failure leaves everything as it was, and the error
+// says why. After that HandOver returns a report and no error; the server drains what stayed behind and stops.
+//
+// Connections whose handler is no Resumer or does not reach its safe point, and those with a stream on top of their
+// socket such as TLS, stay behind. The error is a *DrainingError if the server drains, and ErrHandoverInProgress if
+// another handover goes on. HandOver closes link, on success when the last connection that stayed behind has ended.
+func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (report HandoverReport, err error) {
+	began := time.Now()
+	if s.log == nil {
+		return report, errNotNew
+	}
+	if o.Kill == nil {
+		return report, errors.New("handing over: HandoverOptions.Kill is nil")
+	}
+	o.FreezeTimeout = cmp.Or(o.FreezeTimeout, DefaultFreezeTimeout)
+	o.SafePointTimeout = cmp.Or(o.SafePointTimeout, DefaultSafePointTimeout)
+	h := &handover{outcome: make(chan struct{})}
+	if err := s.beginHandover(h); err != nil {
+		return report, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
+	defer stop()
+	p := &predecessor{s: s, h: h, link: link, o: o, copied: make(map[uint64]bool)}
+	if err = p.run(ctx); err != nil {
+		s.rollBack(h)
+		_ = link.Close()
+		if cause := context.Cause(ctx); cause != nil {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
+		s.log.Warn("handover rolled back", zap.Error(err))
+		return report, fmt.Errorf("handing over: %w", err)
+	}
+	report = p.report
+	report.Took = time.Since(began)
+	s.log.Info("handed over", zap.Int("connections", report.HandedOver), zap.Any("behind", report.Behind),
+		zap.Duration("frozen", report.Frozen), zap.Duration("took", report.Took))
+	return report, nil
+}
+
+func (s *Server) beginHandover(h *handover) (err error) {
+	s.state.With(func(st *state) {
+		switch {
+		case st.drain != nil:
+			err = &DrainingError{Deadline: st.drain.deadline}
+		case st.handover != nil:
+			err = ErrHandoverInProgress
+		default:
+			st.handover = h
+		}
+	})
+	return err
+}
+
+// rollBack lets the server go on as if nothing had happened.
+func (s *Server) rollBack(h *handover) {
+	var conns []*Conn
+	s.state.With(func(st *state) { conns = st.conns.all() })
+	for _, c := range conns {
+		c.resumeAfterHandover()
+	}
+	var deferred []deferredDrain
+	s.state.With(func(st *state) {
+		st.handover, st.frozen, st.committing = nil, false, false
+		deferred, h.deferred = h.deferred, nil
+		close(h.outcome)
+	})
+	for _, d := range deferred {
+		s.changeDrain(d.deadline, d.o, d.mode)
+	}
+}
+
+// deferredDrain is a drain that was asked for while the commit was in progress.
+type deferredDrain struct {
+	deadline func(time.Time) time.Time
+	o        DrainOptions
+	mode     drainMode
+}
+
+// predecessor is the sending end of a handover.
+type predecessor struct {
+	s      *Server
+	h      *handover
+	link   Link
+	o      HandoverOptions
+	copied map[uint64]bool // ids of the connections that were sent ahead
+	report HandoverReport
+
+	acceptors []*acceptor
+	behind    map[*Conn]string // connections that stay, and why
+}
+
+func (p *predecessor) run(ctx context.Context) error {
+	if err := p.offer(); err != nil {
+		return fmt.Errorf("offering: %w", err)
+	}
+	if err := p.await(msgReady); err != nil {
+		return fmt.Errorf("waiting until the successor is ready: %w", err)
+	}
+	if err := p.copyAhead(ctx); err != nil {
+		return fmt.Errorf("copying ahead: %w", err)
+	}
+	frozen := time.Now()
+	if err := p.link.SetDeadline(frozen.Add(p.o.FreezeTimeout)); err != nil {
+		return err
+	}
+	final, err := p.freeze()
+	if err != nil {
+		return fmt.Errorf("freezing: %w", err)
+	}
+	if err := p.sendFinal(final); err != nil {
+		return fmt.Errorf("sending the final state: %w", err)
+	}
+	if err := p.commit(); err != nil {
+		return err
+	}
+	p.report.Frozen = time.Since(frozen)
+	p.settle(final)
+	return nil
+}
+
+func (p *predecessor) send(m handoverMessage, files ...any) error {
+	payload, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return p.link.Send(payload, files)
+}
+
+// await waits for a message of the given type.
+func (p *predecessor) await(want string) error {
+	m, _, err := receiveMessage(p.link)
+	switch {
+	case err != nil:
+		return err
+	case m.Type == msgError:
+		return fmt.Errorf("the successor says: %s", m.Error)
+	case m.Type != want:
+		return fmt.Errorf("got message %q, want %q", m.Type, want)
+	}
+	return nil
+}
+
+// offer sends the listeners, and what the successor must know to get ready.
+func (p *predecessor) offer() error {
+	p.s.state.With(func(st *state) { p.acceptors = slices.Clone(st.acceptors) })
+	m := handoverMessage{Type: msgOffer, Format: handoverFormat, Program: p.o.Program, Data: p.o.Data}
+	var files []any
+	for _, a := range p.acceptors {
+		if !p.link.Carries(a.ln.Listener) {
+			return fmt.Errorf("listener %s has no descriptor", a.ln.Addr())
+		}
+		m.Listeners = append(m.Listeners, handoverListener{Address: a.ln.Addr().String(), Inherited: a.ln.Inherited})
+		files = append(files, a.ln.Listener)
+	}
+	for name, ln := range p.o.Extra {
+		m.Extra = append(m.Extra, name)
+		files = append(files, ln)
+	}
+	return p.send(m, files...)
+}
+
+// copyAhead sends the descriptors of all connections while they are served, which is the slow part.
+func (p *predecessor) copyAhead(ctx context.Context) error {
+	for range copyRounds {
+		var batch []*Conn
+		sent := 0
+		flush := func() error {
+			if len(batch) == 0 {
+				return nil
+			}
+			err := p.sendConns(msgConns, batch, func(c *Conn) handoverConn { return p.record(c) })
+			sent += len(batch)
+			batch = batch[:0]
+			return err
+		}
+		for c := range inTurns(p.s.snapshot(), quietTurn) {
+			if p.copied[c.id] || p.whyBehind(c) != "" {
+				continue
+			}
+			if batch = append(batch, c); len(batch) == handoverBatch {
+				if err := flush(); err != nil {
+					return err
+				}
+			}
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+		}
+		if err := flush(); err != nil {
+			return err
+		}
+		if sent < handoverBatch {
+			return nil
+		}
+	}
+	return nil
+}
+
+// sendConns sends records with their descriptors, and waits for the acknowledgement: descriptors in flight are limited
+// (unix(7), ETOOMANYREFS).
+func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) handoverConn) error {
+	m := handoverMessage{Type: typ}
+	var files []any
+	for _, c := range conns {
+		m.Conns = append(m.Conns, record(c))
+		files = append(files, c.sock)
+		p.copied[c.id] = true
+	}
+	if err := p.send(m, files...); err != nil {
+		return err
+	}
+	return p.await(msgAck)
+}
+
+// whyBehind returns why c cannot be handed over; empty if it can.
+func (p *predecessor) whyBehind(c *Conn) string {
+	phase := Phase(c.phase.Load())
+	_, resumes := c.from.handler.(Resumer)
+	switch {
+	case phase != PhaseServing && phase != PhaseWaiting:
+		return "closing"
+	case c.NetConn() != c.sock:
+		return "stream on top of the socket"
+	case phase == PhaseWaiting && c.from.wrap != nil:
+		return "handshake"
+	case !resumes:
+		return "handler cannot be resumed"
+	case !p.link.Carries(c.sock):
+		return "no descriptor"
+	case !slices.Contains(p.acceptors, c.from):
+		return "listener is closed"
+	}
+	return ""
+}
+
+// record describes a connection as it is now.
+func (p *predecessor) record(c *Conn) handoverConn {
+	r := handoverConn{
+		ID: c.id, Listener: slices.Index(p.acceptors, c.from), Opened: c.srv.at(c.opened), Active: c.srv.at(c.active.Load()),
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(),
+		Waiting: Phase(c.phase.Load()) == PhaseWaiting,
+	}
+	if c.writeHeld { // otherwise it is still written, and the final record will have it
+		r.LastByte, r.WriteClosed = c.lastByte, c.writeClosed
+	}
+	c.closing.With(func(cl *closingState) {
+		if cl.rare == nil {
+			return
+		}
+		r.Labels = cl.rare.labels
+		if cl.rare.remote != nil {
+			r.Remote = cl.rare.remote.String()
+		}
+		r.ReadDeadline, r.WriteDeadline = cl.rare.readDeadline, cl.rare.writeDeadline
+		r.State, r.Unsent = cl.rare.handover.state, cl.rare.handover.unsent
+		if cl.rare.drain.begun {
+			r.DrainDeadline, r.DrainReason = cl.rare.drain.deadline, cl.rare.drain.reason
+		}
+	})
+	return r
+}
+
+// finalState is what is sent during the freeze.
+type finalState struct {
+	conns   []*Conn // that are handed over
+	message handoverMessage
+}
+
+// freeze stops accepting, brings each handler to its safe point, and collects what has changed.
+func (p *predecessor) freeze() (final finalState, err error) {
+	s := p.s
+	s.state.With(func(st *state) {
+		st.frozen = true
+		st.interruptAcceptors()
+	})
+	ctx, cancel := context.WithTimeoutCause(context.Background(), p.o.FreezeTimeout/2, errWaitOver)
+	defer cancel()
+	if err := s.state.Await(ctx, func(st *state) bool {
+		return !slices.ContainsFunc(st.acceptors, func(a *acceptor) bool { return !a.quiet && !a.waiting })
+	}); err != nil {
+		return final, fmt.Errorf("accepting does not stop: %w", err)
+	}
+
+	p.behind = make(map[*Conn]string)
+	var serving []*Conn
+	for _, c := range s.snapshot() {
+		switch why := p.whyBehind(c); {
+		case why != "":
+			p.behind[c] = why
+		case Phase(c.phase.Load()) == PhaseWaiting:
+			c.closing.With(func(cl *closingState) { cl.extra().handover.sent = cl.reason == 0 })
+			final.conns = append(final.conns, c)
+		default:
+			serving = append(serving, c)
+			c.interruptForHandover()
+		}
+	}
+	p.awaitParked(serving)
+	for _, c := range serving {
+		if p.hold(c) {
+			final.conns = append(final.conns, c)
+		} else {
+			p.behind[c] = "handler did not reach its safe point"
+		}
+	}
+	slices.SortFunc(final.conns, func(a, b *Conn) int { return cmp.Compare(a.id, b.id) })
+	final.message = p.collect(final.conns)
+	return final, nil
+}
+
+// awaitParked waits until the handlers are at their safe points. An echo is at one at any time, so that only a lack of CPU
+// time delays it: it is given half of the freeze.
+func (p *predecessor) awaitParked(serving []*Conn) {
+	wait := func(d time.Duration, done func(n *int) bool) {
+		ctx, cancel := context.WithTimeoutCause(context.Background(), d, errWaitOver)
+		defer cancel()
+		_ = p.h.parked.Await(ctx, done)
+	}
+	wait(p.o.SafePointTimeout, func(n *int) bool { return *n >= len(serving) })
+	echoes := slices.DeleteFunc(slices.Clone(serving), func(c *Conn) bool { return !c.echoing.Load() })
+	wait(p.o.FreezeTimeout/2, func(*int) bool {
+		echoes = slices.DeleteFunc(echoes, (*Conn).isParkedOrEnding)
+		return len(echoes) == 0
+	})
+}
+
+func (c *Conn) isParkedOrEnding() (yes bool) {
+	c.closing.With(func(cl *closingState) { yes = cl.reason != 0 || cl.rare != nil && cl.rare.handover.parked })
+	return yes
+}
+
+// hold makes sure that nothing changes about a connection any more. It reports whether that succeeded: whether the
+// handler is at its safe point, and no write is in progress but a notice, which is interrupted.
+func (p *predecessor) hold(c *Conn) bool {
+	var parked bool
+	c.closing.With(func(cl *closingState) {
+		h := &cl.extra().handover
+		if parked = h.parked && cl.reason == 0; parked && h.finishing {
+			_ = c.nc.SetWriteDeadline(longAgo)
+		}
+	})
+	if !parked {
+		return false
+	}
+	locked := false
+	for range noticeWaits {
+		var stopped bool
+		c.closing.With(func(cl *closingState) { stopped = cl.rare.handover.stopped })
+		if locked = c.writeLock.TryLock(); locked || stopped {
+			break
+		}
+		time.Sleep(time.Millisecond) // for the goroutine of a notice that was just interrupted
+	}
+	c.closing.With(func(cl *closingState) {
+		h := &cl.rare.handover
+		h.sent = (locked || h.stopped) && cl.reason == 0
+		parked = h.sent
+	})
+	switch {
+	case parked:
+		c.writeHeld = locked
+		c.renderQueued()
+	case locked:
+		c.unlockWrite()
+	}
+	return parked
+}
+
+// noticeWaits is how often hold looks, a millisecond apart, whether an interrupted notice has stopped.
+const noticeWaits = 20
+
+// renderQueued turns the messages that wait in the queue into bytes for the successor. Nothing else writes meanwhile.
+func (c *Conn) renderQueued() {
+	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
+		text := c.render(m)
+		if len(text) == 0 {
+			m.done(messageSilent)
+			continue
+		}
+		c.closing.With(func(cl *closingState) { cl.rare.handover.unsent = append(cl.rare.handover.unsent, text...) })
+		c.lastByte = text[len(text)-1]
+		m.done(messageSent)
+	}
+}
+
+// stopNotice is called when the write of a notice was interrupted by a handover, with what is left of it. The write lock
+// stays taken. It returns true if another process sends the rest, and false if it is to be sent here.
+func (c *Conn) stopNotice(rest []byte) (handedOver bool) {
+	var h *handover
+	c.srv.state.With(func(st *state) { h = st.handover })
+	if h == nil {
+		return false
+	}
+	c.closing.With(func(cl *closingState) { cl.rare.handover.unsent, cl.rare.handover.stopped = rest, true })
+	<-h.outcome
+	c.closing.With(func(cl *closingState) { handedOver = cl.sent() })
+	return handedOver
+}
+
+// collect describes everything but the descriptors that were sent ahead.
+func (p *predecessor) collect(conns []*Conn) handoverMessage {
+	m := handoverMessage{Type: msgFinal}
+	for _, c := range conns {
+		m.Conns = append(m.Conns, p.record(c))
+	}
+	for c, why := range p.behind {
+		m.Behind = append(m.Behind, handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
+	}
+	p.s.state.With(func(st *state) {
+		m.LastID, m.LastHold = st.lastID, st.lastHold
+		m.Accepted, m.BytesIn, m.BytesOut = st.accepted, st.bytesIn, st.bytesOut
+		m.NoticesSent, m.NoticesFailed = st.noticesSent, st.noticesFailed
+		m.Closed = make(map[string]uint64)
+		for why, n := range st.closed {
+			if n > 0 {
+				m.Closed[Reason(why).String()] = n
+			}
+		}
+		m.Transitions = make(map[string]uint64)
+		for state, n := range st.transitions {
+			if n > 0 {
+				m.Transitions[State(state).String()] = n
+			}
+		}
+		for _, hold := range st.holds {
+			m.Holds = append(m.Holds, hold.info)
+		}
+		for _, c := range st.recent.newestFirst() {
+			m.Recent = append(m.Recent, recordClosed(c))
+		}
+	})
+	return m
+}
+
+// sendFinal sends the final state: first, with their descriptors, the connections that were not sent ahead.
+func (p *predecessor) sendFinal(final finalState) error {
+	var missing []*Conn
+	for _, c := range final.conns {
+		if !p.copied[c.id] {
+			missing = append(missing, c)
+		}
+	}
+	for batch := range slices.Chunk(missing, handoverBatch) {
+		if err := p.sendConns(msgConns, batch, p.record); err != nil {
+			return err
+		}
+	}
+	if err := p.send(final.message); err != nil {
+		return err
+	}
+	return p.await(msgAck)
+}
+
+// commit makes the successor the owner.
+func (p *predecessor) commit() error {
+	var drain bool
+	p.s.state.With(func(st *state) {
+		if drain = st.drain != nil; !drain {
+			st.committing = true
+		}
+	})
+	if drain {
+		return errors.New("a drain has begun")
+	}
+	err := p.send(handoverMessage{Type: msgCommit})
+	if err == nil {
+		err = p.await(msgAck)
+	}
+	if err != nil {
+		p.o.Kill()
+		return fmt.Errorf("committing: %w", err)
+	}
+	return nil
+}
+
+// settle ends the predecessor's part after the commit: it forgets what it has handed over, and drains the rest.
+func (p *predecessor) settle(final finalState) {
+	s := p.s
+	p.report.HandedOver, p.report.Behind = len(final.conns), make(map[string]int)
+	for c, why := range p.behind {
+		p.report.Behind[why]++
+		c.resumeAfterHandover()
+	}
+	_ = p.link.SetDeadline(time.Time{})
+	var deferred []deferredDrain
+	s.state.With(func(st *state) {
+		st.handedOver, st.committing, st.frozen = true, false, false
+		for _, c := range final.conns {
+			st.forget(c)
+		}
+		st.accepted = uint64(st.conns.len())
+		st.closed, st.bytesIn, st.bytesOut, st.recent.values = [reasonEnd]uint64{}, 0, 0, nil
+		for len(st.holds) > 0 {
+			st.endHold(0, ErrHandedOver, Caller{})
+		}
+		st.forwarding = make(chan struct{})
+		deferred, p.h.deferred = p.h.deferred, nil
+		close(p.h.outcome)
+	})
+	for _, c := range final.conns {
+		if c.writeHeld {
+			c.writeHeld = false
+			c.writeLock.Unlock()
+		}
+	}
+	go s.forwardEnds(p.link)
+	o := p.o.Drain
+	o.Delay = cmp.Or(p.o.Keep, Off)
+	o.Reason = cmp.Or(o.Reason, "upgrade")
+	s.StartDrain(o)
+	for _, d := range deferred {
+		m := handoverMessage{Type: msgDrain, Drain: &d.o, Force: d.mode == drainForce}
+		m.Drain.Grace = cmp.Or(max(0, time.Until(d.deadline(time.Now()))), Off)
+		if err := p.send(m); err != nil {
+			s.log.Error("cannot pass a drain on to the successor", zap.Error(err))
+		}
+		s.changeDrain(d.deadline, d.o, d.mode)
+	}
+}
+
+// forget removes a connection that another process serves now. It does not count as closed.
+func (st *state) forget(c *Conn) {
+	if !st.conns.remove(c.id) {
+		return
+	}
+	if c.admitted {
+		st.admitted--
+		st.countAddress(c, -1)
+	}
+}
+
+// forwardEnds reports to the successor how the connections ended that stayed behind. It ends with the server, and the
+// drain waits for it.
+func (s *Server) forwardEnds(link Link) {
+	defer close(s.forwarder())
+	defer link.Close()
+	for {
+		var ends []handoverEnd
+		var stopped bool
+		_ = s.state.Await(context.Background(), func(st *state) bool {
+			ends, st.ends = st.ends, nil
+			stopped = st.phase == StateStopped
+			return len(ends) > 0 || stopped
+		})
+		if len(ends) > 0 {
+			payload, err := json.Marshal(handoverMessage{Type: msgEnded, Ends: ends})
+			if err == nil {
+				err = link.Send(payload, nil)
+			}
+			if err != nil {
+				s.log.Warn("cannot tell the successor which connections have ended", zap.Error(err))
+				return
+			}
+		}
+		if stopped {
+			return
+		}
+	}
+}
+
+// forwarder returns the channel that forwardEnds closes; nil if nothing was handed over.
+func (s *Server) forwarder() (done chan struct{}) {
+	s.state.With(func(st *state) { done = st.forwarding })
+	return done
+}
+
+// awaitThaw waits while the server is frozen, so that nothing changes that was sent to the successor already.
+func (s *Server) awaitThaw() {
+	_ = s.state.Await(context.Background(), func(st *state) bool { return !st.frozen })
+}
+
+func (c *Conn) isSent() (yes bool) {
+	c.closing.With(func(cl *closingState) { yes = cl.sent() })
+	return yes
+}

@@ -1,0 +1,393 @@
+package server
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// An Offer is what a predecessor offers to hand over; see ReceiveOffer.
+type Offer struct {
+	Program   string                  // HandoverOptions.Program
+	Data      []byte                  // HandoverOptions.Data
+	Listeners []Listener              // the predecessor's; Inherited is set, the rest is up to the caller
+	Extra     map[string]net.Listener // HandoverOptions.Extra
+
+	link Link
+}
+
+// ReceiveOffer receives the offer of a predecessor that called HandOver with the other end of link. The caller then makes
+// a Server, decides how each of the listeners is served, and calls TakeOver, or refuses with Refuse. The error is
+// ErrHandoverFormat if the predecessor speaks another format.
+func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
+	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
+	defer stop()
+	m, files, err := receiveMessage(link)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("receiving the offer: %w", err)
+	case m.Type != msgOffer:
+		err = fmt.Errorf("receiving the offer: got message %q", m.Type)
+	case m.Format != handoverFormat:
+		err = fmt.Errorf("%w: the predecessor, %s, has %d, and this program %d", ErrHandoverFormat, m.Program, m.Format, handoverFormat)
+	case len(files) != len(m.Listeners)+len(m.Extra):
+		err = fmt.Errorf("receiving the offer: %d descriptors for %d listeners", len(files), len(m.Listeners)+len(m.Extra))
+	}
+	o := &Offer{Program: m.Program, Data: m.Data, Extra: make(map[string]net.Listener), link: link}
+	for i, f := range files {
+		ln, ok := f.(net.Listener)
+		switch {
+		case err != nil:
+		case !ok:
+			err = fmt.Errorf("receiving the offer: descriptor %d is not a listener", i)
+		case i < len(m.Listeners):
+			o.Listeners = append(o.Listeners, Listener{Listener: ln, Inherited: m.Listeners[i].Inherited})
+		default:
+			o.Extra[m.Extra[i-len(m.Listeners)]] = ln
+		}
+	}
+	if err != nil {
+		closeFiles(files)
+		o.Refuse(err)
+		return nil, err
+	}
+	return o, nil
+}
+
+// Refuse tells the predecessor why nothing is taken over, and closes the link. The predecessor goes on serving.
+func (o *Offer) Refuse(why error) {
+	if payload, err := json.Marshal(handoverMessage{Type: msgError, Error: why.Error()}); err == nil {
+		_ = o.link.Send(payload, nil)
+	}
+	_ = o.link.Close()
+}
+
+// TakeOver takes over the connections, holds and counters of a predecessor. The server must be new: neither Serve nor
+// Drain was called. It returns when the server is the owner, or an error, which leaves the predecessor the owner; then
+// the server must not be used. The caller then calls ServeListener for each of the listeners, which are those of the
+// offer in the same order. Connections whose handler is no Resumer are refused by the predecessor.
+//
+// Connections that stay with the predecessor count as open until it reports their end; those that it has not reported
+// when it dies count as ReasonLost. The end of ctx counts only until the commit.
+func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) error {
+	if s.log == nil {
+		return errNotNew
+	}
+	if len(listeners) != len(o.Listeners) {
+		err := fmt.Errorf("taking over: got %d listeners, want the %d of the offer", len(listeners), len(o.Listeners))
+		o.Refuse(err)
+		return err
+	}
+	t := &successor{s: s, link: o.link, conns: make(map[uint64]*Conn)}
+	for _, l := range listeners {
+		t.acceptors = append(t.acceptors, newAcceptor(s, l))
+	}
+	stop := context.AfterFunc(ctx, func() { _ = o.link.SetDeadline(longAgo) })
+	err := t.run()
+	if !stop() && err == nil {
+		_ = o.link.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		t.abandon()
+		if cause := context.Cause(ctx); cause != nil {
+			err = fmt.Errorf("%w: %w", cause, err)
+		}
+		o.Refuse(err)
+		return fmt.Errorf("taking over: %w", err)
+	}
+	s.log.Info("took over", zap.Int("connections", len(t.started)), zap.Int("behind", t.behind), zap.String("from", o.Program))
+	return nil
+}
+
+// successor is the receiving end of a handover.
+type successor struct {
+	s         *Server
+	link      Link
+	acceptors []*acceptor
+	conns     map[uint64]*Conn // that were sent ahead
+	started   []resumption
+	behind    int
+}
+
+// resumption is a connection that is served once the server is its owner.
+type resumption struct {
+	c      *Conn
+	record handoverConn
+}
+
+func (t *successor) send(m handoverMessage) error {
+	payload, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return t.link.Send(payload, nil)
+}
+
+func (t *successor) run() error {
+	if err := t.send(handoverMessage{Type: msgReady}); err != nil {
+		return err
+	}
+	var final *handoverMessage
+	for {
+		m, files, err := receiveMessage(t.link)
+		if err != nil {
+			return err
+		}
+		switch {
+		case m.Type == msgConns:
+			err = t.adopt(m.Conns, files)
+		case m.Type == msgFinal:
+			final, err = &m, t.check(m)
+		case m.Type == msgCommit && final != nil:
+			return t.commit(*final)
+		default:
+			closeFiles(files)
+			err = fmt.Errorf("got unexpected message %q", m.Type)
+		}
+		if err != nil {
+			return err
+		}
+		if err := t.send(handoverMessage{Type: msgAck}); err != nil {
+			return err
+		}
+	}
+}
+
+// adopt makes connections of descriptors, and does not touch them.
+func (t *successor) adopt(records []handoverConn, files []any) error {
+	if len(records) != len(files) {
+		closeFiles(files)
+		return fmt.Errorf("got %d descriptors for %d connections", len(files), len(records))
+	}
+	for i, r := range records {
+		nc, ok := files[i].(net.Conn)
+		if !ok || r.Listener < 0 || r.Listener >= len(t.acceptors) {
+			closeFiles(files[i:])
+			return fmt.Errorf("connection %d: not a connection of an offered listener", r.ID)
+		}
+		c := newConn(t.acceptors[r.Listener], nc)
+		c.id = r.ID
+		if old := t.conns[r.ID]; old != nil {
+			_ = old.sock.Close()
+			connFiles.Add(-1)
+		}
+		t.conns[r.ID] = c
+	}
+	return nil
+}
+
+// check makes sure that everything is there.
+func (t *successor) check(m handoverMessage) error {
+	for _, r := range m.Conns {
+		c := t.conns[r.ID]
+		if c == nil {
+			return fmt.Errorf("connection %d came without a descriptor", r.ID)
+		}
+		if _, ok := c.from.handler.(Resumer); !ok && !r.Waiting {
+			return fmt.Errorf("connection %d: the handler cannot resume it", r.ID)
+		}
+	}
+	return nil
+}
+
+// commit makes this server the owner. It sends the acknowledgement before it reads or writes any connection.
+func (t *successor) commit(m handoverMessage) error {
+	s := t.s
+	if err := t.send(handoverMessage{Type: msgAck}); err != nil {
+		return err
+	}
+	slices.SortFunc(m.Conns, func(a, b handoverConn) int { return cmp.Compare(a.ID, b.ID) })
+	s.state.With(func(st *state) {
+		st.restore(m)
+		for _, r := range m.Conns {
+			c := t.conns[r.ID]
+			delete(t.conns, r.ID)
+			c.restore(r)
+			st.conns.add(c)
+			if r.Waiting {
+				c.from.parked = append(c.from.parked, c)
+				continue
+			}
+			c.admitted = true
+			c.phase.Store(int32(PhaseServing))
+			st.admitted++
+			st.countAddress(c, +1)
+			st.tasks++
+			t.started = append(t.started, resumption{c, r})
+		}
+		t.behind = len(st.behind)
+		for _, a := range t.acceptors {
+			st.adopted = append(st.adopted, a)
+		}
+		st.following = make(chan struct{})
+		for _, h := range m.Holds {
+			s.restoreHold(st, h)
+		}
+	})
+	t.abandon() // what was closed since it was sent ahead
+	for _, r := range t.started {
+		go r.c.serveResumed(r.record)
+	}
+	go s.followPredecessor(t.link)
+	return nil
+}
+
+// abandon closes the descriptors of connections that this server does not own. That sends nothing on the wire, because
+// the predecessor has them, too.
+func (t *successor) abandon() {
+	for id, c := range t.conns {
+		_ = c.sock.Close()
+		connFiles.Add(-1)
+		delete(t.conns, id)
+	}
+}
+
+// restore takes over the counters.
+func (st *state) restore(m handoverMessage) {
+	if st.phase == StateStarting {
+		st.enter(StateRunning)
+	}
+	st.lastID, st.lastHold, st.accepted = m.LastID, m.LastHold, m.Accepted
+	st.bytesIn, st.bytesOut = m.BytesIn, m.BytesOut
+	st.noticesSent, st.noticesFailed = m.NoticesSent, m.NoticesFailed
+	for name, n := range m.Closed {
+		st.closed[parseReason(name)] += n
+	}
+	for name, n := range m.Transitions {
+		if phase, err := ParseState(name); err == nil {
+			st.transitions[phase] += n
+		}
+	}
+	st.transitions[StateRunning]-- // the handover is not a new start
+	for _, c := range slices.Backward(m.Recent) {
+		st.recent.add(c.conn())
+	}
+	st.behind = make(map[uint64]handoverBehind, len(m.Behind))
+	for _, b := range m.Behind {
+		st.behind[b.ID] = b
+	}
+}
+
+// restore takes over what is known of a connection.
+func (c *Conn) restore(r handoverConn) {
+	c.opened, c.lastByte, c.writeClosed = c.srv.clockAt(r.Opened), r.LastByte, r.WriteClosed
+	c.active.Store(c.srv.clockAt(r.Active))
+	c.bytesIn.Store(r.BytesIn)
+	c.bytesOut.Store(r.BytesOut)
+	c.notified.Store(r.Notified)
+	c.told = !r.DrainDeadline.IsZero()
+	if r.Remote == "" && len(r.Labels) == 0 && r.ReadDeadline.IsZero() && r.WriteDeadline.IsZero() && !c.told {
+		return
+	}
+	c.closing.With(func(cl *closingState) {
+		x := cl.extra()
+		x.labels = maps.Clone(r.Labels)
+		if r.Remote != "" {
+			x.remote = parseAddr(r.Remote)
+		}
+		x.readDeadline, x.writeDeadline = r.ReadDeadline, r.WriteDeadline
+		c.hasWriteDeadline.Store(!r.WriteDeadline.IsZero())
+		if c.told {
+			x.drain = connDrain{begun: true, deadline: r.DrainDeadline, reason: r.DrainReason}
+		}
+	})
+	if !r.ReadDeadline.IsZero() {
+		_ = c.nc.SetReadDeadline(r.ReadDeadline)
+	}
+}
+
+// serveResumed is the goroutine of a connection that was taken over.
+func (c *Conn) serveResumed(r handoverConn) {
+	c.srv.connState(c, PhaseServing)
+	if len(r.Unsent) > 0 {
+		c.writeLock.Lock()
+		if n, err := c.write(r.Unsent); err != nil {
+			c.writeBroken = c.writeBroken || n < len(r.Unsent)
+		}
+		c.unlockWrite()
+	}
+	c.serveWith(func(ctx context.Context) error { return c.from.handler.(Resumer).ResumeConn(ctx, c, r.State) })
+}
+
+// restoreHold places a hold that the predecessor had.
+func (s *Server) restoreHold(st *state, info HoldInfo) {
+	before := st.visible()
+	h := &Hold{srv: s, info: info}
+	h.ended, h.end = context.WithCancelCause(context.Background())
+	if !info.Expires.IsZero() {
+		h.timer = time.AfterFunc(time.Until(info.Expires), func() { s.release(h, ErrExpired, Caller{}) })
+	}
+	st.holds = append(st.holds, h)
+	st.publishChange(before)
+}
+
+// followPredecessor receives the ends of the connections that stayed behind. It ends when the predecessor closes its end
+// of the link, or when this server drains, which waits for it.
+func (s *Server) followPredecessor(link Link) {
+	defer close(s.follower())
+	defer link.Close()
+	stop := context.AfterFunc(s.sweepCtx, func() { _ = link.SetDeadline(longAgo) })
+	defer stop()
+	for {
+		m, files, err := receiveMessage(link)
+		closeFiles(files)
+		if err != nil {
+			break
+		}
+		switch m.Type {
+		case msgEnded:
+			s.endedBehind(m.Ends)
+		case msgDrain:
+			if m.Force {
+				s.Force("upgrade")
+			} else if m.Drain != nil {
+				s.StartDrain(*m.Drain)
+			}
+		}
+	}
+	s.endBehind()
+}
+
+// follower returns the channel that followPredecessor closes; nil if nothing was taken over.
+func (s *Server) follower() (done chan struct{}) {
+	s.state.With(func(st *state) { done = st.following })
+	return done
+}
+
+// endedBehind counts connections that ended in the predecessor.
+func (s *Server) endedBehind(ends []handoverEnd) {
+	s.state.With(func(st *state) {
+		for _, e := range ends {
+			if _, ok := st.behind[e.ID]; !ok {
+				continue
+			}
+			delete(st.behind, e.ID)
+			st.closed[parseReason(e.Reason)]++
+			st.bytesIn += e.BytesIn
+			st.bytesOut += e.BytesOut
+		}
+	})
+}
+
+// endBehind counts the connections as lost whose end the predecessor did not report.
+func (s *Server) endBehind() {
+	var lost int
+	s.state.With(func(st *state) {
+		lost = len(st.behind)
+		st.closed[ReasonLost] += uint64(lost)
+		clear(st.behind)
+	})
+	if lost > 0 {
+		s.log.Warn("the predecessor ended without reporting its connections", zap.Int("lost", lost))
+	}
+}
+
+// clockAt is the inverse of at.
+func (s *Server) clockAt(t time.Time) int64 { return int64(t.Sub(s.started)) + 1 }
