@@ -263,6 +263,13 @@ func serve(ctx context.Context, f serveFlags) error {
 	}
 	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
+		if holds := newHoldsFile(sockets.control.Addr().String(), srv, log); holds != nil {
+			holds.reportLost()
+			planeOpts.OnRequest = func(route, method string, code int) {
+				stats.Request(route, method, code)
+				holds.onRequest(route, method, code)
+			}
+		}
 		plane := control.New(srv, planeOpts)
 		g.Add(plane.Actor(sockets.control))
 		probes = append(probes, plane.Probe)
