@@ -18,7 +18,7 @@ run: build ## build and run bin/echod; ARGS='--listen :7' are its arguments
 test: ## run the quick tests, under the race detector if there is a C compiler
 	scripts/test.sh
 
-check: ## run all tests that fit in 25 minutes, the other modules' too, and check coverage and packages
+check: ## run the slow tests, and check coverage, the other modules and the packages: up to 25 minutes
 	scripts/check.sh
 
 check-long: ## run the tests that take longer, before a release: fuzzing, hostile clients, long loads

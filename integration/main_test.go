@@ -55,15 +55,12 @@ var leanBinary = sync.OnceValues(func() (string, error) { return build("echod-le
 // embedBinary builds a program that embeds the library and whose handlers misbehave on request.
 var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed", raceEnabled) })
 
-// build builds a package. If GOCOVERDIR is set, the binary collects coverage data.
+// build builds a package, with or without the race detector.
 func build(name, pkg string, race bool) (string, error) {
 	path := filepath.Join(builds(), name)
 	args := []string{"build", "-buildvcs=false", "-o", path}
 	if race {
 		args = append(args, "-race")
-	}
-	if os.Getenv("GOCOVERDIR") != "" {
-		args = append(args, "-cover", "-covermode=atomic", "-coverpkg=../...")
 	}
 	if out, err := exec.Command("go", append(args, pkg)...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", pkg, err, out)
