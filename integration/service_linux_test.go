@@ -237,7 +237,7 @@ func (s *systemd) testJournal(t *testing.T) {
 			t.Errorf("entry %d is %v, want %q with priority 6", i, found[i], want)
 		}
 	}
-	warnings := s.entries(t, "PRIORITY=4", "STOP_TIMEOUT=1", invocation)
+	warnings := s.entries(t, "PRIORITY=4", "STOP_TIMEOUT=1s", invocation)
 	if len(warnings) != 1 {
 		t.Errorf("%d warnings about the stop timeout, want 1: %v", len(warnings), warnings)
 	}

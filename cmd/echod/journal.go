@@ -132,7 +132,7 @@ func journalValue(v any) string {
 	case []byte:
 		text = string(v)
 	case time.Duration:
-		text = fmt.Sprint(v.Seconds())
+		text = v.String()
 	case time.Time:
 		text = v.Format(time.RFC3339Nano)
 	default:

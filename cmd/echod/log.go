@@ -58,7 +58,7 @@ func newLogger(level, format string, onDropped func(cause string, entries int64)
 		config := zap.NewProductionEncoderConfig()
 		config.TimeKey = "time"
 		config.EncodeTime = zapcore.RFC3339NanoTimeEncoder
-		config.EncodeDuration = zapcore.SecondsDurationEncoder
+		config.EncodeDuration = zapcore.StringDurationEncoder
 		encoder = zapcore.NewJSONEncoder(config)
 	case "console":
 		config := zap.NewDevelopmentEncoderConfig()

@@ -159,13 +159,13 @@ func TestJournal(t *testing.T) {
 				t.Errorf("priority %d, want %d", priority, c.want)
 			}
 			want := map[string]string{
-				"SYSLOG_IDENTIFIER": "echod", "CONN": "17", "DURATION": "1.5", "STATE": "running",
+				"SYSLOG_IDENTIFIER": "echod", "CONN": "17", "DURATION": "1.5s", "STATE": "running",
 				"ECHOD_MESSAGE": "two\nlines", "ERROR": "no luck", "WHAT": `["a","b"]`,
 			}
 			if diff := cmp.Diff(want, vars); diff != "" {
 				t.Errorf("fields (-want +got):\n%s", diff)
 			}
-			if want := `connection closed  conn=17  duration=1.5  error="no luck"  message="two\nlines"  state=running  what="[\"a\",\"b\"]"`; message != want {
+			if want := `connection closed  conn=17  duration=1.5s  error="no luck"  message="two\nlines"  state=running  what="[\"a\",\"b\"]"`; message != want {
 				t.Errorf("message %q, want %q", message, want)
 			}
 		}

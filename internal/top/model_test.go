@@ -224,6 +224,16 @@ func TestConnectionEvents(t *testing.T) {
 	}
 }
 
+func TestNewConnectionsDoNotSeemToWait(t *testing.T) {
+	r := newRig(t)
+	c := r.aConn(5, 0)
+	c.State = "waiting"
+	r.happens(openedEvent(c))
+	r.expect(` +5 192.* new `)
+	r.lists(c)
+	r.expect(` +5 192.* waiting `)
+}
+
 func TestClosedConnections(t *testing.T) {
 	r := newRig(t)
 	r.presses("tab")

@@ -93,6 +93,11 @@ func (t *table) list(msg listMsg) {
 
 func (t *table) opened(c control.Conn, at time.Time) {
 	if len(t.rows) < maxRows && t.rows[c.ID] == nil {
+		// An event shows a connection before it is admitted. Where connections come and go faster than the lists, all
+		// would seem to wait.
+		if c.State == "waiting" {
+			c.State = "new"
+		}
 		t.rows[c.ID] = newRow(c, at)
 	}
 }
