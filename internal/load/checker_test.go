@@ -278,6 +278,20 @@ func TestCheckerBrokenBytes(t *testing.T) {
 			Echoes{Returned: 5, Lost: 4, Corrupted: 1},
 		},
 		{
+			"one and a bit in the place of two",
+			func(m [][]byte) [][]byte {
+				return append([][]byte{m[0], junk[:size+size/4], []byte("\n")}, m[3:]...)
+			},
+			Echoes{Returned: 8, Lost: 1, Corrupted: 1},
+		},
+		{
+			"one and most of another in the place of two",
+			func(m [][]byte) [][]byte {
+				return append([][]byte{m[0], junk[:size+size*3/4], []byte("\n")}, m[3:]...)
+			},
+			Echoes{Returned: 8, Corrupted: 2},
+		},
+		{
 			"a message never sent, a loss later, and a duplicate",
 			func(m [][]byte) [][]byte {
 				invented := makeMessage(origin{1, 1}, 77, size)

@@ -638,30 +638,41 @@ func (fullPoller) add(net.Conn, *user) (socket, error) {
 }
 
 func TestSeveralAddresses(t *testing.T) {
-	// The first two addresses of a name answer, the third refuses.
-	up1, up2 := serveTCP(t, faults{}.serve), serveTCP(t, faults{}.serve)
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	down := ln.Addr().String()
-	_ = ln.Close()
-	r := &run{opts: Options{Timeout: time.Second}}
-	for _, address := range []string{up1, up2, down} {
-		r.targets = append(r.targets, &target{network: "tcp", address: address})
-	}
-	for n := range 6 {
-		conn, err := r.dial(t.Context(), n)
+	t.Run("connections are spread, and pass over an address that refuses", func(t *testing.T) {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		down := ln.Addr().String()
+		_ = ln.Close()
+		r := &run{}
+		for _, address := range []string{serveTCP(t, faults{}.serve), serveTCP(t, faults{}.serve), down} {
+			r.targets = append(r.targets, &target{network: "tcp", address: address})
+		}
+		for n := range 6 {
+			conn, err := r.dial(t.Context(), n)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = conn.Close()
+		}
+		for i, want := range []TargetCount{{Made: 4}, {Made: 2}, {Failed: 2}} { // the third one passes its connects to the first
+			if got := r.targets[i]; got.made.Load() != want.Made || got.failed.Load() != want.Failed {
+				t.Errorf("address %d: %d made and %d failed, want %d and %d", i, got.made.Load(), got.failed.Load(), want.Made, want.Failed)
+			}
+		}
+	})
+	t.Run("one that hangs leaves time for the others", func(t *testing.T) {
+		hangs := &target{network: "tcp", address: serveTCP(t, silent), tls: &tls.Config{ServerName: "x"}}
+		r := &run{targets: []*target{hangs, {network: "tcp", address: serveTCP(t, silent)}}}
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 2*time.Second, errDialTimeout)
+		defer cancel()
+		conn, err := r.dial(ctx, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_ = conn.Close()
-	}
-	for i, want := range []TargetCount{{Made: 4}, {Made: 2}, {Failed: 2}} { // the third passes its connects to the first
-		if got := r.targets[i]; got.made.Load() != want.Made || got.failed.Load() != want.Failed {
-			t.Errorf("address %d: %d made and %d failed, want %d and %d", i, got.made.Load(), got.failed.Load(), want.Made, want.Failed)
-		}
-	}
+	})
 }
 
 func TestOptionsValidate(t *testing.T) {

@@ -65,10 +65,19 @@ func (r *run) prepare(ctx context.Context) error {
 	for _, h := range hosts {
 		r.targets = append(r.targets, &target{network: "tcp", address: net.JoinHostPort(h, strconv.Itoa(number)), tls: config})
 	}
-	if ports := localPorts() * len(hosts); ports > 0 && r.opts.Conns > ports {
-		return fmt.Errorf("load on %s: this machine has %d local ports for %d connections: %s", r.opts.Address, ports, r.opts.Conns, portAdvice)
+	if err := checkPorts(localPorts(), len(hosts), r.opts.Conns); err != nil {
+		return fmt.Errorf("load on %s: %w", r.opts.Address, err)
 	}
 	return nil
+}
+
+// checkPorts returns an error if this machine has too few local ports. Each is good for
+// one connection to each address. Zero ports means that the number is not known.
+func checkPorts(ports, addresses, conns int) error {
+	if ports == 0 || conns <= ports*addresses {
+		return nil
+	}
+	return fmt.Errorf("this machine has %d local ports for %d connections: %s", ports*addresses, conns, portAdvice)
 }
 
 // filesPerWorker is how many files a worker opens besides its connections.

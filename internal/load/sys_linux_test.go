@@ -79,12 +79,22 @@ func TestPreflight(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "raise the limit (ulimit -n)") {
 		t.Errorf("too many files: %v", err)
 	}
-	r := &run{opts: Options{Address: address, Conns: localPorts() + 1}.withDefaults()}
-	r.opts.Threads = 1
-	if used := r.opts.Conns + openFiles() + filesPerWorker; uint64(used) < limit.Cur { // otherwise the files are too few before the ports are
-		if err := r.prepare(ctx); err == nil || !strings.Contains(err.Error(), "local ports") {
-			t.Errorf("too many ports: %v", err)
+	for _, tt := range []struct {
+		ports, addresses, conns int
+		want                    string
+	}{
+		{51, 1, 51, ""},
+		{51, 1, 52, "this machine has 51 local ports for 52 connections"},
+		{51, 2, 102, ""},
+		{51, 2, 103, "this machine has 102 local ports for 103 connections"},
+		{0, 1, 1000, ""},
+	} {
+		if err := checkPorts(tt.ports, tt.addresses, tt.conns); (err == nil) != (tt.want == "") || err != nil && !strings.HasPrefix(err.Error(), tt.want) {
+			t.Errorf("%+v: %v", tt, err)
 		}
+	}
+	if n := localPorts(); n < 1 || n > 1<<16 {
+		t.Errorf("%d local ports", n)
 	}
 	if connected {
 		t.Error("a connection was made")
