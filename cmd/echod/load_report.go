@@ -119,6 +119,7 @@ func writeLoadLatencies(b *strings.Builder, r *load.Report) {
 
 func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', tabwriter.AlignRight)
+	names := strings.NewReplacer("_per_second", "/s", "p999", "p99.9", "_", " ")
 	fmt.Fprintln(w, "compared\tbefore\tnow\tchange\t")
 	for _, f := range c.Figures {
 		format := func(v float64) string { return humanize.Comma(int64(v + 0.5)) }
@@ -130,11 +131,12 @@ func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
 		switch {
 		case f.Before == f.After:
 			change = "same"
+		case f.Change != nil && *f.Change >= 9:
+			change = "x " + digits(*f.Change+1)
 		case f.Change != nil:
 			change = fmt.Sprintf("%+.1f %%", *f.Change*100)
 		}
-		name = strings.ReplaceAll(strings.Replace(name, "_per_", "/", 1), "_", " ")
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t\n", strings.Replace(name, "/second", "/s", 1), format(f.Before), format(f.After), change)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t\n", names.Replace(name), format(f.Before), format(f.After), change)
 	}
 	_ = w.Flush()
 	fmt.Fprintf(b, "Before: %s.\n", c.Before.Local().Format(time.DateTime))

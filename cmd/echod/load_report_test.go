@@ -90,14 +90,14 @@ func TestLoadReport(t *testing.T) {
 		}
 	})
 	t.Run("a comparison shows both runs, and what differs", func(t *testing.T) {
-		before := &load.Report{PerSecond: 1000, Conns: 5, Sizes: "64", Echo: load.Latency{P99: 0.001}}
-		now := &load.Report{PerSecond: 1500, Conns: 6, Sizes: "64", Echo: load.Latency{P99: 0.002}, Counts: load.Counts{Echoes: load.Echoes{Lost: 3}}}
+		before := &load.Report{PerSecond: 1000, Conns: 5, Sizes: "64", Echo: load.Latency{P99: 0.001, P999: 0.001}}
+		now := &load.Report{PerSecond: 1500, Conns: 6, Sizes: "64", Echo: load.Latency{P99: 0.002, P999: 1.5}, Counts: load.Counts{Echoes: load.Echoes{Lost: 3}}}
 		var b strings.Builder
 		if err := writeLoadReport(&b, now, []string{"bad"}, now.Compare(before)); err != nil {
 			t.Fatal(err)
 		}
 		got := strings.Join(strings.Fields(b.String()), " ")
-		for _, want := range []string{"echoes/s 1,000 1,500 +50.0 %", "echo p99 1.00 ms 2.00 ms +100.0 %", "lost 0 3 -", "corrupted 0 0 same", "conns: 6, was 5"} {
+		for _, want := range []string{"echoes/s 1,000 1,500 +50.0 %", "echo p99 1.00 ms 2.00 ms +100.0 %", "echo p99.9 1.00 ms 1.50 s x 1500", "lost 0 3 -", "corrupted 0 0 same", "conns: 6, was 5"} {
 			if !strings.Contains(got, want) {
 				t.Errorf("lacks %q:\n%s", want, b.String())
 			}

@@ -14,6 +14,10 @@ const (
 
 	// maxNotice is the length of the longest notice, in bytes.
 	maxNotice = 4 << 10
+
+	// maxIdleLine is the size of a line's buffer that is kept when no line is read, in
+	// bytes.
+	maxIdleLine = 64 << 10
 )
 
 // A checker decides what becomes of the messages of one connection. It does no
@@ -384,6 +388,9 @@ func (c *checker) feedLine(p []byte, now time.Duration) []byte {
 	c.line(now)
 	l.line = l.line[:0]
 	l.reading = l.holding || l.newlineOwed || l.junk > 0 || c.broken > 0
+	if !l.reading && cap(l.line) > maxIdleLine {
+		l.line, l.held = nil, nil
+	}
 	return p[i+1:]
 }
 

@@ -273,6 +273,19 @@ func TestHalvedKeepsLatencies(t *testing.T) {
 	}
 }
 
+func TestProgress(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opts := Options{Stages: at(250, time.Hour)}.withDefaults()
+		r := &run{opts: opts, schedule: newSchedule(&opts), began: time.Now(), step: window, total: filled()}
+		time.Sleep(time.Minute)
+		c := filled()
+		expect(t, "progress", r.progress(), Progress{
+			Elapsed: time.Minute, Open: int(c.open()), Sent: c.Echoes.Sent, Returned: c.Echoes.Returned, Lost: c.Echoes.Lost,
+			Corrupted: c.Echoes.Corrupted, Notices: c.Notices.Seen(), Reconnects: c.Reconnects, Offered: 250,
+		})
+	})
+}
+
 // The rate in Progress is that of all workers, each of which counts by its own clock.
 func TestProgressRateOfManyWorkers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -387,6 +387,18 @@ func TestConnections(t *testing.T) {
 		}
 		expect(t, "error", r.Errors[0], "connect: connection refused")
 	})
+	inBubble(t, "the wait before a reconnect grows while there is no echo", func(t *testing.T) {
+		r := runInMemory(t, Options{Dial: inMemory(t, nil), Duration: time.Minute, DrainWait: time.Second})
+		if n := r.Connects.Tried; n < 30 || n > 120 { // one a second at the end, and not twenty
+			t.Errorf("%d connects in a minute, want about 65", n)
+		}
+	})
+	inBubble(t, "the wait before a reconnect is short again after an echo", func(t *testing.T) {
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{1: hangUp}.serve), Stages: at(100, time.Minute)})
+		if n := r.Reconnects; n < 500 { // each after at most 100 ms, and not 2 s
+			t.Errorf("%d reconnects in a minute, want about 1000", n)
+		}
+	})
 	inBubble(t, "a connect that never ends has timed out", func(t *testing.T) {
 		hole := func(ctx context.Context, _ string) (net.Conn, error) {
 			<-ctx.Done()
