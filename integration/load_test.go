@@ -312,29 +312,3 @@ func TestLoadWithoutEnoughFiles(t *testing.T) {
 		}
 	}
 }
-
-func TestLoadUsage(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct{ flags, want string }{
-		{"--conns 0", "--conns 0: must be at least 1"},
-		{"--size 10", "at least 38"},
-		{"--rate -1", "from 0 to 10000000"},
-		{"--pipeline -1", "must not be negative"},
-		{"--duration 0s", "--duration 0s: must be longer than 0"},
-		{"--max-p99 fast", "invalid argument"},
-		{"--address foo", "missing port in address"},
-		{"--max-lost -1", "--max-lost: must not be negative"},
-		{"--plot x --hdr x", "must not be the same file"},
-		{"somewhere", "unknown command"},
-		{"--plot /no/such/place/p.svg", "no such file or directory"},
-	} {
-		got := run(t, commandOf(append([]string{built(t, echodBinary), "load", "--address", "127.0.0.1:1"}, strings.Fields(tt.flags)...)...))
-		want := 2
-		if strings.HasPrefix(tt.flags, "--plot /no") {
-			want = 1
-		}
-		if got.code != want || !strings.Contains(got.stderr, tt.want) || got.stdout != "" {
-			t.Errorf("%s: code %d, stderr %q, stdout %q; want code %d and %q", tt.flags, got.code, got.stderr, got.stdout, want, tt.want)
-		}
-	}
-}

@@ -251,6 +251,44 @@ func TestSeries(t *testing.T) {
 	}
 }
 
+// Each percentile is in its place, in points and in the report.
+func TestPercentiles(t *testing.T) {
+	tally := newTally()
+	for i := range 100_000 {
+		tally.echo(time.Duration(i+1) * time.Microsecond)
+	}
+	p := point{}
+	p.add(tally)
+	got := series([]point{p}, time.Second, time.Second, time.Second, func(time.Duration) float64 { return 0 })[0]
+	l := latencyOf(tally.second.echo)
+	for _, tt := range []struct {
+		name      string
+		got, want float64
+	}{
+		{"point, p50", got.P50, 0.05},
+		{"point, p99", got.P99, 0.099},
+		{"point, max", got.Max, 0.1},
+		{"mean", l.Mean, 0.05},
+		{"p50", l.P50, 0.05},
+		{"p90", l.P90, 0.09},
+		{"p99", l.P99, 0.099},
+		{"p99.9", l.P999, 0.0999},
+		{"p99.99", l.P9999, 0.09999},
+		{"max", l.Max, 0.1},
+	} {
+		precision := 0.0007 // of the histogram
+		if strings.HasPrefix(tt.name, "point") {
+			precision = 0.007
+		}
+		if math.Abs(tt.got/tt.want-1) > precision {
+			t.Errorf("%s is %v s, want %v", tt.name, tt.got, tt.want)
+		}
+	}
+	if l.Count != 100_000 {
+		t.Errorf("count %d", l.Count)
+	}
+}
+
 func TestHalvedKeepsLatencies(t *testing.T) {
 	var points []point
 	for i := range 5 {

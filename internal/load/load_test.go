@@ -781,6 +781,25 @@ func (s *echoSocket) awaitRoom(bool) error { return nil }
 func (s *echoSocket) closeWrite() error    { return nil }
 func (s *echoSocket) close()               {}
 
+func TestConnSocket(t *testing.T) {
+	inBubble(t, "what was read says how long ago it arrived", func(t *testing.T) {
+		near, far := pipes()
+		p := newConnPoller()
+		s, err := p.add(near, &user{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.close()
+		defer s.close()
+		_, _ = far.Write([]byte("hello"))
+		time.Sleep(10 * time.Millisecond)
+		buf := make([]byte, 10)
+		if n, ago, err := s.read(buf); string(buf[:n]) != "hello" || ago != 10*time.Millisecond || err != nil {
+			t.Errorf("read %q, %v ago, %v; want hello, 10 ms ago", buf[:n], ago, err)
+		}
+	})
+}
+
 func TestUser(t *testing.T) {
 	inBubble(t, "latency ends when a message is read, not when the worker woke up", func(t *testing.T) {
 		u := connectedUser(&echoSocket{takes: 10 * time.Millisecond}, Options{})
