@@ -19,7 +19,8 @@ import (
 // so that users do not get its dependencies.
 var toxiproxyBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(builds(), "toxiproxy")
-	out, err := exec.Command("go", "build", "-modfile=../tools/go.mod", "-o", path, "github.com/Shopify/toxiproxy/v2/cmd/server").CombinedOutput()
+	out, err := exec.Command("go", "build", "-modfile=../tools/go.mod", "-o", path,
+		"github.com/Shopify/toxiproxy/v2/cmd/server").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("building toxiproxy: %w\n%s", err, out)
 	}
@@ -87,7 +88,8 @@ func (x *toxic) post(path string, body, answer any) error {
 func (x *toxic) adds(kind string, attributes map[string]any) {
 	x.t.Helper()
 	var answer any
-	check(x.t, x.post("/proxies/echo/toxics", map[string]any{"type": kind, "stream": "downstream", "attributes": attributes}, &answer))
+	check(x.t, x.post("/proxies/echo/toxics",
+		map[string]any{"type": kind, "stream": "downstream", "attributes": attributes}, &answer))
 }
 
 // Each kind of network fault is reported as what it is.
@@ -106,7 +108,8 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			map[string]any{"latency": 300},
 			[]string{"--rate", "100", "--late", "250ms", "--drain-wait", "20s"},
 			0, func(v loadResult) bool {
-				return v.Echoes.Late == v.Echoes.Sent && v.Echoes.Returned == 100 && v.Echo.P50 >= 0.3 && v.Ends.Unannounced() == 0
+				return v.Echoes.Late == v.Echoes.Sent && v.Echoes.Returned == 100 && v.Echo.P50 >= 0.3 &&
+					v.Ends.Unannounced() == 0
 			},
 		},
 		{ // nothing arrives, and 200 ms after the last message the connection ends
@@ -114,7 +117,8 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			map[string]any{"timeout": 200},
 			[]string{"--rate", "100", "--drain-wait", "1s"},
 			1, func(v loadResult) bool {
-				return v.Echoes.Returned == 0 && v.Echoes.Lost == v.Echoes.Sent && v.Echoes.Lost == 100 && v.Ends.Closed == 2
+				return v.Echoes.Returned == 0 && v.Echoes.Lost == v.Echoes.Sent && v.Echoes.Lost == 100 &&
+					v.Ends.Closed == 2
 			},
 		},
 		{
@@ -122,7 +126,8 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			map[string]any{"timeout": 100},
 			[]string{"--rate", "100", "--reconnect=false"},
 			1, func(v loadResult) bool {
-				return v.Ends.Reset == 2 && v.Ends.Closed == 0 && v.Echoes.Lost == v.Echoes.Sent-v.Echoes.Returned && v.Echoes.Unsent > 0
+				return v.Ends.Reset == 2 && v.Ends.Closed == 0 &&
+					v.Echoes.Lost == v.Echoes.Sent-v.Echoes.Returned && v.Echoes.Unsent > 0
 			},
 		},
 		{ // 20 and a half messages
@@ -130,7 +135,8 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			map[string]any{"bytes": 20*64 + 32},
 			[]string{"--rate", "100", "--reconnect=false", "--pipeline", "1"},
 			1, func(v loadResult) bool {
-				return v.Echoes.Returned == 2*20 && v.Echoes.Lost == 2 && v.Echoes.Corrupted == 0 && v.Ends.Closed == 2 && v.Echoes.Unsent == 100-42
+				return v.Echoes.Returned == 2*20 && v.Echoes.Lost == 2 && v.Echoes.Corrupted == 0 &&
+					v.Ends.Closed == 2 && v.Echoes.Unsent == 100-42
 			},
 		},
 		{ // a stream may be cut into pieces
@@ -144,7 +150,8 @@ func TestLoadThroughABadNetwork(t *testing.T) {
 			t.Parallel()
 			x := startToxic(t, e.addr)
 			x.adds(tt.kind, tt.attributes)
-			v := startLoad(t, x.front, append(tt.flags, "--conns", "2", "--duration", "1s", "--json")...).report(tt.code)
+			v := startLoad(t, x.front,
+				append(tt.flags, "--conns", "2", "--duration", "1s", "--json")...).report(tt.code)
 			if !tt.want(v) {
 				t.Errorf("%+v\n%+v\n%+v\necho %+v", v.Echoes, v.Connects, v.Ends, v.Echo)
 			}

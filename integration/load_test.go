@@ -31,7 +31,8 @@ type loadRun struct {
 
 func startLoad(t testing.TB, address string, args ...string) *loadRun {
 	t.Helper()
-	l := &loadRun{t: t, cmd: exec.Command(built(t, echodBinary), append([]string{"load", "--address", address}, args...)...)}
+	l := &loadRun{t: t, cmd: exec.Command(built(t, echodBinary),
+		append([]string{"load", "--address", address}, args...)...)}
 	l.cmd.Stdout, l.cmd.Stderr, l.cmd.Env = &l.stdout, &l.stderr, environment()
 	check(t, l.cmd.Start())
 	overdue := time.AfterFunc(2*patience, func() { _ = l.cmd.Process.Kill() })
@@ -70,18 +71,23 @@ func TestLoadWritesItsFiles(t *testing.T) {
 	e := start(t)
 	dir := t.TempDir()
 	plot, table, log := filepath.Join(dir, "p.svg"), filepath.Join(dir, "h.hgrm"), filepath.Join(dir, "h.hlog")
-	tail, series, metrics := filepath.Join(dir, "q.svg"), filepath.Join(dir, "s.csv"), filepath.Join(dir, "m.prom")
+	tail, series, metrics := filepath.Join(dir, "q.svg"), filepath.Join(dir, "s.csv"), filepath.Join(dir,
+		"m.prom")
 	flags := []string{"load", "--address", e.addr, "--conns", "4", "--rate", "500", "--duration", "1s"}
-	got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--plot", plot, "--hdr", table, "--max-lost", "0", "--max-refused", "0")...)...))
+	got := run(t, commandOf(append([]string{built(t, echodBinary)},
+		append(flags, "--plot", plot, "--hdr", table, "--max-lost", "0", "--max-refused", "0")...)...))
 	if got.code != 0 || got.stderr != "" {
 		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
 	}
-	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost", "All messages came back", "p99.99"} {
+	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost",
+		"All messages came back", "p99.99"} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("the report lacks %q:\n%s", want, got.stdout)
 		}
 	}
-	if got := run(t, commandOf(append([]string{built(t, echodBinary)}, append(flags, "--json", "--hdr", log, "--plot-percentiles", tail, "--csv", series, "--prometheus", metrics)...)...)); got.code != 0 || got.stderr != "" {
+	if got := run(t, commandOf(append([]string{built(t, echodBinary)},
+		append(flags, "--json", "--hdr", log, "--plot-percentiles", tail, "--csv", series, "--prometheus",
+			metrics)...)...)); got.code != 0 || got.stderr != "" {
 		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
 	}
 
@@ -96,7 +102,8 @@ func TestLoadWritesItsFiles(t *testing.T) {
 	}
 	percentiles, err := os.ReadFile(table)
 	check(t, err)
-	if !strings.Contains(string(percentiles), "1/(1-Percentile)") || !strings.Contains(string(percentiles), "500") {
+	if !strings.Contains(string(percentiles), "1/(1-Percentile)") ||
+		!strings.Contains(string(percentiles), "500") {
 		t.Errorf("the table of percentiles:\n%s", percentiles)
 	}
 	written, err := os.ReadFile(log)
@@ -115,7 +122,8 @@ func TestLoadWritesItsFiles(t *testing.T) {
 	if echoes != 500 || intervals < 2 {
 		t.Errorf("the histogram log has %d echoes in %d seconds, want 500 in 2", echoes, intervals)
 	}
-	if head := readFile(t, series); !strings.HasPrefix(head, "at_seconds,offered_per_second,echoes_per_second,") || strings.Count(head, "\n") < 10 {
+	if head := readFile(t, series); !strings.HasPrefix(head,
+		"at_seconds,offered_per_second,echoes_per_second,") || strings.Count(head, "\n") < 10 {
 		t.Errorf("the CSV file:\n%s", head)
 	}
 	if text := readFile(t, metrics); !strings.Contains(text, `echod_load_messages_total{kind="returned"} 500`) {
@@ -130,7 +138,8 @@ func TestLoadShowsAStall(t *testing.T) {
 		t.Run("pipeline "+pipeline, func(t *testing.T) {
 			t.Parallel()
 			e := start(t)
-			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s", "--drain-wait", "20s",
+			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s",
+				"--drain-wait", "20s",
 				"--pipeline", pipeline, "--json")
 			e.awaitOpen(8)
 			poll(t, "a third of a second of messages", func() bool { return e.status().BytesIn >= 50_000 })
@@ -158,7 +167,8 @@ func TestLoadInterruptedStillFails(t *testing.T) {
 	l := startLoad(t, e.addr, "--rate", "100", "--duration", "1h", "--json", "--max-p999", "1ns")
 	poll(t, "some echoes", func() bool { return e.status().BytesOut >= 1000 })
 	check(t, l.cmd.Process.Signal(syscall.SIGINT))
-	if v := l.report(1); v.Echoes.Sent != v.Echoes.Returned || len(v.Failed) != 1 || !strings.Contains(l.stderr.String(), v.Failed[0]) {
+	if v := l.report(1); v.Echoes.Sent != v.Echoes.Returned || len(v.Failed) != 1 ||
+		!strings.Contains(l.stderr.String(), v.Failed[0]) {
 		t.Errorf("%+v, failed %q, stderr %q", v.Echoes, v.Failed, l.stderr.String())
 	}
 }
@@ -204,7 +214,8 @@ func TestLoadInterruptedTwiceStopsWaiting(t *testing.T) {
 func TestLoadAcrossARestart(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s")
-	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json", "--max-disconnects", "0", "--timeout", "20s")
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json",
+		"--max-disconnects", "0", "--timeout", "20s")
 	e.awaitOpen(16)
 	poll(t, "some messages", func() bool { return e.status().BytesIn >= 50_000 })
 	e.signal(syscall.SIGTERM)
@@ -214,8 +225,10 @@ func TestLoadAcrossARestart(t *testing.T) {
 	if v.Echoes.Sent != 8000 || v.Echoes.Returned != 8000 {
 		t.Errorf("%+v: want 8000 sent and returned", v.Echoes)
 	}
-	if v.Notices.Shutdown != 16 || v.Notices.Heeded != 16 || v.Ends.Noticed != 16 || v.Reconnects != 16 || v.Outage.Clients != 16 {
-		t.Errorf("notices %+v, ends %+v, %d reconnects, outage %+v: want 16 of each", v.Notices, v.Ends, v.Reconnects, v.Outage)
+	if v.Notices.Shutdown != 16 || v.Notices.Heeded != 16 || v.Ends.Noticed != 16 || v.Reconnects != 16 ||
+		v.Outage.Clients != 16 {
+		t.Errorf("notices %+v, ends %+v, %d reconnects, outage %+v: want 16 of each", v.Notices, v.Ends,
+			v.Reconnects, v.Outage)
 	}
 }
 
@@ -223,7 +236,8 @@ func TestLoadAcrossARestart(t *testing.T) {
 func TestLoadAcrossAKill(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	l := startLoad(t, e.addr, "--conns", "16", "--rate", "20000", "--duration", "3s", "--json", "--max-disconnects", "3")
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "20000", "--duration", "3s", "--json",
+		"--max-disconnects", "3")
 	e.awaitOpen(16)
 	e.signal(syscall.SIGSTOP) // so that something is in flight for certain
 	time.Sleep(200 * time.Millisecond)
@@ -238,7 +252,8 @@ func TestLoadAcrossAKill(t *testing.T) {
 		t.Errorf("ends %+v, %d reconnects: want 16", v.Ends, v.Reconnects)
 	}
 	said := strings.Join(v.Failed, "; ")
-	if !strings.Contains(said, "lost") || !strings.Contains(said, "16 connections ended without a notice: more than 3") {
+	if !strings.Contains(said, "lost") ||
+		!strings.Contains(said, "16 connections ended without a notice: more than 3") {
 		t.Errorf("failed for %q", said)
 	}
 	if !strings.Contains(l.stderr.String(), said) {
@@ -250,7 +265,8 @@ func TestLoadAcrossAKill(t *testing.T) {
 func TestLoadAcrossARolloutBehindHAProxy(t *testing.T) {
 	slow(t)
 	f := startFleet(t)
-	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json", "--max-refused", "0", "--max-disconnects", "0")
+	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json",
+		"--max-refused", "0", "--max-disconnects", "0")
 	poll(t, "all connections", func() bool {
 		return f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections >= 20
 	})
@@ -282,7 +298,8 @@ func TestLoadAgainstAnotherServer(t *testing.T) {
 		_ = server.Process.Kill()
 		_ = server.Wait()
 	})
-	v := startLoad(t, "127.0.0.1:"+port, "--conns", "5", "--rate", "500", "--duration", "1s", "--json", "--size", "100", "--drain-wait", "20s").report(0)
+	v := startLoad(t, "127.0.0.1:"+port, "--conns", "5", "--rate", "500", "--duration", "1s", "--json",
+		"--size", "100", "--drain-wait", "20s").report(0)
 	if v.Echoes.Sent != 500 || v.Echoes.Returned != 500 {
 		t.Errorf("%+v", v.Echoes)
 	}
@@ -306,8 +323,11 @@ func TestLoadWithoutEnoughFiles(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	for conns, code := range map[string]int{"20": 0, "60": 1, "200": 1} {
-		got := run(t, commandOf("sh", "-c", `ulimit -n 70; exec "$@"`, "sh", built(t, echodBinary), "load", "--address", e.addr, "--conns", conns, "--rate", "100", "--duration", "300ms"))
-		if got.code != code || code == 1 && !strings.Contains(got.stderr, "too many open files for "+conns+" connections: raise the limit (ulimit -n)") {
+		got := run(t, commandOf("sh", "-c", `ulimit -n 70; exec "$@"`, "sh", built(t, echodBinary), "load",
+			"--address", e.addr, "--conns", conns, "--rate", "100", "--duration", "300ms"))
+		if got.code != code || code == 1 &&
+			!strings.Contains(got.stderr,
+				"too many open files for "+conns+" connections: raise the limit (ulimit -n)") {
 			t.Errorf("%s connections: code %d, %s\n%s", conns, got.code, got.stderr, got.stdout)
 		}
 	}

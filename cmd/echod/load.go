@@ -67,36 +67,54 @@ reordered, or if a limit (--max-...) was exceeded, 2 for usage errors.`,
 func (l *loader) addFlags(f *pflag.FlagSet) {
 	o := &l.opts
 	f.SortFlags = false
-	f.StringVar(&o.Address, "address", "127.0.0.1:9999", "`address` of the server: host:port, tls://host:port or\nunix:///path; connections are spread over all IP addresses\nof the host")
-	f.StringVar(&l.cacert, "cacert", "", "`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
+	f.StringVar(&o.Address, "address", "127.0.0.1:9999",
+		"`address` of the server: host:port, tls://host:port or\nunix:///path; connections are spread over all IP addresses\nof the host")
+	f.StringVar(&l.cacert, "cacert", "",
+		"`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
 	f.IntVar(&o.Conns, "conns", 1, "`number` of connections at a time")
-	f.Float64Var(&l.rate, "rate", 0, "`messages` per second, over all connections (default: each\nconnection sends when it has its echo)")
-	f.StringVar(&l.stages, "stages", "", "`list` of rates and times, such as 100:30s,500:1m, instead of\n--rate and --duration")
-	f.StringVar(&l.size, "size", "64", fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\nor both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
+	f.Float64Var(&l.rate, "rate", 0,
+		"`messages` per second, over all connections (default: each\nconnection sends when it has its echo)")
+	f.StringVar(&l.stages, "stages", "",
+		"`list` of rates and times, such as 100:30s,500:1m, instead of\n--rate and --duration")
+	f.StringVar(&l.size, "size", "64",
+		fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\nor both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
 	f.DurationVar(&o.Duration, "duration", load.DefaultDuration, "`time` for which messages are sent")
-	f.StringVar(&l.think, "think", "", "`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo (default: none); not with --rate or --stages")
-	f.IntVar(&o.Pipeline, "pipeline", 0, fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
+	f.StringVar(&l.think, "think", "",
+		"`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo (default: none); not with --rate or --stages")
+	f.IntVar(&o.Pipeline, "pipeline", 0,
+		fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened (default: all at once)")
-	f.DurationVar(&o.Churn, "churn", 0, "`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
-	f.BoolVar(&l.reconnect, "reconnect", true, "replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn\nreplaces them")
+	f.DurationVar(&o.Churn, "churn", 0,
+		"`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
+	f.BoolVar(&l.reconnect, "reconnect", true,
+		"replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn\nreplaces them")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo is late")
-	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait, "`time` to wait for messages in flight at the end; then they\nare lost, and connects have timed out")
-	f.IntVar(&o.Threads, "loops", 0, "`threads` that generate the load (default: one for each four\nprocessors)")
+	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait,
+		"`time` to wait for messages in flight at the end; then they\nare lost, and connects have timed out")
+	f.IntVar(&o.Threads, "loops", 0,
+		"`threads` that generate the load (default: one for each four\nprocessors)")
 	f.BoolVar(&l.json, "json", false, "print the report as JSON, with its time series")
 	f.StringVar(&l.compare, "compare", "", "`file` with the --json report of an earlier run, to compare with")
 	f.StringVar(&l.files[plotFile], "plot", "", "`file` for an SVG picture of latency and throughput over time")
-	f.StringVar(&l.files[percentilePlotFile], "plot-percentiles", "", "`file` for an SVG picture of latency by percentile")
-	f.StringVar(&l.files[hdrFile], "hdr", "", "`file` for the latencies: an HdrHistogram log with one interval\na second if its name ends in .hlog, else a table of percentiles")
+	f.StringVar(&l.files[percentilePlotFile], "plot-percentiles", "",
+		"`file` for an SVG picture of latency by percentile")
+	f.StringVar(&l.files[hdrFile], "hdr", "",
+		"`file` for the latencies: an HdrHistogram log with one interval\na second if its name ends in .hlog, else a table of percentiles")
 	f.StringVar(&l.files[csvFile], "csv", "", "`file` for the time series as CSV")
 	f.StringVar(&l.files[prometheusFile], "prometheus", "", "`file` for the report in Prometheus' text format")
 	f.DurationVar(&l.max.p99, "max-p99", 0, "fail if more than 1 % of the echoes take longer than this `time`")
-	f.DurationVar(&l.max.p999, "max-p999", 0, "fail if more than 0.1 % of the echoes take longer than this\n`time`")
-	f.DurationVar(&l.max.connectP99, "max-connect-p99", 0, "fail if more than 1 % of the connects take longer than this\n`time`")
+	f.DurationVar(&l.max.p999, "max-p999", 0,
+		"fail if more than 0.1 % of the echoes take longer than this\n`time`")
+	f.DurationVar(&l.max.connectP99, "max-connect-p99", 0,
+		"fail if more than 1 % of the connects take longer than this\n`time`")
 	f.Int64Var(&l.max.lost, "max-lost", 0, "fail if more than this `number` of messages are lost")
-	f.Int64Var(&l.max.refused, "max-refused", 0, "fail if more than this `number` of connects are refused, turned\naway or fail otherwise")
-	f.Int64Var(&l.max.disconnects, "max-disconnects", 0, "fail if more than this `number` of connections end without a\nnotice")
-	f.DurationVar(&l.max.outage, "max-outage", 0, "fail if a client is without service for more than this `time`")
+	f.Int64Var(&l.max.refused, "max-refused", 0,
+		"fail if more than this `number` of connects are refused, turned\naway or fail otherwise")
+	f.Int64Var(&l.max.disconnects, "max-disconnects", 0,
+		"fail if more than this `number` of connections end without a\nnotice")
+	f.DurationVar(&l.max.outage, "max-outage", 0,
+		"fail if a client is without service for more than this `time`")
 }
 
 // The files that a report can be written to.
@@ -174,7 +192,8 @@ func (l *loader) check(flags *pflag.FlagSet) error {
 	if l.opts.Duration <= 0 {
 		return usagef("--duration %s: must be longer than 0", l.opts.Duration)
 	}
-	for flag, d := range map[string]time.Duration{"timeout": l.opts.Timeout, "late": l.opts.Late, "drain-wait": l.opts.DrainWait} {
+	for flag, d := range map[string]time.Duration{"timeout": l.opts.Timeout, "late": l.opts.Late,
+		"drain-wait": l.opts.DrainWait} {
 		if d == 0 {
 			return usagef("--%s 0s: must be longer than 0", flag)
 		}

@@ -40,7 +40,8 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 
 // loadTitle says what was done.
 func loadTitle(r *load.Report) string {
-	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, text.Count(r.Conns, "connection"), seconds(r.Lasted))}
+	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, text.Count(r.Conns, "connection"),
+		seconds(r.Lasted))}
 	sizes := "messages of " + strings.ReplaceAll(r.Sizes, ",", ", ") + " bytes"
 	model := "Open model: latency counts from when each message was due."
 	switch {
@@ -74,21 +75,29 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 	}
 	n := func(n int64, what string) string { return humanize.Comma(n) + " " + what }
 	c, e, not, end := r.Connects, r.Echoes, r.Notices, r.Ends
-	row("connects", append([]string{n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"), n(c.Reset, "reset"), n(c.TimedOut, "timed out")},
-		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway, "turned away")...)...)
-	row("echoes", append([]string{n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"), n(e.Lost, "lost"), n(e.Corrupted, "corrupted")},
+	row("connects", append([]string{n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"),
+		n(c.Reset, "reset"), n(c.TimedOut, "timed out")},
+		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway,
+			"turned away")...)...)
+	row("echoes", append([]string{n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"),
+		n(e.Lost, "lost"), n(e.Corrupted, "corrupted")},
 		nonzero(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
 	row("order", n(e.Duplicated, "duplicated"), n(e.Reordered, "out of order"), n(e.Foreign, "misdelivered"))
 	throughput := []string{humanize.Comma(int64(r.PerSecond+0.5)) + " echoes/s over " + seconds(r.Took)}
 	if r.OfferedPerSecond > 0 {
-		throughput = append(throughput, fmt.Sprintf("%s/s offered over %s", humanize.Comma(int64(r.OfferedPerSecond+0.5)), seconds(r.Lasted)))
+		throughput = append(throughput,
+			fmt.Sprintf("%s/s offered over %s", humanize.Comma(int64(r.OfferedPerSecond+0.5)),
+				seconds(r.Lasted)))
 	}
 	row("throughput", throughput...)
 	row("notices", append([]string{n(not.Seen(), "seen"), n(not.Heeded, "heeded")},
-		nonzero(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages, "NOTICE")...)...)
-	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed"), n(end.Reset, "reset"), n(end.Failed, "other"))
+		nonzero(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages,
+			"NOTICE")...)...)
+	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed"),
+		n(end.Reset, "reset"), n(end.Failed, "other"))
 	row("reconnects", humanize.Comma(r.Reconnects))
-	row("without service", n(int64(r.Outage.Clients), "of "+text.Count(r.Conns, "client")), "median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
+	row("without service", n(int64(r.Outage.Clients), "of "+text.Count(r.Conns, "client")),
+		"median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
 	if len(r.Addresses) > 1 {
 		for i, a := range r.Addresses {
 			name := ""

@@ -29,7 +29,8 @@ func parseLoad(t *testing.T, args ...string) (*loader, error) {
 
 // Each flag sets what it is named for.
 func TestLoadFlags(t *testing.T) {
-	l, err := parseLoad(t, "--address", "there:1", "--conns", "2", "--rate", "3.5", "--size", "104", "--duration", "5s", "--pipeline", "6",
+	l, err := parseLoad(t, "--address", "there:1", "--conns", "2", "--rate", "3.5", "--size", "104",
+		"--duration", "5s", "--pipeline", "6",
 		"--ramp", "7s", "--churn", "8s", "--reconnect=false", "--timeout", "9s", "--late", "10s", "--drain-wait", "11s", "--loops", "12",
 		"--max-p99", "13s", "--max-p999", "14s", "--max-connect-p99", "15s", "--max-lost", "16", "--max-refused", "17",
 		"--max-disconnects", "18", "--max-outage", "19s", "--plot", "p.svg", "--plot-percentiles", "q.svg", "--hdr", "h.hlog",
@@ -38,7 +39,8 @@ func TestLoadFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := load.Options{
-		Address: "there:1", Conns: 2, Stages: []load.Stage{{Rate: 3.5, Duration: 5 * time.Second}}, Sizes: load.FixedSize(104),
+		Address: "there:1", Conns: 2, Stages: []load.Stage{{Rate: 3.5,
+			Duration: 5 * time.Second}}, Sizes: load.FixedSize(104),
 		Duration: 5 * time.Second, Pipeline: 6, Ramp: 7 * time.Second, Churn: 8 * time.Second, NoReconnect: true,
 		Timeout: 9 * time.Second, Late: 10 * time.Second, DrainWait: 11 * time.Second, Threads: 12,
 	}
@@ -52,19 +54,23 @@ func TestLoadFlags(t *testing.T) {
 	if diff := cmp.Diff(limits, l.limits); diff != "" {
 		t.Errorf("limits (-want +got):\n%s", diff)
 	}
-	files := [loadFileCount]string{plotFile: "p.svg", percentilePlotFile: "q.svg", hdrFile: "h.hlog", csvFile: "c.csv", prometheusFile: "m.prom"}
+	files := [loadFileCount]string{plotFile: "p.svg", percentilePlotFile: "q.svg", hdrFile: "h.hlog",
+		csvFile: "c.csv", prometheusFile: "m.prom"}
 	if l.files != files || !l.json || l.compare != "b.json" || l.cacert != "ca.pem" {
 		t.Errorf("files %q, json %v, compare %q, cacert %q", l.files, l.json, l.compare, l.cacert)
 	}
-	if l, err = parseLoad(t); err != nil || l.limits != (load.Limits{}) || l.opts.NoReconnect || l.opts.Stages != nil || l.opts.Think != (load.Range{}) {
+	if l, err = parseLoad(t); err != nil || l.limits != (load.Limits{}) || l.opts.NoReconnect ||
+		l.opts.Stages != nil || l.opts.Think != (load.Range{}) {
 		t.Errorf("without flags: %+v, %v", l, err)
 	}
 	l, err = parseLoad(t, "--think", "1s-2s", "--size", "64-100")
-	if err != nil || l.opts.Think != (load.Range{Min: time.Second, Max: 2 * time.Second}) || l.opts.Sizes.String() != "64-100" {
+	if err != nil || l.opts.Think != (load.Range{Min: time.Second, Max: 2 * time.Second}) ||
+		l.opts.Sizes.String() != "64-100" {
 		t.Errorf("think time %v, sizes %v, %v", l.opts.Think, l.opts.Sizes, err)
 	}
 	l, err = parseLoad(t, "--stages", "1:2s,3:4s")
-	if err != nil || len(l.opts.Stages) != 2 || l.opts.Stages[1] != (load.Stage{Rate: 3, Duration: 4 * time.Second}) {
+	if err != nil || len(l.opts.Stages) != 2 ||
+		l.opts.Stages[1] != (load.Stage{Rate: 3, Duration: 4 * time.Second}) {
 		t.Errorf("stages %v, %v", l.opts.Stages, err)
 	}
 }

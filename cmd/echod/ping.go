@@ -59,14 +59,16 @@ came before the first ping was done.`,
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVar(&p.address, "address", "127.0.0.1:9999", "`address` of the server, if HOST:PORT is not given: host:port,\ntls://host:port or unix:///path")
+	f.StringVar(&p.address, "address", "127.0.0.1:9999",
+		"`address` of the server, if HOST:PORT is not given: host:port,\ntls://host:port or unix:///path")
 	f.IntVarP(&p.count, "count", "c", 1, "`number` of pings; 0 means until Ctrl-C")
 	f.VarP(&p.interval, "interval", "i", "`time` from one ping to the next: seconds, or with a unit")
 	f.VarP(&p.timeout, "timeout", "W", "`time` to wait for a ping: seconds, or with a unit")
 	f.BoolVarP(&p.ipv4, "ipv4", "4", false, "use IPv4 only")
 	f.BoolVarP(&p.ipv6, "ipv6", "6", false, "use IPv6 only")
 	f.IntVarP(&p.size, "size", "s", 64, "`bytes` of the message, including its newline")
-	f.StringVar(&p.cacert, "cacert", "", "`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
+	f.StringVar(&p.cacert, "cacert", "",
+		"`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
 	f.BoolVar(&p.json, "json", false, "print JSON, one object per line")
 	f.BoolVarP(&p.quiet, "quiet", "q", false, "print nothing; if no echo came back, the reason goes to stderr")
 	return cmd
@@ -426,7 +428,8 @@ func (p *pinger) print(r pingResult) error {
 		if r.DNS != nil {
 			dns = " dns=" + latency(*r.DNS)
 		}
-		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s echo=%s\n", r.Bytes, from, r.Seq, dns, latency(*r.Connect), latency(*r.Echo))
+		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s echo=%s\n", r.Bytes, from, r.Seq,
+			dns, latency(*r.Connect), latency(*r.Echo))
 	}
 	if err != nil {
 		return fmt.Errorf("writing: %w", err)
@@ -504,7 +507,8 @@ func (p *pinger) summarize(took time.Duration) error {
 	if s.Returned > 0 {
 		lost = min(lost, 99.9) // not rounded to 100
 	}
-	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost", p.address, s.Sent, s.Returned, lost)
+	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost", p.address,
+		s.Sent, s.Returned, lost)
 	for _, result := range slices.Sorted(maps.Keys(s.Results)) {
 		if result != pingOK {
 			fmt.Fprintf(p.out, ", %d %s", s.Results[result], result)

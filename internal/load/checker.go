@@ -72,7 +72,8 @@ type flight struct {
 	frame
 }
 
-func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t *tally, onNotice func(client.Notice)) *checker {
+func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t *tally,
+	onNotice func(client.Notice)) *checker {
 	return &checker{
 		from: from, template: from.template(), runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
 		late: late, tally: t, onNotice: onNotice,

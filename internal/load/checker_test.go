@@ -15,7 +15,8 @@ import (
 // newTestChecker returns a checker that ignores notices, and its counts.
 func newTestChecker(sizes Sizes) (*checker, *tally) {
 	sum := newTally()
-	return newChecker(origin{1, 1}, newPadding(sizes.Max()), sizes, time.Second, sum, func(client.Notice) {}), sum
+	return newChecker(origin{1, 1}, newPadding(sizes.Max()), sizes, time.Second, sum,
+		func(client.Notice) {}), sum
 }
 
 // write takes everything that a checker has to be written, in pieces of n bytes.
@@ -165,7 +166,8 @@ func FuzzChecker(f *testing.F) {
 			d.want.Corrupted = sum.Echoes.Corrupted
 		}
 		if diff := cmp.Diff(d.want, sum.Echoes); diff != "" || notices != d.notices {
-			t.Errorf("%d notices found, want %d; counts (-want +got):\n%s\n%q", notices, d.notices, diff, d.stream)
+			t.Errorf("%d notices found, want %d; counts (-want +got):\n%s\n%q", notices, d.notices, diff,
+				d.stream)
 		}
 	})
 }
@@ -183,7 +185,8 @@ func TestChecker(t *testing.T) {
 					c.feed(append(bytes.Clone(all[MinSize:][:cut]), end...), 0)
 				}
 				if lost := c.finish(); lost != 1 || sum.Echoes.Returned != 1 || sum.Echoes.Corrupted != 0 {
-					t.Errorf("cut after %d bytes, then %q: %d lost, %+v; want 1 returned, 1 lost", cut, end, lost, sum.Echoes)
+					t.Errorf("cut after %d bytes, then %q: %d lost, %+v; want 1 returned, 1 lost", cut, end,
+						lost, sum.Echoes)
 				}
 			}
 		}
@@ -206,7 +209,8 @@ func TestChecker(t *testing.T) {
 			}
 			begun := c.wrote(written)
 			if got := len(c.retract()); got != want || begun != int64(3-want) {
-				t.Errorf("after %d bytes %d messages are begun and %d withdrawn, want %d and %d", written, begun, got, 3-want, want)
+				t.Errorf("after %d bytes %d messages are begun and %d withdrawn, want %d and %d", written,
+					begun, got, 3-want, want)
 			}
 			if lost := c.finish(); lost != int64(3-want) {
 				t.Errorf("after %d bytes %d messages are lost, want %d", written, lost, 3-want)
@@ -262,7 +266,10 @@ func TestCheckerBrokenBytes(t *testing.T) {
 	}{
 		{
 			"a greeting, and losses later",
-			func(m [][]byte) [][]byte { return [][]byte{junk, []byte("\n"), m[0], m[1], m[3], m[4], m[6], m[9]} },
+			func(m [][]byte) [][]byte {
+				return [][]byte{junk, []byte("\n"), m[0], m[1], m[3], m[4], m[6],
+					m[9]}
+			},
 			Echoes{Returned: 6, Lost: 4, Unexpected: 10},
 		},
 		{
@@ -274,7 +281,10 @@ func TestCheckerBrokenBytes(t *testing.T) {
 		},
 		{
 			"less than is missing there",
-			func(m [][]byte) [][]byte { return [][]byte{m[0], junk[:size-1], []byte("\n"), m[3], m[4], m[5], m[6]} },
+			func(m [][]byte) [][]byte {
+				return [][]byte{m[0], junk[:size-1], []byte("\n"), m[3], m[4], m[5],
+					m[6]}
+			},
 			Echoes{Returned: 5, Lost: 4, Corrupted: 1},
 		},
 		{
@@ -301,7 +311,10 @@ func TestCheckerBrokenBytes(t *testing.T) {
 		},
 		{
 			"in the place of a message that arrives later",
-			func(m [][]byte) [][]byte { return append([][]byte{junk[:size-1], []byte("\n"), m[1], m[0]}, m[2:]...) },
+			func(m [][]byte) [][]byte {
+				return append([][]byte{junk[:size-1], []byte("\n"), m[1], m[0]},
+					m[2:]...)
+			},
 			Echoes{Returned: 10, Reordered: 1, Unexpected: 1},
 		},
 		{
@@ -369,7 +382,8 @@ func TestSizes(t *testing.T) {
 			t.Errorf("%s: max %d, mean %d, %q, %v; want %+v", text, s.Max(), s.Mean(), s.String(), err, want)
 		}
 	}
-	for _, text := range []string{"", "x", "64-", "64-63", "37", "64:0", "64:-1", "64:x", "64,,", "1099511627776", "64:NaN"} {
+	for _, text := range []string{"", "x", "64-", "64-63", "37", "64:0", "64:-1", "64:x", "64,,",
+		"1099511627776", "64:NaN"} {
 		if s, err := ParseSizes(text); err == nil {
 			t.Errorf("%q is accepted as %v", text, s)
 		}

@@ -83,10 +83,15 @@ func TestCountsAdd(t *testing.T) {
 			sum     func(*Counts) int64
 			summand []string
 		}{
-			{func(c *Counts) int64 { return c.Connects.Missed() }, []string{"Connects.Refused", "Connects.Reset", "Connects.TimedOut", "Connects.Failed", "Connects.TurnedAway"}},
-			{func(c *Counts) int64 { return c.Ends.Unannounced() }, []string{"Ends.Closed", "Ends.Reset", "Ends.Failed"}},
-			{func(c *Counts) int64 { return c.Notices.Seen() }, []string{"Notices.Shutdown", "Notices.Paused", "Notices.Busy", "Notices.Messages"}},
-			{func(c *Counts) int64 { return -c.open() }, []string{"Ends.Left", "Ends.Noticed", "Ends.Closed", "Ends.Reset", "Ends.Failed"}},
+			{func(c *Counts) int64 { return c.Connects.Missed() },
+				[]string{"Connects.Refused", "Connects.Reset", "Connects.TimedOut", "Connects.Failed",
+					"Connects.TurnedAway"}},
+			{func(c *Counts) int64 { return c.Ends.Unannounced() },
+				[]string{"Ends.Closed", "Ends.Reset", "Ends.Failed"}},
+			{func(c *Counts) int64 { return c.Notices.Seen() },
+				[]string{"Notices.Shutdown", "Notices.Paused", "Notices.Busy", "Notices.Messages"}},
+			{func(c *Counts) int64 { return -c.open() },
+				[]string{"Ends.Left", "Ends.Noticed", "Ends.Closed", "Ends.Reset", "Ends.Failed"}},
 		} {
 			var names Counts
 			for name := range leaves(reflect.ValueOf(&names).Elem(), "") {
@@ -121,7 +126,8 @@ func TestSlowThenFast(t *testing.T) {
 				slow++
 			}
 			if p.At >= 0.8 && p.Max > 0.01 {
-				t.Errorf("after %v s: p50 %v, p99 %v, max %v s, though the stall was over", p.At, p.P50, p.P99, p.Max)
+				t.Errorf("after %v s: p50 %v, p99 %v, max %v s, though the stall was over", p.At, p.P50,
+					p.P99, p.Max)
 			}
 		}
 		if slow == 0 {
@@ -132,7 +138,8 @@ func TestSlowThenFast(t *testing.T) {
 		}
 		seconds := readLog(t, &log, "echo")
 		if len(seconds) < 5 || seconds[0].Max() < int64(400*time.Millisecond) {
-			t.Fatalf("%d intervals in the log, the first with a maximum of %v", len(seconds), time.Duration(seconds[0].Max()))
+			t.Fatalf("%d intervals in the log, the first with a maximum of %v", len(seconds),
+				time.Duration(seconds[0].Max()))
 		}
 		total := int64(0)
 		for i, h := range seconds {
@@ -166,38 +173,43 @@ func readLog(t *testing.T, log io.Reader, tag string) (all []*hdrhistogram.Histo
 }
 
 func TestHistogramLog(t *testing.T) {
-	inBubble(t, "there is an interval for each second, even without echoes, from all workers", func(t *testing.T) {
-		var log bytes.Buffer
-		began := time.Now()
-		r := runInMemory(t, Options{
-			Dial: inMemory(t, faults{}.serve), Conns: 6, Threads: 3, HistogramLog: &log,
-			Stages: []Stage{{300, 2 * time.Second}, {0, 2 * time.Second}, {600, 1500 * time.Millisecond}},
-		})
-		text := log.String()
-		var counts []int64
-		for i, h := range readLog(t, strings.NewReader(text), "echo") {
-			counts = append(counts, h.TotalCount())
-			if start := time.UnixMilli(h.StartTimeMs()); start.Sub(began).Round(time.Millisecond) != time.Duration(i)*time.Second {
-				t.Errorf("interval %d begins after %v", i, start.Sub(began))
+	inBubble(t, "there is an interval for each second, even without echoes, from all workers",
+		func(t *testing.T) {
+			var log bytes.Buffer
+			began := time.Now()
+			r := runInMemory(t, Options{
+				Dial: inMemory(t, faults{}.serve), Conns: 6, Threads: 3, HistogramLog: &log,
+				Stages: []Stage{{300, 2 * time.Second}, {0, 2 * time.Second}, {600, 1500 * time.Millisecond}},
+			})
+			text := log.String()
+			var counts []int64
+			for i, h := range readLog(t, strings.NewReader(text), "echo") {
+				counts = append(counts, h.TotalCount())
+				if start := time.UnixMilli(h.StartTimeMs()); start.Sub(began).Round(time.Millisecond) != time.Duration(i)*time.Second {
+					t.Errorf("interval %d begins after %v", i, start.Sub(began))
+				}
 			}
-		}
-		if fmt.Sprint(counts[2]) != "0" || len(counts) != 6 {
-			t.Errorf("echoes by second: %v, want 6 seconds and none in the third", counts)
-		}
-		total := int64(0)
-		for _, n := range counts {
-			total += n
-		}
-		if total != r.Echoes.Returned || r.Echo.Count != total {
-			t.Errorf("%d echoes in the log, %d in the histogram, %d returned", total, r.Echo.Count, r.Echoes.Returned)
-		}
-		if connects := readLog(t, strings.NewReader(text), "connect"); len(connects) != 1 || connects[0].TotalCount() != 6 {
-			t.Errorf("%d intervals of connects", len(connects))
-		}
-	})
+			if fmt.Sprint(counts[2]) != "0" || len(counts) != 6 {
+				t.Errorf("echoes by second: %v, want 6 seconds and none in the third", counts)
+			}
+			total := int64(0)
+			for _, n := range counts {
+				total += n
+			}
+			if total != r.Echoes.Returned || r.Echo.Count != total {
+				t.Errorf("%d echoes in the log, %d in the histogram, %d returned", total, r.Echo.Count,
+					r.Echoes.Returned)
+			}
+			if connects := readLog(t, strings.NewReader(text), "connect"); len(connects) != 1 ||
+				connects[0].TotalCount() != 6 {
+				t.Errorf("%d intervals of connects", len(connects))
+			}
+		})
 	inBubble(t, "an error of its writer is returned with the report", func(t *testing.T) {
 		broken := errors.New("disk full")
-		r, err := Run(t.Context(), Options{Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(10, time.Second), HistogramLog: brokenWriter{broken}})
+		r, err := Run(t.Context(),
+			Options{Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(10, time.Second),
+				HistogramLog: brokenWriter{broken}})
 		if !errors.Is(err, broken) || r == nil {
 			t.Errorf("report %v, error %v", r, err)
 		}
@@ -227,7 +239,8 @@ func TestSeries(t *testing.T) {
 			if tt.cancelled > 0 {
 				time.AfterFunc(tt.cancelled+time.Millisecond, func() { cancel(errors.New("enough")) })
 			}
-			r, err := Run(ctx, Options{Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(20, tt.planned)})
+			r, err := Run(ctx,
+				Options{Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(20, tt.planned)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -259,7 +272,8 @@ func TestPercentiles(t *testing.T) {
 	}
 	p := point{}
 	p.add(tally)
-	got := series([]point{p}, time.Second, time.Second, time.Second, func(time.Duration) float64 { return 0 })[0]
+	got := series([]point{p}, time.Second, time.Second, time.Second,
+		func(time.Duration) float64 { return 0 })[0]
 	l := latencyOf(tally.second.echo)
 	for _, tt := range []struct {
 		name      string
@@ -353,7 +367,8 @@ func TestWriteCSV(t *testing.T) {
 	if err != nil || len(rows) != 3 {
 		t.Fatalf("%d rows, %v", len(rows), err)
 	}
-	expect(t, "header", strings.Join(rows[0], ","), "at_seconds,offered_per_second,echoes_per_second,p50_seconds,p99_seconds,max_seconds,open,lost,notices,disconnects,refused,reconnects")
+	expect(t, "header", strings.Join(rows[0], ","),
+		"at_seconds,offered_per_second,echoes_per_second,p50_seconds,p99_seconds,max_seconds,open,lost,notices,disconnects,refused,reconnects")
 	expect(t, "row", strings.Join(rows[1], ","), "0.1,5,1.5,0.0001,0,0,0,3,0,0,0,0")
 }
 
@@ -361,7 +376,8 @@ func TestWriteCSV(t *testing.T) {
 func TestWritePrometheus(t *testing.T) {
 	r := &Report{
 		Address: "a\"b\\c\n\xff:1", Counts: filled(), PerSecond: 123.5, Took: 7, OfferedPerSecond: 200, Started: time.UnixMilli(1500),
-		Echo: Latency{Count: 10, Mean: 0.5, P50: 0.4, P99: 0.9, Max: 1}, Outage: Outage{Clients: 2, Median: 0.1, Max: 0.2},
+		Echo: Latency{Count: 10, Mean: 0.5, P50: 0.4, P99: 0.9, Max: 1}, Outage: Outage{Clients: 2,
+			Median: 0.1, Max: 0.2},
 	}
 	var b bytes.Buffer
 	if err := r.WritePrometheus(&b); err != nil {

@@ -17,7 +17,8 @@ import (
 // HdrHistogram's plotters read (.hgrm).
 func (r *Report) WritePercentiles(w io.Writer) error {
 	const ticksPerHalfDistance = 5
-	if _, err := r.histograms.echo.PercentilesPrint(w, ticksPerHalfDistance, float64(time.Millisecond)); err != nil {
+	if _, err := r.histograms.echo.PercentilesPrint(w, ticksPerHalfDistance,
+		float64(time.Millisecond)); err != nil {
 		return fmt.Errorf("writing percentiles: %w", err)
 	}
 	return nil
@@ -86,14 +87,16 @@ func (c reportCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge("duration_seconds", "Time until the last echo.", c.Took)
 	gauge("offered_messages_per_second", "Messages that became due; 0 in the closed model.", c.OfferedPerSecond)
 	gauge("echoes_per_second", "Echoes that came back.", c.PerSecond)
-	gauge("without_service_clients", "Clients that were without service for a while.", float64(c.Outage.Clients))
+	gauge("without_service_clients", "Clients that were without service for a while.",
+		float64(c.Outage.Clients))
 	gauge("without_service_max_seconds", "Time without service of the client that had the most.", c.Outage.Max)
 	gauge("without_service_median_seconds", "Median time without service of all clients.", c.Outage.Median)
 	c.counters(ch, "connects_total", "Attempts to connect by result; tried is all of them.", c.Connects)
 	c.counters(ch, "messages_total", "Messages by what became of them; sent is all of them.", c.Echoes)
 	c.counters(ch, "notices_total", "Notices from the server.", c.Notices)
 	c.counters(ch, "ends_total", "Connections by how they ended.", c.Ends)
-	c.send(ch, prometheus.CounterValue, "reconnects_total", "Connections that replaced another.", float64(c.Reconnects), nil)
+	c.send(ch, prometheus.CounterValue, "reconnects_total", "Connections that replaced another.",
+		float64(c.Reconnects), nil)
 	for _, l := range []struct {
 		name, help string
 		Latency
@@ -102,9 +105,10 @@ func (c reportCollector) Collect(ch chan<- prometheus.Metric) {
 		{"echo_latency_seconds", "Time from when a message was due to its echo.", c.Echo},
 	} {
 		desc := prometheus.NewDesc("echod_load_"+l.name, l.help, nil, nil)
-		ch <- prometheus.MustNewConstSummary(desc, uint64(l.Count), l.Mean*float64(l.Count), map[float64]float64{
-			0.5: l.P50, 0.9: l.P90, 0.99: l.P99, 0.999: l.P999, 0.9999: l.P9999, 1: l.Max,
-		})
+		ch <- prometheus.MustNewConstSummary(desc, uint64(l.Count), l.Mean*float64(l.Count),
+			map[float64]float64{
+				0.5: l.P50, 0.9: l.P90, 0.99: l.P99, 0.999: l.P999, 0.9999: l.P9999, 1: l.Max,
+			})
 	}
 }
 
@@ -112,15 +116,18 @@ func (c reportCollector) Collect(ch chan<- prometheus.Metric) {
 func (c reportCollector) counters(ch chan<- prometheus.Metric, name, help string, counts any) {
 	v := reflect.ValueOf(counts)
 	for f, value := range v.Fields() {
-		c.send(ch, prometheus.CounterValue, name, help, float64(value.Int()), []string{"kind", f.Tag.Get("json")})
+		c.send(ch, prometheus.CounterValue, name, help, float64(value.Int()),
+			[]string{"kind", f.Tag.Get("json")})
 	}
 }
 
 // send sends a metric. labels are names and values in turn.
-func (c reportCollector) send(ch chan<- prometheus.Metric, kind prometheus.ValueType, name, help string, value float64, labels []string) {
+func (c reportCollector) send(ch chan<- prometheus.Metric, kind prometheus.ValueType, name, help string,
+	value float64, labels []string) {
 	var names, values []string
 	for i := 0; i < len(labels); i += 2 {
 		names, values = append(names, labels[i]), append(values, strings.ToValidUTF8(labels[i+1], "\uFFFD"))
 	}
-	ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("echod_load_"+name, help, names, nil), kind, value, values...)
+	ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("echod_load_"+name, help, names, nil), kind,
+		value, values...)
 }

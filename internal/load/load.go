@@ -406,7 +406,8 @@ func (r *run) collect(w *worker, since time.Duration) {
 
 // addRecent adds what a worker has counted to the window that begins then.
 func (r *run) addRecent(t *tally, begins time.Duration) {
-	i, known := slices.BinarySearchFunc(r.recent, begins, func(w recent, at time.Duration) int { return cmp.Compare(w.at, at) })
+	i, known := slices.BinarySearchFunc(r.recent, begins,
+		func(w recent, at time.Duration) int { return cmp.Compare(w.at, at) })
 	if !known {
 		r.recent = slices.Insert(r.recent, i, recent{at: begins, latencies: newWindowHistogram()})
 	}

@@ -48,7 +48,8 @@ func TestFaultsAreToldApart(t *testing.T) {
 		expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 5})
 		expect(t, "ends", r.Ends, Ends{Left: 5})
 		failures := strings.Join(r.Failures(Limits{}), "; ")
-		for _, want := range []string{"15 messages lost", "15 messages corrupted", "10 messages duplicated", "10 messages out of order", "5 messages received on a connection"} {
+		for _, want := range []string{"15 messages lost", "15 messages corrupted", "10 messages duplicated",
+			"10 messages out of order", "5 messages received on a connection"} {
 			if !strings.Contains(failures, want) {
 				t.Errorf("the failures lack %q: %s", want, failures)
 			}
@@ -68,9 +69,10 @@ func TestFaultsAreToldApart(t *testing.T) {
 		"over TCP":           {Address: serveTCP(t, allFaults.serve)},
 		"over TLS":           {Address: "tls://" + overTLS, TLS: &tls.Config{RootCAs: roots}},
 		"over a Unix socket": {Address: "unix://" + path},
-		"over a net.Conn of Dial": {Address: serveTCP(t, allFaults.serve), Dial: func(ctx context.Context, address string) (net.Conn, error) {
-			return d.DialContext(ctx, "tcp", address)
-		}},
+		"over a net.Conn of Dial": {Address: serveTCP(t, allFaults.serve),
+			Dial: func(ctx context.Context, address string) (net.Conn, error) {
+				return d.DialContext(ctx, "tcp", address)
+			}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			opts.Conns, opts.Stages, opts.Late, opts.Threads = 20, at(10000, 200*time.Millisecond), time.Hour, 3
@@ -104,18 +106,21 @@ func TestOpenModel(t *testing.T) {
 	})
 	inBubble(t, "there are exactly as many as the rate says", func(t *testing.T) {
 		for rate, want := range map[float64]int64{1: 1, 7: 4, 4999: 2500, 6000: 3000, 12345.6: 6173} {
-			r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 7, Stages: at(rate, 500*time.Millisecond)})
+			r := runInMemory(t,
+				Options{Dial: inMemory(t, faults{}.serve), Conns: 7, Stages: at(rate, 500*time.Millisecond)})
 			expect(t, "echoes", r.Echoes, Echoes{Sent: want, Returned: want})
 		}
 	})
 	inBubble(t, "stages follow one another", func(t *testing.T) {
 		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3, Stages: []Stage{
-			{100, time.Second}, {0, time.Second}, {500, time.Second}, {10.5, time.Second}, {0, 500 * time.Millisecond},
+			{100, time.Second}, {0, time.Second}, {500, time.Second}, {10.5, time.Second}, {0,
+				500 * time.Millisecond},
 		}})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 611, Returned: 611})
 		for at, want := range map[int]float64{5: 100, 15: 0, 25: 500, 42: 0} {
 			if p := r.Series[at]; p.Offered != want || math.Abs(p.PerSecond-want) > 21 {
-				t.Errorf("after %v s: %v/s offered and %v/s returned, want %v", p.At, p.Offered, p.PerSecond, want)
+				t.Errorf("after %v s: %v/s offered and %v/s returned, want %v", p.At, p.Offered,
+					p.PerSecond, want)
 			}
 		}
 		if r.Planned != 4.5 || math.Abs(r.Rate-610.5/4.5) > 1e-9 {
@@ -131,33 +136,41 @@ func TestOpenModel(t *testing.T) {
 			t.Errorf("median %v s and max %v s, want 0 and 1.55", r.Echo.P50, r.Echo.Max)
 		}
 		expect(t, "failures", r.Failures(Limits{}), []string(nil))
-		if f := r.Failures(Limits{P99: new(time.Second)}); len(f) != 1 || !strings.Contains(f[0], "p99 of echoes is 1.55") {
+		if f := r.Failures(Limits{P99: new(time.Second)}); len(f) != 1 ||
+			!strings.Contains(f[0], "p99 of echoes is 1.55") {
 			t.Errorf("failures %q, want the p99", f)
 		}
 	})
 	inBubble(t, "what cannot be sent counts from when it was due", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{0: delay(time.Second)}.serve), Stages: at(100, 2*time.Second), Pipeline: 1, Late: time.Hour})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{0: delay(time.Second)}.serve),
+			Stages: at(100, 2*time.Second), Pipeline: 1, Late: time.Hour})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
-		if r.Echo.P90 < 0.5 || r.Echo.P50 > 0.2 || r.Echo.Max < 0.99 { // half of them waited, for up to a second
+		// half of them waited, for up to a second
+		if r.Echo.P90 < 0.5 || r.Echo.P50 > 0.2 || r.Echo.Max < 0.99 {
 			t.Errorf("latencies %+v", r.Echo)
 		}
 	})
 	inBubble(t, "a ramp opens one connection after the other", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 4, Stages: at(40, 6*time.Second), Ramp: 4 * time.Second})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 4,
+			Stages: at(40, 6*time.Second), Ramp: 4 * time.Second})
 		// Ten a second on each, for 6, 5, 4 and 3 s.
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 180, Returned: 180})
 		for at, want := range map[int]int64{5: 1, 25: 3, 45: 4} {
 			if p := r.Series[at]; p.Open != want || p.Offered != 10*float64(want) {
-				t.Errorf("after %v s: %d open, %v/s offered, want %d and %v", p.At, p.Open, p.Offered, want, 10*want)
+				t.Errorf("after %v s: %d open, %v/s offered, want %d and %v", p.At, p.Open, p.Offered, want,
+					10*want)
 			}
 		}
 	})
 	inBubble(t, "late messages in flight are bounded", func(t *testing.T) {
-		for size, most := range map[int]int64{64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100, 100_000: 200} {
+		for size, most := range map[int]int64{64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100,
+			100_000: 200} {
 			r := runInMemory(t, Options{
-				Dial: inMemory(t, silent), Stages: at(20_000, 5*time.Second), Sizes: FixedSize(size), Pipeline: 100, Late: 10 * time.Millisecond,
+				Dial: inMemory(t, silent), Stages: at(20_000,
+					5*time.Second), Sizes: FixedSize(size), Pipeline: 100, Late: 10 * time.Millisecond,
 			})
-			if e := r.Echoes; e.Sent > most || e.Sent < most/2 || e.Lost != e.Sent || e.Sent+e.Unsent != 100_000 {
+			if e := r.Echoes; e.Sent > most || e.Sent < most/2 || e.Lost != e.Sent ||
+				e.Sent+e.Unsent != 100_000 {
 				t.Errorf("%d bytes: %+v, want up to %d sent", size, e, most)
 			}
 		}
@@ -168,15 +181,20 @@ func TestOpenModel(t *testing.T) {
 // takes, over the time that it took.
 func TestThroughputIsOverTheTimeItTook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, slow(5*time.Millisecond)), Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute})
+		r := runInMemory(t, Options{Dial: inMemory(t, slow(5*time.Millisecond)),
+			Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 2000, Returned: 2000})
-		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1}) // what waits to be written does not need another one
-		if math.Abs(r.PerSecond-200) > 2 || r.OfferedPerSecond != 500 || math.Abs(r.Took-10) > 0.1 || r.Lasted != 4 {
-			t.Errorf("%v echoes/s of %v offered, sent for %v s, took %v s; want 200 of 500, 4 and 10", r.PerSecond, r.OfferedPerSecond, r.Lasted, r.Took)
+		// what waits to be written does not need another one
+		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1})
+		if math.Abs(r.PerSecond-200) > 2 || r.OfferedPerSecond != 500 || math.Abs(r.Took-10) > 0.1 ||
+			r.Lasted != 4 {
+			t.Errorf("%v echoes/s of %v offered, sent for %v s, took %v s; want 200 of 500, 4 and 10",
+				r.PerSecond, r.OfferedPerSecond, r.Lasted, r.Took)
 		}
 		last := r.Series[len(r.Series)-1]
 		if last.At < 9.8 || math.Abs(last.Max-r.Echo.Max) > 0.05*r.Echo.Max {
-			t.Errorf("the series ends at %v s with a maximum of %v s, want 10 s and %v s", last.At, last.Max, r.Echo.Max)
+			t.Errorf("the series ends at %v s with a maximum of %v s, want 10 s and %v s", last.At,
+				last.Max, r.Echo.Max)
 		}
 	})
 }
@@ -195,13 +213,16 @@ func TestClosedModel(t *testing.T) {
 				_, _ = conn.Write(m[:n])
 			}
 		}
-		r := runInMemory(t, Options{Dial: inMemory(t, server), Conns: 3, Pipeline: 2, Duration: 1050 * time.Millisecond})
-		if r.Echoes.Sent != 3*2*11 || r.Echoes.Returned != r.Echoes.Sent || r.Rate != 0 || r.OfferedPerSecond != 0 {
+		r := runInMemory(t, Options{Dial: inMemory(t, server), Conns: 3, Pipeline: 2,
+			Duration: 1050 * time.Millisecond})
+		if r.Echoes.Sent != 3*2*11 || r.Echoes.Returned != r.Echoes.Sent || r.Rate != 0 ||
+			r.OfferedPerSecond != 0 {
 			t.Errorf("%+v: want 2 in flight on each of 3 connections, 11 times", r.Echoes)
 		}
 	})
 	inBubble(t, "a think time passes between an echo and the next message", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, slow(time.Millisecond)), Conns: 3, Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond})
+		r := runInMemory(t, Options{Dial: inMemory(t, slow(time.Millisecond)), Conns: 3,
+			Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond})
 		if r.Echoes.Sent != 3*11 || r.Echoes.Returned != r.Echoes.Sent || r.Think != "100ms" {
 			t.Errorf("%+v, think time %q: want 11 on each of 3 connections, 100ms", r.Echoes, r.Think)
 		}
@@ -219,7 +240,8 @@ func TestClosedModel(t *testing.T) {
 				_, _ = conn.Write(m)
 			}
 		}
-		runInMemory(t, Options{Dial: inMemory(t, server), Think: Range{50 * time.Millisecond, 150 * time.Millisecond}, Duration: 100 * time.Second})
+		runInMemory(t, Options{Dial: inMemory(t, server),
+			Think: Range{50 * time.Millisecond, 150 * time.Millisecond}, Duration: 100 * time.Second})
 		if len(sent) < 800 || len(sent) > 1200 {
 			t.Errorf("%d messages in 100 s, want about 1000", len(sent))
 		}
@@ -231,7 +253,8 @@ func TestClosedModel(t *testing.T) {
 	})
 	inBubble(t, "a late message holds up no others", func(t *testing.T) {
 		server := faults{0: drop, 1: delay(1500 * time.Millisecond), 2: hangUp}
-		r := runInMemory(t, Options{Dial: inMemory(t, server.serve), Duration: 2500 * time.Millisecond, NoReconnect: true})
+		r := runInMemory(t, Options{Dial: inMemory(t, server.serve), Duration: 2500 * time.Millisecond,
+			NoReconnect: true})
 		if e := r.Echoes; e.Sent < 3 || e.Lost != e.Sent-1 || e.Late != 1 {
 			t.Errorf("%+v", e)
 		}
@@ -257,7 +280,8 @@ func TestClosedModel(t *testing.T) {
 		}
 	})
 	t.Run("a large message is written as there is room", func(t *testing.T) {
-		r := mustRun(t, Options{Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20), Duration: 300 * time.Millisecond, Late: time.Hour})
+		r := mustRun(t, Options{Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20),
+			Duration: 300 * time.Millisecond, Late: time.Hour})
 		if e := r.Echoes; e.Sent == 0 || e.Returned != e.Sent {
 			t.Errorf("%+v", e)
 		}
@@ -265,23 +289,26 @@ func TestClosedModel(t *testing.T) {
 }
 
 func TestNotices(t *testing.T) {
-	inBubble(t, "a client that is told to leave does, and another connection takes its place", func(t *testing.T) {
-		draining := faults{5: noticeInside("SHUTDOWN 5 SIGTERM\n")}
-		r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, draining.serve, nil, faults{}.serve), Conns: 2, Stages: at(100, 2*time.Second)})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
-		expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 4, Refused: 1})
-		expect(t, "notices", r.Notices, Notices{Shutdown: 2, Heeded: 2})
-		expect(t, "ends", r.Ends, Ends{Left: 2, Noticed: 2})
-		if r.Reconnects != 2 || r.Outage.Clients != 2 || r.Outage.Max <= 0 || r.Outage.Max > 0.4 {
-			t.Errorf("%d reconnects, outage %+v", r.Reconnects, r.Outage)
-		}
-		if f := r.Failures(Limits{Refused: new(int64(0)), Outage: new(time.Nanosecond)}); len(f) != 2 {
-			t.Errorf("failures %q, want the refused connect and the outage", f)
-		}
-	})
+	inBubble(t, "a client that is told to leave does, and another connection takes its place",
+		func(t *testing.T) {
+			draining := faults{5: noticeInside("SHUTDOWN 5 SIGTERM\n")}
+			r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, draining.serve, nil, faults{}.serve),
+				Conns: 2, Stages: at(100, 2*time.Second)})
+			expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
+			expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 4, Refused: 1})
+			expect(t, "notices", r.Notices, Notices{Shutdown: 2, Heeded: 2})
+			expect(t, "ends", r.Ends, Ends{Left: 2, Noticed: 2})
+			if r.Reconnects != 2 || r.Outage.Clients != 2 || r.Outage.Max <= 0 || r.Outage.Max > 0.4 {
+				t.Errorf("%d reconnects, outage %+v", r.Reconnects, r.Outage)
+			}
+			if f := r.Failures(Limits{Refused: new(int64(0)), Outage: new(time.Nanosecond)}); len(f) != 2 {
+				t.Errorf("failures %q, want the refused connect and the outage", f)
+			}
+		})
 	inBubble(t, "it waits for what is in flight before it half-closes", func(t *testing.T) {
 		first := faults{5: noticeBefore("SHUTDOWN 5 SIGTERM\n")}
-		r := runInMemory(t, Options{Dial: inMemory(t, first.serve, faults{}.serve), Stages: at(10, 2*time.Second)})
+		r := runInMemory(t, Options{Dial: inMemory(t, first.serve, faults{}.serve),
+			Stages: at(10, 2*time.Second)})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 20, Returned: 20})
 		expect(t, "notices", r.Notices, Notices{Shutdown: 1, Heeded: 1})
 	})
@@ -304,9 +331,11 @@ func TestNotices(t *testing.T) {
 				_ = conn.(pipe).CloseWrite()
 				silent(conn)
 			}
-			r := runInMemory(t, Options{Dial: inMemory(t, turnsAway, turnsAway, faults{}.serve), Stages: at(10, 2*time.Second)})
+			r := runInMemory(t,
+				Options{Dial: inMemory(t, turnsAway, turnsAway, faults{}.serve), Stages: at(10, 2*time.Second)})
 			expect(t, word+"connects", r.Connects, Connects{Tried: 3, Made: 3, TurnedAway: 2})
-			if e := r.Echoes; e.Returned != 20 || e.Lost != 0 || e.Sent != e.Returned+e.TurnedAway || e.TurnedAway == 0 {
+			if e := r.Echoes; e.Returned != 20 || e.Lost != 0 || e.Sent != e.Returned+e.TurnedAway ||
+				e.TurnedAway == 0 {
 				t.Errorf("%q: %+v", word, e)
 			}
 			if r.Reconnects != 0 {
@@ -329,7 +358,8 @@ func TestNotices(t *testing.T) {
 
 func TestConnections(t *testing.T) {
 	inBubble(t, "what is in flight when the server hangs up is lost", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{10: hangUp}.serve, faults{}.serve), Stages: at(100, time.Second)})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{10: hangUp}.serve, faults{}.serve),
+			Stages: at(100, time.Second)})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 99, Lost: 1})
 		expect(t, "ends", r.Ends, Ends{Left: 1, Closed: 1})
 		expect(t, "reconnects", r.Reconnects, int64(1))
@@ -339,7 +369,8 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "a loss shows in the series", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{55: hangUp}.serve, faults{}.serve), Stages: at(100, time.Second)})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{55: hangUp}.serve, faults{}.serve),
+			Stages: at(100, time.Second)})
 		for _, p := range r.Series {
 			if want := p.At == 0.5; (p.Lost == 1) != want || (p.Disconnects == 1) != want {
 				t.Errorf("after %v s: %d lost, %d disconnects", p.At, p.Lost, p.Disconnects)
@@ -347,16 +378,19 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "churn replaces connections and loses nothing", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3, Stages: at(300, 3*time.Second), Churn: 100 * time.Millisecond})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3,
+			Stages: at(300, 3*time.Second), Churn: 100 * time.Millisecond})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 900, Returned: 900})
-		if r.Ends.Left != r.Connects.Made || r.Reconnects != r.Connects.Made-3 || r.Connects.Made < 45 || r.Connects.Made > 180 {
+		if r.Ends.Left != r.Connects.Made || r.Reconnects != r.Connects.Made-3 || r.Connects.Made < 45 ||
+			r.Connects.Made > 180 {
 			t.Errorf("connects %+v, ends %+v, reconnects %d", r.Connects, r.Ends, r.Reconnects)
 		}
 		expect(t, "outage", r.Outage, Outage{})
 	})
 	inBubble(t, "churn does not wait for lost messages", func(t *testing.T) {
 		dropsLast := faults{20: swallow}
-		r := runInMemory(t, Options{Dial: inMemory(t, dropsLast.serve, faults{}.serve), Stages: at(20, 10*time.Second), Churn: 2 * time.Second, Late: 500 * time.Millisecond})
+		r := runInMemory(t, Options{Dial: inMemory(t, dropsLast.serve, faults{}.serve),
+			Stages: at(20, 10*time.Second), Churn: 2 * time.Second, Late: 500 * time.Millisecond})
 		if e := r.Echoes; e.Sent != 200 || e.Lost == 0 || e.Lost != e.Sent-e.Returned {
 			t.Errorf("%+v", e)
 		}
@@ -365,7 +399,8 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "without reconnects, what is due after the end is not sent", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{49: hangUp}.serve), Stages: at(100, time.Second), NoReconnect: true})
+		r := runInMemory(t, Options{Dial: inMemory(t, faults{49: hangUp}.serve),
+			Stages: at(100, time.Second), NoReconnect: true})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 50, Returned: 49, Lost: 1, Unsent: 50})
 		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1})
 		if r.Outage.Max < 0.5 || r.Outage.Max > 0.52 {
@@ -379,7 +414,8 @@ func TestConnections(t *testing.T) {
 	inBubble(t, "without any server there is no reconnect, and the run fails", func(t *testing.T) {
 		r := runInMemory(t, Options{Dial: inMemory(t, nil), Stages: at(10, time.Second), Conns: 8})
 		// The run may end in the middle of a connect, which has then timed out.
-		if c := r.Connects; r.Echoes.Unsent != 10 || c.Refused < 8 || c.Tried != c.Refused+c.TimedOut || r.Reconnects != 0 {
+		if c := r.Connects; r.Echoes.Unsent != 10 || c.Refused < 8 || c.Tried != c.Refused+c.TimedOut ||
+			r.Reconnects != 0 {
 			t.Errorf("%+v, %+v, %d reconnects", r.Echoes, r.Connects, r.Reconnects)
 		}
 		if f := r.Failures(Limits{}); len(f) != 2 {
@@ -444,7 +480,8 @@ func TestConnections(t *testing.T) {
 			"reset":  {resets, Ends{Reset: 3}, "read: connection reset by peer"},
 			"no end": {noEnd, Ends{Failed: 3}, errNoEnd.Error()},
 		} {
-			r := mustRun(t, Options{Address: serveTCP(t, tt.server), Conns: 3, Stages: at(100, 100*time.Millisecond), DrainWait: 300 * time.Millisecond})
+			r := mustRun(t, Options{Address: serveTCP(t, tt.server), Conns: 3,
+				Stages: at(100, 100*time.Millisecond), DrainWait: 300 * time.Millisecond})
 			expect(t, name+", ends", r.Ends, tt.want)
 			expect(t, name+", errors", r.Errors, []string{tt.err})
 		}
@@ -470,27 +507,30 @@ func TestOutages(t *testing.T) {
 		}
 	})
 	inBubble(t, "late echoes that keep coming are service", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, lagging(1500*time.Millisecond)), Stages: at(10, 10*time.Second)})
+		r := runInMemory(t, Options{Dial: inMemory(t, lagging(1500*time.Millisecond)),
+			Stages: at(10, 10*time.Second)})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 100, Late: 100})
 		if got := r.Outage.Max; got < 1.4 || got > 1.6 { // until the first has come
 			t.Errorf("%v s without service, want 1.5", got)
 		}
 	})
-	inBubble(t, "an outage begins with the notice, and later echoes on that connection do not end it", func(t *testing.T) {
-		draining := faults{5: func(s *faultyConn, m []byte) {
-			s.send([]byte("SHUTDOWN 5 SIGTERM\n"))
-			time.Sleep(200 * time.Millisecond)
-			s.send(m)
-			_, _ = io.Copy(io.Discard, s.lines)
-			time.Sleep(300 * time.Millisecond)
-			s.over = true
-		}}
-		r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, faults{}.serve), Stages: at(10, 3*time.Second)})
-		expect(t, "echoes", r.Echoes, Echoes{Sent: 30, Returned: 30})
-		if got := r.Outage.Max; got < 0.5 || got > 0.7 { // including the wait before it connects
-			t.Errorf("%v s without service, want 0.5 to 0.7", got)
-		}
-	})
+	inBubble(t, "an outage begins with the notice, and later echoes on that connection do not end it",
+		func(t *testing.T) {
+			draining := faults{5: func(s *faultyConn, m []byte) {
+				s.send([]byte("SHUTDOWN 5 SIGTERM\n"))
+				time.Sleep(200 * time.Millisecond)
+				s.send(m)
+				_, _ = io.Copy(io.Discard, s.lines)
+				time.Sleep(300 * time.Millisecond)
+				s.over = true
+			}}
+			r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, faults{}.serve),
+				Stages: at(10, 3*time.Second)})
+			expect(t, "echoes", r.Echoes, Echoes{Sent: 30, Returned: 30})
+			if got := r.Outage.Max; got < 0.5 || got > 0.7 { // including the wait before it connects
+				t.Errorf("%v s without service, want 0.5 to 0.7", got)
+			}
+		})
 	t.Run("a delay of the load generator is not an outage", func(t *testing.T) {
 		u := connectedUser(full{}, Options{Stages: at(10, time.Second), Pipeline: 100})
 		u.again = []time.Duration{time.Second} // due then, and sent at 3 s
@@ -579,7 +619,8 @@ func TestEndOfRun(t *testing.T) {
 		skip := make(chan struct{})
 		time.AfterFunc(2*time.Second, func() { close(skip) })
 		began := time.Now()
-		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second), DrainWait: time.Hour, SkipDrain: skip})
+		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second),
+			DrainWait: time.Hour, SkipDrain: skip})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
 		if took := time.Since(began); took > 2100*time.Millisecond {
 			t.Errorf("took %v, want 2 s", took)
@@ -587,7 +628,8 @@ func TestEndOfRun(t *testing.T) {
 	})
 	inBubble(t, "what has not come after DrainWait is lost", func(t *testing.T) {
 		began := time.Now()
-		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second), DrainWait: 3 * time.Second})
+		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second),
+			DrainWait: 3 * time.Second})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
 		if took := time.Since(began); took > 4100*time.Millisecond {
 			t.Errorf("took %v, want 4 s", took)
@@ -601,7 +643,8 @@ func TestOwnLimits(t *testing.T) {
 		full := func(context.Context, string) (net.Conn, error) {
 			return nil, &net.OpError{Op: "dial", Err: os.NewSyscallError("socket", syscall.EMFILE)}
 		}
-		_, err := Run(t.Context(), Options{Address: "in memory", Dial: full, Conns: 7, Duration: time.Hour, Threads: 2})
+		_, err := Run(t.Context(),
+			Options{Address: "in memory", Dial: full, Conns: 7, Duration: time.Hour, Threads: 2})
 		if err == nil || !strings.Contains(err.Error(), "7 connections: raise the limit (ulimit -n)") {
 			t.Errorf("error %v", err)
 		}
@@ -620,7 +663,8 @@ func TestOwnLimits(t *testing.T) {
 		if c := r.Connects; c.NoPort < 5 || c.Tried != c.Made+c.NoPort+c.TimedOut || c.Missed() > 1 {
 			t.Errorf("connects %+v", c)
 		}
-		if f := strings.Join(r.Failures(Limits{Refused: new(int64(1))}), "; "); !strings.Contains(f, "ran out of local ports, which is not the server's fault") || strings.Contains(f, "turned away") {
+		if f := strings.Join(r.Failures(Limits{Refused: new(int64(1))}), "; "); !strings.Contains(f,
+			"ran out of local ports, which is not the server's fault") || strings.Contains(f, "turned away") {
 			t.Errorf("failures %q", f)
 		}
 	})
@@ -668,9 +712,11 @@ func TestSeveralAddresses(t *testing.T) {
 			}
 			_ = conn.Close()
 		}
-		for i, want := range []TargetCount{{Made: 4}, {Made: 2}, {Failed: 2}} { // the third one passes its connects to the first
+		// the third one passes its connects to the first
+		for i, want := range []TargetCount{{Made: 4}, {Made: 2}, {Failed: 2}} {
 			if got := r.targets[i]; got.made.Load() != want.Made || got.failed.Load() != want.Failed {
-				t.Errorf("address %d: %d made and %d failed, want %d and %d", i, got.made.Load(), got.failed.Load(), want.Made, want.Failed)
+				t.Errorf("address %d: %d made and %d failed, want %d and %d", i, got.made.Load(),
+					got.failed.Load(), want.Made, want.Failed)
 			}
 		}
 	})
@@ -729,7 +775,8 @@ func TestParseStages(t *testing.T) {
 // The schedule finds the first message of a user by bisection. It is the first one that
 // is due after the user starts.
 func TestScheduleFirstMessage(t *testing.T) {
-	opts := Options{Conns: 7, Ramp: 3 * time.Second, Stages: []Stage{{100, time.Second}, {0, time.Second}, {50, 2 * time.Second}}}.withDefaults()
+	opts := Options{Conns: 7, Ramp: 3 * time.Second,
+		Stages: []Stage{{100, time.Second}, {0, time.Second}, {50, 2 * time.Second}}}.withDefaults()
 	s := newSchedule(&opts)
 	for user := range opts.Conns {
 		want := int64(0)

@@ -59,7 +59,8 @@ func newDrawing(height float64) *drawing {
 func (d *drawing) add(format string, args ...any) { fmt.Fprintf(d, format+"\n", args...) }
 
 func (d *drawing) text(x, y float64, anchor, colour string, size float64, s string) {
-	d.add(`<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s" font-size="%g">%s</text>`, x, y, anchor, colour, size, escaped(s))
+	d.add(`<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s" font-size="%g">%s</text>`, x, y, anchor,
+		colour, size, escaped(s))
 }
 
 func (d *drawing) sideways(y float64, s string) {
@@ -72,7 +73,8 @@ func (d *drawing) line(x1, y1, x2, y2 float64, colour string) {
 
 // key adds an entry to a legend. style adds attributes to its line.
 func (d *drawing) key(x, y float64, name, colour, style string) {
-	d.add(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="3"%s/>`, x, y-4, x+18, y-4, colour, style)
+	d.add(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" stroke="%s" stroke-width="3"%s/>`, x, y-4, x+18,
+		y-4, colour, style)
 	d.text(x+24, y, "start", ink, 12, name)
 }
 
@@ -83,7 +85,8 @@ func (d *drawing) polyline(points []string, colour string, width float64, style 
 		d.add(`<circle cx="%s" cy="%s" r="2" fill="%s"/>`, x, y, colour)
 		return
 	}
-	d.add(`<polyline points="%s" fill="none" stroke="%s" stroke-width="%g" stroke-linejoin="round"%s/>`, strings.Join(points, " "), colour, width, style)
+	d.add(`<polyline points="%s" fill="none" stroke="%s" stroke-width="%g" stroke-linejoin="round"%s/>`,
+		strings.Join(points, " "), colour, width, style)
 }
 
 // finish writes the picture.
@@ -120,10 +123,12 @@ func (d *drawing) heading(r *Report) {
 	if r.Conns == 1 {
 		connections = "1 connection"
 	}
-	d.add(`<text x="24" y="30" fill="%s" font-size="17" font-weight="600">%s</text>`, ink, escaped("echod load "+r.Address))
+	d.add(`<text x="24" y="30" fill="%s" font-size="17" font-weight="600">%s</text>`, ink,
+		escaped("echod load "+r.Address))
 	d.text(24, 51, "start", faintInk, 13, fmt.Sprintf("%s, %s B, %s", connections, r.sizes(), load))
 	e := r.Echoes
-	result := fmt.Sprintf("%s sent, %s returned, %s lost", grouped(float64(e.Sent)), grouped(float64(e.Returned)), grouped(float64(e.Lost)))
+	result := fmt.Sprintf("%s sent, %s returned, %s lost", grouped(float64(e.Sent)),
+		grouped(float64(e.Returned)), grouped(float64(e.Lost)))
 	colour := ink
 	if e.Corrupted > 0 {
 		result += ", " + grouped(float64(e.Corrupted)) + " corrupted"
@@ -224,8 +229,10 @@ func (t *timeline) middle(p Point) float64 { return t.x(math.Min(p.At+t.step/2, 
 func (t *timeline) shade() {
 	if t.lasted < t.span*0.999 {
 		x := t.x(t.lasted)
-		t.add(`<rect x="%.1f" y="%g" width="%.1f" height="%g" fill="%s"/>`, x, latencyTop, plotRight-x, rateEnd-latencyTop, drainColour)
-		t.add(`<line x1="%.1f" y1="%g" x2="%.1f" y2="%g" stroke="%s" stroke-dasharray="3 3"/>`, x, latencyTop, x, rateEnd, faintInk)
+		t.add(`<rect x="%.1f" y="%g" width="%.1f" height="%g" fill="%s"/>`, x, latencyTop, plotRight-x,
+			rateEnd-latencyTop, drainColour)
+		t.add(`<line x1="%.1f" y1="%g" x2="%.1f" y2="%g" stroke="%s" stroke-dasharray="3 3"/>`, x,
+			latencyTop, x, rateEnd, faintInk)
 		if x+190 < plotRight {
 			t.text(x+6, latencyTop+15, "start", faintInk, 11, "nothing new sent from here on")
 		} else {
@@ -242,7 +249,8 @@ func (t *timeline) shade() {
 		default:
 			continue
 		}
-		t.add(`<rect x="%.1f" y="%g" width="%.1f" height="%g" fill="%s" fill-opacity="0.10"/>`, t.x(p.At), latencyTop, math.Max(2, t.x(p.At+t.step)-t.x(p.At)), rateEnd-latencyTop, colour)
+		t.add(`<rect x="%.1f" y="%g" width="%.1f" height="%g" fill="%s" fill-opacity="0.10"/>`, t.x(p.At),
+			latencyTop, math.Max(2, t.x(p.At+t.step)-t.x(p.At)), rateEnd-latencyTop, colour)
 	}
 }
 
@@ -337,15 +345,18 @@ func (t *timeline) throughput() {
 	var echoes, offered []string
 	for _, p := range t.points {
 		from, to := t.x(p.At), t.x(p.At+t.step)
-		echoes = append(echoes, fmt.Sprintf("%.1f,%.1f", from, y(p.PerSecond)), fmt.Sprintf("%.1f,%.1f", to, y(p.PerSecond)))
+		echoes = append(echoes, fmt.Sprintf("%.1f,%.1f", from, y(p.PerSecond)),
+			fmt.Sprintf("%.1f,%.1f", to, y(p.PerSecond)))
 		if p.At < t.lasted {
 			to = math.Min(to, t.x(t.lasted))
-			offered = append(offered, fmt.Sprintf("%.1f,%.1f", from, y(p.Offered)), fmt.Sprintf("%.1f,%.1f", to, y(p.Offered)))
+			offered = append(offered, fmt.Sprintf("%.1f,%.1f", from, y(p.Offered)),
+				fmt.Sprintf("%.1f,%.1f", to, y(p.Offered)))
 		}
 	}
 	if len(echoes) > 0 {
 		last, _, _ := strings.Cut(echoes[len(echoes)-1], ",")
-		t.add(`<polygon points="%.1f,%g %s %s,%g" fill="%s" fill-opacity="0.7"/>`, plotLeft, rateEnd, strings.Join(echoes, " "), last, rateEnd, rateColour)
+		t.add(`<polygon points="%.1f,%g %s %s,%g" fill="%s" fill-opacity="0.7"/>`, plotLeft, rateEnd,
+			strings.Join(echoes, " "), last, rateEnd, rateColour)
 		t.polyline(echoes, medianColour, 1.4, "")
 	}
 	t.key(plotRight-70, rateTop-8, "echoes", medianColour, "")
@@ -379,7 +390,8 @@ func (t *timeline) events() {
 			if n := lane.of(p); n > 0 {
 				height := (laneHeight - 6) * (0.35 + 0.65*float64(n)/float64(most))
 				t.add(`<rect x="%.1f" y="%.1f" width="%.1f" height="%.1f" fill="%s"><title>%d</title></rect>`,
-					t.x(p.At), floor-height, math.Max(2, t.x(p.At+t.step)-t.x(p.At)-0.5), height, lane.colour, n)
+					t.x(p.At), floor-height, math.Max(2,
+						t.x(p.At+t.step)-t.x(p.At)-0.5), height, lane.colour, n)
 			}
 		}
 		t.text(plotRight+4, floor-2, "start", faintInk, 11, grouped(float64(sum)))
@@ -404,7 +416,8 @@ func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 	}
 	if before != nil {
 		const dashed = ` stroke-dasharray="5 3"`
-		curves = append(curves, curve{"echo before", medianColour, dashed, before.distribution(before.Echo, true)},
+		curves = append(curves,
+			curve{"echo before", medianColour, dashed, before.distribution(before.Echo, true)},
 			curve{"connect before", p99Colour, dashed, before.distribution(before.Connect, false)})
 	}
 	least, most, count := math.Inf(1), 0.0, int64(10)
@@ -428,7 +441,8 @@ func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 	}
 	for _, fraction := range ticks {
 		d.line(x(fraction), percentileTop, x(fraction), percentileEnd+5, gridLine)
-		d.text(x(fraction), percentileEnd+20, "middle", faintInk, 12, strconv.FormatFloat(math.Round(fraction*1e10)/1e8, 'f', -1, 64)+" %")
+		d.text(x(fraction), percentileEnd+20, "middle", faintInk, 12,
+			strconv.FormatFloat(math.Round(fraction*1e10)/1e8, 'f', -1, 64)+" %")
 	}
 	d.text(plotRight, percentileEnd+20, "middle", faintInk, 12, "max")
 	d.line(plotLeft, percentileEnd, plotRight, percentileEnd, faintInk)
@@ -462,7 +476,8 @@ func (r *Report) distribution(l Latency, echo bool) [][2]float64 {
 	end := 1 - 1/float64(l.Count)
 	var points [][2]float64
 	if r.histograms == nil {
-		for _, p := range [][2]float64{{0.5, l.P50}, {0.9, l.P90}, {0.99, l.P99}, {0.999, l.P999}, {0.9999, l.P9999}} {
+		for _, p := range [][2]float64{{0.5, l.P50}, {0.9, l.P90}, {0.99, l.P99}, {0.999, l.P999},
+			{0.9999, l.P9999}} {
 			if p[0] < end {
 				points = append(points, p)
 			}

@@ -34,15 +34,18 @@ func pictures() map[string]Report {
 	drained.Lasted, drained.Took = 0.8, 1.85
 	drained.Stages = []ReportedStage{{1, 1}, {2, 2}, {3, 3}, {4, 4}, {5, 5}}
 	return map[string]Report{
-		"nothing":       {},
-		"no echo":       {Lasted: 1, Series: make([]Point, 1)},
-		"one point":     {Lasted: 0.05, Series: []Point{{PerSecond: 3, P50: 1e-3, P99: 1e-3, Max: 1e-3}}},
-		"busy":          busy,
-		"gaps":          gaps,
-		"drained":       drained,
-		"long":          {Lasted: 86400, Series: []Point{{P50: 1e-9, P99: 1, Max: 3600, PerSecond: 1e-3}, {At: 43200, P50: 1, P99: 1, Max: 1, PerSecond: 1e7}}},
-		"short":         {Lasted: 1e-9, Series: []Point{{PerSecond: 1e9, P50: 1, P99: 1, Max: 1}}},
-		"single echoes": {Lasted: 1, Echo: Latency{Count: 1, P50: 1, P90: 1, P99: 1, P999: 1, P9999: 1, Max: 1}},
+		"nothing":   {},
+		"no echo":   {Lasted: 1, Series: make([]Point, 1)},
+		"one point": {Lasted: 0.05, Series: []Point{{PerSecond: 3, P50: 1e-3, P99: 1e-3, Max: 1e-3}}},
+		"busy":      busy,
+		"gaps":      gaps,
+		"drained":   drained,
+		"long": {Lasted: 86400,
+			Series: []Point{{P50: 1e-9, P99: 1, Max: 3600, PerSecond: 1e-3},
+				{At: 43200, P50: 1, P99: 1, Max: 1, PerSecond: 1e7}}},
+		"short": {Lasted: 1e-9, Series: []Point{{PerSecond: 1e9, P50: 1, P99: 1, Max: 1}}},
+		"single echoes": {Lasted: 1,
+			Echo: Latency{Count: 1, P50: 1, P90: 1, P99: 1, P999: 1, P9999: 1, Max: 1}},
 	}
 }
 
@@ -109,7 +112,8 @@ func TestPlot(t *testing.T) {
 		}
 	})
 	t.Run("each lane shows its own events", func(t *testing.T) {
-		text := drawn(t, &Report{Lasted: 1, Series: []Point{{Notices: 11, Disconnects: 22, Refused: 33, Lost: 55, Reconnects: 44}}})
+		text := drawn(t, &Report{Lasted: 1,
+			Series: []Point{{Notices: 11, Disconnects: 22, Refused: 33, Lost: 55, Reconnects: 44}}})
 		if !regexp.MustCompile(`(?s)>notices<.*<title>11<.*>disconnects<.*<title>22<.*>refused<.*<title>33<.*>lost<.*<title>55<.*>reconnects<.*<title>44<`).MatchString(text) {
 			t.Errorf("the lanes are mixed up:\n%s", text)
 		}
@@ -117,7 +121,8 @@ func TestPlot(t *testing.T) {
 	t.Run("it covers the drain, with the worst latency", func(t *testing.T) {
 		r := &Report{Lasted: 1, Took: 3.95, Series: []Point{}}
 		for i := range 40 {
-			r.Series = append(r.Series, Point{At: float64(i) / 10, PerSecond: 200, Offered: 500, P50: 0.01, P99: 0.01, Max: 0.01})
+			r.Series = append(r.Series,
+				Point{At: float64(i) / 10, PerSecond: 200, Offered: 500, P50: 0.01, P99: 0.01, Max: 0.01})
 		}
 		r.Series[39].Max = 900
 		for i := 10; i < 40; i++ {
@@ -131,7 +136,8 @@ func TestPlot(t *testing.T) {
 		}
 	})
 	t.Run("the offered rate of stages is a dashed line, drawn until the drain", func(t *testing.T) {
-		r := &Report{Lasted: 2, Took: 2, Rate: 150, Series: []Point{{Offered: 100, PerSecond: 100}, {At: 1, Offered: 200, PerSecond: 100}}}
+		r := &Report{Lasted: 2, Took: 2, Rate: 150,
+			Series: []Point{{Offered: 100, PerSecond: 100}, {At: 1, Offered: 200, PerSecond: 100}}}
 		text := drawn(t, r)
 		line := regexp.MustCompile(`<polyline points="([^"]*)"[^>]*dasharray`).FindStringSubmatch(text)
 		if line == nil {

@@ -63,7 +63,8 @@ func (r *run) prepare(ctx context.Context) error {
 		config.ServerName = cmp.Or(config.ServerName, host)
 	}
 	for _, h := range hosts {
-		r.targets = append(r.targets, &target{network: "tcp", address: net.JoinHostPort(h, strconv.Itoa(number)), tls: config})
+		r.targets = append(r.targets,
+			&target{network: "tcp", address: net.JoinHostPort(h, strconv.Itoa(number)), tls: config})
 	}
 	if err := checkPorts(localPorts(), len(hosts), r.opts.Conns); err != nil {
 		return fmt.Errorf("load on %s: %w", r.opts.Address, err)
@@ -77,14 +78,16 @@ func checkPorts(ports, addresses, conns int) error {
 	if ports == 0 || conns <= ports*addresses {
 		return nil
 	}
-	return fmt.Errorf("this machine has %d local ports for %d connections: %s", ports*addresses, conns, portAdvice)
+	return fmt.Errorf("this machine has %d local ports for %d connections: %s", ports*addresses, conns,
+		portAdvice)
 }
 
 // filesPerWorker is how many files a worker opens besides its connections.
 const filesPerWorker = 6
 
 func (r *run) tooFewFiles() error {
-	return fmt.Errorf("load on %s: too many open files for %d connections: raise the limit (ulimit -n)", r.opts.Address, r.opts.Conns)
+	return fmt.Errorf("load on %s: too many open files for %d connections: raise the limit (ulimit -n)",
+		r.opts.Address, r.opts.Conns)
 }
 
 // outOfFiles reports whether this machine cannot open more connections. The server is

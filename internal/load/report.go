@@ -96,7 +96,8 @@ func latencyOf(h *hdrhistogram.Histogram) Latency {
 	}
 	return Latency{
 		Count: h.TotalCount(), Mean: h.Mean() / float64(time.Second),
-		P50: percentile(h, 50), P90: percentile(h, 90), P99: percentile(h, 99), P999: percentile(h, 99.9), P9999: percentile(h, 99.99),
+		P50: percentile(h, 50), P90: percentile(h, 90), P99: percentile(h, 99), P999: percentile(h,
+			99.9), P9999: percentile(h, 99.99),
 		Max: percentile(h, 100),
 	}
 }

@@ -90,7 +90,8 @@ func newEpoll(exclusive bool, pc pace) (_ *epoll, err error) {
 	}
 	for about, fd := range map[int32]int{aboutWake: p.event, aboutTimer: p.timer} {
 		// Edge-triggered: nobody has to read them.
-		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
+		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd,
+			&unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
 			return nil, fmt.Errorf("watching a timer: %w", err)
 		}
 	}
@@ -107,13 +108,17 @@ func (p *epoll) add(conn net.Conn, u *user) (socket, error) {
 	}
 	s := &fdSocket{epoll: p, fd: -1, about: u.slot}
 	var dupErr error
-	if err := rawConn.Control(func(fd uintptr) { s.fd, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+	if err := rawConn.Control(func(fd uintptr) {
+		s.fd,
+			dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0)
+	}); err != nil {
 		return nil, err
 	}
 	if dupErr != nil {
 		return nil, os.NewSyscallError("fcntl", dupErr)
 	}
-	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1) // without it, what is read counts as just arrived
+	// without it, what is read counts as just arrived
+	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)
 	if err := s.control(unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLRDHUP); err != nil {
 		unix.Close(s.fd)
 		return nil, err
@@ -143,7 +148,8 @@ func (p *epoll) wait(timeout time.Duration) ([]*user, error) {
 		}
 		ms = -1
 	}
-	n, err := p.block(unix.SYS_EPOLL_PWAIT, p.fd, unsafe.Pointer(&p.events), uintptr(len(p.events)), uintptr(ms))
+	n, err := p.block(unix.SYS_EPOLL_PWAIT, p.fd, unsafe.Pointer(&p.events), uintptr(len(p.events)),
+		uintptr(ms))
 	if err != nil && !errors.Is(err, unix.EINTR) {
 		return nil, fmt.Errorf("waiting for the server: %w", err)
 	}
@@ -161,14 +167,16 @@ func (p *epoll) awaitTick() error {
 	if !p.ticking {
 		every := p.pace.every
 		next := every - time.Since(p.pace.began)%every
-		spec := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(next)), Interval: unix.NsecToTimespec(int64(every))}
+		spec := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(next)),
+			Interval: unix.NsecToTimespec(int64(every))}
 		if err := unix.TimerfdSettime(p.ticks, 0, &spec, nil); err != nil {
 			return fmt.Errorf("setting a timer: %w", err)
 		}
 		p.ticking = true
 	}
 	var fired [8]byte
-	if _, err := p.block(unix.SYS_READ, p.ticks, unsafe.Pointer(&fired), unsafe.Sizeof(fired), 0); err != nil && !errors.Is(err, unix.EINTR) {
+	if _, err := p.block(unix.SYS_READ, p.ticks, unsafe.Pointer(&fired), unsafe.Sizeof(fired),
+		0); err != nil && !errors.Is(err, unix.EINTR) {
 		return fmt.Errorf("waiting for a timer: %w", err)
 	}
 	return nil

@@ -89,7 +89,8 @@ func TestPreflight(t *testing.T) {
 		{51, 2, 103, "this machine has 102 local ports for 103 connections"},
 		{0, 1, 1000, ""},
 	} {
-		if err := checkPorts(tt.ports, tt.addresses, tt.conns); (err == nil) != (tt.want == "") || err != nil && !strings.HasPrefix(err.Error(), tt.want) {
+		if err := checkPorts(tt.ports, tt.addresses, tt.conns); (err == nil) != (tt.want == "") ||
+			err != nil && !strings.HasPrefix(err.Error(), tt.want) {
 			t.Errorf("%+v: %v", tt, err)
 		}
 	}

@@ -191,7 +191,8 @@ func (u *user) connected(d dialed, now time.Duration) {
 	opts := &w.run.opts
 	u.socket, u.phase, u.wakeAt = s, active, never
 	u.overdue, u.echoed, u.notice, u.rejected = 0, false, nil, false
-	u.check = newChecker(origin{w.run.id, w.run.conns.Add(1)}, w.run.padding, opts.Sizes, opts.Late, t, u.onNotice)
+	u.check = newChecker(origin{w.run.id, w.run.conns.Add(1)}, w.run.padding, opts.Sizes, opts.Late, t,
+		u.onNotice)
 	if opts.Churn > 0 {
 		u.wakeAt = now + opts.Churn/2 + rand.N(opts.Churn+1)
 	}
@@ -208,7 +209,8 @@ func (u *user) connectFailed(err error) {
 	t.Connects.Tried++
 	u.worker.run.noteError(err)
 	switch timeout, _ := errors.AsType[net.Error](err); {
-	case errors.Is(err, syscall.EADDRNOTAVAIL) && u.worker.run.conns.Load() > 0: // without any connection, the address is wrong
+	// without any connection, the address is wrong
+	case errors.Is(err, syscall.EADDRNOTAVAIL) && u.worker.run.conns.Load() > 0:
 		t.Connects.NoPort++
 		return // not an outage of the server
 	case errors.Is(err, syscall.ECONNREFUSED):
@@ -465,7 +467,8 @@ func (u *user) ended(err error, now time.Duration) {
 		t.Echoes.Lost += missing
 	}
 	byUser := u.phase == halfClosed && u.reason != leaveNotice
-	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) // a connection that cannot half-close was closed
+	// a connection that cannot half-close was closed
+	inOrder := errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed)
 	if !inOrder {
 		u.worker.run.noteError(err)
 	}
