@@ -309,6 +309,26 @@ func TestDocsChangelog(t *testing.T) {
 	}
 }
 
+// TestDocsPromises checks that each promise in CONTRIBUTING.md has a test with its number in each package that the table
+// names.
+func TestDocsPromises(t *testing.T) {
+	t.Parallel()
+	rows := regexp.MustCompile(`(?m)^\| (G\d+) \|.*\| (.*) \|$`).FindAllStringSubmatch(readFile(t, "../CONTRIBUTING.md"), -1)
+	if len(rows) != 16 {
+		t.Errorf("found %d promises, want 16", len(rows))
+	}
+	for _, row := range rows {
+		for _, dir := range regexp.MustCompile("`([a-z]+)`").FindAllStringSubmatch(row[2], -1) {
+			test := regexp.MustCompile(`(?m)^func Test` + row[1] + `\D`)
+			files, err := filepath.Glob(filepath.Join("..", dir[1], "*_test.go"))
+			check(t, err)
+			if !slices.ContainsFunc(files, func(file string) bool { return test.MatchString(readFile(t, file)) }) {
+				t.Errorf("%s has no Test%s", dir[1], row[1])
+			}
+		}
+	}
+}
+
 // TestREADME compiles the README's program in a module of its own, with the 'go mod edit' command that the README gives,
 // and runs it.
 func TestREADME(t *testing.T) {

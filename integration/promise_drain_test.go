@@ -409,6 +409,24 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 	}
 }
 
+// TestG13SilentWithoutNotifier uses a program that embeds the library without a Notifier. Its clients read their echoes and a
+// FIN, and not one byte more, whatever operators do.
+func TestG13SilentWithoutNotifier(t *testing.T) {
+	t.Parallel()
+	e := startEmbedding(t, "--silent", "--grace", "300ms")
+	p := e.served()
+	e.pause(control.PauseRequest{Mode: "reject"})
+	check(t, e.dial().expectRest("")) // rejected
+	e.resume()
+	_, _ = e.control.Notify(within(t, patience), "hello") // an error or not: nothing is sent
+	check(t, p.echo("after the operator's message\n"))
+	e.signal(syscall.SIGTERM)
+	e.awaitState("draining")
+	check(t, p.echo("in the drain\n"))
+	check(t, p.expectRest(""))
+	e.wait(0)
+}
+
 func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 	// Each signal that starts a drain. The deadline is far away: the server must stop when the last client has left.
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP} {

@@ -1,5 +1,5 @@
-// Embed is a user of the library whose handlers misbehave on request: a line "panic" panics, a line "ignore" stops
-// heeding the context. Everything else is echoed.
+// Embed is a program that embeds the library. Its handler misbehaves on request: a line "panic" panics, a line "ignore" ignores
+// the context for ever. It echoes every other line.
 package main
 
 import (
@@ -22,6 +22,7 @@ func main() {
 	listen := flag.String("listen", "", "address to serve on")
 	socket := flag.String("control", "", "path of the control socket")
 	grace := flag.Duration("grace", time.Second, "time that clients have")
+	silent := flag.Bool("silent", false, "leave Options.Notifier unset")
 	flag.Parse()
 
 	config := zap.NewProductionConfig()
@@ -29,7 +30,11 @@ func main() {
 	config.EncoderConfig.TimeKey = ""
 	log := zap.Must(config.Build())
 	ctx := context.Background()
-	srv, err := server.New(server.HandlerFunc(misbehave), server.Options{Logger: log, Notifier: server.DefaultLineNotifier(), Drain: server.DrainOptions{Grace: *grace}})
+	opts := server.Options{Logger: log, Drain: server.DrainOptions{Grace: *grace}}
+	if !*silent {
+		opts.Notifier = server.DefaultLineNotifier()
+	}
+	srv, err := server.New(server.HandlerFunc(misbehave), opts)
 	exitOn(log, err)
 	ln, err := server.Listen(ctx, *listen)
 	exitOn(log, err)
