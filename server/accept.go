@@ -26,7 +26,8 @@ type acceptor struct {
 	ln      Listener
 	source  source
 	handler Handler
-	wrap    WrapConn // nil when connections need no preparation
+	wrap    WrapConn // nil when connections need no preparation but TLS
+	tls     WrapConn // nil without TLS
 	base    context.Context
 	sockopt socketOptions // of an inherited listener: its connections keep them
 	backoff time.Duration // zero while accepting works
@@ -50,6 +51,9 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 	if a.wrap == nil {
 		a.wrap = s.opts.WrapConn
 	}
+	if ln.TLSConfig != nil {
+		a.tls = TLS(ln.TLSConfig)
+	}
 	if s.opts.BaseContext != nil {
 		a.base = s.opts.BaseContext(ln.Listener)
 	}
@@ -61,6 +65,9 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 	a.interrupted = true // the listener may come with a deadline
 	return a
 }
+
+// prepares reports whether connections have a handshake before they are admitted.
+func (a *acceptor) prepares() bool { return a.wrap != nil || a.tls != nil }
 
 // interrupt makes a blocked accept return, and every later one until awaitClearance. The caller holds s.state, so
 // that a loop that does not know the cause yet cannot undo it.
@@ -190,7 +197,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 		if isNew {
 			st.addConn(c)
 		}
-		if a.wrap != nil {
+		if a.prepares() {
 			oldest = st.beginHandshake(c, s.opts.Limits.MaxHandshakes)
 			return
 		}
@@ -200,9 +207,9 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 	if isNew {
 		s.connState(c, PhaseWaiting)
 	}
-	if a.wrap != nil {
+	if a.prepares() {
 		if oldest != nil {
-			oldest.end(ReasonRejectedHandshake, errHandshakeCrowded)
+			oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
 		}
 		go c.handshake()
 		return
@@ -259,12 +266,12 @@ var (
 	errHandshakeCrowded = errors.New("the handshake was ended for a newer one: Limits.MaxHandshakes is reached")
 )
 
-// handshake is the goroutine that calls WrapConn for a connection and takes it to admission.
+// handshake is the goroutine that calls WrapConn for a connection, performs the TLS handshake, and takes it to
+// admission.
 func (c *Conn) handshake() {
 	s := c.srv
 	defer s.endTask()
-	wrapped, err := c.callWrap()
-	c.endHandshake(wrapped, err)
+	c.endHandshake(c.prepare())
 
 	var waiting bool
 	s.state.With(func(st *state) {
@@ -277,10 +284,10 @@ func (c *Conn) handshake() {
 	s.proceed(c, d, why)
 }
 
-func (c *Conn) callWrap() (wrapped net.Conn, err error) {
+func (c *Conn) prepare() (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			err = fmt.Errorf("WrapConn panicked: %v\n%s", p, debug.Stack())
+			err = fmt.Errorf("WrapConn or a TLS callback panicked: %v\n%s", p, debug.Stack())
 		}
 	}()
 	if c.from.base != nil {
@@ -289,11 +296,21 @@ func (c *Conn) callWrap() (wrapped net.Conn, err error) {
 	ctx, cancel := context.WithTimeoutCause((*connContext)(c), c.srv.opts.Timeouts.Handshake, errHandshakeTimeout)
 	defer cancel()
 	c.boundHandshake(time.Now().Add(c.srv.opts.Timeouts.Handshake))
-	wrapped, err = c.from.wrap(ctx, c.nc)
-	if err != nil && ctx.Err() != nil {
-		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	if c.from.wrap != nil {
+		wrapped, err := c.from.wrap(ctx, c.nc)
+		switch {
+		case err != nil && ctx.Err() != nil:
+			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		case err != nil:
+			return err
+		}
+		c.setStream(wrapped)
 	}
-	return wrapped, err
+	if c.from.tls != nil {
+		c.tlsBegun.Store(true)
+		return c.replaceStream(ctx, c.from.tls)
+	}
+	return nil
 }
 
 // Bounds of parking.

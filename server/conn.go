@@ -58,6 +58,7 @@ type Conn struct {
 	gone bool // the sweeper has seen that the client has gone
 
 	phase    atomic.Int32
+	tlsBegun atomic.Bool // the TLS handshake before admission
 	sawEOF   atomic.Bool
 	broken   atomic.Bool  // reset or lost: a read or write failed for no reason of ours
 	closed   atomic.Bool  // Close was called, or the handler has returned
@@ -301,9 +302,17 @@ func (c *Conn) SetNotifier(n Notifier) {
 func (c *Conn) Wrap(ctx context.Context, wrap WrapConn) error {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
-	wrapped, err := wrap(ctx, c.nc)
+	err := c.replaceStream(ctx, wrap)
 	if err != nil {
 		c.closing.With(func(cl *closingState) { cl.extra().notifier = silent{} })
+	}
+	return err
+}
+
+// replaceStream replaces the stream by what wrap makes of it. The client's address stays.
+func (c *Conn) replaceStream(ctx context.Context, wrap WrapConn) error {
+	wrapped, err := wrap(ctx, c.nc)
+	if err != nil {
 		return err
 	}
 	if named, ok := wrapped.(addrConn); ok {
@@ -651,7 +660,7 @@ func (c *Conn) naturalReason(err error) Reason {
 	}
 }
 
-// boundHandshake sets the deadline of reads and writes that WrapConn makes on the stream below Conn.
+// boundHandshake sets the deadline of reads and writes that a handshake makes on the stream below Conn.
 func (c *Conn) boundHandshake(t time.Time) {
 	c.closing.With(func(cl *closingState) {
 		if cl.cause == nil {
@@ -660,30 +669,45 @@ func (c *Conn) boundHandshake(t time.Time) {
 	})
 }
 
-// endHandshake records what WrapConn returned.
-func (c *Conn) endHandshake(wrapped net.Conn, err error) {
+// endHandshake records how the handshake before admission ended.
+func (c *Conn) endHandshake(err error) {
 	c.closing.With(func(cl *closingState) {
 		if cl.cause == nil {
 			cl.ctx = nil // the handler gets a context of its own
 		}
 	})
-	if wrapped != nil && err == nil {
-		c.setStream(wrapped)
-	}
 	c.boundHandshake(time.Time{})
-	switch {
-	case err == nil || c.endReason() != 0:
-	case errors.Is(err, io.EOF):
-		c.end(ReasonClientClosed, ErrConnClosed)
-	case errors.Is(err, syscall.ECONNRESET):
-		c.end(ReasonClientReset, ErrConnClosed)
-	default:
-		c.srv.log.Warn("handshake failed", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
-		c.end(ReasonRejectedHandshake, fmt.Errorf("%w: %w", errHandshakeFailed, err))
+	if err == nil {
+		return
 	}
+	_, isTLS := errors.AsType[*HandshakeError](err)
+	why, cause := c.handshakeReason(), fmt.Errorf("%w: %w", errHandshakeFailed, err)
+	switch {
+	case isTLS: // also for a client that left in the middle of it
+	case errors.Is(err, io.EOF):
+		why, cause = ReasonClientClosed, ErrConnClosed
+	case errors.Is(err, syscall.ECONNRESET):
+		why, cause = ReasonClientReset, ErrConnClosed
+	}
+	first := c.end(why, cause)
+	if crowded := errors.Is(c.cause(), errHandshakeCrowded); crowded {
+		err = fmt.Errorf("%w: %w", errHandshakeCrowded, err)
+	} else if !first || why != c.handshakeReason() {
+		return // the server has ended it, or the client has left before it began
+	}
+	c.closing.With(func(cl *closingState) { cl.extra().handlerErr = err })
+	c.srv.log.Warn("handshake failed", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
 }
 
 var errHandshakeFailed = errors.New("the handshake failed")
+
+// handshakeReason is the close reason of a connection whose handshake fails now.
+func (c *Conn) handshakeReason() Reason {
+	if c.tlsBegun.Load() {
+		return ReasonHandshakeFailed
+	}
+	return ReasonRejectedHandshake
+}
 
 // closeUnserved is the goroutine of a connection that was ended before it was admitted.
 func (c *Conn) closeUnserved() {
@@ -709,15 +733,17 @@ func (c *Conn) reject(why Reason) {
 func (c *Conn) rejectNow(why Reason) {
 	defer c.srv.endTask()
 	c.end(why, errors.New(why.String()))
-	if raw := rawConn(c.nc); raw != nil {
+	if raw := rawConn(c.sock); raw != nil {
 		discardPending(raw)
 	}
 	c.writeLock.Lock()
-	_, _ = c.tryWrite(c.rejection(why))
-	c.writeLock.Unlock()
-	if half, ok := c.nc.(halfCloser); ok {
-		_ = half.CloseWrite()
+	if text := c.rejection(why); isTLS(c.nc) {
+		_, _ = c.write(text) // into an empty send buffer, so that it does not wait
+	} else {
+		_, _ = c.tryWrite(text)
 	}
+	c.closeWrite()
+	c.writeLock.Unlock()
 	c.closeSocket()
 	c.closeMessages()
 	c.finish(why)
@@ -787,12 +813,7 @@ func (c *Conn) closeSocket() {
 // closeWrite ends the stream towards the client, through all layers. It reports whether the socket was half-closed.
 func (c *Conn) closeWrite() bool {
 	if c.nc != c.sock {
-		if half, ok := c.nc.(halfCloser); ok {
-			// crypto/tls gives its close_notify five seconds; the flush has less.
-			timer := time.AfterFunc(flushTimeout, func() { _ = c.sock.SetWriteDeadline(longAgo) })
-			_ = half.CloseWrite()
-			timer.Stop()
-		}
+		c.closeNotify()
 	}
 	half, ok := c.sock.(halfCloser)
 	return ok && half.CloseWrite() == nil

@@ -26,6 +26,9 @@ func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	if raw := rawConn(c.nc); raw != nil {
 		return cp.run(raw)
 	}
+	if session, transport := tlsSession(c.nc); transport != nil {
+		return cp.session(session, transport)
+	}
 	return cp.plain()
 }
 
@@ -255,7 +258,7 @@ func (cp *copier) release() {
 	}
 }
 
-// plain is run for a connection whose descriptor cannot be read directly, such as TLS.
+// plain is run for a connection whose descriptor cannot be read directly, such as a TLS session of the handler's own.
 func (cp *copier) plain() (int64, error) {
 	cp.buf = takeBuffer(smallBuffer)
 	defer cp.finish()

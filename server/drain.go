@@ -122,7 +122,7 @@ func (d *drain) count(why Reason) {
 		d.atDeadline++
 	case ReasonForced:
 		d.byForce++
-	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedDraining, ReasonRejectedHandshake:
+	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedDraining, ReasonRejectedHandshake, ReasonHandshakeFailed:
 		d.rejected++
 	case ReasonClientClosed, ReasonClientReset, ReasonClientLeft, ReasonHandlerDone:
 		d.left++

@@ -76,6 +76,7 @@ const (
 	ReasonDeadline                            // the grace period was over
 	ReasonForced                              // Server.Close or Server.Force
 	ReasonLost                                // stayed with a predecessor that died; see Server.TakeOver
+	ReasonHandshakeFailed                     // the TLS handshake failed or took too long
 	reasonEnd
 
 	reasonHandedOver Reason = -1 // not closed: another process serves it
@@ -89,6 +90,7 @@ var reasonNames = [reasonEnd]string{
 	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit", ReasonRejectedDraining: "rejected-draining",
 	ReasonRejectedHandshake: "rejected-unidentified",
 	ReasonDeadline:          "deadline", ReasonForced: "forced", ReasonLost: "lost",
+	ReasonHandshakeFailed: "handshake-failed",
 }
 
 // String returns the reason's name as logs, the control plane and metrics show it.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"iter"
 	"net"
@@ -17,6 +18,9 @@ type Listener struct {
 	Handler Handler
 	// WrapConn prepares the connections. Nil means Options.WrapConn.
 	WrapConn WrapConn
+	// TLSConfig makes the server perform a TLS handshake on each connection, after WrapConn, so that a PROXY header
+	// comes before TLS. Nil means no TLS. The configuration must not be changed any more.
+	TLSConfig *tls.Config
 	// Inherited means that another process has the listener's socket too, such as systemd. A drain then only stops
 	// accepting: clients in the accept queue are left to the successor, and the socket is not changed. Accepted
 	// connections keep the keepalive and TCP_NODELAY settings of the socket.

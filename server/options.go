@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math"
@@ -44,6 +45,8 @@ type Options struct {
 	// WrapConn, when not nil, prepares each connection before it is admitted: it reads a PROXY header, performs a TLS
 	// handshake, or authenticates the client.
 	WrapConn WrapConn
+	// TLSConfig is the configuration of ServeTLS and ListenAndServeTLS, which copy it. Other listeners do not use it.
+	TLSConfig *tls.Config
 	// BaseContext, when not nil, returns the parent of the contexts of the connections that come from ln.
 	BaseContext func(ln net.Listener) context.Context
 	// ConnContext, when not nil, returns the parent of the handler's context for a connection that was admitted; ctx
@@ -74,7 +77,7 @@ type Limits struct {
 	// IPv6Prefix is how many bits of an IPv6 address identify a client for MaxConnsPerIP. Zero means 64, because a
 	// site usually has a /64 at least (RFC 6177). IPv4 addresses count whole, also when they are mapped into IPv6.
 	IPv6Prefix int
-	// MaxHandshakes is how many connections may be in WrapConn at once. At the limit the one that has been there for
+	// MaxHandshakes is how many connections may be in WrapConn or in a TLS handshake at once. At the limit the one that has been there for
 	// longest is closed for a new one. Zero means DefaultMaxHandshakes.
 	MaxHandshakes int
 	// ReservedFiles is how many of the open files that the process may have are kept for other uses than serving.
@@ -93,7 +96,7 @@ type Timeouts struct {
 	// 30 s. The connection is closed after at most a quarter more than the timeout. Zero means DefaultStallTimeout,
 	// Off means never.
 	Stall time.Duration
-	// Handshake bounds WrapConn. Zero means DefaultHandshakeTimeout.
+	// Handshake bounds WrapConn and the TLS handshake together. Zero means DefaultHandshakeTimeout.
 	Handshake time.Duration
 }
 

@@ -3,7 +3,11 @@ package server
 import (
 	"crypto/tls"
 	"net"
+	"os"
+	"path/filepath"
+	"runtime"
 	"testing"
+	"time"
 )
 
 // stream is a client's end of a connection.
@@ -32,12 +36,57 @@ var paths = []path{
 	}},
 	{"TLS", func(t *testing.T, h Handler) (*Server, func() stream) {
 		forServer, forClient := tlsConfigs(t)
-		forClient.ServerName = "127.0.0.1"
+		ln := listen(t)
+		s, _ := newServer(t, h, Options{})
+		serveListener(t, s, Listener{Listener: ln, TLSConfig: forServer})
+		return s, func() stream { return dialTLS(t, ln.Addr(), forClient) }
+	}},
+	{"TLS of the listener's own", func(t *testing.T, h Handler) (*Server, func() stream) {
+		forServer, forClient := tlsConfigs(t)
 		ln := listen(t)
 		s, _ := newServer(t, h, Options{})
 		serve(t, s, tls.NewListener(ln, forServer))
-		return s, func() stream { return tls.Client(dialTCP(t, ln.Addr()), forClient) }
+		return s, func() stream { return dialTLS(t, ln.Addr(), forClient) }
 	}},
+}
+
+func init() {
+	if runtime.GOOS == "windows" {
+		return // its Unix sockets have no half-close that Go offers
+	}
+	paths = append(paths, path{"Unix", func(t *testing.T, h Handler) (*Server, func() stream) {
+		ln := listenUnix(t)
+		s, _ := newServer(t, h, Options{})
+		serve(t, s, ln)
+		return s, func() stream { return dialUnix(t, ln.Addr()) }
+	}})
+}
+
+// listenUnix listens on a Unix socket in a directory of its own, whose name is short enough for one.
+func listenUnix(t testing.TB) net.Listener {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	ln, err := Listen(t.Context(), "unix://"+filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
+	return ln
+}
+
+func dialUnix(t testing.TB, addr net.Addr) *net.UnixConn {
+	t.Helper()
+	nc, err := net.Dial("unix", addr.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = nc.Close() })
+	_ = nc.SetDeadline(time.Now().Add(30 * time.Second))
+	return nc.(*net.UnixConn)
 }
 
 // wrappingListener accepts connections that a program has put something of its own around.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -66,10 +67,14 @@ func New(h Handler, opts Options) (*Server, error) {
 	return s, nil
 }
 
-// ListenAndServe listens at address, as Listen does, and serves.
+// ListenAndServe listens at address, as Listen does, and serves. The address may also be tls://host:port; see
+// ListenAndServeTLS.
 func (s *Server) ListenAndServe(address string) error {
 	if s.log == nil {
 		return errNotNew
+	}
+	if strings.HasPrefix(address, tlsScheme) {
+		return s.ListenAndServeTLS(address, "", "")
 	}
 	ln, err := Listen(context.Background(), address)
 	if err != nil {
@@ -102,6 +107,9 @@ func (s *Server) ServeListener(l Listener) error {
 	case l.Handler == nil && s.handler == nil:
 		_ = l.Close()
 		return errors.New("server: serve: neither the listener nor the server has a handler")
+	case l.TLSConfig != nil && !hasCertificate(l.TLSConfig):
+		_ = l.Close()
+		return errNoCertificate
 	}
 	a := s.takeAdopted(l)
 	if a == nil {
@@ -121,7 +129,7 @@ func (s *Server) ServeListener(l Listener) error {
 	if sweep {
 		go s.sweep()
 	}
-	s.log.Info("listening", zap.Stringer("address", l.Addr()))
+	s.log.Info("listening", zap.Stringer("address", l.Addr()), zap.Bool("tls", l.TLSConfig != nil))
 
 	err := a.run()
 	last := a.leaveAcceptors()

@@ -40,6 +40,7 @@ type Status struct {
 // ListenerInfo describes a listener that accepts connections.
 type ListenerInfo struct {
 	Address net.Addr
+	TLS     bool // Listener.TLSConfig is set
 	// AcceptQueue is how many clients wait in the kernel to be accepted, and AcceptQueueLimit how many can. Both are
 	// -1 where the system does not tell.
 	AcceptQueue, AcceptQueueLimit int
@@ -66,7 +67,7 @@ type ClosedConn struct {
 	BytesIn, BytesOut uint64
 	Notified          bool
 	Labels            map[string]string
-	Err               error // what the handler returned
+	Err               error // what the handler returned, or why the connection could not be prepared
 }
 
 // Status returns the server's status.
@@ -78,7 +79,7 @@ func (s *Server) Status() Status {
 	if s.opts.Limits.MaxConns != math.MaxInt {
 		status.MaxConns = s.opts.Limits.MaxConns
 	}
-	var listeners []net.Listener
+	var listeners []Listener
 	var conns []*Conn
 	s.state.With(func(st *state) {
 		status.State = st.visible()
@@ -106,7 +107,7 @@ func (s *Server) Status() Status {
 			status.Drain = new(st.drain.info())
 		}
 		for _, a := range st.acceptors {
-			listeners = append(listeners, a.ln.Listener)
+			listeners = append(listeners, a.ln)
 		}
 	})
 	for c := range inTurns(conns, quietTurn) { // outside the lock: connections that close meanwhile keep their figures
@@ -115,8 +116,8 @@ func (s *Server) Status() Status {
 		status.BytesOut += c.BytesOut()
 	}
 	for _, ln := range listeners {
-		info := ListenerInfo{Address: ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}
-		if n, limit, ok := acceptQueue(ln); ok {
+		info := ListenerInfo{Address: ln.Addr(), TLS: ln.TLSConfig != nil, AcceptQueue: -1, AcceptQueueLimit: -1}
+		if n, limit, ok := acceptQueue(ln.Listener); ok {
 			info.AcceptQueue, info.AcceptQueueLimit = n, limit
 		}
 		status.Listeners = append(status.Listeners, info)

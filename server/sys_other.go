@@ -47,6 +47,8 @@ func wouldBlock(error) bool { return false }
 
 func discardPending(syscall.RawConn) {}
 
+func awaitReadable(syscall.RawConn) {}
+
 func peerGone(net.Conn) bool { return false }
 
 func stopHandshakes(net.Listener) error { return errors.ErrUnsupported }

@@ -82,6 +82,19 @@ func peerGone(nc net.Conn) (gone bool) {
 	return gone
 }
 
+// awaitReadable waits until the socket has input, the end of the stream or an error to read, or until its read deadline.
+func awaitReadable(raw syscall.RawConn) {
+	looked := false
+	_ = raw.Read(func(fd uintptr) bool {
+		if looked {
+			return true // the poller said so
+		}
+		looked = true
+		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return !wouldBlock(err)
+	})
+}
+
 // keepUrgentInline makes urgent data a part of the stream, in its place, for ln and the connections that it accepts
 // (socket(7), SO_OOBINLINE; RFC 6093 advises against any other use).
 func keepUrgentInline(ln net.Listener) {
