@@ -436,8 +436,14 @@ func TestG14StreamingTLSClientsGetEveryByteBackAtADrain(t *testing.T) {
 	s, dial := serveTLS(t, Echo, Options{Notifier: NotifierFunc(func(Notice) []byte { return []byte(notice) })})
 	var all, streaming sync.WaitGroup
 	streaming.Add(clients)
-	for range clients {
-		c := dial()
+	conns := make([]*tls.Conn, clients)
+	for i := range conns { // before any of them streams, or the handshakes take long
+		conns[i] = dial()
+		if err := conns[i].Handshake(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range conns {
 		_ = c.NetConn().(finConn).SetReadBuffer(32 << 10) // so that little is under way
 		_ = c.NetConn().(finConn).SetWriteBuffer(32 << 10)
 		all.Go(func() { streamUntilTold(t, c, notice, streaming.Done) })
