@@ -89,7 +89,7 @@ echod_connections_accepted_total 12
 echod_connections_closed_total{reason="client-closed"} 100
 echod_connections_closed_total{reason="client-reset"} 101
 echod_connections_closed_total{reason="client-left"} 102
-echod_connections_closed_total{reason="handshake-failed"} 115
+echod_connections_closed_total{reason="handshake-failed"} 116
 echod_connections_closed_total{reason="idle-timeout"} 103
 echod_connections_closed_total{reason="stalled"} 104
 echod_connections_closed_total{reason="handler-done"} 105

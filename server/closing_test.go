@@ -281,7 +281,7 @@ func TestReasonsAndPhasesHaveNames(t *testing.T) {
 		}
 		seen[why.String()] = true
 	}
-	wantEqual(t, "number of reasons", len(seen), 16)
+	wantEqual(t, "number of reasons", len(seen), 17)
 	for got, want := range map[string]string{
 		Reason(0).String(): "Reason(0)", Reason(99).String(): "Reason(99)",
 		Phase(0).String(): "Phase(0)", Phase(99).String(): "Phase(99)", PhaseClosing.String(): "closing",

@@ -23,13 +23,7 @@ const maxReads = 16
 // and Write, except that a write deadline counts only for a write that has to wait for the client.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	cp := &copier{src: c, dst: w, echo: w == io.Writer(c)}
-	if raw := rawConn(c.nc); raw != nil {
-		return cp.run(raw)
-	}
-	if session, transport := tlsSession(c.nc); transport != nil {
-		return cp.session(session, transport)
-	}
-	return cp.plain()
+	return cp.copy()
 }
 
 // A copier is one call of WriteTo.
@@ -54,6 +48,18 @@ type copier struct {
 	rest    []byte // of that, what is not written yet
 	err     error
 	written int64
+}
+
+// copy copies on the fastest way that the stream offers.
+func (cp *copier) copy() (int64, error) {
+	nc := cp.src.nc
+	if raw := rawConn(nc); raw != nil {
+		return cp.run(raw)
+	}
+	if session, transport := tlsSession(nc); transport != nil {
+		return cp.session(session, transport)
+	}
+	return cp.plain()
 }
 
 // run does between visits to the descriptor what may have to wait for a peer.
@@ -293,11 +299,7 @@ func (c *Conn) echo(pending []byte) error {
 		err = cp.writeRest()
 	}
 	if err == nil {
-		if raw := rawConn(c.nc); raw != nil {
-			_, err = cp.run(raw)
-		} else {
-			_, err = cp.plain()
-		}
+		_, err = cp.copy()
 	}
 	if errors.Is(err, ErrHandover) {
 		return Handover(cp.rest)

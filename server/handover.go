@@ -450,7 +450,7 @@ func (p *predecessor) whyBehind(c *Conn) string {
 		return "closing"
 	case c.NetConn() != c.sock:
 		return "stream on top of the socket"
-	case phase == PhaseWaiting && c.from.wrap != nil:
+	case phase == PhaseWaiting && c.from.prepares():
 		return "handshake"
 	case !resumes:
 		return "handler cannot be resumed"

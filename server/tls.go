@@ -135,7 +135,7 @@ func isTLS(nc net.Conn) bool {
 // session is run for a TLS session. While the client is silent it has neither a buffer nor a deep stack: it waits for
 // the socket and not for the session.
 func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, error) {
-	defer cp.release()
+	defer cp.finish()
 	c := cp.src
 	raw := rawConn(transport.Conn)
 	for {

@@ -333,7 +333,7 @@ func TestTLS(t *testing.T) {
 			if err := c.Wrap(ctx, TLS(forServer)); err != nil {
 				return err
 			}
-			return echo(ctx, c)
+			return Echo.ServeConn(ctx, c)
 		}), Options{})
 		nc := dialTCP(t, addr)
 		send(t, nc, "STARTTLS")
