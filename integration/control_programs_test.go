@@ -14,7 +14,7 @@ import (
 // TestCurlOnTheControlSocket: the API is for everybody.
 func TestCurlOnTheControlSocket(t *testing.T) {
 	t.Parallel()
-	curl := require(t, "curl")
+	curl := curl.find(t)[0]
 	e := start(t, "--grace", "20s")
 	p := e.served()
 	call := func(args ...string) string {
@@ -64,7 +64,7 @@ func TestCurlOnTheControlSocket(t *testing.T) {
 // TestProblemsAreDescribed: a refusal names its type, which scripts can rely on.
 func TestProblemsAreDescribed(t *testing.T) {
 	t.Parallel()
-	curl := require(t, "curl")
+	curl := curl.find(t)[0]
 	e := start(t)
 	got := run(t, commandOf(curl, "-sS", "-i", "--unix-socket", e.socket, "-d", `{"mode":"gentle"}`, "http://echod/v1/pause"))
 	if !strings.Contains(got.stdout, "400 Bad Request") || !strings.Contains(got.stdout, "application/problem+json") {

@@ -44,7 +44,7 @@ type fleet struct {
 
 func startFleet(t *testing.T) *fleet {
 	t.Helper()
-	haproxy := require(t, "haproxy")
+	haproxy := haproxy.find(t)[0]
 	f := &fleet{t: t, ports: freePorts(t, 7), nodes: make([]*echod, 3), log: newJournal()}
 	f.front = "127.0.0.1:" + f.ports[0]
 	text := readFile(t, "../packaging/haproxy/haproxy.cfg")

@@ -176,7 +176,7 @@ func isWithin(pkg, root string) bool {
 func TestModuleRename(t *testing.T) {
 	t.Parallel()
 	slow(t)
-	makeCommand := require(t, "make")
+	makeCommand := gnuMake.find(t)[0]
 	const path = "example.org/you/echod"
 	dir := t.TempDir()
 	copyTree(t, dir)

@@ -19,9 +19,8 @@ import (
 // makePackage builds the .deb of a version as make dist does, and returns its path.
 func makePackage(t *testing.T, version string) string {
 	t.Helper()
-	require(t, "make")
 	dir := t.TempDir()
-	cmd := exec.Command("make", "-C", "..", "dist", "DIST="+dir, "VERSION="+version, "SYSTEMS=linux-"+runtime.GOARCH, "PACKAGES=deb")
+	cmd := exec.Command(gnuMake.find(t)[0], "-C", "..", "dist", "DIST="+dir, "VERSION="+version, "SYSTEMS=linux-"+runtime.GOARCH, "PACKAGES=deb")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("make dist: %v\n%s", err, out)
 	}
@@ -73,10 +72,10 @@ func TestPackageVersions(t *testing.T) {
 	}
 }
 
-// dpkg runs dpkg in the namespaces of systemd and fails the test if it fails.
+// dpkg runs dpkg in the namespaces of systemd and fails the test if it fails. Its triggers can take long.
 func (s *systemd) dpkg(t *testing.T, args ...string) {
 	t.Helper()
-	if r := run(t, s.command(append([]string{"dpkg"}, args...)...)); r.code != 0 {
+	if r := s.background(t, append([]string{"dpkg"}, args...)...)(); r.code != 0 {
 		t.Fatalf("dpkg %s: %+v", strings.Join(args, " "), r)
 	}
 }

@@ -31,6 +31,13 @@ var (
 	socat         = kind{"socat", [][]string{{"socat"}}, "-V", "socat version"}
 	busyboxNC     = kind{"BusyBox's nc", [][]string{{"busybox", "nc"}, {"nc"}}, "--help", "BusyBox"}
 	busyboxTelnet = kind{"BusyBox's telnet", [][]string{{"busybox", "telnet"}, {"telnet"}}, "--help", "BusyBox"}
+	curl          = kind{"curl with Unix sockets", [][]string{{"curl"}}, "--version", "UnixSockets"}
+	haproxy       = kind{"HAProxy 2.4 or later", [][]string{{"haproxy"}}, "-v", "HAProxy version"} // earlier: HA-Proxy
+	gnuMake       = kind{"GNU make", [][]string{{"make"}, {"gmake"}}, "--version", "GNU Make"}
+	nsenter       = kind{"util-linux's nsenter", [][]string{{"nsenter"}}, "--help", "--all"}
+	setpriv       = kind{"util-linux's setpriv", [][]string{{"setpriv"}}, "--help", "--reuid"}
+	analyze       = kind{"systemd-analyze 250 or later", [][]string{{"systemd-analyze"}}, "--help", "--offline"}
+	tmux          = kind{"tmux", [][]string{{"tmux"}}, "-V", "tmux "}
 )
 
 // find returns the command that starts a program of this kind. Without one the test is skipped, or fails; see missing.

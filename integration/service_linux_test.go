@@ -309,9 +309,8 @@ func (s *systemd) testSettings(t *testing.T) {
 // Otherwise any user could lock the directory, and the next start would wait for the lock.
 func (s *systemd) testRuntimeDirectory(t *testing.T) {
 	s.fresh(t)
-	setpriv := require(t, "setpriv")
 	open := func(user string) int {
-		return run(t, s.command(setpriv, "--reuid="+user, "--regid="+user, "--clear-groups", "ls", "/run/echod")).code
+		return run(t, s.command(setpriv.find(t)[0], "--reuid="+user, "--regid="+user, "--clear-groups", "ls", "/run/echod")).code
 	}
 	if open("0") != 0 || open("65534") == 0 {
 		t.Errorf("ls /run/echod exits with %d for root and %d for nobody", open("0"), open("65534"))

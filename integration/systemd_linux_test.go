@@ -69,7 +69,7 @@ func startSystemd(t *testing.T, units map[string]string) *systemd {
 	if os.Getuid() != 0 {
 		missing(t, "systemd needs root")
 	}
-	require(t, "nsenter")
+	nsenter.find(t)
 	require(t, "systemctl")
 	binary := built(t, echodBinary)
 	s := &systemd{units: t.TempDir(), addr: "127.0.0.1:" + freePorts(t, 1)[0], log: newJournal()}

@@ -187,7 +187,7 @@ func TestTerminal(t *testing.T) {
 
 func testClosingATerminal(t *testing.T) {
 	t.Parallel()
-	tmux := require(t, "tmux")
+	tmux := tmux.find(t)[0]
 	dir := shortDir(t)
 	call := func(args ...string) {
 		t.Helper()

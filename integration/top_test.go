@@ -25,7 +25,7 @@ type screen struct {
 func (e *echod) top(columns, rows int, settings ...string) *screen {
 	e.t.Helper()
 	dir := shortDir(e.t)
-	s := &screen{t: e.t, tmux: []string{require(e.t, "tmux"), "-S", filepath.Join(dir, "tmux"), "-f", os.DevNull, "-u"}}
+	s := &screen{t: e.t, tmux: []string{tmux.find(e.t)[0], "-S", filepath.Join(dir, "tmux"), "-f", os.DevNull, "-u"}}
 	// The shell prints top's exit code, and whether it restored the terminal's settings.
 	script := fmt.Sprintf(`before=$(stty -g); env LC_ALL=C.UTF-8 %s sh -c 'echo $$ >"$0" && exec "$@"' '%s' '%s' top --control '%s' --interval 100ms;
 echo "code=$?"; [ "$before" != "$(stty -g)" ] || echo 'settings as before'; exec cat`, strings.Join(settings, " "), filepath.Join(dir, "pid"), built(e.t, echodBinary), e.socket)

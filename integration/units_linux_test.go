@@ -72,7 +72,7 @@ func TestDefaultsFile(t *testing.T) {
 const maxExposure = "15"
 
 func TestSystemdAnalyze(t *testing.T) {
-	analyze := require(t, "systemd-analyze")
+	analyze := analyze.find(t)[0]
 	r := run(t, commandOf(analyze, "security", "--offline=true", "--threshold="+maxExposure, "--no-pager", "../packaging/systemd/echod.service"))
 	overall := regexp.MustCompile(`Overall exposure level.*`).FindString(r.stdout)
 	if r.code != 0 || overall == "" {
