@@ -39,7 +39,7 @@ func testBarsOnATerminal(t *testing.T) {
 	term.types(fmt.Sprintf("$ECHOD send --address %s --csv --rate 1500 --output /dev/null %s %s %s; echo \"code=$?\"\n", e.addr, empty, small, table))
 	term.awaits(`small\.csv +100 % \[=+\] +6 B of 6 B +0 records`)
 	term.awaits(`table\.csv +\d+ % \[=+> +\] +\d+ kB of \d+ kB +[\d,]+ records`)
-	term.awaits(`total 2/3 +\d+ % (\[=*>? *\])? +(\d+ kB of \d+ kB +)?00:0\d<00:\d\d +\d+ kB/s +[\d,]+ records.* 1 failed`)
+	term.awaits(`all 2/3 +\d+ % (\[=*>? *\])? +(\d+ kB of \d+ kB +)?00:0\d<00:\d\d +\d+ kB/s +[\d,]+ records.* 1 failed`)
 	term.awaits(`small\.csv:2:1: wrong number of fields`)
 	term.awaits(`empty +100 % \[=+\] +0 B of 0 B +0 records`)
 	term.awaits(`code=1`)
@@ -132,8 +132,8 @@ func testShrinkingTerminal(t *testing.T) {
 	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 2000)), 0o600))
 	term, _ := openTerminal(t)
 	term.types(fmt.Sprintf("$ECHOD send --address %s --lines --rate 700 --output /dev/null %s %s; echo \"code=$?\"\n", e.addr, input, input))
-	term.awaits(`total 0/2 .*records`)
+	term.awaits(`all 0/2 .*records`)
 	check(t, pty.Setsize(term.tty, &pty.Winsize{Cols: 40, Rows: 24}))
-	term.awaits(`\ntotal \d/2[^\n\x1b]{0,30}\x1b\[K\x1b\[J\x1b\[\dA`) // within 40 columns
+	term.awaits(`\nall \d/2[^\n\x1b]{0,30}\x1b\[K\x1b\[J\x1b\[\dA`) // within 40 columns
 	term.awaits(`code=0`)
 }

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"compress/gzip"
+	"encoding/pem"
 	"io"
 	"net"
 	"net/http"
@@ -336,5 +337,26 @@ func TestSendGivesUpOnAServerThatHangs(t *testing.T) {
 	got := echodRun(t, "send", "--address", ln.Addr().String(), "--lines", "--give-up", "1s", writeCSV(t, 10))
 	if took := time.Since(began); got.code != 1 || !strings.Contains(got.stderr, "gave up after 1s: ") || took > 10*time.Second { // the stall timeout is 30 s
 		t.Errorf("after %v: %+v", took, got)
+	}
+}
+
+// Requests have the user's headers, and trust the user's certificates.
+func TestSendRequests(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	web := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if _, err := io.WriteString(w, req.Header.Get("Authorization")+"\n"+req.UserAgent()+"\n"); err != nil {
+			t.Error(err)
+		}
+	}))
+	defer web.Close()
+	cert := filepath.Join(t.TempDir(), "ca.pem")
+	check(t, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: web.Certificate().Raw}), 0o600))
+	got := e.bulk("-l", "--cacert", cert, "-H", "authorization: Bearer x", web.URL)
+	if got.code != 0 || got.stdout != "Bearer x\nechod/devel\n" {
+		t.Errorf("got %+v", got)
+	}
+	if got := e.bulk("-l", web.URL); got.code != 1 || !strings.Contains(got.stderr, "certificate") {
+		t.Errorf("without --cacert: got %+v", got)
 	}
 }

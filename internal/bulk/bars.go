@@ -132,7 +132,7 @@ func (p *pace) bars(columns, rows int) []string {
 			}
 			bars = append(bars, bar{title(in.name), in.position, []number{count}})
 		}
-		name := fmt.Sprintf("total %d/%d", t.done(), len(t.inputs))
+		name := fmt.Sprintf("all %d/%d", t.done(), len(t.inputs))
 		bars = append(bars, bar{name, t.position, p.numbers(t.records())})
 	}
 	nameWidth := 0

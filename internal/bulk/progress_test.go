@@ -166,7 +166,7 @@ func TestBarsFit(t *testing.T) {
 			}
 		}
 	}
-	if lines := p.bars(150, 24); !strings.HasPrefix(lines[len(lines)-1], "total 29/30") {
+	if lines := p.bars(150, 24); !strings.HasPrefix(lines[len(lines)-1], "all 29/30") {
 		t.Errorf("the last line is %q", lines[len(lines)-1])
 	}
 }
