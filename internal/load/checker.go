@@ -57,10 +57,10 @@ type checker struct {
 	missing   map[uint64]time.Duration
 	forgotten int64
 
-	// Since the last message in its turn, brokenBytes arrived that are no message.
-	// They would make up about broken messages. corrupted is how many messages of
-	// this connection have been counted as corrupted.
-	broken, brokenBytes, corrupted int64
+	// broken is about how many messages the bytes would make up that arrived since the
+	// last message in its turn and are no message. corrupted is how many messages of this
+	// connection have been counted as corrupted.
+	broken, corrupted int64
 
 	lines lines
 }
@@ -233,14 +233,13 @@ func (c *checker) returned(latency time.Duration) {
 }
 
 // message takes an intact message that is, or may be, out of order.
-func (c *checker) message(from origin, seq uint64, size int, now time.Duration) {
+func (c *checker) message(from origin, seq uint64, now time.Duration) {
 	if from != c.from {
 		c.tally.Echoes.Foreign++
 		return
 	}
 	if seq >= c.sent { // well-formed, but never sent
 		c.broken++
-		c.brokenBytes += int64(size)
 		return
 	}
 	if due, ok := c.missing[seq]; ok {
@@ -253,9 +252,9 @@ func (c *checker) message(from origin, seq uint64, size int, now time.Duration) 
 		c.tally.Echoes.Duplicated++
 		return
 	}
-	f, start := c.flight(seq)
+	f, _ := c.flight(seq)
 	due := f.due
-	c.countBroken(int64(seq-c.base), start-c.start)
+	c.countBroken(int64(seq - c.base))
 	for c.base < seq {
 		c.miss()
 	}
@@ -276,17 +275,14 @@ func (c *checker) miss() {
 	c.pop()
 }
 
-// countBroken counts the broken bytes since the last message in its turn. They are
-// what became of the messages missing there, which have missingBytes. Any more were
-// never sent.
-func (c *checker) countBroken(missing, missingBytes int64) {
+// countBroken counts the broken messages since the last message in its turn. They are
+// what became of the messages missing there. Any more were never sent.
+func (c *checker) countBroken(missing int64) {
 	corrupted := min(c.broken, missing)
 	c.corrupted += corrupted
 	c.tally.Echoes.Corrupted += corrupted
-	if c.brokenBytes > missingBytes {
-		c.tally.Echoes.Unexpected += c.broken - corrupted
-	}
-	c.broken, c.brokenBytes = 0, 0
+	c.tally.Echoes.Unexpected += c.broken - corrupted
+	c.broken = 0
 }
 
 // outstanding returns how many messages are in flight.
@@ -324,7 +320,7 @@ func (c *checker) dueTimes() []time.Duration {
 // come back, intact or broken.
 func (c *checker) finish() int64 {
 	c.endLines()
-	c.countBroken(int64(c.outstanding()), c.outstandingBytes())
+	c.countBroken(int64(c.outstanding()))
 	unreturned := int64(c.outstanding()) + int64(len(c.missing)) + c.forgotten
 	if more := c.corrupted - unreturned; more > 0 { // some counted as corrupted arrived later
 		c.tally.Echoes.Corrupted -= more
@@ -404,7 +400,7 @@ func (c *checker) line(now time.Duration) {
 	if from, seq, ok := parseMessage(l.line); ok {
 		c.release()
 		c.settleJunk()
-		c.message(from, seq, len(l.line), now)
+		c.message(from, seq, now)
 		l.afterMessage = true
 		return
 	}
@@ -428,7 +424,7 @@ func (c *checker) line(now time.Duration) {
 	if from, seq, size, ok := c.lastMessage(joined); ok {
 		l.junk += len(joined) - size
 		c.settleJunk()
-		c.message(from, seq, size, now)
+		c.message(from, seq, now)
 		l.afterMessage = true
 		return
 	}
@@ -472,7 +468,6 @@ func (c *checker) settleJunk() {
 	if junk == 0 {
 		return
 	}
-	c.brokenBytes += int64(junk)
 	n := int64(0)
 	seq := c.base + uint64(c.broken)
 	for seq < c.sent && junk > 0 {

@@ -339,6 +339,21 @@ func TestCheckerBrokenBytes(t *testing.T) {
 			expect(t, "echoes", sum.Echoes, tt.want)
 		})
 	}
+	t.Run("a small one is lost and a large one is broken: nothing was received that was not sent", func(t *testing.T) {
+		sizes, _ := ParseSizes("64:9,6400:1")
+		c, sum := newTestChecker(sizes)
+		var messages [][]byte
+		for _, size := range []int{64, 6400, 64, 64, 64} {
+			c.begin(0, size)
+			messages = append(messages, write(c, 10000))
+		}
+		messages[1][0] = '?'
+		c.feed(bytes.Join(messages[1:4], nil), 0)
+		sum.Echoes.Lost = c.finish()
+		if e := sum.Echoes; e.Unexpected != 0 || e.Returned != 2 || e.Corrupted+e.Lost != 3 || e.Corrupted == 0 {
+			t.Errorf("%+v, want 2 returned, 3 lost or corrupted, and nothing unexpected", e)
+		}
+	})
 	t.Run("a large message counts as one among small ones", func(t *testing.T) {
 		sizes, _ := ParseSizes("64:9,6400:1")
 		c, sum := newTestChecker(sizes)

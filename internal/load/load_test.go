@@ -16,6 +16,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"echod/client"
 )
 
 // allFaults has faults of every kind, and of100 is what becomes of 100 messages.
@@ -76,7 +78,15 @@ func TestFaultsAreToldApart(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			opts.Conns, opts.Stages, opts.Late, opts.Threads = 20, at(10000, 200*time.Millisecond), time.Hour, 3
-			expect(t, "echoes", mustRun(t, opts).Echoes, times(of100, 20))
+			r := mustRun(t, opts)
+			expect(t, "echoes", r.Echoes, times(of100, 20))
+			if opts.Dial == nil {
+				address, err := client.ParseAddress(opts.Address)
+				if err != nil {
+					t.Fatal(err)
+				}
+				expect(t, "addresses", r.Addresses, []TargetCount{{Address: address.Addr, Made: 20}})
+			}
 		})
 	}
 }

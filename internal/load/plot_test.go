@@ -149,6 +149,10 @@ func TestPlot(t *testing.T) {
 			t.Errorf("the line of two stages is %v", points)
 		}
 	})
+	t.Run("a distribution ends where its number of values does", func(t *testing.T) {
+		r := &Report{Echo: Latency{Count: 100, P50: 1, P90: 2, P99: 3, P999: 4, P9999: 4, Max: 5}}
+		expect(t, "points", r.distribution(r.Echo, true), [][2]float64{{0.5, 1}, {0.9, 2}, {0.99, 5}})
+	})
 	t.Run("the percentile picture shows the tail", func(t *testing.T) {
 		r := &Report{Lasted: 1, histograms: newInterval()}
 		for range 9999 {
