@@ -55,7 +55,7 @@ func says(text string) func(net.Conn) {
 func newPinger(t *testing.T, address string) *pinger {
 	t.Helper()
 	p := &pinger{
-		address: address, count: 1, size: 64, interval: seconder(time.Millisecond), timeout: seconder(time.Minute), out: io.Discard,
+		address: address, count: 1, size: 64, interval: seconder(time.Millisecond), timeout: seconder(10 * time.Second), out: io.Discard,
 	}
 	if err := p.check(); err != nil {
 		t.Fatal(err)
