@@ -13,16 +13,16 @@ import (
 	"echod/server"
 )
 
-// queueLength is how many messages may wait for one member.
-const queueLength = 64
+const (
+	queueLength = 256         // messages that may wait for one member
+	lastWrite   = time.Second // how long a member that was dropped has to take what is queued
+)
 
 // errTooSlow is why a member was dropped. The server logs it, and keeps it in ClosedConn.Err.
 var errTooSlow = fmt.Errorf("%d messages behind", queueLength)
 
 // hub holds the rooms. It never waits for a client while it holds its lock.
 type hub struct {
-	lastWrite time.Duration // how long a member that was dropped has to take what is queued
-
 	mu    sync.Mutex
 	rooms map[string]room
 }
@@ -122,7 +122,7 @@ func (h *hub) sendLocked(name, message string) {
 			// End the read that ServeConn waits in at once, and the writer's writes soon. An error means that the
 			// connection has ended already.
 			_ = m.conn.SetReadDeadline(time.Now())
-			_ = m.conn.SetWriteDeadline(time.Now().Add(h.lastWrite))
+			_ = m.conn.SetWriteDeadline(time.Now().Add(lastWrite))
 		}
 	}
 }

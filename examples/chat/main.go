@@ -48,7 +48,7 @@ func main() {
 		}
 		config = &tls.Config{Certificates: []tls.Certificate{pair}}
 	}
-	srv, err := newServer(&hub{lastWrite: time.Second}, config, logger)
+	srv, err := newServer(config, logger)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func main() {
 }
 
 // newServer makes the server. A nil config means without TLS.
-func newServer(h *hub, config *tls.Config, logger *zap.Logger) (*server.Server, error) {
+func newServer(config *tls.Config, logger *zap.Logger) (*server.Server, error) {
 	opts := server.Options{
 		Logger:   logger,
 		Notifier: server.NotifierFunc(notice),
@@ -75,7 +75,7 @@ func newServer(h *hub, config *tls.Config, logger *zap.Logger) (*server.Server, 
 			return tc, tc.HandshakeContext(ctx)
 		}
 	}
-	return server.New(h, opts)
+	return server.New(&hub{}, opts)
 }
 
 // notice says what the server itself has to say. The handler writes whole lines only, so a notice is never in the

@@ -9,8 +9,10 @@ import (
 	"io"
 	"net"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/goleak"
@@ -23,9 +25,9 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // start serves. drain begins the drain, and returns when all clients have been told.
-func start(t *testing.T, h *hub, config *tls.Config) (addr net.Addr, srv *server.Server, drain func()) {
+func start(t *testing.T, config *tls.Config) (addr net.Addr, srv *server.Server, drain func()) {
 	t.Helper()
-	srv, err := newServer(h, config, zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)))
+	srv, err := newServer(config, zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +78,7 @@ func TestChat(t *testing.T) {
 					return newClient(t, tls.Client(dial(t, addr), clientConfig), hello)
 				}
 			}
-			addr, srv, drain := start(t, &hub{}, config)
+			addr, srv, drain := start(t, config)
 
 			ann := join(addr, "kitchen ann")
 			ann.expect("* ann is here")
@@ -118,63 +120,96 @@ func TestChat(t *testing.T) {
 	}
 }
 
+// TestSlowMember runs in a bubble, where connections have no buffer: a member that does not read blocks its writer at
+// once, and the time that it has passes in no time.
 func TestSlowMember(t *testing.T) {
-	fill := strings.Repeat("x", 1000)
+	message := strings.Repeat("x", 1000)
 
-	for _, test := range []struct {
-		name      string
-		lastWrite time.Duration
-		reads     bool
-	}{
-		{"one that reads again is told why it was dropped", time.Minute, true},
-		{"one that never reads delays nobody", time.Millisecond, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			addr, srv, _ := start(t, &hub{lastWrite: test.lastWrite}, nil)
-			slow := newClient(t, dial(t, addr), "kitchen slow")
-			slow.expect("* slow is here")
-			ann := newClient(t, dial(t, addr), "kitchen ann")
-			ann.expect("* ann is here")
-
-			// ann reads each message before she sends the next one. slow reads none: they fill the kernel's buffers, and
-			// then its queue.
-			sent := 0
-			for left := false; !left; sent++ {
-				ann.send(fill)
-				line := ann.readLine()
-				if left = line == "* slow has left"; left {
-					line = ann.readLine()
-				}
-				if line != "ann: "+fill {
-					t.Fatalf("after %d messages: got %q", sent, line)
-				}
-			}
-
-			if test.reads {
-				all, err := io.ReadAll(slow.r)
-				if err != nil {
-					t.Fatal(err)
-				}
-				if !strings.HasSuffix(string(all), "\n* dropped: 64 messages behind\n") {
-					t.Errorf("got %q at the end, want the reason", all[max(0, len(all)-100):])
-				}
-				if n := strings.Count(string(all), "ann: "); n >= sent || n <= queueLength {
-					t.Errorf("got %d messages of %d, want those that were queued", n, sent)
-				}
-			}
+	// drop has a member dropped: ann reads each message before she sends the next one, and slow reads none.
+	drop := func(t *testing.T) (srv *server.Server, slow client, end func()) {
+		t.Helper()
+		srv, err := newServer(nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln := make(pipeListener)
+		served := make(chan error, 1)
+		go func() { served <- srv.Serve(ln) }()
+		slow = newClient(t, ln.dial(), "kitchen slow")
+		slow.expect("* slow is here")
+		ann := newClient(t, ln.dial(), "kitchen ann")
+		ann.expect("* ann is here")
+		synctest.Wait() // until slow's writer is blocked
+		for range queueLength + 1 {
+			ann.send(message)
+			ann.expect("ann: " + message)
+		}
+		ann.expect("* slow has left")
+		return srv, slow, func() {
 			slow.close()
-			awaitConns(t, srv, 1)
-			closed := srv.Closed()[0]
-			if !errors.Is(closed.Err, errTooSlow) || closed.Labels["nick"] != "slow" {
+			ann.close()
+			srv.StartDrain(server.DrainOptions{})
+			if err := <-served; !errors.Is(err, server.ErrServerClosed) {
+				t.Errorf("Serve: %v", err)
+			}
+			closed := srv.Closed()
+			i := slices.IndexFunc(closed, func(c server.ClosedConn) bool { return c.Labels["nick"] == "slow" })
+			if i < 0 || !errors.Is(closed[i].Err, errTooSlow) {
 				t.Errorf("closed %+v, want slow with errTooSlow", closed)
 			}
-		})
+		}
 	}
+
+	t.Run("is told why it was dropped if it reads again", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			_, slow, end := drop(t)
+			slow.expect("* ann is here")
+			for range queueLength {
+				slow.expect("ann: " + message)
+			}
+			slow.expect("* dropped: 256 messages behind")
+			end()
+		})
+	})
+	t.Run("is closed soon if it never reads", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			srv, _, end := drop(t)
+			began := time.Now()
+			awaitConns(t, srv, 1)
+			if took := time.Since(began); took > lastWrite+time.Second {
+				t.Errorf("took %v, want %v and a moment", took, lastWrite)
+			}
+			end()
+		})
+	})
 }
+
+// pipeListener is a listener in memory; see the synctest example.
+type pipeListener chan net.Conn
+
+func (ln pipeListener) dial() net.Conn {
+	client, server := net.Pipe()
+	ln <- server
+	return client
+}
+
+func (ln pipeListener) Accept() (net.Conn, error) {
+	if nc, ok := <-ln; ok {
+		return nc, nil
+	}
+	return nil, net.ErrClosed
+}
+
+func (ln pipeListener) Close() error {
+	close(ln)
+	return nil
+}
+
+func (ln pipeListener) Addr() net.Addr { return &net.IPAddr{} }
 
 func TestFirstLine(t *testing.T) {
 	for _, line := range []string{"", "kitchen", " ann", "kitchen a\x07nn"} {
-		addr, _, _ := start(t, &hub{}, nil)
+		addr, _, _ := start(t, nil)
 		c := newClient(t, dial(t, addr), line)
 		c.expect("* ")
 		if rest, err := io.ReadAll(c.r); len(rest) > 0 || err != nil {

@@ -1,6 +1,6 @@
-// Command httpgrpc runs net/http and gRPC on top of one server. Its limits, pauses, connection table and drain then cover
-// all protocols of the process. The adapter in handoff.go passes connections on, and works for every library that serves
-// a net.Listener.
+// Command httpgrpc runs net/http and gRPC on top of one server. Its limits, pauses, connection table and drain then
+// cover all protocols of the process. The adapter in handoff.go passes connections on, and works for every library that
+// serves a net.Listener.
 //
 //	go run ./httpgrpc -http 127.0.0.1:8080 -grpc 127.0.0.1:8081
 //	curl http://127.0.0.1:8080/
@@ -94,8 +94,10 @@ func serve(ctx context.Context, srv *server.Server, httpListener, grpcListener n
 
 // ended returns nil instead of the error that says that a server was stopped.
 func ended(err error) error {
-	if errors.Is(err, server.ErrServerClosed) || errors.Is(err, http.ErrServerClosed) {
-		return nil
+	for _, stopped := range []error{server.ErrServerClosed, http.ErrServerClosed, grpc.ErrServerStopped} {
+		if errors.Is(err, stopped) {
+			return nil
+		}
 	}
 	return err
 }

@@ -29,10 +29,9 @@ func TestRelisten(t *testing.T) {
 	}
 	ls := &listeners{srv: srv, path: path, open: make(map[string]net.Listener)}
 	reload := make(chan os.Signal)
-	// update changes the file and has it read. The second signal is taken when the first has been acted on.
-	update := func(text string) {
+	// apply has the file read. The second signal is taken when the first has been acted on.
+	apply := func() {
 		t.Helper()
-		write(t, path, text)
 		for range 2 {
 			select {
 			case reload <- syscall.SIGHUP:
@@ -41,13 +40,18 @@ func TestRelisten(t *testing.T) {
 			}
 		}
 	}
+	update := func(text string) {
+		t.Helper()
+		write(t, path, text)
+		apply()
+	}
 
 	write(t, path, "127.0.0.1:0\n")
 	ctx, signal := context.WithCancel(t.Context())
 	defer signal()
 	stopped := make(chan error, 1)
 	go func() { stopped <- ls.serve(ctx, reload, logger) }()
-	update("127.0.0.1:0\n")
+	apply()
 	tcp := ls.open["127.0.0.1:0"].Addr()
 	old := dial(t, tcp)
 	old.echo("one")
@@ -73,6 +77,10 @@ func TestRelisten(t *testing.T) {
 			_ = nc.Close()
 		}
 		old.echo("two")
+	})
+	t.Run("a listener can come back", func(t *testing.T) {
+		update("127.0.0.1:0 unix://" + socket)
+		dial(t, ls.open["127.0.0.1:0"].Addr()).echo("one")
 	})
 
 	current := dial(t, &net.UnixAddr{Net: "unix", Name: socket})

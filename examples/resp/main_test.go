@@ -121,7 +121,7 @@ func TestDrain(t *testing.T) {
 		}
 	})
 	t.Run("idle clients get an end of stream and nothing else", func(t *testing.T) {
-		address, _, drain := start(t, &store{lastCall: time.Millisecond})
+		address, srv, drain := start(t, &store{lastCall: time.Millisecond})
 		c := dial(t, address)
 		if _, err := io.WriteString(c, "*1\r\n$4\r\nPING\r\n"); err != nil {
 			t.Fatal(err)
@@ -133,6 +133,10 @@ func TestDrain(t *testing.T) {
 		drain()
 		if rest, err := io.ReadAll(r); len(rest) > 0 || err != nil {
 			t.Errorf("got %q, %v, want an end of stream", rest, err)
+		}
+		<-srv.Done()
+		if report, _ := srv.Report(); report.Left != 1 {
+			t.Errorf("%+v, want one client that left before the deadline", report)
 		}
 	})
 	t.Run("a command that is half received gets an error reply", func(t *testing.T) {

@@ -111,6 +111,9 @@ func TestStartTLS(t *testing.T) {
 	if err := <-served; err != nil {
 		t.Errorf("serve: %v", err)
 	}
+	if report, _ := srv.Report(); report.Left != 2 {
+		t.Errorf("%+v, want 2 clients that left before the deadline", report)
+	}
 }
 
 type client struct {

@@ -1,5 +1,5 @@
-// Command synctest is an egg timer: a client sends a duration such as 3m, and is sent a line when it has passed. The test
-// is what it shows: hours pass in no time under testing/synctest, with connections in memory (pipe_test.go).
+// Command synctest is an egg timer: a client sends a duration such as 3m, and is sent a line when it has passed. The
+// example is its test: hours pass in no time under testing/synctest, over connections in memory (pipe_test.go).
 //
 //	go run ./synctest -listen 127.0.0.1:7000
 //	nc 127.0.0.1 7000
