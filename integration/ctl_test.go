@@ -3,6 +3,8 @@
 package integration
 
 import (
+	"fmt"
+	"os"
 	"regexp"
 	"strings"
 	"syscall"
@@ -50,6 +52,14 @@ func TestCtlEvents(t *testing.T) {
 	}
 	check(t, interrupted.cmd.Process.Signal(syscall.SIGINT))
 	interrupted.exits(0) // the usual way to end it
+
+	e.pause(control.PauseRequest{Reason: "shift"})
+	e.resume()
+	events.readsUpTo("\"shift\", ")
+	events.readsUpTo("  released  ")
+	events.readsUpTo("\"shift\", ")
+	events.readsUpTo(": the server was resumed by ")
+	events.readsUpTo(fmt.Sprintf("uid %d, pid %d", os.Getuid(), os.Getpid()))
 
 	p := e.served()
 	check(t, p.leave())

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"os/user"
 	"slices"
 	"strconv"
 	"strings"
@@ -148,9 +149,18 @@ func describeHold(h control.Hold) string {
 		words = append(words, "expires in "+span(time.Until(*h.Expires)))
 	}
 	if h.UID != nil && h.PID != nil {
-		words = append(words, fmt.Sprintf("by uid %d, pid %d", *h.UID, *h.PID))
+		words = append(words, "by "+describeCaller(*h.UID, *h.PID))
 	}
 	return strings.Join(words, ", ")
+}
+
+// describeCaller names a user and their process.
+func describeCaller(uid, pid int) string {
+	numbers := fmt.Sprintf("uid %d, pid %d", uid, pid)
+	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
+		return fmt.Sprintf("%s (%s)", u.Username, numbers)
+	}
+	return numbers
 }
 
 func (ctl *ctl) connsCommand() *cobra.Command {
@@ -250,7 +260,10 @@ func describeEvent(e control.Event) string {
 		what = fmt.Sprintf("closed    conn %d from %s: %s, %s in, %s out", e.Closed.ID, e.Closed.Remote, e.Closed.Reason,
 			humanize.Bytes(e.Closed.BytesIn), humanize.Bytes(e.Closed.BytesOut))
 	case e.Hold != nil && e.Cause != "":
-		what = fmt.Sprintf("released  %s: %s", e.Hold.ID, e.Cause)
+		what = fmt.Sprintf("released  %s: %s", describeHold(*e.Hold), e.Cause)
+		if e.ReleasedBy != nil {
+			what += " by " + describeCaller(e.ReleasedBy.UID, e.ReleasedBy.PID)
+		}
 	case e.Hold != nil:
 		what = "hold      " + describeHold(*e.Hold)
 	case e.State != "":

@@ -122,8 +122,8 @@ func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 	return nil
 }
 
-// neverSampled reports whether fields belong to an audit line, which names the caller's uid, or to a
-// connection that the server cut off.
+// neverSampled reports whether fields belong to an audit line, which has the uid of a control client, or
+// to a connection that the server cut off.
 func neverSampled(fields []zapcore.Field) bool {
 	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
 		return strings.HasSuffix(f.Key, "uid") || f.Key == "reason" && (f.String == "deadline" || f.String == "forced")

@@ -116,13 +116,14 @@ func TestSampling(t *testing.T) {
 			log.Info("connection closed", zap.String("reason", "deadline"))
 			log.Info("connection closed", zap.String("reason", "forced"))
 			log.Info("request", zap.Int("uid", 1000))
+			log.Info("paused", zap.Int("placed_by_uid", 1000))
 			log.With(zap.Int("uid", 1000)).Info("request by With")
 		}
 		kept := strings.Count(lines.String(), "client-closed")
 		if want := logPerSecond + 250/logThereafter; kept != want {
 			t.Errorf("kept %d ordinary entries, want %d", kept, want)
 		}
-		for _, all := range []string{"deadline", "forced", "request {", "request by With"} {
+		for _, all := range []string{"deadline", "forced", "request {", "paused", "request by With"} {
 			if n := strings.Count(lines.String(), all); n != flood {
 				t.Errorf("%d entries with %q, want all %d", n, all, flood)
 			}
