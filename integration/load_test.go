@@ -79,8 +79,10 @@ func TestLoadWritesItsFiles(t *testing.T) {
 	if got.code != 0 || got.stderr != "" {
 		t.Fatalf("code %d, stderr %q", got.code, got.stderr)
 	}
-	for _, want := range []string{"4 tried, 4 made", "500 sent, 500 returned", " 0 lost",
-		"All messages came back", "p99.99"} {
+	for _, want := range []string{
+		"4 tried, 4 made", "500 sent, 500 returned", " 0 lost",
+		"All messages came back", "p99.99",
+	} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("the report lacks %q:\n%s", want, got.stdout)
 		}

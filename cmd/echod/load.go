@@ -192,8 +192,10 @@ func (l *loader) check(flags *pflag.FlagSet) error {
 	if l.opts.Duration <= 0 {
 		return usagef("--duration %s: must be longer than 0", l.opts.Duration)
 	}
-	for flag, d := range map[string]time.Duration{"timeout": l.opts.Timeout, "late": l.opts.Late,
-		"drain-wait": l.opts.DrainWait} {
+	for flag, d := range map[string]time.Duration{
+		"timeout": l.opts.Timeout, "late": l.opts.Late,
+		"drain-wait": l.opts.DrainWait,
+	} {
 		if d == 0 {
 			return usagef("--%s 0s: must be longer than 0", flag)
 		}

@@ -75,12 +75,16 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 	}
 	n := func(n int64, what string) string { return humanize.Comma(n) + " " + what }
 	c, e, not, end := r.Connects, r.Echoes, r.Notices, r.Ends
-	row("connects", append([]string{n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"),
-		n(c.Reset, "reset"), n(c.TimedOut, "timed out")},
+	row("connects", append([]string{
+		n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"),
+		n(c.Reset, "reset"), n(c.TimedOut, "timed out"),
+	},
 		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway,
 			"turned away")...)...)
-	row("echoes", append([]string{n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"),
-		n(e.Lost, "lost"), n(e.Corrupted, "corrupted")},
+	row("echoes", append([]string{
+		n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"),
+		n(e.Lost, "lost"), n(e.Corrupted, "corrupted"),
+	},
 		nonzero(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
 	row("order", n(e.Duplicated, "duplicated"), n(e.Reordered, "out of order"), n(e.Foreign, "misdelivered"))
 	throughput := []string{humanize.Comma(int64(r.PerSecond+0.5)) + " echoes/s over " + seconds(r.Took)}

@@ -39,8 +39,10 @@ func TestLoadFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := load.Options{
-		Address: "there:1", Conns: 2, Stages: []load.Stage{{Rate: 3.5,
-			Duration: 5 * time.Second}}, Sizes: load.FixedSize(104),
+		Address: "there:1", Conns: 2, Stages: []load.Stage{{
+			Rate:     3.5,
+			Duration: 5 * time.Second,
+		}}, Sizes: load.FixedSize(104),
 		Duration: 5 * time.Second, Pipeline: 6, Ramp: 7 * time.Second, Churn: 8 * time.Second, NoReconnect: true,
 		Timeout: 9 * time.Second, Late: 10 * time.Second, DrainWait: 11 * time.Second, Threads: 12,
 	}
@@ -54,8 +56,10 @@ func TestLoadFlags(t *testing.T) {
 	if diff := cmp.Diff(limits, l.limits); diff != "" {
 		t.Errorf("limits (-want +got):\n%s", diff)
 	}
-	files := [loadFileCount]string{plotFile: "p.svg", percentilePlotFile: "q.svg", hdrFile: "h.hlog",
-		csvFile: "c.csv", prometheusFile: "m.prom"}
+	files := [loadFileCount]string{
+		plotFile: "p.svg", percentilePlotFile: "q.svg", hdrFile: "h.hlog",
+		csvFile: "c.csv", prometheusFile: "m.prom",
+	}
 	if l.files != files || !l.json || l.compare != "b.json" || l.cacert != "ca.pem" {
 		t.Errorf("files %q, json %v, compare %q, cacert %q", l.files, l.json, l.compare, l.cacert)
 	}

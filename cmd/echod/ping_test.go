@@ -80,19 +80,27 @@ func TestPingResults(t *testing.T) {
 		{"an echo", serveTCP(t, echoes), "ok", "", 0},
 		{"a paused server", serveTCP(t, says("PAUSED\n")), "paused", "server is paused", 1},
 		{"a full server", serveTCP(t, says("BUSY\n")), "busy", "server is at its connection limit", 1},
-		{"a server that drains", serveTCP(t, says("SHUTDOWN 0 SIGTERM\n")), "shutdown",
-			"server is shutting down (SIGTERM)", 1},
+		{
+			"a server that drains", serveTCP(t, says("SHUTDOWN 0 SIGTERM\n")), "shutdown",
+			"server is shutting down (SIGTERM)", 1,
+		},
 		{"no server", closed, "refused", "connection refused", 1},
-		{"a server that hangs up", serveTCP(t, func(conn net.Conn) { _, _ = conn.Read(make([]byte, 64)) }),
-			"closed", "server closed the connection", 1},
+		{
+			"a server that hangs up", serveTCP(t, func(conn net.Conn) { _, _ = conn.Read(make([]byte, 64)) }),
+			"closed", "server closed the connection", 1,
+		},
 		{"a server that resets", serveTCP(t, func(conn net.Conn) {
 			_, _ = conn.Read(make([]byte, 64))
 			_ = conn.(*net.TCPConn).SetLinger(0)
 		}), "reset", "connection reset by peer", 1},
-		{"another protocol", serveTCP(t, says("220 smtp ready\r\n")), "wrong-echo",
-			`got "220 smtp ready\r\n" instead of the echo`, 1},
-		{"no echo in time", serveTCP(t, says("")), "no-echo",
-			"connected, but no echo within 50ms: the server may be paused", 1},
+		{
+			"another protocol", serveTCP(t, says("220 smtp ready\r\n")), "wrong-echo",
+			`got "220 smtp ready\r\n" instead of the echo`, 1,
+		},
+		{
+			"no echo in time", serveTCP(t, says("")), "no-echo",
+			"connected, but no echo within 50ms: the server may be paused", 1,
+		},
 		{"a name without an address", "no.such.name.invalid:1", "dns", "no.such.name.invalid", 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -178,8 +186,10 @@ func TestPingSummary(t *testing.T) {
 	}
 	t.Run("minimum, mean, maximum and deviation are in their places", func(t *testing.T) {
 		failed := slices.Repeat([]pingResult{{Result: "paused", Connect: new(5.0), err: io.EOF}}, 1991)
-		p := &pinger{address: "there",
-			results: append(append(failed, pingResult{Result: "refused", err: io.EOF}), results...)}
+		p := &pinger{
+			address: "there",
+			results: append(append(failed, pingResult{Result: "refused", err: io.EOF}), results...),
+		}
 		const want = `
 --- there echod ping statistics ---
 2000 sent, 8 returned, 99.6% lost, 1991 paused, 1 refused, time 3s
@@ -191,8 +201,10 @@ connect min/avg/max/mdev = 1.000/1.000/1.000/0.000 ms
 		}
 	})
 	t.Run("nearly everything lost is not everything", func(t *testing.T) {
-		for returned, want := range map[int]string{1: " 99.9% lost", 0: " 100% lost", 2000: " 0% lost",
-			1999: " 0.05% lost"} {
+		for returned, want := range map[int]string{
+			1: " 99.9% lost", 0: " 100% lost", 2000: " 0% lost",
+			1999: " 0.05% lost",
+		} {
 			p := &pinger{}
 			for i := range 2000 {
 				r := pingResult{Result: "busy"}
@@ -301,8 +313,10 @@ func TestPingSeconds(t *testing.T) {
 	var s seconder
 	f := pflag.NewFlagSet("ping", pflag.ContinueOnError)
 	f.VarP(&s, "interval", "i", "")
-	for text, want := range map[string]time.Duration{"2": 2 * time.Second, "0.2": 200 * time.Millisecond,
-		".5": 500 * time.Millisecond, "300ms": 300 * time.Millisecond, "1m": time.Minute} {
+	for text, want := range map[string]time.Duration{
+		"2": 2 * time.Second, "0.2": 200 * time.Millisecond,
+		".5": 500 * time.Millisecond, "300ms": 300 * time.Millisecond, "1m": time.Minute,
+	} {
 		if err := f.Parse([]string{"-i", text}); err != nil || time.Duration(s) != want {
 			t.Errorf("-i %s: %v, %v; want %v", text, time.Duration(s), err, want)
 		}

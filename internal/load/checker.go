@@ -73,7 +73,8 @@ type flight struct {
 }
 
 func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t *tally,
-	onNotice func(client.Notice)) *checker {
+	onNotice func(client.Notice),
+) *checker {
 	return &checker{
 		from: from, template: from.template(), runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
 		late: late, tally: t, onNotice: onNotice,

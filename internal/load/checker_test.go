@@ -267,8 +267,10 @@ func TestCheckerBrokenBytes(t *testing.T) {
 		{
 			"a greeting, and losses later",
 			func(m [][]byte) [][]byte {
-				return [][]byte{junk, []byte("\n"), m[0], m[1], m[3], m[4], m[6],
-					m[9]}
+				return [][]byte{
+					junk, []byte("\n"), m[0], m[1], m[3], m[4], m[6],
+					m[9],
+				}
 			},
 			Echoes{Returned: 6, Lost: 4, Unexpected: 10},
 		},
@@ -282,8 +284,10 @@ func TestCheckerBrokenBytes(t *testing.T) {
 		{
 			"less than is missing there",
 			func(m [][]byte) [][]byte {
-				return [][]byte{m[0], junk[:size-1], []byte("\n"), m[3], m[4], m[5],
-					m[6]}
+				return [][]byte{
+					m[0], junk[:size-1], []byte("\n"), m[3], m[4], m[5],
+					m[6],
+				}
 			},
 			Echoes{Returned: 5, Lost: 4, Corrupted: 1},
 		},
@@ -397,8 +401,10 @@ func TestSizes(t *testing.T) {
 			t.Errorf("%s: max %d, mean %d, %q, %v; want %+v", text, s.Max(), s.Mean(), s.String(), err, want)
 		}
 	}
-	for _, text := range []string{"", "x", "64-", "64-63", "37", "64:0", "64:-1", "64:x", "64,,",
-		"1099511627776", "64:NaN"} {
+	for _, text := range []string{
+		"", "x", "64-", "64-63", "37", "64:0", "64:-1", "64:x", "64,,",
+		"1099511627776", "64:NaN",
+	} {
 		if s, err := ParseSizes(text); err == nil {
 			t.Errorf("%q is accepted as %v", text, s)
 		}

@@ -83,15 +83,25 @@ func TestCountsAdd(t *testing.T) {
 			sum     func(*Counts) int64
 			summand []string
 		}{
-			{func(c *Counts) int64 { return c.Connects.Missed() },
-				[]string{"Connects.Refused", "Connects.Reset", "Connects.TimedOut", "Connects.Failed",
-					"Connects.TurnedAway"}},
-			{func(c *Counts) int64 { return c.Ends.Unannounced() },
-				[]string{"Ends.Closed", "Ends.Reset", "Ends.Failed"}},
-			{func(c *Counts) int64 { return c.Notices.Seen() },
-				[]string{"Notices.Shutdown", "Notices.Paused", "Notices.Busy", "Notices.Messages"}},
-			{func(c *Counts) int64 { return -c.open() },
-				[]string{"Ends.Left", "Ends.Noticed", "Ends.Closed", "Ends.Reset", "Ends.Failed"}},
+			{
+				func(c *Counts) int64 { return c.Connects.Missed() },
+				[]string{
+					"Connects.Refused", "Connects.Reset", "Connects.TimedOut", "Connects.Failed",
+					"Connects.TurnedAway",
+				},
+			},
+			{
+				func(c *Counts) int64 { return c.Ends.Unannounced() },
+				[]string{"Ends.Closed", "Ends.Reset", "Ends.Failed"},
+			},
+			{
+				func(c *Counts) int64 { return c.Notices.Seen() },
+				[]string{"Notices.Shutdown", "Notices.Paused", "Notices.Busy", "Notices.Messages"},
+			},
+			{
+				func(c *Counts) int64 { return -c.open() },
+				[]string{"Ends.Left", "Ends.Noticed", "Ends.Closed", "Ends.Reset", "Ends.Failed"},
+			},
 		} {
 			var names Counts
 			for name := range leaves(reflect.ValueOf(&names).Elem(), "") {
@@ -208,8 +218,10 @@ func TestHistogramLog(t *testing.T) {
 	inBubble(t, "an error of its writer is returned with the report", func(t *testing.T) {
 		broken := errors.New("disk full")
 		r, err := Run(t.Context(),
-			Options{Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(10, time.Second),
-				HistogramLog: brokenWriter{broken}})
+			Options{
+				Address: "in memory", Dial: inMemory(t, faults{}.serve), Stages: at(10, time.Second),
+				HistogramLog: brokenWriter{broken},
+			})
 		if !errors.Is(err, broken) || r == nil {
 			t.Errorf("report %v, error %v", r, err)
 		}
@@ -376,8 +388,10 @@ func TestWriteCSV(t *testing.T) {
 func TestWritePrometheus(t *testing.T) {
 	r := &Report{
 		Address: "a\"b\\c\n\xff:1", Counts: filled(), PerSecond: 123.5, Took: 7, OfferedPerSecond: 200, Started: time.UnixMilli(1500),
-		Echo: Latency{Count: 10, Mean: 0.5, P50: 0.4, P99: 0.9, Max: 1}, Outage: Outage{Clients: 2,
-			Median: 0.1, Max: 0.2},
+		Echo: Latency{Count: 10, Mean: 0.5, P50: 0.4, P99: 0.9, Max: 1}, Outage: Outage{
+			Clients: 2,
+			Median:  0.1, Max: 0.2,
+		},
 	}
 	var b bytes.Buffer
 	if err := r.WritePrometheus(&b); err != nil {

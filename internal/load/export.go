@@ -123,7 +123,8 @@ func (c reportCollector) counters(ch chan<- prometheus.Metric, name, help string
 
 // send sends a metric. labels are names and values in turn.
 func (c reportCollector) send(ch chan<- prometheus.Metric, kind prometheus.ValueType, name, help string,
-	value float64, labels []string) {
+	value float64, labels []string,
+) {
 	var names, values []string
 	for i := 0; i < len(labels); i += 2 {
 		names, values = append(names, labels[i]), append(values, strings.ToValidUTF8(labels[i+1], "\uFFFD"))

@@ -50,8 +50,10 @@ func TestFaultsAreToldApart(t *testing.T) {
 		expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 5})
 		expect(t, "ends", r.Ends, Ends{Left: 5})
 		failures := strings.Join(r.Failures(Limits{}), "; ")
-		for _, want := range []string{"15 messages lost", "15 messages corrupted", "10 messages duplicated",
-			"10 messages out of order", "5 messages received on a connection"} {
+		for _, want := range []string{
+			"15 messages lost", "15 messages corrupted", "10 messages duplicated",
+			"10 messages out of order", "5 messages received on a connection",
+		} {
 			if !strings.Contains(failures, want) {
 				t.Errorf("the failures lack %q: %s", want, failures)
 			}
@@ -71,10 +73,12 @@ func TestFaultsAreToldApart(t *testing.T) {
 		"over TCP":           {Address: serveTCP(t, allFaults.serve)},
 		"over TLS":           {Address: "tls://" + overTLS, TLS: &tls.Config{RootCAs: roots}},
 		"over a Unix socket": {Address: "unix://" + path},
-		"over a net.Conn of Dial": {Address: serveTCP(t, allFaults.serve),
+		"over a net.Conn of Dial": {
+			Address: serveTCP(t, allFaults.serve),
 			Dial: func(ctx context.Context, address string) (net.Conn, error) {
 				return d.DialContext(ctx, "tcp", address)
-			}},
+			},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			opts.Conns, opts.Stages, opts.Late, opts.Threads = 20, at(10000, 200*time.Millisecond), time.Hour, 3
@@ -123,8 +127,10 @@ func TestOpenModel(t *testing.T) {
 	})
 	inBubble(t, "stages follow one another", func(t *testing.T) {
 		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3, Stages: []Stage{
-			{100, time.Second}, {0, time.Second}, {500, time.Second}, {10.5, time.Second}, {0,
-				500 * time.Millisecond},
+			{100, time.Second}, {0, time.Second}, {500, time.Second}, {10.5, time.Second}, {
+				0,
+				500 * time.Millisecond,
+			},
 		}})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 611, Returned: 611})
 		for at, want := range map[int]float64{5: 100, 15: 0, 25: 500, 42: 0} {
@@ -152,8 +158,10 @@ func TestOpenModel(t *testing.T) {
 		}
 	})
 	inBubble(t, "what cannot be sent counts from when it was due", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{0: delay(time.Second)}.serve),
-			Stages: at(100, 2*time.Second), Pipeline: 1, Late: time.Hour})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, faults{0: delay(time.Second)}.serve),
+			Stages: at(100, 2*time.Second), Pipeline: 1, Late: time.Hour,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
 		// half of them waited, for up to a second
 		if r.Echo.P90 < 0.5 || r.Echo.P50 > 0.2 || r.Echo.Max < 0.99 {
@@ -161,8 +169,10 @@ func TestOpenModel(t *testing.T) {
 		}
 	})
 	inBubble(t, "a ramp opens one connection after the other", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 4,
-			Stages: at(40, 6*time.Second), Ramp: 4 * time.Second})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, faults{}.serve), Conns: 4,
+			Stages: at(40, 6*time.Second), Ramp: 4 * time.Second,
+		})
 		// Ten a second on each, for 6, 5, 4 and 3 s.
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 180, Returned: 180})
 		for at, want := range map[int]int64{5: 1, 25: 3, 45: 4} {
@@ -173,8 +183,10 @@ func TestOpenModel(t *testing.T) {
 		}
 	})
 	inBubble(t, "late messages in flight are bounded", func(t *testing.T) {
-		for size, most := range map[int]int64{64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100,
-			100_000: 200} {
+		for size, most := range map[int]int64{
+			64: maxLate/64 + 100, 10_000: maxLate/10_000 + 100,
+			100_000: 200,
+		} {
 			r := runInMemory(t, Options{
 				Dial: inMemory(t, silent), Stages: at(20_000,
 					5*time.Second), Sizes: FixedSize(size), Pipeline: 100, Late: 10 * time.Millisecond,
@@ -191,8 +203,10 @@ func TestOpenModel(t *testing.T) {
 // takes, over the time that it took.
 func TestThroughputIsOverTheTimeItTook(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, slow(5*time.Millisecond)),
-			Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, slow(5*time.Millisecond)),
+			Stages: at(500, 4*time.Second), Late: time.Hour, DrainWait: time.Minute,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 2000, Returned: 2000})
 		// what waits to be written does not need another one
 		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1})
@@ -223,16 +237,20 @@ func TestClosedModel(t *testing.T) {
 				_, _ = conn.Write(m[:n])
 			}
 		}
-		r := runInMemory(t, Options{Dial: inMemory(t, server), Conns: 3, Pipeline: 2,
-			Duration: 1050 * time.Millisecond})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, server), Conns: 3, Pipeline: 2,
+			Duration: 1050 * time.Millisecond,
+		})
 		if r.Echoes.Sent != 3*2*11 || r.Echoes.Returned != r.Echoes.Sent || r.Rate != 0 ||
 			r.OfferedPerSecond != 0 {
 			t.Errorf("%+v: want 2 in flight on each of 3 connections, 11 times", r.Echoes)
 		}
 	})
 	inBubble(t, "a think time passes between an echo and the next message", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, slow(time.Millisecond)), Conns: 3,
-			Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, slow(time.Millisecond)), Conns: 3,
+			Think: Range{100 * time.Millisecond, 100 * time.Millisecond}, Duration: 1050 * time.Millisecond,
+		})
 		if r.Echoes.Sent != 3*11 || r.Echoes.Returned != r.Echoes.Sent || r.Think != "100ms" {
 			t.Errorf("%+v, think time %q: want 11 on each of 3 connections, 100ms", r.Echoes, r.Think)
 		}
@@ -250,8 +268,10 @@ func TestClosedModel(t *testing.T) {
 				_, _ = conn.Write(m)
 			}
 		}
-		runInMemory(t, Options{Dial: inMemory(t, server),
-			Think: Range{50 * time.Millisecond, 150 * time.Millisecond}, Duration: 100 * time.Second})
+		runInMemory(t, Options{
+			Dial:  inMemory(t, server),
+			Think: Range{50 * time.Millisecond, 150 * time.Millisecond}, Duration: 100 * time.Second,
+		})
 		if len(sent) < 800 || len(sent) > 1200 {
 			t.Errorf("%d messages in 100 s, want about 1000", len(sent))
 		}
@@ -263,8 +283,10 @@ func TestClosedModel(t *testing.T) {
 	})
 	inBubble(t, "a late message holds up no others", func(t *testing.T) {
 		server := faults{0: drop, 1: delay(1500 * time.Millisecond), 2: hangUp}
-		r := runInMemory(t, Options{Dial: inMemory(t, server.serve), Duration: 2500 * time.Millisecond,
-			NoReconnect: true})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, server.serve), Duration: 2500 * time.Millisecond,
+			NoReconnect: true,
+		})
 		if e := r.Echoes; e.Sent < 3 || e.Lost != e.Sent-1 || e.Late != 1 {
 			t.Errorf("%+v", e)
 		}
@@ -290,8 +312,10 @@ func TestClosedModel(t *testing.T) {
 		}
 	})
 	t.Run("a large message is written as there is room", func(t *testing.T) {
-		r := mustRun(t, Options{Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20),
-			Duration: 300 * time.Millisecond, Late: time.Hour})
+		r := mustRun(t, Options{
+			Address: serveTCP(t, faults{}.serve), Sizes: FixedSize(16 << 20),
+			Duration: 300 * time.Millisecond, Late: time.Hour,
+		})
 		if e := r.Echoes; e.Sent == 0 || e.Returned != e.Sent {
 			t.Errorf("%+v", e)
 		}
@@ -302,8 +326,10 @@ func TestNotices(t *testing.T) {
 	inBubble(t, "a client that is told to leave does, and another connection takes its place",
 		func(t *testing.T) {
 			draining := faults{5: noticeInside("SHUTDOWN 5 SIGTERM\n")}
-			r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, draining.serve, nil, faults{}.serve),
-				Conns: 2, Stages: at(100, 2*time.Second)})
+			r := runInMemory(t, Options{
+				Dial:  inMemory(t, draining.serve, draining.serve, nil, faults{}.serve),
+				Conns: 2, Stages: at(100, 2*time.Second),
+			})
 			expect(t, "echoes", r.Echoes, Echoes{Sent: 200, Returned: 200})
 			expect(t, "connects", r.Connects, Connects{Tried: 5, Made: 4, Refused: 1})
 			expect(t, "notices", r.Notices, Notices{Shutdown: 2, Heeded: 2})
@@ -317,8 +343,10 @@ func TestNotices(t *testing.T) {
 		})
 	inBubble(t, "it waits for what is in flight before it half-closes", func(t *testing.T) {
 		first := faults{5: noticeBefore("SHUTDOWN 5 SIGTERM\n")}
-		r := runInMemory(t, Options{Dial: inMemory(t, first.serve, faults{}.serve),
-			Stages: at(10, 2*time.Second)})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, first.serve, faults{}.serve),
+			Stages: at(10, 2*time.Second),
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 20, Returned: 20})
 		expect(t, "notices", r.Notices, Notices{Shutdown: 1, Heeded: 1})
 	})
@@ -368,8 +396,10 @@ func TestNotices(t *testing.T) {
 
 func TestConnections(t *testing.T) {
 	inBubble(t, "what is in flight when the server hangs up is lost", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{10: hangUp}.serve, faults{}.serve),
-			Stages: at(100, time.Second)})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, faults{10: hangUp}.serve, faults{}.serve),
+			Stages: at(100, time.Second),
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 99, Lost: 1})
 		expect(t, "ends", r.Ends, Ends{Left: 1, Closed: 1})
 		expect(t, "reconnects", r.Reconnects, int64(1))
@@ -379,8 +409,10 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "a loss shows in the series", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{55: hangUp}.serve, faults{}.serve),
-			Stages: at(100, time.Second)})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, faults{55: hangUp}.serve, faults{}.serve),
+			Stages: at(100, time.Second),
+		})
 		for _, p := range r.Series {
 			if want := p.At == 0.5; (p.Lost == 1) != want || (p.Disconnects == 1) != want {
 				t.Errorf("after %v s: %d lost, %d disconnects", p.At, p.Lost, p.Disconnects)
@@ -388,8 +420,10 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "churn replaces connections and loses nothing", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{}.serve), Conns: 3,
-			Stages: at(300, 3*time.Second), Churn: 100 * time.Millisecond})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, faults{}.serve), Conns: 3,
+			Stages: at(300, 3*time.Second), Churn: 100 * time.Millisecond,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 900, Returned: 900})
 		if r.Ends.Left != r.Connects.Made || r.Reconnects != r.Connects.Made-3 || r.Connects.Made < 45 ||
 			r.Connects.Made > 180 {
@@ -399,8 +433,10 @@ func TestConnections(t *testing.T) {
 	})
 	inBubble(t, "churn does not wait for lost messages", func(t *testing.T) {
 		dropsLast := faults{20: swallow}
-		r := runInMemory(t, Options{Dial: inMemory(t, dropsLast.serve, faults{}.serve),
-			Stages: at(20, 10*time.Second), Churn: 2 * time.Second, Late: 500 * time.Millisecond})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, dropsLast.serve, faults{}.serve),
+			Stages: at(20, 10*time.Second), Churn: 2 * time.Second, Late: 500 * time.Millisecond,
+		})
 		if e := r.Echoes; e.Sent != 200 || e.Lost == 0 || e.Lost != e.Sent-e.Returned {
 			t.Errorf("%+v", e)
 		}
@@ -409,8 +445,10 @@ func TestConnections(t *testing.T) {
 		}
 	})
 	inBubble(t, "without reconnects, what is due after the end is not sent", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, faults{49: hangUp}.serve),
-			Stages: at(100, time.Second), NoReconnect: true})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, faults{49: hangUp}.serve),
+			Stages: at(100, time.Second), NoReconnect: true,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 50, Returned: 49, Lost: 1, Unsent: 50})
 		expect(t, "connects", r.Connects, Connects{Tried: 1, Made: 1})
 		if r.Outage.Max < 0.5 || r.Outage.Max > 0.52 {
@@ -490,8 +528,10 @@ func TestConnections(t *testing.T) {
 			"reset":  {resets, Ends{Reset: 3}, "read: connection reset by peer"},
 			"no end": {noEnd, Ends{Failed: 3}, errNoEnd.Error()},
 		} {
-			r := mustRun(t, Options{Address: serveTCP(t, tt.server), Conns: 3,
-				Stages: at(100, 100*time.Millisecond), DrainWait: 300 * time.Millisecond})
+			r := mustRun(t, Options{
+				Address: serveTCP(t, tt.server), Conns: 3,
+				Stages: at(100, 100*time.Millisecond), DrainWait: 300 * time.Millisecond,
+			})
 			expect(t, name+", ends", r.Ends, tt.want)
 			expect(t, name+", errors", r.Errors, []string{tt.err})
 		}
@@ -517,8 +557,10 @@ func TestOutages(t *testing.T) {
 		}
 	})
 	inBubble(t, "late echoes that keep coming are service", func(t *testing.T) {
-		r := runInMemory(t, Options{Dial: inMemory(t, lagging(1500*time.Millisecond)),
-			Stages: at(10, 10*time.Second)})
+		r := runInMemory(t, Options{
+			Dial:   inMemory(t, lagging(1500*time.Millisecond)),
+			Stages: at(10, 10*time.Second),
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 100, Late: 100})
 		if got := r.Outage.Max; got < 1.4 || got > 1.6 { // until the first has come
 			t.Errorf("%v s without service, want 1.5", got)
@@ -534,8 +576,10 @@ func TestOutages(t *testing.T) {
 				time.Sleep(300 * time.Millisecond)
 				s.over = true
 			}}
-			r := runInMemory(t, Options{Dial: inMemory(t, draining.serve, faults{}.serve),
-				Stages: at(10, 3*time.Second)})
+			r := runInMemory(t, Options{
+				Dial:   inMemory(t, draining.serve, faults{}.serve),
+				Stages: at(10, 3*time.Second),
+			})
 			expect(t, "echoes", r.Echoes, Echoes{Sent: 30, Returned: 30})
 			if got := r.Outage.Max; got < 0.5 || got > 0.7 { // including the wait before it connects
 				t.Errorf("%v s without service, want 0.5 to 0.7", got)
@@ -629,8 +673,10 @@ func TestEndOfRun(t *testing.T) {
 		skip := make(chan struct{})
 		time.AfterFunc(2*time.Second, func() { close(skip) })
 		began := time.Now()
-		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second),
-			DrainWait: time.Hour, SkipDrain: skip})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, silent), Stages: at(10, time.Second),
+			DrainWait: time.Hour, SkipDrain: skip,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
 		if took := time.Since(began); took > 2100*time.Millisecond {
 			t.Errorf("took %v, want 2 s", took)
@@ -638,8 +684,10 @@ func TestEndOfRun(t *testing.T) {
 	})
 	inBubble(t, "what has not come after DrainWait is lost", func(t *testing.T) {
 		began := time.Now()
-		r := runInMemory(t, Options{Dial: inMemory(t, silent), Stages: at(10, time.Second),
-			DrainWait: 3 * time.Second})
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, silent), Stages: at(10, time.Second),
+			DrainWait: 3 * time.Second,
+		})
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 10, Lost: 10})
 		if took := time.Since(began); took > 4100*time.Millisecond {
 			t.Errorf("took %v, want 4 s", took)
@@ -785,8 +833,10 @@ func TestParseStages(t *testing.T) {
 // The schedule finds the first message of a user by bisection. It is the first one that
 // is due after the user starts.
 func TestScheduleFirstMessage(t *testing.T) {
-	opts := Options{Conns: 7, Ramp: 3 * time.Second,
-		Stages: []Stage{{100, time.Second}, {0, time.Second}, {50, 2 * time.Second}}}.withDefaults()
+	opts := Options{
+		Conns: 7, Ramp: 3 * time.Second,
+		Stages: []Stage{{100, time.Second}, {0, time.Second}, {50, 2 * time.Second}},
+	}.withDefaults()
 	s := newSchedule(&opts)
 	for user := range opts.Conns {
 		want := int64(0)

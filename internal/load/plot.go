@@ -476,8 +476,13 @@ func (r *Report) distribution(l Latency, echo bool) [][2]float64 {
 	end := 1 - 1/float64(l.Count)
 	var points [][2]float64
 	if r.histograms == nil {
-		for _, p := range [][2]float64{{0.5, l.P50}, {0.9, l.P90}, {0.99, l.P99}, {0.999, l.P999},
-			{0.9999, l.P9999}} {
+		for _, p := range [][2]float64{
+			{0.5, l.P50},
+			{0.9, l.P90},
+			{0.99, l.P99},
+			{0.999, l.P999},
+			{0.9999, l.P9999},
+		} {
 			if p[0] < end {
 				points = append(points, p)
 			}

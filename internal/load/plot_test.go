@@ -40,12 +40,18 @@ func pictures() map[string]Report {
 		"busy":      busy,
 		"gaps":      gaps,
 		"drained":   drained,
-		"long": {Lasted: 86400,
-			Series: []Point{{P50: 1e-9, P99: 1, Max: 3600, PerSecond: 1e-3},
-				{At: 43200, P50: 1, P99: 1, Max: 1, PerSecond: 1e7}}},
+		"long": {
+			Lasted: 86400,
+			Series: []Point{
+				{P50: 1e-9, P99: 1, Max: 3600, PerSecond: 1e-3},
+				{At: 43200, P50: 1, P99: 1, Max: 1, PerSecond: 1e7},
+			},
+		},
 		"short": {Lasted: 1e-9, Series: []Point{{PerSecond: 1e9, P50: 1, P99: 1, Max: 1}}},
-		"single echoes": {Lasted: 1,
-			Echo: Latency{Count: 1, P50: 1, P90: 1, P99: 1, P999: 1, P9999: 1, Max: 1}},
+		"single echoes": {
+			Lasted: 1,
+			Echo:   Latency{Count: 1, P50: 1, P90: 1, P99: 1, P999: 1, P9999: 1, Max: 1},
+		},
 	}
 }
 
@@ -112,8 +118,10 @@ func TestPlot(t *testing.T) {
 		}
 	})
 	t.Run("each lane shows its own events", func(t *testing.T) {
-		text := drawn(t, &Report{Lasted: 1,
-			Series: []Point{{Notices: 11, Disconnects: 22, Refused: 33, Lost: 55, Reconnects: 44}}})
+		text := drawn(t, &Report{
+			Lasted: 1,
+			Series: []Point{{Notices: 11, Disconnects: 22, Refused: 33, Lost: 55, Reconnects: 44}},
+		})
 		if !regexp.MustCompile(`(?s)>notices<.*<title>11<.*>disconnects<.*<title>22<.*>refused<.*<title>33<.*>lost<.*<title>55<.*>reconnects<.*<title>44<`).MatchString(text) {
 			t.Errorf("the lanes are mixed up:\n%s", text)
 		}
@@ -136,8 +144,10 @@ func TestPlot(t *testing.T) {
 		}
 	})
 	t.Run("the offered rate of stages is a dashed line, drawn until the drain", func(t *testing.T) {
-		r := &Report{Lasted: 2, Took: 2, Rate: 150,
-			Series: []Point{{Offered: 100, PerSecond: 100}, {At: 1, Offered: 200, PerSecond: 100}}}
+		r := &Report{
+			Lasted: 2, Took: 2, Rate: 150,
+			Series: []Point{{Offered: 100, PerSecond: 100}, {At: 1, Offered: 200, PerSecond: 100}},
+		}
 		text := drawn(t, r)
 		line := regexp.MustCompile(`<polyline points="([^"]*)"[^>]*dasharray`).FindStringSubmatch(text)
 		if line == nil {

@@ -17,20 +17,41 @@ func TestLimits(t *testing.T) {
 		exceed func(r *Report, by float64)
 		want   string
 	}{
-		{Limits{P99: second}, func(r *Report, by float64) { r.Echo.P99 += by },
-			"p99 of echoes is 2s: more than 1s"},
-		{Limits{P999: second}, func(r *Report, by float64) { r.Echo.P999 += by },
-			"p99.9 of echoes is 2s: more than 1s"},
-		{Limits{ConnectP99: second}, func(r *Report, by float64) { r.Connect.P99 += by },
-			"p99 of connects is 2s: more than 1s"},
-		{Limits{Outage: second}, func(r *Report, by float64) { r.Outage.Max += by },
-			"longest time without service is 2s: more than 1s"},
-		{Limits{Lost: two}, func(r *Report, by float64) { r.Echoes.Lost += int64(by) },
-			"3 messages lost: more than 2"},
-		{Limits{Refused: two}, func(r *Report, by float64) { r.Connects.TimedOut += int64(by) },
-			"3 connects failed or were turned away: more than 2"},
-		{Limits{Disconnects: two}, func(r *Report, by float64) { r.Ends.Closed += int64(by) },
-			"3 connections ended without a notice: more than 2"},
+		{
+			Limits{P99: second},
+			func(r *Report, by float64) { r.Echo.P99 += by },
+			"p99 of echoes is 2s: more than 1s",
+		},
+		{
+			Limits{P999: second},
+			func(r *Report, by float64) { r.Echo.P999 += by },
+			"p99.9 of echoes is 2s: more than 1s",
+		},
+		{
+			Limits{ConnectP99: second},
+			func(r *Report, by float64) { r.Connect.P99 += by },
+			"p99 of connects is 2s: more than 1s",
+		},
+		{
+			Limits{Outage: second},
+			func(r *Report, by float64) { r.Outage.Max += by },
+			"longest time without service is 2s: more than 1s",
+		},
+		{
+			Limits{Lost: two},
+			func(r *Report, by float64) { r.Echoes.Lost += int64(by) },
+			"3 messages lost: more than 2",
+		},
+		{
+			Limits{Refused: two},
+			func(r *Report, by float64) { r.Connects.TimedOut += int64(by) },
+			"3 connects failed or were turned away: more than 2",
+		},
+		{
+			Limits{Disconnects: two},
+			func(r *Report, by float64) { r.Ends.Closed += int64(by) },
+			"3 connections ended without a notice: more than 2",
+		},
 	}
 	if n := reflect.TypeFor[Limits]().NumField(); n != len(tests) {
 		t.Errorf("%d limits, %d tested", n, len(tests))
@@ -53,8 +74,10 @@ func TestLimits(t *testing.T) {
 }
 
 func TestFailuresWithoutLimits(t *testing.T) {
-	for _, name := range []string{"Corrupted", "Unexpected", "Duplicated", "Reordered", "Foreign", "Unsent",
-		"Lost"} {
+	for _, name := range []string{
+		"Corrupted", "Unexpected", "Duplicated", "Reordered", "Foreign", "Unsent",
+		"Lost",
+	} {
 		r := &Report{Counts: Counts{Echoes: Echoes{Sent: 100, Returned: 100}}}
 		reflect.ValueOf(&r.Echoes).Elem().FieldByName(name).SetInt(1)
 		if f := r.Failures(Limits{}); len(f) != 1 || !strings.HasPrefix(f[0], "1 message ") {
@@ -79,10 +102,14 @@ func TestWritePercentiles(t *testing.T) {
 func TestCompare(t *testing.T) {
 	before := &Report{
 		Address: "a:1", Conns: 5, Sizes: "64", Rate: 100, PerSecond: 100, Planned: 10,
-		Echo: Latency{P50: 1, P90: 2, P99: 3, P999: 4,
-			Max: 5}, Connect: Latency{P99: 6}, Outage: Outage{Max: 7},
-		Counts: Counts{Echoes: Echoes{Lost: 8, Corrupted: 9}, Connects: Connects{Refused: 10},
-			Ends: Ends{Reset: 11}},
+		Echo: Latency{
+			P50: 1, P90: 2, P99: 3, P999: 4,
+			Max: 5,
+		}, Connect: Latency{P99: 6}, Outage: Outage{Max: 7},
+		Counts: Counts{
+			Echoes: Echoes{Lost: 8, Corrupted: 9}, Connects: Connects{Refused: 10},
+			Ends: Ends{Reset: 11},
+		},
 	}
 	var text bytes.Buffer
 	if err := json.NewEncoder(&text).Encode(before); err != nil {
@@ -119,8 +146,10 @@ func TestCompare(t *testing.T) {
 		}
 	})
 	t.Run("what is not a report is refused", func(t *testing.T) {
-		for _, text := range []string{"", "{}", "[]", "x", `{"echoes":{},"echo_latency":{}}`,
-			`{"echoes":{"lost":-1},"echo_latency":{},"echoes_per_second":1}`, `{"echoes":{"lost":"1"},"echo_latency":{},"echoes_per_second":1}`} {
+		for _, text := range []string{
+			"", "{}", "[]", "x", `{"echoes":{},"echo_latency":{}}`,
+			`{"echoes":{"lost":-1},"echo_latency":{},"echoes_per_second":1}`, `{"echoes":{"lost":"1"},"echo_latency":{},"echoes_per_second":1}`,
+		} {
 			if _, err := ReadReport(strings.NewReader(text)); err == nil {
 				t.Errorf("%s is accepted", text)
 			}

@@ -59,8 +59,10 @@ func newConnPoller() *connPoller {
 }
 
 func (p *connPoller) add(conn net.Conn, u *user) (socket, error) {
-	s := &connSocket{poller: p, conn: conn, user: u, out: make(chan []byte, 1), closed: make(chan struct{}),
-		consumed: make(chan struct{}, 1)}
+	s := &connSocket{
+		poller: p, conn: conn, user: u, out: make(chan []byte, 1), closed: make(chan struct{}),
+		consumed: make(chan struct{}, 1),
+	}
 	p.conns.Go(s.readLoop)
 	p.conns.Go(s.writeLoop)
 	return s, nil

@@ -167,8 +167,10 @@ func (p *epoll) awaitTick() error {
 	if !p.ticking {
 		every := p.pace.every
 		next := every - time.Since(p.pace.began)%every
-		spec := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(next)),
-			Interval: unix.NsecToTimespec(int64(every))}
+		spec := unix.ItimerSpec{
+			Value:    unix.NsecToTimespec(int64(next)),
+			Interval: unix.NsecToTimespec(int64(every)),
+		}
 		if err := unix.TimerfdSettime(p.ticks, 0, &spec, nil); err != nil {
 			return fmt.Errorf("setting a timer: %w", err)
 		}

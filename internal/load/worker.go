@@ -64,8 +64,10 @@ func newWorker(r *run, number int) (*worker, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &worker{run: r, number: number, poll: poll, tally: newTally(), in: make([]byte, bufferSize),
-		out: make([]byte, bufferSize)}
+	w := &worker{
+		run: r, number: number, poll: poll, tally: newTally(), in: make([]byte, bufferSize),
+		out: make([]byte, bufferSize),
+	}
 	for i := number; i < r.opts.Conns; i += r.opts.Threads {
 		u := &user{worker: w, slot: len(w.users), index: i, phase: disconnected, wakeAt: r.schedule.starts(i)}
 		if r.opts.open() {
