@@ -75,33 +75,63 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVarP(&s.address, "address", "a", "127.0.0.1:9999", "server's `address`: host:port, tls://host:port or\nunix:///path")
-	f.DurationVarP(&s.timeout, "timeout", "t", 10*time.Second, "`time` to connect, and for TEXT to come back;\n0 is no limit")
-	f.BoolVar(&s.reconnect, "reconnect", false, "connect again, after growing waits, when the server goes away or\nis full")
-	f.DurationVar(&s.giveUp, "give-up", time.Minute, "with --reconnect: `time` without any echo after which to give up;\n0 is never")
-	f.StringVar(&s.caCert, "cacert", "", "`file` of the CA certificates, in PEM, that verify https:// and\ntls:// servers (default: those of the system)")
+	f.StringVarP(&s.address, "address", "a", "127.0.0.1:9999",
+		"server's `address`: host:port, tls://host:port or\n"+
+			"unix:///path")
+	f.DurationVarP(&s.timeout, "timeout", "t", 10*time.Second,
+		"`time` to connect, and for TEXT to come back;\n"+
+			"0 is no limit")
+	f.BoolVar(&s.reconnect, "reconnect", false,
+		"connect again, after growing waits, when the server goes away or\n"+
+			"is full")
+	f.DurationVar(&s.giveUp, "give-up", time.Minute,
+		"with --reconnect: `time` without any echo after which to give up;\n"+
+			"0 is never")
+	f.StringVar(&s.caCert, "cacert", "",
+		"`file` of the CA certificates, in PEM, that verify https:// and\n"+
+			"tls:// servers (default: those of the system)")
 	f.BoolVarP(&s.lines, "lines", "l", false, "send files and URLs line by line")
-	f.BoolVar(&s.csv, "csv", false, "send files and URLs of CSV row by row, as JSON; the first row\nnames the columns")
+	f.BoolVar(&s.csv, "csv", false,
+		"send files and URLs of CSV row by row, as JSON; the first row\n"+
+			"names the columns")
 	f.BoolVar(&s.raw, "raw", false, "send files and URLs in blocks of bytes")
 	f.BoolVar(&s.noHeader, "no-header", false, "CSV: the first row is data")
 	f.StringVarP(&s.delimiter, "delimiter", "d", ",", "CSV: `character` between fields, such as ; or \\t")
 	f.BoolVar(&s.lazyQuotes, "lazy-quotes", false, "CSV: accept quotes within fields")
-	f.BoolVar(&s.allowRagged, "allow-ragged", false, "CSV: accept rows with fewer or more fields than the header")
+	f.BoolVar(&s.allowRagged, "allow-ragged", false,
+		"CSV: accept rows with fewer or more fields than the header")
 	f.StringVar(&s.comment, "comment", "", "CSV: skip lines that begin with this `character`")
-	f.StringVarP(&s.encoding, "encoding", "e", "", "`name` of the text's encoding, such as utf-16, latin1 or shift_jis;\na byte order mark takes precedence (default: utf-8 for CSV, any\nbytes for lines)")
-	f.BoolVar(&s.replaceInvalid, "replace-invalid", false, "send U+FFFD for what cannot be decoded, and count it")
-	f.StringVar(&s.blockSize, "block-size", "32KiB", "raw: `size` of a block, up to 16MiB; about 15 are\nin memory")
-	f.StringVar(&s.maxRecord, "max-record", "1MiB", "`size` of the longest line or row, up to 16MiB; several of that\nsize may be in memory for each connection")
+	f.StringVarP(&s.encoding, "encoding", "e", "",
+		"`name` of the text's encoding, such as utf-16, latin1 or shift_jis;\n"+
+			"a byte order mark takes precedence (default: utf-8 for CSV, any\n"+
+			"bytes for lines)")
+	f.BoolVar(&s.replaceInvalid, "replace-invalid", false,
+		"send U+FFFD for what cannot be decoded, and count it")
+	f.StringVar(&s.blockSize, "block-size", "32KiB",
+		"raw: `size` of a block, up to 16MiB; about 15 are\n"+
+			"in memory")
+	f.StringVar(&s.maxRecord, "max-record", "1MiB",
+		"`size` of the longest line or row, up to 16MiB; several of that\n"+
+			"size may be in memory for each connection")
 	f.BoolVar(&s.verbatim, "verbatim", false, "do not unpack, and do not decode lines")
-	f.StringArrayVarP(&s.header, "header", "H", nil, "`'Name: value'` to send with requests for URLs; may be repeated")
-	f.IntVar(&s.retries, "retries", 5, "`number` of times in a row to repeat a request that failed and\nmay succeed later")
-	f.IntVarP(&s.conns, "conns", "c", 1, "`number` of connections; with several, records come back in any\norder")
-	f.IntVar(&s.inFlight, "in-flight", 0, "`number` of records in flight over all connections (default: 64\nfor each); they are at most 1 MiB for each, and 4 MiB in all")
+	f.StringArrayVarP(&s.header, "header", "H", nil,
+		"`'Name: value'` to send with requests for URLs; may be repeated")
+	f.IntVar(&s.retries, "retries", 5,
+		"`number` of times in a row to repeat a request that failed and\n"+
+			"may succeed later")
+	f.IntVarP(&s.conns, "conns", "c", 1,
+		"`number` of connections; with several, records come back in any\n"+
+			"order")
+	f.IntVar(&s.inFlight, "in-flight", 0,
+		"`number` of records in flight over all connections (default: 64\n"+
+			"for each); they are at most 1 MiB for each, and 4 MiB in all")
 	f.BoolVar(&s.ordered, "ordered", false, "print the echoes in the order of the input")
 	f.Float64VarP(&s.rate, "rate", "r", 0, "`records` per second; 0 is no limit")
 	f.BoolVar(&s.strict, "strict", false, "stop at the first malformed record or input")
 	f.StringVarP(&s.output, "output", "o", "", "`file` for the echo (default: standard output)")
-	f.StringVar(&s.failed, "failed", "", "`file` for records that did not come back, to be sent again; an\nexisting one is replaced when the first record fails")
+	f.StringVar(&s.failed, "failed", "",
+		"`file` for records that did not come back, to be sent again; an\n"+
+			"existing one is replaced when the first record fails")
 	f.StringVar(&s.resume, "resume", "", "`file` with the place to continue; removed when everything is done")
 	f.BoolVarP(&s.quiet, "quiet", "q", false, "report errors only")
 	return cmd
@@ -161,8 +191,8 @@ func (s *sender) run(ctx context.Context, args []string) error {
 		return s.sendRecords(ctx, args)
 	}
 	for _, flag := range []string{
-		"no-header", "delimiter", "lazy-quotes", "allow-ragged", "comment", "encoding", "replace-invalid", "block-size", "max-record",
-		"verbatim", "header", "retries", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
+		"no-header", "delimiter", "lazy-quotes", "allow-ragged", "comment", "encoding", "replace-invalid",
+		"block-size", "max-record", "verbatim", "header", "retries", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
 	} {
 		if s.flags.Changed(flag) {
 			return usagef("--%s: arguments are text, unless --lines, --csv or --raw says that they are files", flag)
@@ -286,8 +316,10 @@ func (s *sender) conclude(opts bulk.Options, summary bulk.Summary, err error, pl
 			fmt.Fprintf(s.err, "echod: %s is unchanged, since no record failed\n", text.Printable(s.failed))
 		}
 	}
+	_, badAddress := errors.AsType[*net.AddrError](err)
+	_, badCertificate := errors.AsType[*tls.CertificateVerificationError](err)
 	switch {
-	case errors.Is(err, bulk.ErrStrict):
+	case errors.Is(err, bulk.ErrStrict), badAddress, badCertificate: // the same command fails again
 		return err
 	case err != nil && s.resume != "" && !errors.Is(err, bulk.ErrNotSaved):
 		return fmt.Errorf("%w (the same command continues from here: --resume %s)", explain(err), s.resume)
@@ -392,14 +424,17 @@ func character(value string) (rune, bool) {
 
 // httpOptions returns how the flags say to request URLs.
 func (s *sender) httpOptions() (records.HTTPOptions, error) {
-	opts := records.HTTPOptions{UserAgent: "echod/" + version, RootCAs: s.roots, Header: http.Header{}, Retries: cmp.Or(s.retries, -1)}
+	opts := records.HTTPOptions{
+		UserAgent: "echod/" + version, RootCAs: s.roots, Header: http.Header{}, Retries: cmp.Or(s.retries, -1),
+	}
 	if s.retries < 0 {
 		return opts, usagef("--retries %d: must not be negative", s.retries)
 	}
 	for i, line := range s.header {
 		name, value, ok := strings.Cut(line, ":")
-		if name, value = strings.TrimSpace(name), strings.TrimSpace(value); !ok || name == "" ||
-			strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r > '~' }) || strings.ContainsAny(value, "\r\n\x00") {
+		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
+		control := func(r rune) bool { return r <= ' ' || r > '~' }
+		if !ok || name == "" || strings.ContainsFunc(name, control) || strings.ContainsAny(value, "\r\n\x00") {
 			return opts, usagef("--header, number %d: want 'Name: value'", i+1) // it may be secret
 		}
 		name = textproto.CanonicalMIMEHeaderKey(name)
@@ -541,7 +576,9 @@ func (s *sender) checkFiles(inputs []string) error {
 		}
 		written = append(written, out)
 	}
-	for _, target := range []struct{ flag, path string }{{"output", s.output}, {"failed", s.failed}, {"resume", s.resume}} {
+	for _, target := range []struct{ flag, path string }{
+		{"output", s.output}, {"failed", s.failed}, {"resume", s.resume},
+	} {
 		if target.path == "" {
 			continue
 		}

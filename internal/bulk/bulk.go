@@ -202,13 +202,14 @@ const MaxRecordLimit = 16 << 20
 // header, if there is one.
 func (r *run) withHint(err error) error {
 	opts := r.opts.Records
+	notClosed := strings.Contains(err.Error(), "not closed") // more would be swallowed
 	hint := ""
 	switch {
 	case errors.Is(err, records.ErrTooLong) && opts.MaxRecord < MaxRecordLimit:
 		hint = "--max-record allows more"
 	case errors.Is(err, csv.ErrFieldCount):
 		hint = "--allow-ragged accepts it"
-	case errors.Is(err, csv.ErrBareQuote), errors.Is(err, csv.ErrQuote) && !opts.LazyQuotes && !strings.Contains(err.Error(), "not closed"):
+	case errors.Is(err, csv.ErrBareQuote), errors.Is(err, csv.ErrQuote) && !opts.LazyQuotes && !notClosed:
 		hint = "--lazy-quotes accepts it"
 	case errors.Is(err, records.ErrNUL):
 		hint = "--encoding utf-16le decodes it"

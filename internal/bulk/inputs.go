@@ -22,17 +22,17 @@ type key struct {
 	digest       digest         // of the records up to it
 }
 
-// errInput is wrapped by the error of an input, which does not end the run.
-type errInput struct{ error }
+// An inputError is that of one input, which does not end the run.
+type inputError struct{ error }
 
-func (e errInput) Unwrap() error { return e.error }
+func (e inputError) Unwrap() error { return e.error }
 
 // items is the source of the stream: the records of all inputs, one input after another.
 // An input that cannot be read does not end the run.
 func (r *run) items(yield func(client.Item[key], error) bool) {
 	for i := range r.opts.Inputs {
 		more, err := r.input(i, yield)
-		if bad, ok := errors.AsType[errInput](err); ok {
+		if bad, ok := errors.AsType[inputError](err); ok {
 			r.tally.inputs[i].bad.Store(true)
 			r.tally.badInputs.Add(1)
 			r.opts.Display.Error(r.withHint(bad.error).Error())
@@ -61,7 +61,7 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 	}
 	source, err := r.open(i)
 	if err != nil {
-		return true, r.inputError(err)
+		return true, r.asInputError(err)
 	}
 	stdin := r.opts.Inputs[i] == stdinName
 	defer func() {
@@ -72,7 +72,7 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 	in.source.Store(source)
 	check, err := r.opts.State.open(i, source)
 	if err != nil {
-		return true, errInput{err}
+		return true, inputError{err}
 	}
 	if n := check.from.Records; n > 0 {
 		r.tally.skipped.Add(n)
@@ -98,13 +98,13 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 	for record, err := range all {
 		malformed, isMalformed := errors.AsType[*records.Error](err)
 		if err != nil && !isMalformed {
-			return true, r.inputError(err)
+			return true, r.asInputError(err)
 		}
 		if r.reading.Err() != nil {
 			return false, context.Cause(r.reading)
 		}
 		if err := r.sameHeader(source); err != nil {
-			return true, errInput{err}
+			return true, inputError{err}
 		}
 		k := key{input: i, number: record.Number, line: record.Line, unended: record.Unended, end: source.Consumed()}
 		if isMalformed {
@@ -132,7 +132,7 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 			continue
 		}
 		if err := check.verify(source.Name()); err != nil {
-			return true, errInput{err}
+			return true, inputError{err}
 		}
 		for _, item := range check.pending {
 			if more, err := send(item); err != nil || !more {
@@ -142,7 +142,7 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 		check.pending = nil
 	}
 	if err := check.atEnd(source.Name()); err != nil {
-		return true, errInput{err}
+		return true, inputError{err}
 	}
 	r.tally.replaced.Add(source.Replaced())
 	in.read.Store(true)
@@ -150,12 +150,12 @@ func (r *run) input(i int, yield func(client.Item[key], error) bool) (more bool,
 	return true, nil
 }
 
-// inputError marks err as that of an input, unless reading was ended.
-func (r *run) inputError(err error) error {
+// asInputError marks err as that of an input, unless reading was ended.
+func (r *run) asInputError(err error) error {
 	if r.reading.Err() != nil {
 		return context.Cause(r.reading)
 	}
-	return errInput{err}
+	return inputError{err}
 }
 
 // open opens an input in a goroutine of its own, which is left behind if reading ends
@@ -196,7 +196,8 @@ func (r *run) sameHeader(source *records.Source) error {
 	case r.header == nil:
 		r.header = header
 	case !slices.Equal(r.header, header):
-		return fmt.Errorf("read %s: its columns differ from those of the input before, and --failed has one header", source.Name())
+		return fmt.Errorf("read %s: its columns differ from those of the input before, and --failed has one header",
+			source.Name())
 	}
 	return nil
 }

@@ -244,10 +244,16 @@ func (f *FailedFile) addMalformed(header []string, e *records.Error) error {
 	return f.wrap(f.write(header, e.Raw))
 }
 
-// write writes a record, and the header before the first. All but blocks are lines.
+// write writes a record, and the header before the first. All but blocks are lines, in
+// UTF-8. A byte order mark says so, since it takes precedence over --encoding.
 func (f *FailedFile) write(header []string, raw []byte) error {
-	if header != nil && f.to.length == 0 && f.w.Buffered() == 0 {
-		_, _ = f.w.Write(records.AppendCSV(nil, header, f.opts)) // the bufio.Writer keeps its error
+	if first := f.to.length == 0 && f.w.Buffered() == 0; first {
+		if f.opts.Encoding != "" {
+			_, _ = f.w.WriteString("\ufeff") // the bufio.Writer keeps its error
+		}
+		if header != nil {
+			_, _ = f.w.Write(records.AppendCSV(nil, header, f.opts))
+		}
 	}
 	_, err := f.w.Write(raw)
 	if f.opts.Format != records.Raw && !bytes.HasSuffix(raw, []byte("\n")) {

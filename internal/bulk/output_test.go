@@ -25,6 +25,7 @@ func TestFailedFileHasRows(t *testing.T) {
 		"several inputs":       {records.Options{Format: records.CSV, Delimiter: ';', NameRows: true}, several},
 		"ragged":               {records.Options{Format: records.CSV, Delimiter: ';', AllowRagged: true}, "a;b\n1\n1;2;3\n"},
 		"comments":             {records.Options{Format: records.CSV, Delimiter: ';', Comment: '#'}, "a\n\"#1\"\n"},
+		"an encoding":          {records.Options{Format: records.CSV, Delimiter: ';', Encoding: "latin1"}, "\ufeffé\nü\n"},
 		"one field, and empty": {records.Options{Format: records.CSV, Delimiter: ';'}, one},
 	} {
 		opts, table := c.opts, c.table

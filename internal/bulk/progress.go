@@ -176,7 +176,8 @@ func (p *pace) left() (d time.Duration, known bool) {
 // line describes the progress in words.
 func (p *pace) line() string {
 	t := p.tally
-	parts := []string{fmt.Sprintf("%s, %s back", text.Count(t.records(), "record"), humanize.Bytes(uint64(t.bytes.Load())))}
+	came := humanize.Bytes(uint64(t.bytes.Load()))
+	parts := []string{text.Count(t.records(), "record"), came + " back"}
 	end, size, known := t.position()
 	if known {
 		parts = append(parts, fmt.Sprintf("%d %% of %s done", percent(end, size), humanize.Bytes(uint64(size))))
@@ -184,7 +185,8 @@ func (p *pace) line() string {
 		parts = append(parts, humanize.Bytes(uint64(end))+" done")
 	}
 	bytes, records := p.rates()
-	parts = append(parts, fmt.Sprintf("%s/s, %s records/s", humanize.Bytes(uint64(bytes)), humanize.Comma(int64(records))), clock(p.elapsed())+" elapsed")
+	parts = append(parts, humanize.Bytes(uint64(bytes))+"/s", humanize.Comma(int64(records))+" records/s",
+		clock(p.elapsed())+" elapsed")
 	if left, ok := p.left(); p.stalled() {
 		parts = append(parts, "stalled")
 	} else if ok {

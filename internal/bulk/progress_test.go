@@ -102,6 +102,9 @@ func TestPace(t *testing.T) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
+	if got := advanced(t, "a", 10, 10, 10, 10, 10).bars(200, 24)[0]; !strings.Contains(got, "00:05 stalled") {
+		t.Errorf("a bar that is stalled is %q", got)
+	}
 	p := advanced(t, "a", 10)
 	p.tally.inputs[0].before.Store(90_000) // by an earlier run, in no time
 	p.sample(p.began.Add(time.Second))

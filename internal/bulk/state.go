@@ -153,7 +153,8 @@ func (s *State) open(i int, source *records.Source) (*inputCheck, error) {
 	if v := source.Validator(); in.before == 0 {
 		in.Validator = v
 	} else if v != in.Validator {
-		return nil, fmt.Errorf("read %s: it changed since %s was written: its ETag or time is %q, and was %q", source.Name(), s.path, v, in.Validator)
+		return nil, fmt.Errorf("read %s: it changed since %s was written: its ETag or time is %q, and was %q",
+			source.Name(), s.path, v, in.Validator)
 	}
 	c := &inputCheck{enabled: true, before: in.before, want: in.Digest}
 	if source.Resumed() {
@@ -266,7 +267,9 @@ type inputCheck struct {
 }
 
 // next notes a record, and returns the start before it and the digest with it.
-func (c *inputCheck) next(source *records.Source, record records.Record, malformed *records.Error) (before start, with digest) {
+func (c *inputCheck) next(
+	source *records.Source, record records.Record, malformed *records.Error,
+) (before start, with digest) {
 	if !c.enabled {
 		return start{}, digest{}
 	}
@@ -282,7 +285,8 @@ func (c *inputCheck) verify(name string) error {
 	if c.want == "" || c.want == hex.EncodeToString(c.current.digest[:]) {
 		return nil
 	}
-	return fmt.Errorf("read %s: it is not the input that the earlier run read: its first %s differ", name, text.Count(c.before, "record"))
+	return fmt.Errorf("read %s: it is not the input that the earlier run read: its first %s differ",
+		name, text.Count(c.before, "record"))
 }
 
 // atEnd reports whether the input has all records that the earlier run read.
@@ -482,7 +486,8 @@ func (s *savedState) differs(was *savedState) error {
 		case was.Size != now.Size:
 			return fmt.Errorf("%s changed since: it has %d bytes, and had %d", now.Name, now.Size, was.Size)
 		case !was.Modified.Equal(now.Modified):
-			return fmt.Errorf("%s changed since: its time is %s, and was %s", now.Name, now.Modified.Format(time.DateTime), was.Modified.Format(time.DateTime))
+			return fmt.Errorf("%s changed since: its time is %s, and was %s", now.Name,
+				now.Modified.Format(time.DateTime), was.Modified.Format(time.DateTime))
 		}
 	}
 	return nil

@@ -410,7 +410,8 @@ func (r *rows) misplaced(open, i int) error {
 	if line == other {
 		return r.failLine(i, i, csv.ErrQuote)
 	}
-	return r.failLine(open, open, fmt.Errorf("%w: not closed before the one in line %d, column %d", csv.ErrQuote, other, column))
+	err := fmt.Errorf("%w: not closed before the one in line %d, column %d", csv.ErrQuote, other, column)
+	return r.failLine(open, open, err)
 }
 
 // lineKey and sourceKey are the keys of the line in which a row begins, and of the input.

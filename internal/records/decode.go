@@ -119,7 +119,8 @@ func decoderOf(name string) (transform.Transformer, error) {
 			return marking(e), nil
 		}
 	}
-	return nil, fmt.Errorf("unknown encoding %q: want one such as utf-8, utf-16, iso-8859-1, windows-1252, shift_jis or gb18030", name)
+	const known = "utf-8, utf-16, iso-8859-1, windows-1252, shift_jis or gb18030"
+	return nil, fmt.Errorf("unknown encoding %q: want one such as %s", name, known)
 }
 
 func marking(e encoding.Encoding) transform.Transformer {

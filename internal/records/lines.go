@@ -112,7 +112,8 @@ func (w *window) lineEnd(from int) (end int, whole bool) {
 // end in CR alone.
 func (w *window) beginsWithCR(n int) bool {
 	text := w.data()[:n]
-	return !w.onlyLF && w.line == 1 && w.eol == '\n' && bytes.IndexByte(text, '\r') >= 0 && bytes.IndexByte(text, '\n') < 0
+	atStart := w.line == 1 && w.eol == '\n' && !w.onlyLF
+	return atStart && bytes.IndexByte(text, '\r') >= 0 && bytes.IndexByte(text, '\n') < 0
 }
 
 // skipLine ends the record with the line at offset i, however long the line is.

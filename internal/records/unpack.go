@@ -158,7 +158,8 @@ const (
 // Servers unpack what they send, so that the name of a URL says nothing.
 func misnamed(in *input) error {
 	kinds := map[string]string{
-		".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".tbz2": "bzip2", ".xz": "xz", ".txz": "xz", ".zip": "zip",
+		".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".tbz2": "bzip2",
+		".xz": "xz", ".txz": "xz", ".zip": "zip",
 	}
 	kind := kinds[strings.ToLower(path.Ext(in.name))]
 	if kind == "" || in.url || in.err != nil && in.err != io.EOF {
@@ -305,7 +306,8 @@ func openZip(in *input, packed *bufio.Reader) (io.Reader, error) {
 			continue
 		}
 		if member != nil {
-			return nil, refusal(fmt.Sprintf("the zip archive has %d members: extract one with unzip -p, into standard input", len(archive.File)))
+			return nil, refusal(fmt.Sprintf(
+				"the zip archive has %d members: extract one with unzip -p, into standard input", len(archive.File)))
 		}
 		member = f
 	}
