@@ -248,7 +248,7 @@ const (
 	maxErrors     = 5    // different errors in a report
 )
 
-// Progress is the state of a run under way.
+// Progress is the state of a run in progress.
 type Progress struct {
 	Elapsed    time.Duration
 	Draining   bool // no new messages; waiting for those in flight

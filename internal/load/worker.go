@@ -223,7 +223,7 @@ func (w *worker) allDone() bool {
 	return true
 }
 
-// close closes all connections and waits for the connects under way.
+// close closes all connections and waits for the connects in progress.
 func (w *worker) close() {
 	for _, u := range w.users {
 		if u.socket != nil {
