@@ -2,10 +2,15 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"io"
 	"net"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -286,6 +291,29 @@ func TestPingTimes(t *testing.T) {
 			t.Errorf("dns %v, connect %v, echo %v s: want no DNS, and 50 ms for the echo", r.DNS,
 				*r.Connect, *r.Echo)
 		}
+	}
+}
+
+// A tls:// server is verified, with the certificates of --cacert.
+func TestPingTLS(t *testing.T) {
+	web := httptest.NewTLSServer(nil) // for its certificate
+	defer web.Close()
+	address := "tls://" + serveTCP(t, func(conn net.Conn) {
+		echoes(tls.Server(conn, &tls.Config{Certificates: web.TLS.Certificates}))
+	})
+	cacert := filepath.Join(t.TempDir(), "ca.pem")
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: web.Certificate().Raw})
+	if err := os.WriteFile(cacert, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := newPinger(t, address)
+	p.cacert = cacert
+	if err := p.run(t.Context()); err != nil {
+		t.Errorf("with the certificate: %v", err)
+	}
+	p = newPinger(t, address)
+	if err := p.run(t.Context()); err == nil || p.results[0].Result != "error" || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("without the certificate: %v, %+v", err, p.results)
 	}
 }
 
