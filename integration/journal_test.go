@@ -142,23 +142,6 @@ func (j *journal) await(ctx context.Context, n int, msg string, fields ...string
 	}
 }
 
-// awaitText waits until the lines contain text.
-func (j *journal) awaitText(ctx context.Context, text string) error {
-	for {
-		_, ended, grown := j.look()
-		if all := j.String(); strings.Contains(all, text) {
-			return nil
-		} else if ended {
-			return fmt.Errorf("no line with %q in %q, and the process has exited", text, all)
-		}
-		select {
-		case <-grown:
-		case <-ctx.Done():
-			return fmt.Errorf("no line with %q in %q: %w", text, j, context.Cause(ctx))
-		}
-	}
-}
-
 var errImpatient = errors.New("it took too long")
 
 // within returns a context with a timeout.

@@ -10,6 +10,7 @@ package integration
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -55,8 +56,14 @@ var leanBinary = sync.OnceValues(func() (string, error) { return build("echod-le
 // embedBinary builds a program that embeds the library and whose handlers misbehave on request.
 var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed", raceEnabled) })
 
-// build builds a package, with or without the race detector.
+// build builds a package, with or without the race detector. 'go test' does not know what is built, and would take cached
+// results. It does know which directories a test reads, so build reads those of the sources.
 func build(name, pkg string, race bool) (string, error) {
+	for _, dir := range []string{"../client", "../cmd", "../control", "../internal", "../metrics", "../server", "testdata"} {
+		if err := filepath.WalkDir(dir, func(_ string, _ fs.DirEntry, err error) error { return err }); err != nil {
+			return "", err
+		}
+	}
 	path := filepath.Join(builds(), name)
 	args := []string{"build", "-buildvcs=false", "-o", path}
 	if race {

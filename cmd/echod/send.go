@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -583,15 +584,11 @@ func (s *sender) checkFiles(inputs []string) error {
 			continue
 		}
 		file := statFile(target.path)
-		for _, in := range read {
-			if file.same(in) {
-				return usagef("--%s %s: the file is an input", target.flag, target.path)
-			}
+		if slices.ContainsFunc(read, file.same) {
+			return usagef("--%s %s: the file is an input", target.flag, target.path)
 		}
-		for _, other := range written {
-			if file.same(other) {
-				return usagef("--%s %s: the file is written for another purpose too", target.flag, target.path)
-			}
+		if slices.ContainsFunc(written, file.same) {
+			return usagef("--%s %s: the file is written for another purpose too", target.flag, target.path)
 		}
 		written = append(written, file)
 	}
