@@ -4,6 +4,7 @@ package integration
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/creack/pty"
 )
 
 // screen is echod top in a terminal of a given size, as tmux draws it.
@@ -348,6 +351,27 @@ func TestTopNoServer(t *testing.T) {
 	s := e.top(80, 24)
 	s.awaits(`^echod: no server answers on control socket `)
 	s.awaitsEnd(2)
+}
+
+// A terminal that cannot move its cursor gets no escape sequences.
+func TestTopDumbTerminal(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	for _, name := range []string{"dumb", ""} {
+		cmd := commandOf(built(t, echodBinary), "top", "--control", e.socket)
+		cmd.Env = environment("TERM=" + name)
+		tty, err := pty.Start(cmd)
+		check(t, err)
+		got, _ := io.ReadAll(tty) // its end is EIO on Linux
+		_ = tty.Close()
+		_ = cmd.Wait()
+		if want := fmt.Sprintf("and TERM is %q", name); !strings.Contains(string(got), want) || strings.Contains(string(got), "\x1b") {
+			t.Errorf("TERM=%s: the terminal got %q, want %q and no escape sequences", name, got, want)
+		}
+		if code := exitCode(cmd.ProcessState); code != 2 {
+			t.Errorf("TERM=%s: exit code %d, want 2", name, code)
+		}
+	}
 }
 
 // Ctrl-Z returns to the shell, and fg to top.
