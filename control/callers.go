@@ -52,6 +52,7 @@ type callerConn struct {
 
 	// Guarded by from.mu.
 	serving bool // a request is being answered
+	ended   bool // everything is answered, and net/http waits for the caller to close
 	kept    bool // never closed for a new connection
 }
 
@@ -118,6 +119,8 @@ func (l *callers) closeIdlest() bool {
 
 func (c *callerConn) rank() int {
 	switch {
+	case c.ended:
+		return 0
 	case c.serving:
 		return 2
 	case c.asked.Load():
@@ -207,6 +210,7 @@ func (c *callerConn) Read(p []byte) (int, error) {
 
 // CloseWrite lets net/http end an answer before it closes the connection.
 func (c *callerConn) CloseWrite() error {
+	c.set(func() { c.ended = true })
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
@@ -271,9 +275,17 @@ func (c *caller) fields() []zap.Field {
 	return []zap.Field{zap.Int("uid", c.uid), zap.Int("pid", c.pid)}
 }
 
-// begin and end enclose the answer to a request.
+// begin notes that a request is being answered. noteIdle ends that.
 func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
-func (c *caller) end()   { c.set(func() { c.conn.serving = false; c.conn.asked.Store(false) }) }
+
+// noteIdle is the http.Server's ConnState. A connection is idle once its answer has been written: when ServeHTTP returns, a
+// part of it is still in a buffer.
+func noteIdle(conn net.Conn, state http.ConnState) {
+	if c, ok := conn.(*callerConn); ok && state == http.StateIdle {
+		c.set(func() { c.serving = false })
+		c.asked.Store(false)
+	}
+}
 
 // touch notes that the caller was sent something.
 func (c *caller) touch() { c.set(func() {}) }

@@ -118,6 +118,8 @@ func TestG16(t *testing.T) {
 	t.Run("forgotten waits do not make a pause fail", testForgottenWaits)
 	t.Run("a request that is not read yet outlasts silent connections", testUnread)
 	t.Run("out of files, the idlest caller gives way", testOutOfFiles)
+	t.Run("an answer that is not written yet is not cut off", testUnwritten)
+	t.Run("connections that linger after their answer give way", testLingering)
 }
 
 func testProbes(t *testing.T, path string) {
@@ -271,6 +273,48 @@ func testOutOfFiles(t *testing.T) {
 		}
 		_ = (<-accepted).Close()
 	})
+}
+
+// testUnwritten has a flood of connections come while net/http writes an answer, after ServeHTTP has returned.
+func testUnwritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{})
+		answer := ask(t, r.rawConn(t), getStatus) // a pipe has no buffer
+		synctest.Wait()
+		for range 2 * MaxCallers {
+			r.rawConn(t)
+			synctest.Wait()
+		}
+		resp, err := http.ReadResponse(answer, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadAll(resp.Body); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// testLingering has callers whose bodies are too large: net/http keeps their connections for half a second after the
+// answer, so that they can read it.
+func testLingering(t *testing.T) {
+	r := newRig(t, server.Options{})
+	wait := make(chan error, 1)
+	go func() {
+		_, err := r.client.Wait(t.Context(), WaitRequest{Connections: new(1)})
+		wait <- err
+	}()
+	r.awaitStreams(t, 1)
+	huge := fmt.Sprintf("POST /v1/pause HTTP/1.1\r\nHost: echod\r\nContent-Length: %d\r\n\r\n%s", 1<<20, strings.Repeat(" ", maxBody+1))
+	for range 3 * MaxCallers {
+		conn := r.rawConn(t)
+		if text := wantClosed(t, ask(t, conn, huge)); !strings.HasPrefix(text, "HTTP/1.1 413 ") {
+			t.Fatalf("the answer is %q: want 413", text)
+		}
+		_ = conn.Close()
+	}
+	r.echoClient(t)
+	wantEqual(t, "error of the wait", receive(t, "the wait", wait), nil)
 }
 
 func TestHalfClose(t *testing.T) {

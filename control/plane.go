@@ -137,6 +137,7 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          errorLog,
 		ConnContext:       ConnContext,
+		ConnState:         noteIdle,
 	}
 	return p
 }
@@ -201,7 +202,6 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer answer.close()
 	who := callerFrom(r.Context())
 	who.begin()
-	defer who.end()
 
 	switch clean := path.Clean(r.URL.Path); {
 	case clean != r.URL.Path && clean+"/" != r.URL.Path: // the mux would answer with a redirect

@@ -11,8 +11,13 @@ import (
 	"echod/control"
 )
 
-// TestCurlOnTheControlSocket: the API is for everybody.
-func TestCurlOnTheControlSocket(t *testing.T) {
+func TestControlPrograms(t *testing.T) {
+	t.Run("curl drives the control socket", testCurl)
+	t.Run("curl shows problems", testCurlProblems)
+	t.Run("jq reads what ctl prints", testJQ)
+}
+
+func testCurl(t *testing.T) {
 	t.Parallel()
 	curl := curl.find(t)[0]
 	e := start(t, "--grace", "20s")
@@ -61,8 +66,7 @@ func TestCurlOnTheControlSocket(t *testing.T) {
 	e.wait(0)
 }
 
-// TestProblemsAreDescribed: a refusal names its type, which scripts can rely on.
-func TestProblemsAreDescribed(t *testing.T) {
+func testCurlProblems(t *testing.T) {
 	t.Parallel()
 	curl := curl.find(t)[0]
 	e := start(t)
@@ -82,8 +86,7 @@ func TestProblemsAreDescribed(t *testing.T) {
 	}
 }
 
-// TestJQReadsWhatCtlPrints: --json is for pipes.
-func TestJQReadsWhatCtlPrints(t *testing.T) {
+func testJQ(t *testing.T) {
 	t.Parallel()
 	jq, sh := require(t, "jq"), require(t, "sh")
 	e := start(t)

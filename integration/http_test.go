@@ -20,13 +20,13 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// web is the address of --http.
+// web returns the address of --http.
 func (e *echod) web() string {
 	e.t.Helper()
 	return e.awaitLog("http open").str("address")
 }
 
-// ask makes a request of one connection: over TCP, or over a Unix socket where address is a path.
+// ask makes a request on a connection of its own, over TCP, or over a Unix socket if address is a path.
 func ask(t testing.TB, method, address, path string) (status int, body string) {
 	t.Helper()
 	network := "tcp"
@@ -49,7 +49,7 @@ func ask(t testing.TB, method, address, path string) (status int, body string) {
 	return resp.StatusCode, string(text)
 }
 
-// expectWeb checks the status and a part of the body.
+// expectWeb checks the status of an answer and a part of its body.
 func (e *echod) expectWeb(path string, status int, part string) {
 	e.t.Helper()
 	got, body := ask(e.t, http.MethodGet, e.web(), path)
@@ -58,7 +58,18 @@ func (e *echod) expectWeb(path string, status int, part string) {
 	}
 }
 
-func TestProbesFollowTheState(t *testing.T) {
+func TestHTTP(t *testing.T) {
+	t.Run("probes follow the state", testProbesState)
+	t.Run("a drain delay serves new clients and is not ready", testProbesDelay)
+	t.Run("at the limit, a server that rejects is not ready", testProbesFull)
+	t.Run("nothing changes anything", testHTTPReadOnly)
+	t.Run("only known host names are answered", testHTTPHosts)
+	t.Run("pprof needs --pprof", testHTTPPprof)
+	t.Run("bad addresses are usage errors", testHTTPAddresses)
+	t.Run("promtool accepts the metrics and the alert rules", testPromtool)
+}
+
+func testProbesState(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0", "--grace", "20s")
 	if host, _, err := net.SplitHostPort(e.web()); err != nil || host != "127.0.0.1" {
@@ -81,8 +92,8 @@ func TestProbesFollowTheState(t *testing.T) {
 	e.wait(0)
 }
 
-// With a delay a load balancer has time to see that the server is not ready, and whom it still sends is served.
-func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
+// testProbesDelay: during the delay a load balancer sees that the server is not ready, and its clients are still served.
+func testProbesDelay(t *testing.T) {
 	t.Parallel()
 	const delay, grace = 2 * time.Second, 20 * time.Second
 	e := start(t, "--http", "0", "--drain-delay", delay.String(), "--grace", grace.String())
@@ -99,7 +110,7 @@ func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
 	}
 	drain := e.status().Drain
 	if drain == nil || drain.AcceptingUntil == nil {
-		t.Fatalf("the status does not say until when clients are accepted: %+v", drain)
+		t.Fatalf("the status lacks accepting_until: %+v", drain)
 	}
 	if got := drain.AcceptingUntil.Sub(drain.Since); got != delay {
 		t.Errorf("clients are accepted for %v, want %v", got, delay)
@@ -117,11 +128,11 @@ func TestDrainDelayServesNewClientsAndIsNotReady(t *testing.T) {
 	e.wait(0)
 	if p, err := connectSoon(e.addr); err == nil {
 		_ = p.Close()
-		t.Error("somebody is still served after the end")
+		t.Error("a client is served after the end")
 	}
 }
 
-// figures are the samples of a scrape, by series.
+// figures maps the series of a scrape to their values.
 type figures map[string]float64
 
 func figuresOf(t testing.TB, text string) figures {
@@ -137,7 +148,7 @@ func figuresOf(t testing.TB, text string) figures {
 	return all
 }
 
-// scrape is what Prometheus would read.
+// scrape returns the metrics.
 func (e *echod) scrape() figures {
 	e.t.Helper()
 	status, text := ask(e.t, http.MethodGet, e.web(), "/metrics")
@@ -147,13 +158,13 @@ func (e *echod) scrape() figures {
 	return figuresOf(e.t, text)
 }
 
-// Who reaches --http may look, and no more: all that the control socket can do is tried there.
-func TestNothingOnHTTPChangesAnything(t *testing.T) {
+// testHTTPReadOnly tries everything there that the control socket can do.
+func testHTTPReadOnly(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0")
 	p := e.served()
 	var before control.Status
-	poll(t, "the echo in the books", func() bool { // it is counted once the client may have read it
+	poll(t, "the echo in the status", func() bool { // it is counted once the client may have read it
 		before = e.status()
 		return before.BytesOut > 0
 	})
@@ -180,17 +191,17 @@ func TestNothingOnHTTPChangesAnything(t *testing.T) {
 	check(t, p.echo("still here\n"))
 }
 
-func TestPprofOnlyWhereItIsAskedFor(t *testing.T) {
+func testHTTPPprof(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0", "--pprof")
 	e.expectWeb("/debug/pprof/goroutine?debug=1", 200, "goroutine profile")
 	got := run(t, commandOf(built(t, echodBinary), "--pprof"))
 	if got.code != 2 || !strings.Contains(got.stderr, "--http") {
-		t.Errorf("--pprof alone: exit code %d, %q; want 2 and a word on --http", got.code, got.stderr)
+		t.Errorf("--pprof alone: exit code %d, %q; want 2 and --http in the message", got.code, got.stderr)
 	}
 }
 
-func TestHTTPAddressesThatAreNoneAreUsageErrors(t *testing.T) {
+func testHTTPAddresses(t *testing.T) {
 	t.Parallel()
 	for _, wrong := range []string{"127.0.0.1", "70000", "0.0.0.0:70000", ":", "127.0.0.1:http", "::1"} {
 		got := run(t, commandOf(built(t, echodBinary), "--listen", "127.0.0.1:0", "--control", "off", "--http", wrong))
@@ -200,8 +211,7 @@ func TestHTTPAddressesThatAreNoneAreUsageErrors(t *testing.T) {
 	}
 }
 
-// At its limit a server that turns clients away is to be sent none.
-func TestFullAndRejectingIsNotReady(t *testing.T) {
+func testProbesFull(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0", "--max-conns", "1", "--at-limit", "reject")
 	p := e.served()
@@ -213,7 +223,7 @@ func TestFullAndRejectingIsNotReady(t *testing.T) {
 	e.expectWeb("/readyz", 200, "ready")
 }
 
-func TestPromtoolFindsNothingInTheMetrics(t *testing.T) {
+func testPromtool(t *testing.T) {
 	t.Parallel()
 	promtool := require(t, "promtool")
 	e := start(t, "--http", "0")
@@ -226,11 +236,6 @@ func TestPromtoolFindsNothingInTheMetrics(t *testing.T) {
 	if got := run(t, cmd); got.code != 0 || got.stdout+got.stderr != "" {
 		t.Errorf("exit code %d:\n%s%s", got.code, got.stdout, got.stderr)
 	}
-}
-
-func TestPromtoolAcceptsTheAlertRules(t *testing.T) {
-	t.Parallel()
-	promtool := require(t, "promtool")
 	for _, argv := range [][]string{
 		{promtool, "check", "rules", "../packaging/prometheus/alerts.yml"},
 		{promtool, "test", "rules", "../packaging/prometheus/alerts_test.yml"},
@@ -238,5 +243,35 @@ func TestPromtoolAcceptsTheAlertRules(t *testing.T) {
 		if got := run(t, commandOf(argv...)); got.code != 0 {
 			t.Errorf("%s: exit code %d:\n%s%s", strings.Join(argv[1:], " "), got.code, got.stdout, got.stderr)
 		}
+	}
+}
+
+func testHTTPHosts(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0", "--http-host", "echod.example,other.example", "--pprof")
+	status := func(host, path string) int {
+		req, err := http.NewRequestWithContext(within(t, patience), http.MethodGet, "http://"+e.web()+path, http.NoBody)
+		check(t, err)
+		req.Host = host
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		check(t, err)
+		_ = resp.Body.Close()
+		return resp.StatusCode
+	}
+	for host, want := range map[string]int{
+		e.web(): 200, "localhost": 200, "echod.example:9090": 200, "other.example": 200, "evil.example": 421, "127.0.0.1.evil.example": 421,
+	} {
+		for _, path := range []string{"/v1/status", "/metrics", "/debug/pprof/goroutine"} {
+			if got := status(host, path); got != want {
+				t.Errorf("%s with Host %s: %d, want %d", path, host, got, want)
+			}
+		}
+		if got := status(host, "/livez"); got != 200 {
+			t.Errorf("/livez with Host %s: %d, want 200", host, got)
+		}
+	}
+	got := run(t, commandOf(built(t, echodBinary), "--http-host", "echod.example"))
+	if got.code != 2 || !strings.Contains(got.stderr, "--http-host: needs --http") {
+		t.Errorf("--http-host alone: exit code %d, %q; want 2 and what it needs", got.code, got.stderr)
 	}
 }

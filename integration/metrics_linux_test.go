@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"net/http"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,7 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// counted are the figures that are not zero, without those that no client brings about.
+// counted returns the figures that are not zero and that clients change.
 func (f figures) counted() figures {
 	counted := maps.Clone(f)
 	for series, v := range counted {
@@ -25,14 +26,14 @@ func (f figures) counted() figures {
 		switch {
 		case v == 0, !strings.HasPrefix(series, "echod_"), strings.HasPrefix(name, "echod_connection_duration_seconds_"),
 			name == "echod_build_info", name == "echod_accept_queue_limit", name == "echod_connections_limit",
-			name == "echod_control_requests_total": // these have tests of their own
+			name == "echod_control_requests_total": // they have tests of their own
 			delete(counted, series)
 		}
 	}
 	return counted
 }
 
-// expectFigures waits until the figures are these and no others: a client sees what becomes of it a moment before that is booked.
+// expectFigures waits until exactly these figures are counted: a client sees its bytes a moment before they are.
 func (e *echod) expectFigures(want figures) {
 	e.t.Helper()
 	var diff string
@@ -41,12 +42,12 @@ func (e *echod) expectFigures(want figures) {
 			return
 		}
 		if time.Now().After(end) {
-			e.t.Fatalf("the figures are not what the clients did (-want +got):\n%s", diff)
+			e.t.Fatalf("figures (-want +got):\n%s", diff)
 		}
 	}
 }
 
-// with are these figures and more.
+// with returns these figures and more.
 func (f figures) with(more figures) figures {
 	all := maps.Clone(f)
 	maps.Copy(all, more)
@@ -76,11 +77,21 @@ func (e *echod) dialFrom(ip string) *peer {
 	return &peer{TCPConn: nc.(*net.TCPConn)}
 }
 
-// A client of every kind that an echo knows, and after each the figures: all of them, whether they have changed or not.
-func TestFiguresAreWhatClientsDid(t *testing.T) {
+func TestMetrics(t *testing.T) {
+	t.Run("follow what clients do", testMetricsClients)
+	t.Run("show connections that are closing", testMetricsClosing)
+	t.Run("count timeouts", testMetricsTimeouts)
+	t.Run("count signals", testMetricsSignals)
+	t.Run("count control requests", testMetricsRequests)
+	t.Run("are the same on the control socket", testMetricsSocket)
+	t.Run("show limits and the process", testMetricsProcess)
+}
+
+// testMetricsClients has clients of every kind, and compares all figures after each of them.
+func testMetricsClients(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0", "--grace", "1h", "--max-conns-per-ip", "3", "--proxy-protocol", "127.0.0.2")
-	const echo = 6.0 // bytes of a served one
+	const echo = 6.0 // bytes of a served client
 	now := figures{`echod_state{state="running"}`: 1, `echod_state_transitions_total{state="running"}`: 1}
 	e.expectFigures(now)
 
@@ -102,7 +113,7 @@ func TestFiguresAreWhatClientsDid(t *testing.T) {
 		accepted: 6, openAs("serving"): 3, closedFor("rejected-limit"): 1, `echod_connections_rejected_total{reason="limit"}`: 1,
 		bytesIn: 5 * echo, bytesOut: 5*echo + 5,
 	})
-	// Who was turned away is open until it has closed its side, or for a moment.
+	// A rejected client counts as open until it has closed its side, or for a moment.
 	e.expectFigures(now)
 
 	_, err := e.control.Kill(within(t, patience), 4)
@@ -112,7 +123,7 @@ func TestFiguresAreWhatClientsDid(t *testing.T) {
 	now = now.with(figures{openAs("serving"): 1, closedFor("killed"): 1, closedFor("client-closed"): 2})
 	e.expectFigures(now)
 
-	// A proxy in the trusted range that does not say for whom it comes: first it says nothing, and then something else.
+	// A trusted proxy that sends no PROXY header: first nothing, then something else.
 	proxy := e.dialFrom("127.0.0.2")
 	e.expectFigures(now.with(figures{accepted: 7, openAs("waiting"): 1}))
 	check(t, proxy.send("no PROXY header\n"))
@@ -121,7 +132,7 @@ func TestFiguresAreWhatClientsDid(t *testing.T) {
 	})
 	e.expectFigures(now)
 
-	// A pause: two wait in the kernel's queue, with two holds; then one that turns clients away.
+	// A pause with two holds and two clients in the accept queue, then one of mode reject.
 	e.pause(control.PauseRequest{})
 	e.pause(control.PauseRequest{})
 	waiting := []*peer{e.dial(), e.dial()}
@@ -148,7 +159,7 @@ func TestFiguresAreWhatClientsDid(t *testing.T) {
 	})
 	e.expectFigures(now.with(figures{`echod_state{state="paused"}`: 1, `echod_holds`: 1}))
 
-	// A notice, and the drain: the one that stays is told, twice HUP and then TERM are seen, and it leaves.
+	// A notice, then a drain with HUP, HUP and TERM, and the last client leaves.
 	_, err = e.control.Notify(within(t, patience), "hello")
 	check(t, err)
 	check(t, stays.expect("NOTICE hello\n"))
@@ -175,7 +186,7 @@ func (e *echod) expectDurations(n int) {
 	list, err := e.control.Closed(within(e.t, patience), -1)
 	check(e.t, err)
 	if len(list.Connections) != n {
-		e.t.Fatalf("%d connections are listed as closed, want %d", len(list.Connections), n)
+		e.t.Fatalf("%d connections in the list of closed ones, want %d", len(list.Connections), n)
 	}
 	got := e.scrape()
 	const name = "echod_connection_duration_seconds_"
@@ -207,23 +218,23 @@ func (e *echod) expectDurations(n int) {
 		}
 	}
 	if buckets == 0 {
-		e.t.Error("there are no buckets")
+		e.t.Error("no buckets")
 	}
 }
 
-// A connection is closing for less than half a second: there are new ones until a scrape has seen one.
-func TestFiguresShowWhoIsClosing(t *testing.T) {
+// testMetricsClosing makes connections until a scrape sees one closing: it does for less than half a second.
+func testMetricsClosing(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--http", "0", "--max-conns-per-ip", "1")
 	e.served()
 	poll(t, "a connection that is closing", func() bool {
-		check(t, e.dial().expect("BUSY\n")) // and it does not close its side
+		check(t, e.dial().expect("BUSY\n")) // it does not close its side
 		got := e.scrape()
 		return got[openAs("closing")] > 0 && got[openAs("serving")] == 1
 	})
 }
 
-func TestFiguresOfTimeouts(t *testing.T) {
+func testMetricsTimeouts(t *testing.T) {
 	t.Parallel()
 	began := figures{`echod_state{state="running"}`: 1, `echod_state_transitions_total{state="running"}`: 1, accepted: 1}
 	t.Run("idle", func(t *testing.T) {
@@ -240,7 +251,7 @@ func TestFiguresOfTimeouts(t *testing.T) {
 		flood.Go(p.flood)
 		defer flood.Wait()
 		defer p.Close()
-		for seen := e.scrape()[bytesOut]; ; { // until no byte moves any more
+		for seen := e.scrape()[bytesOut]; ; { // until no more bytes move
 			time.Sleep(10 * pollEvery)
 			now := e.scrape()[bytesOut]
 			if now > 0 && now == seen {
@@ -259,4 +270,119 @@ func TestFiguresOfTimeouts(t *testing.T) {
 			closedFor("stalled"): 1, `echod_notices_total{result="failed"}`: 1, bytesIn: got[bytesIn], bytesOut: got[bytesOut],
 		}))
 	})
+}
+
+func testMetricsSignals(t *testing.T) {
+	t.Parallel()
+	for name, sig := range map[string]syscall.Signal{"SIGINT": syscall.SIGINT, "SIGQUIT": syscall.SIGQUIT} {
+		e := start(t, "--http", "0", "--grace", "1h")
+		p := e.served()
+		e.signal(sig)
+		check(t, p.expect("SHUTDOWN 3600 "+name+"\n"))
+		got := e.scrape()
+		for _, other := range []string{"SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM"} {
+			want := 0.0
+			if other == name {
+				want = 1
+			}
+			if n := got[fmt.Sprintf("echod_signals_total{signal=%q}", other)]; n != want {
+				t.Errorf("after %s, %s was received %v times, want %v", name, other, n, want)
+			}
+		}
+		check(t, p.leave())
+		e.wait(0)
+	}
+}
+
+func testMetricsRequests(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0")
+	e.expectFigures(figures{`echod_state{state="running"}`: 1, `echod_state_transitions_total{state="running"}`: 1})
+	want := make(figures)
+	for _, r := range []struct {
+		method, on, path, route string
+		code                    int
+	}{
+		{"GET", e.socket, "/v1/status", "/v1/status", 200},
+		{"GET", e.web(), "/v1/status", "/v1/status", 200},
+		{"GET", e.socket, "/v1/conns", "/v1/conns", 200},
+		{"DELETE", e.socket, "/v1/conns/4711", "/v1/conns/*", 404},
+		{"POST", e.socket, "/v1/pause", "/v1/pause", 201},
+		{"GET", e.web(), "/readyz", "/readyz", 503},
+		{"POST", e.socket, "/v1/resume", "/v1/resume", 200},
+		{"GET", e.web(), "/readyz", "/readyz", 200},
+		{"GET", e.web(), "/livez", "/livez", 200},
+		{"POST", e.web(), "/livez", "/livez", 405},
+		{"PATCH", e.socket, "/v1/status", "/v1/status", 405},
+		{"GET", e.web(), "/nowhere", "", 404},
+	} {
+		code, body := ask(t, r.method, r.on, r.path)
+		if code != r.code {
+			t.Errorf("%s %s answers %d %q, want %d", r.method, r.path, code, body, r.code)
+		}
+		method := r.method
+		if method == "PATCH" {
+			method = "other"
+		}
+		want[fmt.Sprintf("echod_control_requests_total{code=\"%d\",method=%q,route=%q}", r.code, method, r.route)]++
+	}
+	var diff string
+	for end := time.Now().Add(patience); ; time.Sleep(pollEvery) {
+		got := e.scrape()
+		maps.DeleteFunc(got, func(series string, _ float64) bool {
+			return !strings.HasPrefix(series, "echod_control_requests_total") || strings.Contains(series, `route="/metrics"`)
+		})
+		if diff = cmp.Diff(want, got); diff == "" || time.Now().After(end) {
+			break
+		}
+	}
+	if diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
+func testMetricsSocket(t *testing.T) {
+	t.Parallel()
+	e := start(t, "--http", "0")
+	check(t, e.served().leave())
+	e.expectFigures(figures{
+		`echod_state{state="running"}`: 1, `echod_state_transitions_total{state="running"}`: 1, accepted: 1,
+		closedFor("client-closed"): 1, bytesIn: 6, bytesOut: 6,
+	})
+	status, text := ask(t, http.MethodGet, e.socket, "/metrics")
+	if diff := cmp.Diff(e.scrape().counted(), figuresOf(t, text).counted()); status != http.StatusOK || diff != "" {
+		t.Errorf("status %d, figures (-http +control):\n%s", status, diff)
+	}
+}
+
+func testMetricsProcess(t *testing.T) {
+	t.Parallel()
+	e := startAs(t, []string{require(t, "prlimit"), "--nofile=500:500"}, "--http", "0")
+	got := e.scrape()
+	backlog, err := strconv.ParseFloat(strings.TrimSpace(readFile(t, "/proc/sys/net/core/somaxconn")), 64)
+	check(t, err)
+	for series, want := range map[string]float64{
+		"process_max_fds":         500,
+		"echod_connections_limit": 500 - 160,
+		fmt.Sprintf("echod_accept_queue_limit{listener=%q}", e.addr): backlog,
+	} {
+		if got[series] != want || want == 0 {
+			t.Errorf("%s is %v, want %v", series, got[series], want)
+		}
+	}
+	for _, series := range []string{
+		"process_open_fds", "process_resident_memory_bytes", "process_start_time_seconds",
+		"go_goroutines", "go_memstats_heap_inuse_bytes",
+	} {
+		if got[series] <= 0 {
+			t.Errorf("%s is %v", series, got[series])
+		}
+	}
+	if _, ok := got["process_cpu_seconds_total"]; !ok { // it may be too little to count
+		t.Error("process_cpu_seconds_total is missing")
+	}
+	limited := start(t, "--http", "0", "--max-conns", "7")
+	if n := limited.scrape()["echod_connections_limit"]; n != 7 {
+		t.Errorf("with --max-conns 7 the limit is %v", n)
+	}
 }

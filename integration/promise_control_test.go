@@ -22,8 +22,11 @@ import (
 	"echod/control"
 )
 
-// TestG7ControlAnswersToTheEnd: at each step of a drain the control socket is there, and tells the truth.
-func TestG7ControlAnswersToTheEnd(t *testing.T) {
+func TestG7(t *testing.T) {
+	t.Run("at each step of a drain the control socket answers truthfully", testControlDrain)
+}
+
+func testControlDrain(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s")
 	peers := e.crowd(3)
@@ -58,21 +61,21 @@ func TestG7ControlAnswersToTheEnd(t *testing.T) {
 		}
 	}
 	if got := strings.Join(states, " "); got != "draining stopped" {
-		t.Errorf("the states that were seen: %s", got)
+		t.Errorf("states: %s", got)
 	}
 	if got := strings.Join(closed, " "); got != "client-left client-left client-left" {
-		t.Errorf("the closes that were seen: %s", got)
+		t.Errorf("close reasons: %s", got)
 	}
 	if _, err := os.Lstat(e.socket); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the control socket is still there: %v", err)
 	}
 	_, err := e.control.Status(within(t, patience))
 	if _, ok := errors.AsType[*control.UnreachableError](err); !ok {
-		t.Errorf("a status of a server that has gone: %v", err)
+		t.Errorf("the status of a server that has stopped: %v", err)
 	}
 }
 
-// events collects all that happens from now on to the server's end.
+// events collects all events from now on until the server stops.
 func (e *echod) events() <-chan []control.Event {
 	e.t.Helper()
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -99,8 +102,11 @@ func (e *echod) events() <-chan []control.Event {
 	return all
 }
 
-// TestG8AccountsAgreeAtEveryInstant: whatever ends connections, and however often one looks.
-func TestG8AccountsAgreeAtEveryInstant(t *testing.T) {
+func TestG8(t *testing.T) {
+	t.Run("counts agree at every instant, whatever ends connections", testCounts)
+}
+
+func testCounts(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--max-conns", "60", "--at-limit", "reject")
 	stop := make(chan struct{})
@@ -109,7 +115,7 @@ func TestG8AccountsAgreeAtEveryInstant(t *testing.T) {
 		for n := 0; ; n++ {
 			select {
 			case <-stop:
-				t.Logf("%d looks", n)
+				t.Logf("looked %d times", n)
 				return
 			default:
 			}
@@ -159,8 +165,88 @@ func TestG8AccountsAgreeAtEveryInstant(t *testing.T) {
 	})
 }
 
-// TestMalformedControlRequestsDisturbNobody: broken requests get a refusal or a closed connection, and the echo goes on.
-func TestMalformedControlRequestsDisturbNobody(t *testing.T) {
+func TestG16(t *testing.T) {
+	t.Run("malformed control requests do not disturb the echo", testMalformed)
+	t.Run("operators and probes are answered at once, with idle and slow callers", testIdleCallers)
+	t.Run("ctl reports a stopped server, and what it gave up never happens", testStoppedServer)
+	t.Run("a removed control socket is made again", testRemovedSocket)
+}
+
+func testIdleCallers(t *testing.T) {
+	t.Parallel()
+	for _, state := range []string{"running", "draining"} {
+		e := start(t, "--http", "0", "--grace", "1h")
+		p := e.served()
+		if state == "draining" {
+			e.signal(syscall.SIGTERM)
+			check(t, p.expect("SHUTDOWN 3600 SIGTERM\n"))
+		}
+		requests := []string{
+			"", "GET /v1/sta", "GET /v1/status HTTP/1.1\r\nHost: echod\r\n\r\n", "GET /v1/wait?connections=77 HTTP/1.1\r\nHost: echod\r\n\r\n",
+			"GET /v1/events HTTP/1.1\r\nHost: echod\r\n\r\n", "POST /v1/pause HTTP/1.1\r\nHost: echod\r\nContent-Length: 9\r\n\r\n{",
+		}
+		for n := range 240 {
+			for _, where := range [][2]string{{"tcp", e.web()}, {"unix", e.socket}} {
+				nc, err := net.Dial(where[0], where[1])
+				check(t, err)
+				t.Cleanup(func() { _ = nc.Close() })
+				_, _ = io.WriteString(nc, requests[n%len(requests)]) // it may be closed already
+			}
+		}
+		began := time.Now()
+		if got := e.ctl("status"); got.code != 0 || !strings.Contains(got.stdout, state) {
+			t.Errorf("while %s, ctl status: %+v", state, got)
+		}
+		e.expectWeb("/livez", 200, state)
+		lease, err := e.control.PauseWhileConnected(within(t, patience), control.PauseRequest{})
+		if state == "running" {
+			check(t, err)
+			lease.Close()
+		}
+		if took := time.Since(began); took > 5*time.Second { // for a start of ctl on a busy machine too
+			t.Errorf("while %s, the answers took %s", state, took)
+		}
+		check(t, p.leave())
+	}
+}
+
+func testStoppedServer(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	p := e.served()
+	check(t, e.cmd.Process.Signal(syscall.SIGSTOP))
+	var asking sync.WaitGroup
+	for _, args := range [][]string{{"status"}, {"pause"}, {"pause", "--", "true"}, {"kill", "--all"}, {"wait", "--connections", "0"}} {
+		asking.Go(func() {
+			if got := e.ctl(args...); got.code != 2 || !strings.Contains(got.stderr, "does not answer") {
+				t.Errorf("ctl %s: %+v, want exit code 2", args, got)
+			}
+		})
+	}
+	asking.Wait()
+	check(t, e.cmd.Process.Signal(syscall.SIGCONT))
+	check(t, p.echo("still here\n"))
+	st := e.status()
+	if st.State != "running" || st.Connections != 1 || len(st.Holds) != 0 {
+		t.Errorf("afterwards the status is %+v", st)
+	}
+	if _, text := ask(t, http.MethodGet, e.socket, "/metrics"); figuresOf(t, text)[`echod_state_transitions_total{state="paused"}`] != 0 {
+		t.Error("a pause that was given up took effect")
+	}
+}
+
+func testRemovedSocket(t *testing.T) {
+	t.Parallel()
+	e := start(t)
+	check(t, os.Remove(e.socket))
+	e.awaitLog("control socket was removed or replaced by another program", "path", e.socket)
+	e.awaitLog("control socket made again", "path", e.socket)
+	if st := e.status(); st.State != "running" {
+		t.Errorf("the status is %+v", st)
+	}
+}
+
+func testMalformed(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	p := e.served()
@@ -199,7 +285,7 @@ func TestMalformedControlRequestsDisturbNobody(t *testing.T) {
 	close(stop)
 	check(t, <-echoing)
 	if echoed.Load() == 0 {
-		t.Error("no traffic while it went on")
+		t.Error("nothing was echoed meanwhile")
 	}
 	st := e.status()
 	if st.State != "running" || st.Connections != 1 || len(st.Holds) != 0 {
@@ -208,7 +294,7 @@ func TestMalformedControlRequestsDisturbNobody(t *testing.T) {
 	e.expectAccounts(map[string]uint64{})
 }
 
-// malformed makes a request that cannot be carried out, and says whether it is HTTP, which must be answered.
+// malformed makes a request that cannot be carried out. answered says whether it must be answered, as HTTP must.
 func malformed(random *rand.Rand) (request string, answered bool) {
 	paths := []string{"/v1/pause", "/v1/resume", "/v1/notify", "/v1/shutdown", "/v1/wait", "/v1/status", "/v1/conns", "/v1/holds/h9", "/"}
 	bodies := []string{
@@ -229,15 +315,15 @@ func malformed(random *rand.Rand) (request string, answered bool) {
 		return "GET " + path + "?" + strings.Repeat("y", 9<<10) + " HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("z", 9<<10) + "\r\n\r\n", false
 	case 3:
 		return "GET /v1/wait?state=asleep&connections=-1 HTTP/1.1\r\nHost: x\r\n\r\n", true
-	case 4: // a body that is shorter than it says
+	case 4: // a body shorter than its Content-Length
 		return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + body[:min(len(body), 50)], false
-	default: // of one that is too large the answer may be lost, when the server closes before all of it has come
+	default: // the answer to one that is too large may be lost if the server closes before all of it has come
 		return fmt.Sprintf("POST /v1/shutdown HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(body), body), len(body) < 16<<10
 	}
 }
 
-// refuses sends a request to the control socket, and expects an error for an answer or, unless it must be answered, at
-// least the end of the connection.
+// refuses sends a request to the control socket. It expects a status of 4xx or, unless the request must be answered, the
+// end of the connection.
 func (e *echod) refuses(request string, whole, answered bool) error {
 	nc, err := net.Dial("unix", e.socket)
 	if err != nil {
@@ -245,7 +331,7 @@ func (e *echod) refuses(request string, whole, answered bool) error {
 	}
 	defer nc.Close()
 	_ = nc.SetDeadline(time.Now().Add(patience))
-	_, _ = io.WriteString(nc, request) // it may hang up early
+	_, _ = io.WriteString(nc, request) // the server may close early
 	if whole {
 		_ = nc.(*net.UnixConn).CloseWrite()
 	}
