@@ -321,7 +321,7 @@ func TestTopNoColor(t *testing.T) {
 	if len(coloured.colours()) == 0 {
 		t.Error("no colours by default")
 	}
-	for _, setting := range []string{"NO_COLOR=yes", "TERM=dumb", "ECHOD_TOP_NO_COLOR=true"} {
+	for _, setting := range []string{"NO_COLOR=yes", "ECHOD_TOP_NO_COLOR=true"} {
 		s := e.top(80, 24, setting)
 		s.awaits(`^ running `, `127.0.0.1.*serving`)
 		s.presses("Down")
