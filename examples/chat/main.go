@@ -48,7 +48,7 @@ func main() {
 		}
 		config = &tls.Config{Certificates: []tls.Certificate{pair}}
 	}
-	srv, err := newServer(config, logger)
+	srv, err := newServer(logger)
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -56,26 +56,18 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if err := serve(ctx, srv, ln); err != nil {
+	if err := serve(ctx, srv, ln, config); err != nil {
 		log.Fatal(err)
 	}
 }
 
-// newServer makes the server. A nil config means without TLS.
-func newServer(config *tls.Config, logger *zap.Logger) (*server.Server, error) {
-	opts := server.Options{
+func newServer(logger *zap.Logger) (*server.Server, error) {
+	return server.New(&hub{}, server.Options{
 		Logger:   logger,
 		Notifier: server.NotifierFunc(notice),
 		Limits:   server.Limits{AtLimit: server.LimitReject},
 		Timeouts: server.Timeouts{Idle: time.Hour},
-	}
-	if config != nil {
-		opts.WrapConn = func(ctx context.Context, nc net.Conn) (net.Conn, error) {
-			tc := tls.Server(nc, config)
-			return tc, tc.HandshakeContext(ctx)
-		}
-	}
-	return server.New(&hub{}, opts)
+	})
 }
 
 // notice says what the server itself has to say. The handler writes whole lines only, so a notice is never in the
@@ -92,11 +84,12 @@ func notice(n server.Notice) []byte {
 	return nil
 }
 
-// serve serves ln until ctx ends, and then drains.
-func serve(ctx context.Context, srv *server.Server, ln net.Listener) error {
+// serve serves ln until ctx ends, and then drains. A nil config means without TLS.
+func serve(ctx context.Context, srv *server.Server, ln net.Listener, config *tls.Config) error {
 	stop := context.AfterFunc(ctx, func() { srv.StartDrain(server.DrainOptions{}) })
 	defer stop()
-	if err := srv.Serve(ln); !errors.Is(err, server.ErrServerClosed) {
+	err := srv.ServeListener(server.Listener{Listener: ln, TLSConfig: config})
+	if !errors.Is(err, server.ErrServerClosed) {
 		return err
 	}
 	return nil

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // start serves. drain begins the drain, and returns when all clients have been told.
 func start(t *testing.T, config *tls.Config) (addr net.Addr, srv *server.Server, drain func()) {
 	t.Helper()
-	srv, err := newServer(config, zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)))
+	srv, err := newServer(zaptest.NewLogger(t, zaptest.Level(zap.WarnLevel)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,7 +37,7 @@ func start(t *testing.T, config *tls.Config) (addr net.Addr, srv *server.Server,
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
-	go func() { served <- serve(ctx, srv, ln) }()
+	go func() { served <- serve(ctx, srv, ln, config) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-served; err != nil {
@@ -128,7 +128,7 @@ func TestSlowMember(t *testing.T) {
 	// drop has a member dropped: ann reads each message before she sends the next one, and slow reads none.
 	drop := func(t *testing.T) (srv *server.Server, slow client, end func()) {
 		t.Helper()
-		srv, err := newServer(nil, nil)
+		srv, err := newServer(nil)
 		if err != nil {
 			t.Fatal(err)
 		}

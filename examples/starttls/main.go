@@ -120,12 +120,8 @@ func (h *handler) startTLS(ctx context.Context, c *server.Conn, r *bufio.Reader)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	err := c.Wrap(ctx, func(ctx context.Context, nc net.Conn) (net.Conn, error) {
-		tc := tls.Server(nc, h.config)
-		return tc, tc.HandshakeContext(ctx)
-	})
-	if err != nil {
-		return fmt.Errorf("TLS handshake: %w", err)
+	if err := c.Wrap(ctx, server.TLS(h.config)); err != nil {
+		return err
 	}
 	c.SetNotifier(server.NotifierFunc(notice)) // from now on clients can tell a notice from a reply
 	return nil
