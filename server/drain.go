@@ -461,14 +461,12 @@ func (s *Server) tell(c *Conn) {
 			}
 		})
 	}
+	notice := Notice{Kind: NoticeDrain, Reason: d.Reason, Deadline: d.Deadline, Left: time.Until(d.Deadline)}
 	if late {
-		done(messageFailed)
+		done(c.unsent(notice))
 		return
 	}
-	c.post(&message{
-		notice: Notice{Kind: NoticeDrain, Reason: d.Reason, Deadline: d.Deadline, Left: time.Until(d.Deadline)},
-		done:   done,
-	})
+	c.post(&message{notice: notice, done: done})
 	c.startDrain(d.Deadline, d.Reason)
 }
 

@@ -70,6 +70,20 @@ func TestG4OneThatDoesNotReadDelaysNobodysNotice(t *testing.T) {
 	})
 }
 
+func TestNoNoticeFailsWhereThereIsNothingToSay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := HandlerFunc(func(context.Context, *Conn) error { return nil })
+		r := newRig(t, h, Options{Notifier: NotifierFunc(func(Notice) []byte { return nil })})
+		c := r.dial(t)
+		synctest.Wait() // it lingers: no notice can be sent any more
+		rep, _ := shutdownIn(t, r.Server, time.Second, "x")
+		if rep.Notified != 0 || rep.NoticeFailed != 0 || rep.Left != 1 {
+			t.Errorf("report %+v, want one client that left and no notice", rep)
+		}
+		c.ends(t, "")
+	})
+}
+
 func TestServerStopsAtOnceWhenTheLastClientHasLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, Echo, Options{})

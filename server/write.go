@@ -42,7 +42,7 @@ func (c *Conn) post(m *message) {
 		}
 	})
 	if refused {
-		m.done(messageFailed)
+		m.done(c.unsent(m.notice))
 		return
 	}
 	c.deliver()
@@ -150,8 +150,16 @@ func (c *Conn) closeMessages() {
 		c.posted.Store(0)
 	})
 	for _, m := range left {
-		m.done(messageFailed)
+		m.done(c.unsent(m.notice))
 	}
+}
+
+// unsent is the result of a notice that cannot be sent. It has failed only if there was something to say.
+func (c *Conn) unsent(n Notice) messageResult {
+	if len(c.notifier().Notice(n)) == 0 {
+		return messageSilent
+	}
+	return messageFailed
 }
 
 // render asks the connection's Notifier for the bytes of m. The caller holds the write lock.
