@@ -18,6 +18,10 @@ import (
 // is also woken from the Read that waits for the next one. And when ctx is done the handler must return:
 // context.Cause(ctx) says why, reads fail at once, and writes have at most a second left.
 //
+// The result says how the connection ended, for the log, the close reason and ClosedConn.Err. A handler can return the
+// errors of its reads and writes as they are: the server knows of an end of stream, a reset, ErrDraining and the causes
+// with which it ends connections itself. Any other error is logged, and counts as ReasonHandlerError.
+//
 // A panic costs only this connection. The server logs it with its stack and counts it.
 type Handler interface {
 	ServeConn(ctx context.Context, c *Conn) error
