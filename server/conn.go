@@ -234,7 +234,7 @@ func (c *Conn) startDrain(deadline time.Time, reason string) {
 }
 
 // MarkIdle says that the handler has answered all requests and waits for the next one, of which it has read nothing
-// yet: with a bufio.Reader, that Buffered returns 0. A drain then interrupts the Read that waits, or the next one, with
+// yet: with a bufio.Reader, that Buffered returns 0; a bufio.Scanner does not tell. A drain then interrupts the Read that waits, or the next one, with
 // ErrDraining. No byte is lost, so the handler may also go on. The mark ends with the first byte that is read. Each
 // connection is interrupted once at most. Call it on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
