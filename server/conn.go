@@ -284,7 +284,8 @@ func (c *Conn) interruptError() error {
 
 // SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
 // before a change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It
-// waits for a write that is in progress.
+// waits for a write that is in progress. A drain asks for its notice once: a notifier that comes after it is not asked,
+// and the handler should look at Draining.
 func (c *Conn) SetNotifier(n Notifier) {
 	if n == nil {
 		n = silent{}
