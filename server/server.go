@@ -168,7 +168,7 @@ func (s *Server) takeAdopted(l Listener) (a *acceptor) {
 
 // CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve
 // returns. Other listeners and all connections go on. It returns at once. The error is ErrNoListener if the server does
-// not serve ln.
+// not serve ln: because it failed, or because ServeListener, on another goroutine, has not begun. Then close ln itself.
 func (s *Server) CloseListener(ln net.Listener) error {
 	err := ErrNoListener
 	s.state.With(func(st *state) {
