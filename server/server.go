@@ -189,7 +189,8 @@ func (a *acceptor) isClosing() (yes bool) {
 // Done returns a channel that is closed when the server has stopped.
 func (s *Server) Done() <-chan struct{} { return s.stopped }
 
-// Draining returns a channel that is closed when a drain has begun and clients have been told.
+// Draining returns a channel that is closed when a drain has begun and clients have been told: after the delay, when
+// the clients in the accept queue have been accepted. Force and Close close it too.
 func (s *Server) Draining() <-chan struct{} { return s.draining }
 
 func (s *Server) isDraining() (yes bool) {
