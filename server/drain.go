@@ -218,9 +218,10 @@ func (s *Server) Report() (r Report, ok bool) {
 	return r, ok
 }
 
-// RegisterOnShutdown adds a function that is called, on a goroutine of its own, when a drain begins. Connections that
-// work outside of the handler, such as hijacked ones, can be told to end that way. The drain waits for f as for a
-// handler. If a drain has begun already, f is called at once.
+// RegisterOnShutdown adds a function that is called, on a goroutine of its own, when a drain begins: before the delay,
+// while clients are still accepted. What must come after that waits for Draining. Status().Drain has the deadline.
+// Connections that work outside of the handler, such as hijacked ones, can be told to end that way. The drain waits for
+// f as for a handler. If a drain has begun already, f is called at once.
 func (s *Server) RegisterOnShutdown(f func()) {
 	var begun bool
 	s.state.With(func(st *state) {
