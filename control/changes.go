@@ -138,6 +138,26 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	return answerJSON(w, status, Change{Changed: changed, State: st.State.String(), Drain: wireDrain(st.Drain)})
 }
 
+// postUpgrade replaces the running program. The answer comes from the predecessor.
+func postUpgrade(upgrade func(context.Context, time.Duration) (Upgraded, error)) endpoint {
+	return func(w *response, r *http.Request) error {
+		timeout := time.Duration(-1)
+		if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"timeout": duration(&timeout)})); err != nil {
+			return err
+		}
+		if timeout == 0 {
+			return invalid("timeout", "must be more than 0")
+		}
+		// An answer takes as long as the successor needs; a caller that goes does not stop it.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
+		done, err := upgrade(context.WithoutCancel(r.Context()), max(0, timeout))
+		if err != nil {
+			return err
+		}
+		return answerJSON(w, http.StatusOK, done)
+	}
+}
+
 func (p *Plane) answerChange(w http.ResponseWriter, c Change) error {
 	c.State = p.srv.Status().State.String()
 	return answerJSON(w, http.StatusOK, c)

@@ -126,6 +126,17 @@ func (p PauseRequest) body() map[string]any {
 	return body
 }
 
+// Upgrade replaces the running program by the one that is on disk now, and keeps the connections. It gives up after
+// timeout; zero means the server's default.
+func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (Upgraded, error) {
+	body := map[string]string{}
+	if timeout != 0 {
+		body["timeout"] = timeout.String()
+	}
+	var out Upgraded
+	return out, c.call(ctx, http.MethodPost, "/v1/upgrade", nil, body, &out)
+}
+
 // ShutdownRequest says how to drain. The zero value is the server's own drain.
 type ShutdownRequest struct {
 	Reason string         // told to clients; empty means "control"

@@ -115,7 +115,7 @@ func testDocumentRoutes(t *testing.T) {
 			documented = append(documented, method+" "+path)
 		}
 	}
-	for _, route := range New(nil, Options{Metrics: http.NotFoundHandler()}).routes {
+	for _, route := range New(nil, Options{Metrics: http.NotFoundHandler(), Upgrade: (&rig{}).upgrade}).routes {
 		served = append(served, route.method+" "+route.pattern)
 	}
 	slices.Sort(documented)
@@ -161,6 +161,7 @@ func testDocumentEnums(t *testing.T) {
 	slices.Sort(problems)
 	want := []string{
 		ProblemInvalid, ProblemNotFound, ProblemMethod, ProblemTimeout, ProblemDraining, ProblemTooLarge, ProblemBusy, ProblemUnexpected,
+		ProblemUpgrade, ProblemUpgrading,
 	}
 	slices.Sort(want)
 	wantEqual(t, "types of problems", problems, want)
@@ -223,7 +224,7 @@ func (d document) drive(t *testing.T, r *rig, seen map[string]bool, exchanges []
 // lax are bad requests that the document cannot tell from good ones.
 var lax = []string{
 	"/v1/conns?all=true&min_idle=1s ", "/v1/conns ", "/v1/conns?all=false ",
-	`/v1/pause {"ttl":"0s"}`, `/v1/pause {"reason":"x","reason":"x"}`,
+	`/v1/pause {"ttl":"0s"}`, `/v1/upgrade {"timeout":"0s"}`, `/v1/pause {"reason":"x","reason":"x"}`,
 	`/v1/shutdown {"now":true,"grace":"5s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
 	`/v1/pause {"reason":"x"} {}`,
 }
@@ -315,6 +316,14 @@ func testDocumentAnswers(t *testing.T) {
 		{post, "/v1/resume", huge, 413},
 		{get, "/v1/events?type=state", "", 400},
 
+		{post, "/v1/upgrade", ``, 200},
+		{post, "/v1/upgrade", `{"timeout":"30s"}`, 200},
+		{post, "/v1/upgrade", `{"timeout":"1ms"}`, 500},
+		{post, "/v1/upgrade", `{"timeout":"2ms"}`, 409},
+		{post, "/v1/upgrade", `{"timeout":"0s"}`, 400},
+		{post, "/v1/upgrade?now=true", ``, 400},
+		{post, "/v1/upgrade", huge, 413},
+
 		{post, "/v1/shutdown", `{"now":true,"grace":"5s"}`, 400},
 		{post, "/v1/shutdown", `{"now":"yes"}`, 400},
 		{post, "/v1/shutdown", huge, 413},
@@ -329,6 +338,7 @@ func testDocumentAnswers(t *testing.T) {
 		{get, "/v1/status", "", 200},
 		{post, "/v1/pause", "", 409},
 		{post, "/v1/resume", "", 409},
+		{post, "/v1/upgrade", "", 409},
 		{del, "/v1/holds/h2", "", 409},
 		{get, "/v1/wait?state=running", "", 409},
 		{get, "/v1/wait?state=draining", "", 200},

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -45,6 +46,10 @@ type Options struct {
 	// and the status code. Calls are concurrent. Requests made by Probe are left out. Nil is not called.
 	OnRequest func(route, method string, code int)
 
+	// Upgrade answers POST /v1/upgrade: it replaces the running program, and gives up after the timeout, which is zero for
+	// the default. Nil: there is no such path.
+	Upgrade func(ctx context.Context, timeout time.Duration) (Upgraded, error)
+
 	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
 	// there are no such paths.
 	Debug http.Handler
@@ -71,6 +76,7 @@ type Plane struct {
 	hosts     map[string]struct{} // names that the Host header may have; nil: any
 	linger    time.Duration       // for requests in progress once the server has stopped
 
+	left       atomic.Bool // Leave was called
 	streams    streams
 	maxCallers int
 
@@ -103,8 +109,15 @@ func New(srv *server.Server, opts Options) *Plane {
 		{http.MethodPost, "/v1/shutdown", p.postShutdown},
 		{http.MethodGet, "/v1/wait", p.getWait},
 		{http.MethodGet, "/v1/events", p.getEvents},
-	}, metricsRoutes(opts.Metrics))
+	}, metricsRoutes(opts.Metrics), upgradeRoutes(opts.Upgrade))
 	return p
+}
+
+func upgradeRoutes(upgrade func(context.Context, time.Duration) (Upgraded, error)) []route {
+	if upgrade == nil {
+		return nil
+	}
+	return []route{{http.MethodPost, "/v1/upgrade", postUpgrade(upgrade)}}
 }
 
 func metricsRoutes(h http.Handler) []route {
@@ -319,6 +332,10 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 	l := p.open(ln)
 	execute = func() error {
 		err := p.serve(l)
+		if p.left.Load() {
+			<-p.srv.Done()
+			return nil
+		}
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
@@ -333,6 +350,24 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		_ = p.Shutdown(ctx) // callers that are slow to take their answer are cut off
 	}
 	return execute, interrupt
+}
+
+// Leave stops answering new callers, because another process serves the listeners now. The files of Unix sockets stay.
+// Requests in progress are still answered.
+func (p *Plane) Leave() {
+	p.left.Store(true)
+	p.mu.Lock()
+	listeners := slices.Clone(p.listeners)
+	p.mu.Unlock()
+	for _, l := range listeners {
+		switch ln := l.Listener.(type) {
+		case *socket:
+			_ = ln.close(false)
+		case *net.UnixListener:
+			ln.SetUnlinkOnClose(false)
+		}
+		_ = l.Close()
+	}
 }
 
 // ServerActor returns the run.Group pair that serves srv on its listeners, and drains srv when it is

@@ -38,6 +38,8 @@ const (
 	ProblemDraining   = "urn:echod:problem:draining"
 	ProblemTooLarge   = "urn:echod:problem:too-large"
 	ProblemBusy       = "urn:echod:problem:busy"
+	ProblemUpgrade    = "urn:echod:problem:upgrade-failed"
+	ProblemUpgrading  = "urn:echod:problem:upgrade-in-progress"
 	ProblemUnexpected = "urn:echod:problem:unexpected"
 )
 
@@ -71,6 +73,9 @@ func (p *Plane) classify(err error) *Problem {
 			Type: ProblemDraining, Title: "The server is draining", Status: http.StatusConflict,
 			Detail: err.Error(), State: p.srv.Status().State.String(), Deadline: &draining.Deadline,
 		}
+	}
+	if errors.Is(err, server.ErrHandoverInProgress) {
+		return &Problem{Type: ProblemUpgrading, Title: "Another upgrade is in progress", Status: http.StatusConflict, Detail: err.Error()}
 	}
 	if errors.Is(err, server.ErrTooManyHolds) {
 		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}

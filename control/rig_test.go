@@ -81,6 +81,20 @@ func newBubble(t *testing.T, opts server.Options, more ...func(*rig) actor) *rig
 	return r
 }
 
+// upgrade stands in for the program's: the timeout chooses the outcome.
+func (r *rig) upgrade(_ context.Context, timeout time.Duration) (Upgraded, error) {
+	switch st := r.srv.Status(); {
+	case st.Drain != nil:
+		return Upgraded{}, &server.DrainingError{Deadline: st.Drain.Deadline}
+	case timeout == time.Millisecond:
+		return Upgraded{}, &Problem{Type: ProblemUpgrade, Title: "Rolled back", Status: http.StatusInternalServerError, Detail: "no successor"}
+	case timeout == 2*time.Millisecond:
+		return Upgraded{}, server.ErrHandoverInProgress
+	default:
+		return Upgraded{PID: 4712, HandedOver: st.Connections, Behind: map[string]int{"handshake": 1}, FrozenSeconds: 0.01, TookSeconds: 0.2}, nil
+	}
+}
+
 func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, more []func(*rig) actor) {
 	t.Helper()
 	var core zapcore.Core
@@ -95,7 +109,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 		t.Fatal(err)
 	}
 	r.srv = srv
-	r.plane = New(srv, Options{Version: "1.2.3", Logger: log, Metrics: http.HandlerFunc(someMetrics)})
+	r.plane = New(srv, Options{Version: "1.2.3", Logger: log, Metrics: http.HandlerFunc(someMetrics), Upgrade: r.upgrade})
 	r.plane.linger = patience // so that a busy machine cuts no answer short
 
 	actors := []actor{pair(ServerActor(srv, server.Listener{Listener: ln}))}

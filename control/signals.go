@@ -27,7 +27,10 @@ type Signals struct {
 	log    *zap.Logger
 	stacks io.Writer
 	// Seen is called with the name of each signal. Set it before Actor is called; nil is not called.
-	Seen   func(name string)
+	Seen func(name string)
+	// PassOn is called with each signal before it is handled, to pass it on to another process. Set it before Actor is
+	// called; nil is not called.
+	PassOn func(sig os.Signal)
 	forced atomic.Pointer[os.Signal]
 }
 
@@ -72,6 +75,9 @@ func (s *Signals) Forced() os.Signal {
 func (s *Signals) handle(sig os.Signal, asked int) {
 	if s.Seen != nil {
 		s.Seen(SignalName(sig))
+	}
+	if s.PassOn != nil {
+		s.PassOn(sig)
 	}
 	name := zap.String("signal", SignalName(sig))
 	if sig != syscall.SIGHUP && asked >= 2 {

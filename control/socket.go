@@ -229,14 +229,48 @@ func (s *socket) SetDeadline(t time.Time) error { return s.listener().SetDeadlin
 func (s *socket) Addr() net.Addr { return &net.UnixAddr{Name: s.path, Net: "unix"} }
 
 // Close removes the file and closes the socket. It may be called more than once.
-func (s *socket) Close() error {
+func (s *socket) Close() error { return s.close(true) }
+
+func (s *socket) close(remove bool) error {
 	s.once.Do(func() {
 		s.stop(net.ErrClosed)
 		<-s.watched
-		removeOwn(s.path, s.file)
+		if remove {
+			removeOwn(s.path, s.file)
+		}
 		s.err = s.ln.Close()
 	})
 	return s.err
+}
+
+// Handed returns the listener below ln, to be passed to another process: one that has a descriptor.
+func Handed(ln net.Listener) net.Listener {
+	if s, ok := ln.(*socket); ok {
+		return s.listener()
+	}
+	return ln
+}
+
+// Adopt returns what Listen would have returned, for a control socket that another process has opened and passed on.
+func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
+	unixLn, ok := ln.(*net.UnixListener)
+	if !ok {
+		return nil, fmt.Errorf("control socket %s: not a Unix socket", ln.Addr())
+	}
+	if opts.Logger == nil {
+		opts.Logger = zap.NewNop()
+	}
+	path := ln.Addr().String()
+	s := &socket{path: path, opts: opts, log: opts.Logger.With(zap.String("path", path)), watched: make(chan struct{}), ln: unixLn}
+	var err error
+	if s.file, err = os.Lstat(path); err != nil {
+		return nil, fmt.Errorf("control socket %s: %w", path, bare(err))
+	}
+	unixLn.SetUnlinkOnClose(false)
+	ctx, stop := context.WithCancelCause(context.Background())
+	s.stop = stop
+	go s.watch(ctx, checkInterval)
+	return s, nil
 }
 
 func errPathTooLong(path string) error {

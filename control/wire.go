@@ -118,6 +118,15 @@ type Change struct {
 	Drain    *Drain `json:"drain,omitempty"`
 }
 
+// Upgraded answers POST /v1/upgrade.
+type Upgraded struct {
+	PID           int            `json:"pid"` // of the successor
+	HandedOver    int            `json:"handed_over"`
+	Behind        map[string]int `json:"behind"` // connections that the predecessor still serves, by why
+	FrozenSeconds float64        `json:"frozen_seconds"`
+	TookSeconds   float64        `json:"took_seconds"`
+}
+
 // Notified answers POST /v1/notify.
 type Notified struct {
 	Sent   int `json:"sent"`

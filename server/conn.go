@@ -105,6 +105,7 @@ const (
 	idleNo          int32 = iota
 	idleMarked            // the handler waits for its next request
 	idleInterrupted       // and its Read is made to fail with ErrDraining
+	idleHandover          // or with ErrHandover
 )
 
 func newConn(a *acceptor, nc net.Conn) *Conn {
@@ -239,21 +240,27 @@ func (c *Conn) startDrain(deadline time.Time, reason string) {
 // connection is interrupted once at most. Call it on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
 
-// endIdle removes the mark of MarkIdle after a read, which may have brought data. It reports whether a drain has
-// interrupted the read.
-func (c *Conn) endIdle(data bool) (interrupted bool) {
-	if c.idle.Swap(idleNo) != idleInterrupted {
-		return false
+// endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or ErrHandover if
+// the read was interrupted for that.
+func (c *Conn) endIdle(data bool) (interrupted error) {
+	was := c.idle.Swap(idleNo)
+	switch was {
+	case idleInterrupted:
+		interrupted = ErrDraining
+	case idleHandover:
+		interrupted = ErrHandover
+	default:
+		return nil
 	}
 	c.closing.With(func(cl *closingState) {
-		if data {
+		if data && was == idleInterrupted {
 			cl.rare.drain.interrupted = false // a request has begun: the handler can be interrupted after it
 		}
 		if cl.cause == nil {
 			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
 		}
 	})
-	return true
+	return interrupted
 }
 
 // refuseIdleRead returns why a read of an idle handler must fail at once: a drain or a handover has begun already.
@@ -272,14 +279,6 @@ func (c *Conn) refuseIdleRead() (err error) {
 		c.idle.Store(idleNo)
 	}
 	return err
-}
-
-// interruptError is what a read returns that was interrupted while the handler was idle.
-func (c *Conn) interruptError() error {
-	if c.handingOver.Load() {
-		return ErrHandover
-	}
-	return ErrDraining
 }
 
 // SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
@@ -418,7 +417,7 @@ func (c *Conn) Read(p []byte) (int, error) {
 		}
 	}
 	n, err := c.nc.Read(p)
-	var interrupted bool
+	var interrupted error
 	if n > 0 || err != nil {
 		if c.idle.Load() != idleNo {
 			interrupted = c.endIdle(n > 0)
@@ -432,11 +431,11 @@ func (c *Conn) Read(p []byte) (int, error) {
 	case err == nil:
 	case errors.Is(err, io.EOF):
 		c.sawEOF.Store(true)
-	case interrupted && errors.Is(err, os.ErrDeadlineExceeded) && c.cause() == nil:
+	case interrupted != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.cause() == nil:
 		if n > 0 {
 			return n, nil
 		}
-		return 0, c.interruptError()
+		return 0, interrupted
 	default:
 		err = c.explain(err)
 	}
@@ -478,7 +477,7 @@ func (c *Conn) SetReadDeadline(t time.Time) (err error) {
 		if !t.IsZero() || cl.rare != nil {
 			cl.extra().readDeadline = t
 		}
-		if cl.cause == nil && c.idle.Load() != idleInterrupted {
+		if idle := c.idle.Load(); cl.cause == nil && idle != idleInterrupted && idle != idleHandover {
 			err = c.nc.SetReadDeadline(t)
 		}
 	})

@@ -86,11 +86,16 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 		case cp.err != nil:
 			return cp.written, c.explain(c.readError(cp.err))
 		case err != nil:
-			if c.idle.Load() != idleNo && c.endIdle(false) && c.cause() == nil {
-				return cp.written, c.interruptError()
+			if c.idle.Load() != idleNo {
+				if interrupted := c.endIdle(false); interrupted != nil && c.cause() == nil {
+					return cp.written, interrupted
+				}
 			}
-			if cp.interruptedForHandover(err) {
-				return cp.written, ErrHandover
+			if cp.wasInterrupted(err) {
+				if c.handingOver.Load() {
+					return cp.written, ErrHandover
+				}
+				continue // the handover was given up in this instant
 			}
 			return cp.written, c.explain(asRead(err))
 		}
@@ -220,23 +225,31 @@ func (cp *copier) writeResumable() (int, error) {
 	if !cp.locked {
 		c.writeLock.Lock()
 	}
+	halfway := cp.locked
 	cp.locked = false
 	defer c.unlockWrite()
 	if err := c.writeError(); err != nil {
 		return 0, err
 	}
-	n, err := c.writeForHandler(cp.rest)
-	switch {
-	case err != nil && n < len(cp.rest) && cp.interruptedForHandover(err):
-		return n, ErrHandover
-	case err != nil && n > 0:
-		c.writeBroken = true
+	var written int
+	for {
+		n, err := c.writeForHandler(cp.rest[written:])
+		written += n
+		switch {
+		case err == nil || written == len(cp.rest):
+			return written, err
+		case !cp.wasInterrupted(err):
+			c.writeBroken = c.writeBroken || halfway || written > 0
+			return written, err
+		case c.handingOver.Load():
+			return written, ErrHandover
+		}
 	}
-	return n, err
 }
 
-func (cp *copier) interruptedForHandover(err error) bool {
-	return cp.resumable && errors.Is(err, os.ErrDeadlineExceeded) && cp.src.handingOver.Load() && cp.src.cause() == nil
+// wasInterrupted reports whether err is that of a handover's interrupt: an echo sets no deadlines of its own.
+func (cp *copier) wasInterrupted(err error) bool {
+	return cp.resumable && errors.Is(err, os.ErrDeadlineExceeded) && cp.src.cause() == nil
 }
 
 var errInvalidWrite = errors.New("the writer returned a count outside of what it was given")
@@ -282,8 +295,10 @@ func (cp *copier) plain() (int64, error) {
 		switch {
 		case errors.Is(err, io.EOF):
 			return cp.written, nil
-		case err != nil && cp.interruptedForHandover(err):
-			return cp.written, ErrHandover
+		case err != nil && cp.wasInterrupted(err):
+			if cp.src.handingOver.Load() {
+				return cp.written, ErrHandover
+			}
 		case err != nil:
 			return cp.written, err
 		}
@@ -294,6 +309,9 @@ func (cp *copier) plain() (int64, error) {
 func (c *Conn) echo(pending []byte) error {
 	cp := &copier{src: c, dst: c, echo: true, resumable: true, rest: pending}
 	c.echoing.Store(true)
+	if c.handingOver.Load() { // it began before echoing was set, and has interrupted nothing
+		return Handover(pending)
+	}
 	var err error
 	if len(pending) > 0 {
 		err = cp.writeRest()

@@ -330,7 +330,11 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 }
 
 // nothingLeft reports whether a server that was handed over has no connection left to drain.
-func (st *state) nothingLeft() bool { return st.handedOver && st.tasks == 0 }
+func (st *state) nothingLeft() bool { return st.handedOver && st.finished() }
+
+// finished reports whether nothing is left to wait for: no connection of this server, and after a handover none of its
+// predecessor's, whose ends it passes on.
+func (st *state) finished() bool { return st.tasks == 0 && (!st.handedOver || len(st.behind) == 0) }
 
 // stopAccepting lets no new client in any more. A pause ends with it and not before: clients that it keeps waiting must
 // not be served during a drain's delay, while somebody works on what the server was paused for.
@@ -479,7 +483,7 @@ func (s *Server) awaitDeadline() {
 		var done bool
 		s.state.With(func(st *state) {
 			deadline, open = st.drain.deadline, st.conns.len()
-			done = st.tasks == 0 || st.drain.forced
+			done = st.finished() || st.drain.forced
 		})
 		left := time.Until(deadline)
 		if done || left <= 0 {
@@ -487,7 +491,7 @@ func (s *Server) awaitDeadline() {
 		}
 		s.log.Info("draining", zap.Int("seconds_left", int((left+time.Second-1)/time.Second)), zap.Int("connections", open))
 		s.awaitFor(left-nextCountdown(left), func(st *state) bool {
-			return st.tasks == 0 || st.drain.forced || !st.drain.deadline.Equal(deadline)
+			return st.finished() || st.drain.forced || !st.drain.deadline.Equal(deadline)
 		})
 	}
 }

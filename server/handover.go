@@ -43,6 +43,8 @@ type HandoverOptions struct {
 	// Kill ends the successor. The server calls it when the successor has not acknowledged the commit in time, and goes
 	// on serving after it returned; so the successor must not run any more by then. It is required.
 	Kill func()
+	// Committed, when not nil, is called once the successor is the owner, before this server drains what stayed behind.
+	Committed func()
 	// FreezeTimeout bounds the time in which no connection is served, from the freeze to the successor's acknowledgement.
 	// After it the handover is rolled back. Zero means DefaultFreezeTimeout.
 	FreezeTimeout time.Duration
@@ -131,7 +133,7 @@ func (c *Conn) interruptForHandover() {
 		if c.echoing.Load() {
 			_ = c.nc.SetReadDeadline(longAgo)
 			_ = c.nc.SetWriteDeadline(longAgo)
-		} else if c.idle.CompareAndSwap(idleMarked, idleInterrupted) {
+		} else if c.idle.CompareAndSwap(idleMarked, idleHandover) {
 			_ = c.nc.SetReadDeadline(longAgo)
 		}
 	})
@@ -289,7 +291,7 @@ func (s *Server) rollBack(h *handover) {
 	}
 	var deferred []deferredDrain
 	s.state.With(func(st *state) {
-		st.handover, st.frozen, st.committing = nil, false, false
+		st.handover, st.frozen, st.committing, st.recordEnds, st.ends = nil, false, false, false, nil
 		deferred, h.deferred = h.deferred, nil
 		close(h.outcome)
 	})
@@ -430,12 +432,20 @@ func (p *predecessor) copyAhead(ctx context.Context) error {
 func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) handoverConn) error {
 	m := handoverMessage{Type: typ}
 	var files []any
+	if len(conns) == 0 {
+		return nil
+	}
 	for _, c := range conns {
 		m.Conns = append(m.Conns, record(c))
 		files = append(files, c.sock)
 		p.copied[c.id] = true
 	}
-	if err := p.send(m, files...); err != nil {
+	err := p.send(m, files...)
+	if left := slices.DeleteFunc(slices.Clone(conns), func(c *Conn) bool { return c.endReason() != 0 }); errors.Is(err, net.ErrClosed) &&
+		len(left) < len(conns) {
+		return p.sendConns(typ, left, record) // some have ended meanwhile, and nothing was sent
+	}
+	if err != nil {
 		return err
 	}
 	return p.await(msgAck)
@@ -546,7 +556,7 @@ func (p *predecessor) awaitParked(serving []*Conn) {
 		_ = p.h.parked.Await(ctx, done)
 	}
 	wait(p.o.SafePointTimeout, func(n *int) bool { return *n >= len(serving) })
-	echoes := slices.DeleteFunc(slices.Clone(serving), func(c *Conn) bool { return !c.echoing.Load() })
+	echoes := slices.DeleteFunc(slices.Clone(serving), func(c *Conn) bool { return c.from.handler != Echo })
 	wait(p.o.FreezeTimeout/2, func(*int) bool {
 		echoes = slices.DeleteFunc(echoes, (*Conn).isParkedOrEnding)
 		return len(echoes) == 0
@@ -632,10 +642,16 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 	for _, c := range conns {
 		m.Conns = append(m.Conns, p.record(c))
 	}
-	for c, why := range p.behind {
-		m.Behind = append(m.Behind, handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
-	}
 	p.s.state.With(func(st *state) {
+		st.recordEnds = true
+		for c, why := range p.behind {
+			if st.conns.get(c.id) == c { // it has not ended meanwhile
+				m.Behind = append(m.Behind, handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
+			}
+		}
+		for _, b := range st.behind { // with this server's own predecessor
+			m.Behind = append(m.Behind, b)
+		}
 		m.LastID, m.LastHold = st.lastID, st.lastHold
 		m.Accepted, m.BytesIn, m.BytesOut = st.accepted, st.bytesIn, st.bytesOut
 		m.NoticesSent, m.NoticesFailed = st.noticesSent, st.noticesFailed
@@ -717,7 +733,7 @@ func (p *predecessor) settle(final finalState) {
 		for _, c := range final.conns {
 			st.forget(c)
 		}
-		st.accepted = uint64(st.conns.len())
+		st.accepted = uint64(st.open())
 		st.closed, st.bytesIn, st.bytesOut, st.recent.values = [reasonEnd]uint64{}, 0, 0, nil
 		for len(st.holds) > 0 {
 			st.endHold(0, ErrHandedOver, Caller{})
@@ -733,6 +749,9 @@ func (p *predecessor) settle(final finalState) {
 		}
 	}
 	go s.forwardEnds(p.link)
+	if p.o.Committed != nil {
+		p.o.Committed()
+	}
 	o := p.o.Drain
 	o.Delay = cmp.Or(p.o.Keep, Off)
 	o.Reason = cmp.Or(o.Reason, "upgrade")

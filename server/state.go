@@ -38,6 +38,7 @@ type state struct {
 	handover   *handover                 // in progress; nil otherwise
 	frozen     bool                      // nothing is accepted, admitted or changed
 	committing bool                      // the successor was told to take over, and has not answered yet
+	recordEnds bool                      // the successor knows the open connections: tell it which have ended
 	handedOver bool                      // another process is the owner now
 	ends       []handoverEnd             // of connections that stayed behind, to be forwarded
 	forwarding chan struct{}             // closed when the last was forwarded; nil if nothing was handed over
@@ -104,7 +105,7 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	case c.rejected:
 		st.rejecting--
 	}
-	if st.handedOver {
+	if st.recordEnds {
 		st.ends = append(st.ends, handoverEnd{ID: c.id, Reason: closed.Reason.String(), BytesIn: closed.BytesIn, BytesOut: closed.BytesOut})
 	}
 	st.closed[closed.Reason]++

@@ -369,6 +369,9 @@ func (s *Server) endedBehind(ends []handoverEnd) {
 				continue
 			}
 			delete(st.behind, e.ID)
+			if st.handedOver {
+				st.ends = append(st.ends, e)
+			}
 			st.closed[parseReason(e.Reason)]++
 			st.bytesIn += e.BytesIn
 			st.bytesOut += e.BytesOut

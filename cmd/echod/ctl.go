@@ -39,7 +39,7 @@ Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed ou
 succeeded but the pause ended before it did.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events or shutdown")
+			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events, upgrade or shutdown")
 		},
 	}
 	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "`path` of the control socket")
@@ -49,7 +49,7 @@ succeeded but the pause ended before it did.`,
 	completesFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
-		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.shutdownCommand(),
+		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.shutdownCommand(), ctl.upgradeCommand(),
 	)
 	return cmd
 }

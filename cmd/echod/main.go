@@ -22,6 +22,9 @@ import (
 )
 
 func main() {
+	if code, done := internalRole(); done {
+		os.Exit(code)
+	}
 	os.Exit(execute(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 }
 

@@ -55,6 +55,9 @@ type serveFlags struct {
 	logLevel      string
 	logFormat     string
 
+	upgradeTimeout time.Duration
+	upgradeKeep    time.Duration
+
 	listenGiven bool // listen is not the default
 }
 
@@ -90,6 +93,10 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.drainDelay, "drain-delay", 0,
 		"`time` for which a stopping server is not ready but still\n"+
 			"accepts clients, before --grace begins: for load balancers")
+	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
+		"`time` for the new program of an upgrade to get ready")
+	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
+		"`time` for which an upgrade serves connections that cannot be\nhanded over, before it drains them; 0 is --grace")
 	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0,
 		"`time` after which the supervisor kills a stopping server; the\n"+
 			"server warns at start if a drain can take longer; 0 is unknown")
@@ -149,6 +156,8 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 		{"stall-timeout", f.stallTimeout},
 		{"drain-delay", f.drainDelay},
 		{"stop-timeout", f.stopTimeout},
+		{"upgrade-timeout", f.upgradeTimeout},
+		{"upgrade-keep", f.upgradeKeep},
 	} {
 		if d.value < 0 {
 			return opts, usagef("--%s %s: must not be negative", d.flag, d.value)
@@ -210,14 +219,25 @@ func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
 }
 
 // serve runs the server until it has stopped.
-func serve(ctx context.Context, f serveFlags) error {
+func serve(ctx context.Context, f serveFlags) (err error) {
 	// Signals are caught before any socket opens: from the first client on, a signal starts a drain.
 	// Those that arrive before the run group starts wait in the channel.
 	caught := make(chan os.Signal, 16) // signal.Notify drops what does not fit
 	notifySignals(caught, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
+	upgrades := make(chan os.Signal, 1)
+	notifyUpgrade(upgrades)
 	// Logging to a pipe without a reader must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
 
+	taken, err := receiveOffer(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if taken != nil && err != nil {
+			taken.offer.Refuse(err)
+		}
+	}()
 	stats := metrics.New(version)
 	log, sink, err := newLogger(f.logLevel, f.logFormat, stats.LogDropped)
 	if err != nil {
@@ -239,10 +259,11 @@ func serve(ctx context.Context, f serveFlags) error {
 		return err
 	}
 	stats.Watch(srv)
-	sockets, err := f.open(ctx, socketOpts, log)
+	sockets, err := f.openOrTakeOver(ctx, srv, taken, socketOpts, log)
 	if err != nil {
 		return err
 	}
+	taken = nil // from now on an error is this process's own
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
 	f.warn(log)
 
@@ -251,9 +272,13 @@ func serve(ctx context.Context, f serveFlags) error {
 
 	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
 	signals.Seen = stats.Signal
+	signals.PassOn = passOn
 	g.Add(signals.Actor())
 
-	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request}
+	up := &upgrader{srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, notify: tellSupervisor}
+	g.Add(up.actor(upgrades))
+
+	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request, Upgrade: up.upgrade}
 	planeOpts.Hosts = f.httpHosts
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)
@@ -271,23 +296,41 @@ func serve(ctx context.Context, f serveFlags) error {
 			}
 		}
 		plane := control.New(srv, planeOpts)
+		up.leave = append(up.leave, plane.Leave)
 		g.Add(plane.Actor(sockets.control))
 		probes = append(probes, plane.Probe)
 	}
 	if sockets.http != nil {
-		g.Add(control.NewWeb(srv, planeOpts).Actor(sockets.http))
+		web := control.NewWeb(srv, planeOpts)
+		up.leave = append(up.leave, web.Leave)
+		g.Add(web.Actor(sockets.http))
 	}
+	reportOwnership()
 	if n := newSDNotifier(srv, log, probes...); n != nil {
+		up.leave = append(up.leave, n.silence)
 		g.Add(n.actor())
 	}
 
 	if err := g.Run(); err != nil {
 		return err
 	}
-	if sig := signals.Forced(); sig != nil {
+	if sig := signals.Forced(); sig != nil && !up.done.Load() {
 		return &exitError{code: exitSignal + signalNumber(sig)}
 	}
-	return nil
+	return keepIfUpgraded()
+}
+
+// openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its connections.
+func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver, opts control.SocketOptions, log *zap.Logger) (sockets, error) {
+	if taken == nil {
+		return f.open(ctx, opts, log)
+	}
+	s, err := taken.sockets(opts)
+	if err != nil {
+		return s, err
+	}
+	log.Info("taking over", zap.Int("predecessor", taken.from.PID), zap.String("its_version", taken.from.Version))
+	return s, srv.TakeOver(ctx, taken.offer, s.echo)
 }
 
 // warn logs what will not work as the flags and the manual suggest.

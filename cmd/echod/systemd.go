@@ -8,6 +8,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -23,7 +24,11 @@ type sdNotifier struct {
 	probes []func(context.Context) error // all must succeed for the server to count as alive
 	log    *zap.Logger
 	notify func(state string) // sd_notify
+	silent atomic.Bool        // another process notifies now
 }
+
+// silence ends the notifications, because another process is the main process now.
+func (n *sdNotifier) silence() { n.silent.Store(true) }
 
 // statusInterval is the time between two updates of the status.
 const statusInterval = time.Second
@@ -36,11 +41,16 @@ func newSDNotifier(srv *server.Server, log *zap.Logger, probes ...func(context.C
 	if !underSystemd() {
 		return nil
 	}
-	return &sdNotifier{srv: srv, probes: probes, log: log, notify: func(state string) {
+	n := &sdNotifier{srv: srv, probes: probes, log: log}
+	n.notify = func(state string) {
+		if n.silent.Load() {
+			return
+		}
 		if err := sdNotify(os.Getenv("NOTIFY_SOCKET"), state); err != nil {
 			log.Warn("notifying systemd", zap.String("state", state), zap.Error(err))
 		}
-	}}
+	}
+	return n
 }
 
 // notifyTimeout bounds each notification: a supervisor that does not read must not delay the drain.

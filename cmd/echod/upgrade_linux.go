@@ -1,0 +1,408 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"echod/server"
+)
+
+// Variables by which the processes of an upgrade find each other.
+const (
+	envStarter = "ECHOD_INTERNAL_STARTER" // this process starts the successor, writes its pid to fd 6, and exits
+	envLink    = "ECHOD_INTERNAL_LINK"    // descriptor of the link to the predecessor
+	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that ends when the supervisor knows the successor
+	envReport  = "ECHOD_INTERNAL_REPORT"  // descriptor to which a successor writes its pid, for the keeper
+	envKeeper  = "ECHOD_INTERNAL_KEEPER"  // descriptor from which a keeper reads them
+)
+
+// A starter's descriptors. The successor gets the first three.
+const (
+	fdLink = 3 + iota
+	fdGate
+	fdReport
+	fdPID
+)
+
+// process is a successor. It is no child of this process: an intermediate process, which exits, has started it, so that
+// the supervisor or the keeper becomes its parent.
+type process struct {
+	pid  int
+	pidf int      // pidfd
+	gate *os.File // closed to let it notify the supervisor
+}
+
+func (p process) kill() {
+	_ = unix.PidfdSendSignal(p.pidf, unix.SIGKILL, nil, 0)
+	fds := []unix.PollFd{{Fd: int32(p.pidf), Events: unix.POLLIN}} // readable once the process has ended
+	for {
+		if _, err := unix.Poll(fds, -1); err != unix.EINTR {
+			break
+		}
+	}
+	p.release()
+}
+
+func (p process) release() {
+	_ = p.gate.Close()
+	_ = unix.Close(p.pidf)
+}
+
+// keeperPipe is the pipe by which this process will learn, as a keeper, who serves. It is made for the first upgrade.
+var keeperPipe struct{ r, w *os.File }
+
+// isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
+func isKept() bool { return underSystemd() || os.Getenv(envReport) != "" }
+
+// startSuccessor starts the program that is on disk now, with the arguments and the environment of this one.
+func startSuccessor() (p process, link server.Link, err error) {
+	path, err := exec.LookPath(os.Args[0])
+	if err != nil {
+		return p, nil, err
+	}
+	near, far, err := socketPair()
+	if err != nil {
+		return p, nil, err
+	}
+	defer far.Close()
+	gateR, gateW, err := os.Pipe()
+	if err != nil {
+		return p, nil, err
+	}
+	defer gateR.Close()
+	pidR, pidW, err := os.Pipe()
+	if err != nil {
+		return p, nil, err
+	}
+	defer pidR.Close()
+	report, err := reportPipe()
+	if err != nil {
+		return p, nil, err
+	}
+	cmd := exec.Command(path, os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{far, gateR, report, pidW}
+	cmd.Env = append(successorEnviron(), envStarter+"=1")
+	err = cmd.Start()
+	_ = pidW.Close()
+	if err == nil {
+		var line string
+		line, err = bufio.NewReader(io.LimitReader(pidR, 64)).ReadString('\n')
+		if err != nil {
+			err = errors.New("the program on disk does not know upgrades, or did not start")
+		} else {
+			p.pid, err = strconv.Atoi(strings.TrimSpace(line))
+		}
+		_ = cmd.Wait() // the starter exits at once; an older program exits because its addresses are in use
+	}
+	if err == nil {
+		p.pidf, err = unix.PidfdOpen(p.pid, 0)
+	}
+	if err != nil {
+		_ = near.Close()
+		_ = gateW.Close()
+		return p, nil, err
+	}
+	p.gate = gateW
+	link, err = server.NewUnixLink(near)
+	return p, link, err
+}
+
+// successorEnviron is this process's environment without what belongs to this process alone.
+func successorEnviron() []string {
+	return slices.DeleteFunc(os.Environ(), func(v string) bool {
+		name, _, _ := strings.Cut(v, "=")
+		switch name {
+		case "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", envLink, envGate, envReport, envStarter:
+			return true // go-systemd pings the watchdog if WATCHDOG_PID is not set
+		}
+		return false
+	})
+}
+
+func socketPair() (near *net.UnixConn, far *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, err
+	}
+	f := os.NewFile(uintptr(fds[0]), "handover")
+	defer f.Close()
+	far = os.NewFile(uintptr(fds[1]), "handover")
+	nc, err := net.FileConn(f)
+	if err != nil {
+		_ = far.Close()
+		return nil, nil, err
+	}
+	return nc.(*net.UnixConn), far, nil
+}
+
+// reportPipe returns the descriptor to which the successor writes its pid. For the first upgrade without a supervisor it
+// makes this process the one that all later generations become children of.
+func reportPipe() (*os.File, error) {
+	if fd := os.Getenv(envReport); fd != "" {
+		n, err := strconv.Atoi(fd)
+		if err != nil {
+			return nil, err
+		}
+		return os.NewFile(uintptr(n), "report"), nil
+	}
+	if keeperPipe.w == nil {
+		if !isKept() {
+			if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+				return nil, fmt.Errorf("staying the parent of the successor: %w", err)
+			}
+		}
+		var err error
+		if keeperPipe.r, keeperPipe.w, err = os.Pipe(); err != nil {
+			return nil, err
+		}
+	}
+	return keeperPipe.w, nil
+}
+
+// internalRole carries out what this process was started for by an upgrade, and reports whether it was. It comes before
+// everything else, because command line and environment are those of the server.
+func internalRole() (code int, done bool) {
+	switch {
+	case os.Getenv(envStarter) != "":
+		return runStarter(), true
+	case os.Getenv(envKeeper) != "":
+		return runKeeper(), true
+	}
+	return 0, false
+}
+
+// runStarter starts the successor and exits, so that the successor loses its parent.
+func runStarter() int {
+	path, err := exec.LookPath(os.Args[0])
+	if err != nil {
+		return exitFailed
+	}
+	cmd := exec.Command(path, os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	for fd := fdLink; fd < fdPID; fd++ {
+		cmd.ExtraFiles = append(cmd.ExtraFiles, os.NewFile(uintptr(fd), "upgrade"))
+	}
+	cmd.Env = append(successorEnviron(), fmt.Sprintf("%s=%d", envLink, fdLink), fmt.Sprintf("%s=%d", envGate, fdGate),
+		fmt.Sprintf("%s=%d", envReport, fdReport))
+	// A terminal signals its foreground process group. The first process passes signals on, so that nobody gets two.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, "echod: starting the successor:", err)
+		return exitFailed
+	}
+	pids := os.NewFile(fdPID, "pid")
+	fmt.Fprintln(pids, cmd.Process.Pid)
+	return 0
+}
+
+// predecessorLink returns the link to the predecessor; nil if there is none.
+func predecessorLink() (server.Link, error) {
+	fd := os.Getenv(envLink)
+	if fd == "" {
+		return nil, nil
+	}
+	n, err := strconv.Atoi(fd)
+	if err != nil {
+		return nil, fmt.Errorf("%s=%s: %w", envLink, fd, err)
+	}
+	unix.CloseOnExec(fdGate)
+	unix.CloseOnExec(fdReport)
+	f := os.NewFile(uintptr(n), "handover")
+	defer f.Close()
+	nc, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("link to the predecessor: %w", err)
+	}
+	uc, ok := nc.(*net.UnixConn)
+	if !ok {
+		_ = nc.Close()
+		return nil, errors.New("link to the predecessor: not a Unix socket")
+	}
+	return server.NewUnixLink(uc)
+}
+
+// gateTimeout bounds the wait for the predecessor to tell the supervisor.
+const gateTimeout = 5 * time.Second
+
+// reportOwnership tells the keeper that this process serves, and waits until the supervisor knows it.
+func reportOwnership() {
+	if os.Getenv(envLink) == "" {
+		return
+	}
+	report := os.NewFile(fdReport, "report")
+	_, _ = fmt.Fprintln(report, os.Getpid()) // without a keeper nobody reads it
+	gate := os.NewFile(fdGate, "gate")
+	_ = gate.SetReadDeadline(time.Now().Add(gateTimeout))
+	_, _ = io.Copy(io.Discard, gate)
+	_ = gate.Close()
+}
+
+// tellSupervisor makes systemd take the successor for the main process, and waits until it does: until then systemd
+// ignores what the successor says (sd_notify(3), MAINPID and BARRIER).
+func tellSupervisor(successor process) {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	if socket == "" {
+		return
+	}
+	if err := sdNotify(socket, fmt.Sprintf("MAINPID=%d", successor.pid)); err != nil {
+		return
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return
+	}
+	defer r.Close()
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err == nil {
+		_, _, err = conn.WriteMsgUnix([]byte("BARRIER=1"), unix.UnixRights(int(w.Fd())), nil)
+		_ = conn.Close()
+	}
+	_ = w.Close()
+	if err == nil {
+		_ = r.SetReadDeadline(time.Now().Add(gateTimeout))
+		_, _ = io.Copy(io.Discard, r)
+	}
+}
+
+// successorPID is the process that serves now, after an upgrade of this one; 0 before.
+var successorPID atomic.Int64
+
+// becomeKeeperOf makes this process the keeper, if nobody else is: it passes signals on from now on, and turns into a
+// keeper when its server has stopped.
+func becomeKeeperOf(p process) {
+	if !isKept() {
+		successorPID.Store(int64(p.pid))
+	}
+}
+
+// passOn passes a signal on to the successor, if there is one. This process's own connections are drained, too.
+func passOn(sig os.Signal) {
+	pid := successorPID.Load()
+	if s, ok := sig.(syscall.Signal); ok && pid != 0 {
+		_ = syscall.Kill(int(pid), s)
+	}
+}
+
+// notifyUpgrade registers for the signal that asks for an upgrade.
+func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
+
+// keepIfUpgraded turns this process into a keeper if it was the first one and has handed over: the program that started
+// the service must see the same process until the service ends. The memory of the server goes with the exec.
+func keepIfUpgraded() error {
+	pid := successorPID.Load()
+	if pid == 0 {
+		return nil
+	}
+	fd := int(keeperPipe.r.Fd())
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
+		return err
+	}
+	_ = keeperPipe.w.Close()
+	env := append(successorEnviron(), fmt.Sprintf("%s=%d,%d", envKeeper, fd, pid), "GOGC=10", "GOMAXPROCS=1")
+	return syscall.Exec("/proc/self/exe", os.Args, env)
+}
+
+// runKeeper is the first process of a service that was upgraded: it passes signals on to the one that serves, and exits
+// with its code.
+func runKeeper() int {
+	signals := make(chan os.Signal, 64)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	fdText, pidText, _ := strings.Cut(os.Getenv(envKeeper), ",")
+	fd, err := strconv.Atoi(fdText)
+	if err != nil {
+		return exitFailed
+	}
+	serving, err := strconv.Atoi(pidText)
+	if err != nil {
+		return exitFailed
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	pids := make(chan int)
+	go readPIDs(ctx, os.NewFile(uintptr(fd), "pids"), pids)
+	exits := make(chan exit)
+	go waitChildren(ctx, exits)
+	codes := make(map[int]int) // of processes that have exited
+	for {
+		select {
+		case sig := <-signals:
+			_ = syscall.Kill(serving, sig.(syscall.Signal))
+		case serving = <-pids:
+		case e, ok := <-exits:
+			if ok {
+				codes[e.pid] = e.code
+				continue
+			}
+			// No child is left. The one that served last may have reported itself just before.
+			for {
+				select {
+				case serving = <-pids:
+					continue
+				default:
+				}
+				return codes[serving]
+			}
+		}
+	}
+}
+
+// exit is a child that has exited.
+type exit struct{ pid, code int }
+
+// readPIDs reads the pids of the processes that take over.
+func readPIDs(ctx context.Context, r io.Reader, pids chan<- int) {
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		pid, err := strconv.Atoi(lines.Text())
+		if err != nil {
+			continue
+		}
+		select {
+		case pids <- pid:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// waitChildren reaps children until there is none, and then closes exits.
+func waitChildren(ctx context.Context, exits chan<- exit) {
+	defer close(exits)
+	for {
+		var status syscall.WaitStatus
+		pid, err := syscall.Wait4(-1, &status, 0, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+			continue
+		case err != nil:
+			return
+		}
+		code := status.ExitStatus()
+		if status.Signaled() {
+			code = exitSignal + int(status.Signal())
+		}
+		select {
+		case exits <- exit{pid, code}:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
