@@ -223,9 +223,7 @@ func (t *successor) commit(m handoverMessage) error {
 			t.started = append(t.started, resumption{c, r})
 		}
 		t.behind = len(st.behind)
-		for _, a := range t.acceptors {
-			st.adopted = append(st.adopted, a)
-		}
+		st.adopted = append(st.adopted, t.acceptors...)
 		st.following = make(chan struct{})
 		for _, h := range m.Holds {
 			s.restoreHold(st, h)

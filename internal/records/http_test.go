@@ -495,11 +495,12 @@ func TestURLFromAPoint(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := ""
+		var lines strings.Builder
 		records, _, fatal := drain(t, s)
 		for _, r := range records {
-			got += fmt.Sprintf("%d %s ", r.Number, strings.TrimSpace(string(r.Data)))
+			fmt.Fprintf(&lines, "%d %s ", r.Number, strings.TrimSpace(string(r.Data)))
 		}
+		got := lines.String()
 		if got != tt.want || fatal != nil || s.Resumed() != (version == `"v1"`) || s.Consumed() != int64(len(text)) {
 			t.Errorf("of version %s: %s(%v), resumed: %v, %d bytes consumed", version, got, fatal, s.Resumed(), s.Consumed())
 		}
