@@ -16,7 +16,7 @@ import (
 	"echod/server"
 )
 
-// BenchmarkListing is GET /v1/conns, all but the socket that the answer goes to.
+// BenchmarkListing measures GET /v1/conns without the socket.
 func BenchmarkListing(b *testing.B) {
 	for _, n := range []int{1000, 15_000} {
 		b.Run(fmt.Sprintf("conns=%d", n), func(b *testing.B) {
@@ -38,7 +38,7 @@ func BenchmarkListing(b *testing.B) {
 	}
 }
 
-// serveCrowd serves n connections, which are of memory.
+// serveCrowd serves n connections in memory.
 func serveCrowd(b *testing.B, n int) *server.Server {
 	b.Helper()
 	core, warnings := observer.New(zap.WarnLevel)
@@ -78,7 +78,7 @@ func serveCrowd(b *testing.B, n int) *server.Server {
 	return srv
 }
 
-// namedConn has TCP's addresses.
+// namedConn is a connection with TCP addresses.
 type namedConn struct {
 	net.Conn
 	local, remote net.Addr
@@ -87,7 +87,7 @@ type namedConn struct {
 func (c namedConn) LocalAddr() net.Addr  { return c.local }
 func (c namedConn) RemoteAddr() net.Addr { return c.remote }
 
-// discardedAnswer is an http.ResponseWriter that keeps nothing.
+// discardedAnswer is an http.ResponseWriter that discards the answer.
 type discardedAnswer struct{ header http.Header }
 
 func (a discardedAnswer) Header() http.Header       { return a.header }

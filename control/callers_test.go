@@ -488,7 +488,7 @@ func TestBounds(t *testing.T) {
 func TestProbe(t *testing.T) {
 	t.Run("finds the plane alive", testProbeAlive)
 	t.Run("needs no place among the callers", testProbePlace)
-	t.Run("finds a plane that accepts nobody", testProbeDeaf)
+	t.Run("finds a plane that does not accept", testProbeDeaf)
 	t.Run("finds a plane that does not answer", testProbeMute)
 }
 

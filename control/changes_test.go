@@ -129,7 +129,7 @@ func testKillMany(t *testing.T) {
 		wantEqual(t, "kill of all", change, Change{Changed: true, State: "running", Killed: new(2)})
 		r.awaitConns(t, 0)
 		change = must[Change](t)(r.client.KillAll(t.Context()))
-		wantEqual(t, "kill of nobody", change, Change{Changed: false, State: "running", Killed: new(0)})
+		wantEqual(t, "kill without connections", change, Change{Changed: false, State: "running", Killed: new(0)})
 	})
 }
 

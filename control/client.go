@@ -134,7 +134,10 @@ func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (Upgraded, 
 		body["timeout"] = timeout.String()
 	}
 	var out Upgraded
-	return out, c.call(ctx, http.MethodPost, "/v1/upgrade", nil, body, &out)
+	if err := c.checkAnswers(ctx); err != nil {
+		return out, err
+	}
+	return out, c.callWithin(ctx, 0, http.MethodPost, "/v1/upgrade", nil, body, &out)
 }
 
 // ShutdownRequest says how to drain. The zero value is the server's own drain.
@@ -230,12 +233,9 @@ func (c *Client) Shutdown(ctx context.Context, req ShutdownRequest) (out Change,
 // Wait returns when the condition holds. A *Problem of type ProblemTimeout means that it did not hold in time, one
 // of type ProblemDraining that it never will.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err error) {
-	// An answer may take any time: find out first whether the server answers at all.
-	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, quietTimeout)
-	if err != nil {
+	if err := c.checkAnswers(ctx); err != nil {
 		return out, err
 	}
-	_ = alive.Body.Close()
 	query := url.Values{}
 	if req.State != "" {
 		query.Set("state", req.State)
@@ -319,13 +319,24 @@ func (l *Lease) Close() {
 	<-l.ended
 }
 
+// checkAnswers finds out whether the server answers at all, before a request whose answer may take any time.
+func (c *Client) checkAnswers(ctx context.Context) error {
+	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, quietTimeout)
+	if err != nil {
+		return err
+	}
+	return alive.Body.Close()
+}
+
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, body, out any) error {
 	return c.callWithin(ctx, quietTimeout, method, path, query, body, out)
 }
 
 // callWithin makes a request and decodes its answer. quiet is how long the server may take to begin or continue its
 // answer; 0 means any time.
-func (c *Client) callWithin(ctx context.Context, quiet time.Duration, method, path string, query url.Values, body, out any) error {
+func (c *Client) callWithin(
+	ctx context.Context, quiet time.Duration, method, path string, query url.Values, body, out any,
+) error {
 	resp, err := c.send(ctx, method, path, query, body, quiet)
 	if err != nil {
 		return err
@@ -351,7 +362,9 @@ func (c *Client) stream(ctx context.Context, method, path string, query url.Valu
 }
 
 // send makes a request and returns its answer, unless that is a problem.
-func (c *Client) send(ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration) (*http.Response, error) {
+func (c *Client) send(
+	ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration,
+) (*http.Response, error) {
 	var content io.Reader
 	if body != nil {
 		encoded, err := json.Marshal(body)

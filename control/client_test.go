@@ -66,6 +66,7 @@ func TestClient(t *testing.T) {
 	t.Run("answers that are not the API are reported", testBadAnswers)
 	t.Run("calls end with the cause of their context", testContext)
 	t.Run("a server that does not answer is reported", testSilentServer)
+	t.Run("an upgrade may take longer than other answers", testSlowUpgrade)
 	t.Run("answers are bounded", testHugeAnswers)
 	t.Run("@name is a file", testAtName)
 }
@@ -346,6 +347,17 @@ func testSilentServer(t *testing.T) {
 			}
 		})
 		must[Conns](t)(c.Conns(t.Context(), -1, 0))
+	})
+}
+
+func testSlowUpgrade(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := answering(func(conn net.Conn) {
+			time.Sleep(time.Minute)
+			_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{\"pid\":123}")
+		})
+		done := must[Upgraded](t)(c.Upgrade(t.Context(), 0))
+		wantEqual(t, "pid", done.PID, 123)
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -18,8 +19,8 @@ import (
 	"echod/server"
 )
 
-// A server with a control plane and signals beside it. Whatever ends it, clients get their time, and
-// the control plane answers until the last of them has gone.
+// A server with a control plane and signals. Whatever ends it, clients get their grace period, and the control plane
+// answers until the last of them has gone.
 func Example() {
 	dir, err := os.MkdirTemp("", "example")
 	if err != nil {
@@ -54,12 +55,12 @@ func Example() {
 	g.Add(control.NewSignals(srv, signals, zap.NewNop(), os.Stderr).Actor())
 	g.Add(control.New(srv, control.Options{Version: "1.0"}).Actor(socket))
 
-	signals <- syscall.SIGTERM // stands for the one that ends the program some day
+	signals <- syscall.SIGTERM // stands for the signal that ends the program
 	fmt.Println("ended:", g.Run())
 	// Output: ended: <nil>
 }
 
-// serve runs a server with a control plane at the path that it returns, until stop is called.
+// serve runs a server with a control plane at path until stop is called.
 func serve() (path string, stop func()) {
 	dir, err := os.MkdirTemp("", "example")
 	if err != nil {
@@ -107,7 +108,7 @@ func ExampleClient() {
 	}
 	fmt.Println("holding", hold.ID, "for", hold.Reason)
 
-	// Waits, too, are answered with a problem when they cannot come true.
+	// A wait that times out is a problem.
 	_, err = c.Wait(ctx, control.WaitRequest{State: "running", Timeout: new(time.Millisecond)})
 	if problem, ok := errors.AsType[*control.Problem](err); ok && problem.Type == control.ProblemTimeout {
 		fmt.Println(problem.Detail)
@@ -121,7 +122,7 @@ func ExampleClient() {
 	// running <nil>
 }
 
-// A lease pauses the server for as long as this process lives, or until it is closed.
+// A lease pauses the server until it is closed, or this process ends.
 func ExampleClient_PauseWhileConnected() {
 	path, stop := serve()
 	defer stop()
@@ -138,4 +139,37 @@ func ExampleClient_PauseWhileConnected() {
 	st, err := c.Status(context.Background())
 	fmt.Println(st.State, err)
 	// Output: paused <nil>
+}
+
+// A program without a run group serves the plane itself.
+func ExamplePlane_Serve() {
+	srv, err := server.New(server.Echo, server.Options{})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ln, err := net.Listen("tcp", "127.0.0.1:0") // Listen opens a Unix socket, for changes too
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	plane := control.NewWeb(srv, control.Options{Version: "1.0"})
+	served := make(chan error, 1)
+	go func() { served <- plane.Serve(ln) }()
+
+	resp, err := http.Get("http://" + ln.Addr().String() + "/readyz")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	_ = resp.Body.Close()
+	fmt.Println(resp.Status)
+
+	_ = srv.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	fmt.Println(plane.Shutdown(ctx), <-served)
+	// Output:
+	// 503 Service Unavailable
+	// <nil> http: Server closed
 }

@@ -51,7 +51,9 @@ func invalid(field, format string, args ...any) *Problem {
 }
 
 func notFound(format string, args ...any) *Problem {
-	return &Problem{Type: ProblemNotFound, Title: "Not found", Status: http.StatusNotFound, Detail: fmt.Sprintf(format, args...)}
+	return &Problem{
+		Type: ProblemNotFound, Title: "Not found", Status: http.StatusNotFound, Detail: fmt.Sprintf(format, args...),
+	}
 }
 
 // maxDetail bounds what a problem repeats of its request, in bytes.
@@ -81,12 +83,17 @@ func (p *Plane) classify(err error) *Problem {
 		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}
 	}
 	if errors.Is(err, errCallerGone) {
-		return &Problem{Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout, Detail: err.Error(), State: p.srv.Status().State.String()}
+		return &Problem{
+			Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout,
+			Detail: err.Error(), State: p.srv.Status().State.String(),
+		}
 	}
 	if errors.Is(err, server.ErrNoHold) || errors.Is(err, server.ErrNoConn) {
 		return notFound("%s", err)
 	}
-	return &Problem{Type: ProblemUnexpected, Title: "Unexpected error", Status: http.StatusInternalServerError, Detail: err.Error()}
+	return &Problem{
+		Type: ProblemUnexpected, Title: "Unexpected error", Status: http.StatusInternalServerError, Detail: err.Error(),
+	}
 }
 
 func (p *Problem) write(w http.ResponseWriter) {

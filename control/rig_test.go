@@ -23,10 +23,10 @@ import (
 	"echod/server"
 )
 
-// patience bounds the wait for what must happen: generous, since it only passes when a test fails.
+// patience bounds waits in tests. It passes only when a test fails.
 const patience = 30 * time.Second
 
-// rig is an echo server with its control plane, as a program would run them, and a client of it.
+// rig is an echo server with a control plane, run as a program would run them, and a client.
 type rig struct {
 	srv    *server.Server
 	plane  *Plane
@@ -40,7 +40,7 @@ type rig struct {
 	err   error
 }
 
-// actor is a run.Group's pair.
+// actor is the pair that run.Group.Add takes.
 type actor struct {
 	execute   func() error
 	interrupt func(error)
@@ -48,7 +48,7 @@ type actor struct {
 
 func pair(execute func() error, interrupt func(error)) actor { return actor{execute, interrupt} }
 
-// newRig serves on real sockets. What more is given may change the rig before it starts, and add an actor.
+// newRig serves on real sockets. Each of more may change the rig before it starts, and return another actor.
 func newRig(t *testing.T, opts server.Options, more ...func(*rig) actor) *rig {
 	t.Helper()
 	ln, err := server.Listen(t.Context(), "127.0.0.1:0")
@@ -69,7 +69,7 @@ func newRig(t *testing.T, opts server.Options, more ...func(*rig) actor) *rig {
 	return r
 }
 
-// newBubble serves in memory, for tests in a synctest bubble.
+// newBubble serves in memory, for synctest.
 func newBubble(t *testing.T, opts server.Options, more ...func(*rig) actor) *rig {
 	t.Helper()
 	ln, socket := newPipeListener(), newPipeListener()
@@ -110,7 +110,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 	}
 	r.srv = srv
 	r.plane = New(srv, Options{Version: "1.2.3", Logger: log, Metrics: http.HandlerFunc(someMetrics), Upgrade: r.upgrade})
-	r.plane.linger = patience // so that a busy machine cuts no answer short
+	r.plane.linger = patience // a busy machine must not cut an answer off
 
 	actors := []actor{pair(ServerActor(srv, server.Listener{Listener: ln}))}
 	for _, add := range more {
@@ -136,7 +136,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 	r.await(t, server.StateRunning)
 }
 
-// someMetrics answers as metrics would.
+// someMetrics stands in for the metrics.
 func someMetrics(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	_, _ = io.WriteString(w, "echod_holds 0\n")
@@ -174,8 +174,8 @@ func (r *rig) awaitStreams(t *testing.T, n int) {
 	}
 }
 
-// echoClient connects a client to the echo server, and sees it served. What it is sent from then on
-// goes to its lines.
+// echoClient connects a client to the echo server, and waits until it is served. Lines that it then receives go to its
+// channel.
 func (r *rig) echoClient(t *testing.T) *echoClient {
 	t.Helper()
 	before := r.srv.Status().Connections
@@ -197,7 +197,7 @@ func (r *rig) echoClient(t *testing.T) *echoClient {
 	return c
 }
 
-// echoClient is a client that reads whatever comes, until it or the server closes.
+// echoClient is a client that reads lines until it or the server closes.
 type echoClient struct {
 	net.Conn
 	lines chan string // closed at the end
@@ -215,7 +215,7 @@ func (c *echoClient) read(r *bufio.Reader) {
 	}
 }
 
-// rawConn connects to the control plane without a client.
+// rawConn connects to the control plane without our client.
 func (r *rig) rawConn(t *testing.T) net.Conn {
 	t.Helper()
 	conn, err := r.dialControl(t.Context())
@@ -226,14 +226,14 @@ func (r *rig) rawConn(t *testing.T) net.Conn {
 	return conn
 }
 
-// answered is an answer that was read to its end.
+// answered is a whole answer.
 type answered struct {
 	status int
 	header http.Header
 	body   string
 }
 
-// do sends a request by hand.
+// do makes a request with net/http, without our client.
 func (r *rig) do(t *testing.T, method, target, body string) answered {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, "http://echod"+target, strings.NewReader(body))
@@ -255,7 +255,7 @@ func (r *rig) do(t *testing.T, method, target, body string) answered {
 	return answered{resp.StatusCode, resp.Header, string(text)}
 }
 
-// wantProblem checks that err is a problem of the given type, and returns it.
+// wantProblem checks that err is a problem of this type, and returns it.
 func wantProblem(t *testing.T, err error, want string) *Problem {
 	t.Helper()
 	problem, ok := errors.AsType[*Problem](err)
@@ -268,7 +268,7 @@ func wantProblem(t *testing.T, err error, want string) *Problem {
 	return problem
 }
 
-// must takes a call's result, and ends the test if there is none.
+// must returns the result of a call, and fails the test if there is an error.
 func must[T any](t *testing.T) func(T, error) T {
 	t.Helper()
 	return func(v T, err error) T {
@@ -280,18 +280,18 @@ func must[T any](t *testing.T) func(T, error) T {
 	}
 }
 
-// receive takes what must come.
+// receive returns what comes from a channel.
 func receive[T any](t *testing.T, what string, from <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-from:
 	case <-time.After(patience):
-		t.Fatalf("%s: it did not come", what)
+		t.Fatalf("%s: nothing came", what)
 	}
 	return v
 }
 
-// shortDir is a directory of the test's own whose path leaves room for a socket's name.
+// shortDir makes a directory whose path leaves room for the name of a socket.
 func shortDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "echod")
@@ -302,7 +302,7 @@ func shortDir(t *testing.T) string {
 	return dir
 }
 
-// pipeListener listens in memory. Its queue is long, as the kernel's.
+// pipeListener listens in memory, with an accept queue.
 type pipeListener struct {
 	queue  chan net.Conn
 	fail   chan error // what Accept returns

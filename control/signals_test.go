@@ -21,7 +21,7 @@ const (
 	hup  = syscall.SIGHUP
 )
 
-// signalled is a rig with a signal actor, and one client that stays as long as it may.
+// signalled is a rig with a signal actor and one client that stays until the server closes.
 type signalled struct {
 	*rig
 	began   time.Time
@@ -31,7 +31,7 @@ type signalled struct {
 	stacks  stacksSeen
 }
 
-// grace is the server's own, in the tests of signals.
+// grace is the server's grace period in the tests of signals.
 const grace = 10 * time.Second
 
 func newSignalled(t *testing.T) *signalled {
@@ -46,7 +46,7 @@ func newSignalled(t *testing.T) *signalled {
 	return s
 }
 
-// stacksSeen is where stacks are written. It notes what had become of the server by then.
+// stacksSeen receives the stacks, and records the state of the server at that time.
 type stacksSeen struct {
 	rig     *rig
 	text    string
@@ -60,7 +60,7 @@ func (s *stacksSeen) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// shutdown is a step that is no signal: somebody asks for a drain through the control socket.
+// shutdown is a step that is not a signal: a shutdown through the control socket.
 type shutdown struct{ grace time.Duration }
 
 func (shutdown) Signal()          {}
@@ -72,7 +72,7 @@ type pause struct{}
 func (pause) Signal()        {}
 func (pause) String() string { return "pause" }
 
-// do takes a step, and waits until all that follows from it at once has happened.
+// take takes a step and waits for its immediate effects.
 func (s *signalled) take(t *testing.T, step os.Signal) {
 	t.Helper()
 	switch step := step.(type) {
@@ -86,16 +86,16 @@ func (s *signalled) take(t *testing.T, step os.Signal) {
 	synctest.Wait()
 }
 
-// TestSignals is the design's table: what each signal means in each state.
+// TestSignals is the table of the design: what each signal does in each state.
 func TestSignals(t *testing.T) {
 	for _, row := range []struct {
-		given []os.Signal   // steps before
-		sig   os.Signal     // the signal in question
-		begun string        // the drain's reason then
-		left  time.Duration // of the drain then: it is a second after the last step before
+		given []os.Signal   // earlier steps
+		sig   os.Signal     // the signal under test
+		begun string        // reason of the drain after it
+		left  time.Duration // time left of the drain; each step takes a second
 		force bool
 	}{
-		// While running and while paused, each of them begins the drain.
+		// While running or paused, each signal begins the drain.
 		{nil, term, "SIGTERM", grace, false},
 		{nil, intr, "SIGINT", grace, false},
 		{nil, quit, "SIGQUIT", grace, false},
@@ -106,7 +106,7 @@ func TestSignals(t *testing.T) {
 		{[]os.Signal{pause{}}, hup, "SIGHUP", grace, false},
 		{[]os.Signal{pause{}, hup}, term, "SIGHUP", grace - 1*time.Second, false},
 
-		// A drain that HUP has begun is adopted by the first of the others, and forced by the second.
+		// In a drain begun by HUP, the first other signal changes nothing and the second forces.
 		{[]os.Signal{hup}, term, "SIGHUP", grace - 1*time.Second, false},
 		{[]os.Signal{hup}, intr, "SIGHUP", grace - 1*time.Second, false},
 		{[]os.Signal{hup}, quit, "SIGHUP", grace - 1*time.Second, false},
@@ -114,7 +114,7 @@ func TestSignals(t *testing.T) {
 		{[]os.Signal{hup, term}, term, "SIGHUP", 0, true},
 		{[]os.Signal{hup, intr}, quit, "SIGHUP", 0, true},
 
-		// So is one begun through the control socket, whether its grace is longer or shorter than the server's own.
+		// The same holds for a drain begun through the control socket, with a longer or shorter grace period.
 		{[]os.Signal{shutdown{time.Minute}}, term, "control", 59 * time.Second, false},
 		{[]os.Signal{shutdown{time.Minute}}, intr, "control", 59 * time.Second, false},
 		{[]os.Signal{shutdown{time.Minute}}, quit, "control", 59 * time.Second, false},
@@ -124,7 +124,7 @@ func TestSignals(t *testing.T) {
 		{[]os.Signal{shutdown{time.Minute}, hup}, term, "control", 58 * time.Second, false},
 		{[]os.Signal{pause{}, shutdown{time.Minute}}, term, "control", 59 * time.Second, false},
 
-		// While a drain begun by a signal is under way, the second one forces.
+		// In a drain begun by a signal, the second signal forces.
 		{[]os.Signal{term}, term, "SIGTERM", 0, true},
 		{[]os.Signal{term}, intr, "SIGTERM", 0, true},
 		{[]os.Signal{term}, quit, "SIGTERM", 0, true},
@@ -135,7 +135,7 @@ func TestSignals(t *testing.T) {
 		{[]os.Signal{pause{}, term}, term, "SIGTERM", 0, true},
 		{[]os.Signal{term, shutdown{time.Minute}}, term, "SIGTERM", 0, true},
 
-		// HUP never counts: pairs of it and TERM come in either order.
+		// HUP never counts: TERM and HUP come in pairs, in either order.
 		{[]os.Signal{term}, hup, "SIGTERM", grace - 1*time.Second, false},
 		{[]os.Signal{term, hup}, hup, "SIGTERM", grace - 2*time.Second, false},
 		{[]os.Signal{hup, hup}, term, "SIGHUP", grace - 2*time.Second, false},
@@ -187,7 +187,7 @@ func TestSignals(t *testing.T) {
 	}
 }
 
-// wantLine checks that the log has one line with the given message that names the signal.
+// wantLine checks that the log has one line with this message, and that it names the signal.
 func wantLine(t *testing.T, s *signalled, message string) {
 	t.Helper()
 	lines := s.logs.FilterMessage(message).All()
@@ -200,7 +200,7 @@ func wantLine(t *testing.T, s *signalled, message string) {
 	}
 }
 
-func TestSecondQuitWritesTheStacksBeforeItCloses(t *testing.T) {
+func TestSignalsStacks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSignalled(t)
 		s.take(t, term)
@@ -215,7 +215,7 @@ func TestSecondQuitWritesTheStacksBeforeItCloses(t *testing.T) {
 	})
 }
 
-func TestSignalAfterTheEndForcesNothing(t *testing.T) {
+func TestSignalsAfterTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
 		if err != nil {

@@ -174,7 +174,8 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 		open    = -1
 		timeout = time.Duration(-1)
 	)
-	if err := decodeQuery(r, fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}); err != nil {
+	want := fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}
+	if err := decodeQuery(r, want); err != nil {
 		return err
 	}
 	if wanted == server.StateStarting {
@@ -204,11 +205,14 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 	})
 	switch {
 	case errors.Is(err, errReplaced):
-		return &Problem{Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable, Detail: err.Error()}
+		return &Problem{
+			Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable, Detail: err.Error(),
+		}
 	case err != nil:
 		return &Problem{
 			Type: ProblemTimeout, Title: "The wait timed out", Status: http.StatusRequestTimeout,
-			Detail: "the wait timed out: the server is " + seen.State + " with " + plural(seen.Connections, "connection"), State: seen.State,
+			Detail: "the wait timed out: the server is " + seen.State + " with " + plural(seen.Connections, "connection"),
+			State:  seen.State,
 		}
 	case !met:
 		st := p.srv.Status()

@@ -86,7 +86,7 @@ func testWaitBoth(t *testing.T) {
 			default:
 			}
 		}
-		pending("nobody there, but running")
+		pending("no connections, but the server running")
 		c := r.echoClient(t)
 		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
 		pending("the server paused, but one connection")

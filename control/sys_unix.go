@@ -22,10 +22,11 @@ import (
 var maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
 // lock keeps other servers of this user from replacing the same dead socket at the same time. The file belongs
-// to this user alone, so that nobody else can keep the server from starting. If another user has put a
+// to this user alone, so that no other user can keep the server from starting. If another user has put a
 // file there, nothing is locked.
 func lock(ctx context.Context, path string) (unlock func(), err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, fmt.Errorf("another server of this user is starting: %s is locked", path))
+	starting := fmt.Errorf("another server of this user is starting: %s is locked", path)
+	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, starting)
 	defer cancel()
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
