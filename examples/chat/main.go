@@ -17,6 +17,7 @@ import (
 	"flag"
 	"fmt"
 	"log"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -75,7 +76,7 @@ func newServer(logger *zap.Logger) (*server.Server, error) {
 func notice(n server.Notice) []byte {
 	switch n.Kind {
 	case server.NoticeDrain:
-		return fmt.Appendf(nil, "* the server stops in %.0f s: %s\n", n.Left.Seconds(), n.Reason)
+		return fmt.Appendf(nil, "* the server stops in %.0f s: %s\n", math.Ceil(n.Left.Seconds()), n.Reason)
 	case server.NoticeReject:
 		return []byte("* the server is full, or about to stop\n")
 	case server.NoticeMessage:
