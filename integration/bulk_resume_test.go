@@ -63,7 +63,8 @@ func testResumeAfterInterrupt(t *testing.T) {
 
 	// Another command line is refused, and changes nothing.
 	check(t, os.WriteFile(filepath.Join(dir, "other"), []byte("x\n"), 0o600))
-	if got := e.bulk("--csv", "--resume", state, filepath.Join(dir, "other")); got.code != 1 || !strings.Contains(got.stderr, "the earlier run read "+table) {
+	if got := e.bulk("--csv", "--resume", state, filepath.Join(dir, "other")); got.code != 1 ||
+		!strings.Contains(got.stderr, "the earlier run read "+table) {
 		t.Errorf("with another input: %+v", got)
 	}
 
@@ -111,7 +112,8 @@ func testResumeAfterSecondSignal(t *testing.T) {
 	check(t, cmd.Process.Signal(syscall.SIGTERM))
 	rest, _ := io.ReadAll(said)
 	_ = cmd.Wait()
-	if code := exitCode(cmd.ProcessState); code != 143 || !strings.Contains(string(rest), "10 not finished") || strings.Contains(string(rest), "gave up") {
+	if code := exitCode(cmd.ProcessState); code != 143 || !strings.Contains(string(rest), "10 not finished") ||
+		strings.Contains(string(rest), "gave up") {
 		t.Errorf("code %d, want 143: %s", code, rest)
 	}
 	var saved struct {
@@ -145,7 +147,8 @@ func TestSendGivesUp(t *testing.T) {
 	input, failed := filepath.Join(dir, "in"), filepath.Join(dir, "failed")
 	check(t, os.WriteFile(input, []byte("one\ntwo\n"), 0o600))
 	got := echodRun(t, "send", "--address", "127.0.0.1:"+freePorts(t, 1)[0], "--lines", "--give-up", "300ms", "--failed", failed, input)
-	if got.code != 1 || !strings.Contains(got.stderr, "gave up after 300ms: connect to 127.0.0.1:") || !strings.Contains(got.stderr, "2 not finished") {
+	if got.code != 1 || !strings.Contains(got.stderr, "gave up after 300ms: connect to 127.0.0.1:") ||
+		!strings.Contains(got.stderr, "2 not finished") {
 		t.Errorf("got %+v", got)
 	}
 	if kept := readFile(t, failed); kept != "one\ntwo\n" {
@@ -174,7 +177,8 @@ func testResumeRemembersFailures(t *testing.T) {
 	if got := e.interrupted(syscall.SIGINT, out, args...); got.code != 130 {
 		t.Errorf("interrupted: %+v", got)
 	}
-	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, "1 failed before") || !strings.Contains(got.stderr, "1 malformed") {
+	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, "1 failed before") ||
+		!strings.Contains(got.stderr, "1 malformed") {
 		t.Errorf("continuing: %+v", got)
 	}
 	if kept := readFile(t, failed); kept != "a,b\n3\n6\n" {
@@ -191,7 +195,8 @@ func testResumeStrict(t *testing.T) {
 	check(t, os.WriteFile(table, []byte("a,b\n1,2\n3\n4,5\n"), 0o600))
 	args := []string{"--csv", "--strict", "--resume", filepath.Join(dir, "state"), table}
 	for i, want := range []string{`{"line":2,"a":"1","b":"2"}` + "\n", ""} {
-		if got := e.bulk(args...); got.code != 1 || got.stdout != want || !strings.Contains(got.stderr, "stopped at the first malformed record or input") {
+		if got := e.bulk(args...); got.code != 1 || got.stdout != want ||
+			!strings.Contains(got.stderr, "stopped at the first malformed record or input") {
 			t.Errorf("run %d: %+v, want %q", i+1, got, want)
 		}
 	}
@@ -212,7 +217,8 @@ func testResumeChangedURL(t *testing.T) {
 	args := []string{"--lines", "--output", out, "--resume", filepath.Join(dir, "state"), web.URL + "/x?token=secret"}
 	e.interrupted(syscall.SIGINT, out, args...)
 	version.Add(1)
-	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, `/x?...: it changed since `) || strings.Contains(got.stderr, "secret") {
+	if got := e.bulk(args...); got.code != 1 || !strings.Contains(got.stderr, `/x?...: it changed since `) ||
+		strings.Contains(got.stderr, "secret") {
 		t.Errorf("another version: %+v", got)
 	}
 	version.Add(-1)
@@ -290,7 +296,9 @@ func testResumeAfterHangup(t *testing.T) {
 	input, out, state := filepath.Join(dir, "in"), filepath.Join(dir, "out"), filepath.Join(dir, "state")
 	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 3000)), 0o600))
 	got := e.interrupted(syscall.SIGHUP, out, "--lines", "--output", out, "--resume", state, input)
-	if got.code != 129 || !strings.Contains(got.stderr, "--resume "+state) || strings.Contains(got.stderr, "echod: all ") || !strings.Contains(got.stderr, "; not all of the input was read\n") {
+	if got.code != 129 || !strings.Contains(got.stderr, "--resume "+state) ||
+		strings.Contains(got.stderr, "echod: all ") ||
+		!strings.Contains(got.stderr, "; not all of the input was read\n") {
 		t.Errorf("got %+v", got)
 	}
 }
@@ -311,10 +319,12 @@ func testResumeAfterBrokenPipe(t *testing.T) {
 	cmd.Stderr = &stderr
 	_ = cmd.Run()
 	check(t, write.Close())
-	if exitCode(cmd.ProcessState) != 1 || !strings.Contains(stderr.String(), "writing the echoes: ") || !strings.Contains(stderr.String(), "broken pipe (the same command") {
+	if exitCode(cmd.ProcessState) != 1 || !strings.Contains(stderr.String(), "writing the echoes: ") ||
+		!strings.Contains(stderr.String(), "broken pipe (the same command") {
 		t.Errorf("code %d: %s", exitCode(cmd.ProcessState), stderr.String())
 	}
-	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 || strings.Count(got.stdout, "a line\n") != 3000 {
+	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 ||
+		strings.Count(got.stdout, "a line\n") != 3000 {
 		t.Errorf("continuing: code %d, %d lines; %s", got.code, strings.Count(got.stdout, "a line\n"), got.stderr)
 	}
 }
@@ -353,11 +363,14 @@ func testResumeAfterFullDisk(t *testing.T) {
 	dir := t.TempDir()
 	input, state := filepath.Join(dir, "in"), filepath.Join(dir, "state")
 	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 3000)), 0o600))
-	if got := e.bulk("--lines", "--output", "/dev/full", "--resume", state, input); got.code != 1 || !strings.Contains(got.stderr, "no space left on device (the same command continues from here") {
+	if got := e.bulk("--lines", "--output", "/dev/full", "--resume", state, input); got.code != 1 ||
+		!strings.Contains(got.stderr, "no space left on device (the same command continues from here") {
 		t.Errorf("got %+v", got)
 	}
-	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 || strings.Count(got.stdout, "a line\n") != 3000 {
-		t.Errorf("continuing: code %d, %d lines, want 3000; %s", got.code, strings.Count(got.stdout, "a line\n"), got.stderr)
+	if got := e.bulk("--lines", "--resume", state, input); got.code != 0 ||
+		strings.Count(got.stdout, "a line\n") != 3000 {
+		t.Errorf("continuing: code %d, %d lines, want 3000; %s", got.code, strings.Count(got.stdout,
+			"a line\n"), got.stderr)
 	}
 }
 
@@ -378,7 +391,9 @@ func testResumeAnotherInput(t *testing.T) {
 	before := readFile(t, out)
 	other := e.sendCommand(args...)
 	other.Stdin = strings.NewReader(strings.Repeat("b line\n", 3000))
-	if got := run(t, other); got.code != 1 || !strings.Contains(got.stderr, "it is not the input that the earlier run read") || readFile(t, out) != before {
+	if got := run(t, other); got.code != 1 ||
+		!strings.Contains(got.stderr, "it is not the input that the earlier run read") ||
+		readFile(t, out) != before {
 		t.Errorf("another input: %+v", got)
 	}
 	same := e.sendCommand(args...)
@@ -407,7 +422,8 @@ func testResumeURLByRange(t *testing.T) {
 	out := filepath.Join(dir, "out")
 	args := []string{"--lines", "--output", out, "--resume", filepath.Join(dir, "state"), web.URL}
 	e.interrupted(syscall.SIGINT, out, args...)
-	if got := e.bulk(args...); got.code != 0 || readFile(t, out) != text || !strings.Contains(got.stderr, "done before") {
+	if got := e.bulk(args...); got.code != 0 || readFile(t, out) != text ||
+		!strings.Contains(got.stderr, "done before") {
 		t.Errorf("continuing: %+v", got)
 	}
 	mu.Lock()

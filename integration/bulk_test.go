@@ -102,7 +102,8 @@ func TestSendMalformedRows(t *testing.T) {
 	table, failed := filepath.Join(dir, "t.csv"), filepath.Join(dir, "failed.csv")
 	check(t, os.WriteFile(table, []byte("a,b\n1,2\n3\n5,x\"y\n7,8\n"), 0o600))
 	got := e.bulk("--csv", "--failed", failed, table)
-	if want := `{"line":2,"a":"1","b":"2"}` + "\n" + `{"line":5,"a":"7","b":"8"}` + "\n"; got.stdout != want || got.code != 1 {
+	if want := `{"line":2,"a":"1","b":"2"}` + "\n" + `{"line":5,"a":"7","b":"8"}` + "\n"; got.stdout != want ||
+		got.code != 1 {
 		t.Errorf("got %+v, want %q and code 1", got, want)
 	}
 	for _, want := range []string{table + ":3:1: wrong number of fields: 1 instead of 2 (--allow-ragged accepts it)\n", table + ":4:4: bare \" in non-quoted-field (--lazy-quotes accepts it)\n", "2 of 4 records came back", "2 malformed"} {
@@ -114,7 +115,8 @@ func TestSendMalformedRows(t *testing.T) {
 		t.Errorf("the failed are %q, want %q", kept, want)
 	}
 	got = e.bulk("--csv", "--strict", table)
-	if want := `{"line":2,"a":"1","b":"2"}` + "\n"; got.stdout != want || got.code != 1 || !strings.Contains(got.stderr, "stopped at the first malformed record or input") {
+	if want := `{"line":2,"a":"1","b":"2"}` + "\n"; got.stdout != want || got.code != 1 ||
+		!strings.Contains(got.stderr, "stopped at the first malformed record or input") {
 		t.Errorf("--strict: got %+v, want %q and code 1", got, want)
 	}
 }
@@ -278,7 +280,8 @@ func TestSendBadInputs(t *testing.T) {
 			t.Errorf("stderr lacks %q:\n%s", want, got.stderr)
 		}
 	}
-	if got := e.bulk(append([]string{"--quiet"}, args...)...); got.code != 1 || got.stdout != "1\n2\n" || strings.Count(got.stderr, "\n") != 3 {
+	if got := e.bulk(append([]string{"--quiet"}, args...)...); got.code != 1 || got.stdout != "1\n2\n" ||
+		strings.Count(got.stderr, "\n") != 3 {
 		t.Errorf("--quiet: got %+v, want the three errors alone", got)
 	}
 	if got := e.bulk(append([]string{"--strict"}, args...)...); got.code != 1 || got.stdout != "" {
@@ -321,7 +324,8 @@ func TestSendRefusesItsOutputAsInput(t *testing.T) {
 		_ = cmd.Run()
 		check(t, in.Close())
 		check(t, out.Close())
-		if code := exitCode(cmd.ProcessState); code != 2 || !strings.Contains(stderr.String(), "is the output too") || readFile(t, path) != "a\nb\n" {
+		if code := exitCode(cmd.ProcessState); code != 2 ||
+			!strings.Contains(stderr.String(), "is the output too") || readFile(t, path) != "a\nb\n" {
 			t.Errorf("%q: code %d, stderr %q", args, code, stderr.String())
 		}
 	}
@@ -335,7 +339,8 @@ func TestSendGivesUpOnAServerThatHangs(t *testing.T) {
 	defer ln.Close()
 	began := time.Now()
 	got := echodRun(t, "send", "--address", ln.Addr().String(), "--lines", "--give-up", "1s", writeCSV(t, 10))
-	if took := time.Since(began); got.code != 1 || !strings.Contains(got.stderr, "gave up after 1s: ") || took > 10*time.Second { // the stall timeout is 30 s
+	if took := time.Since(began); got.code != 1 || !strings.Contains(got.stderr, "gave up after 1s: ") ||
+		took > 10*time.Second { // the stall timeout is 30 s
 		t.Errorf("after %v: %+v", took, got)
 	}
 }

@@ -96,7 +96,8 @@ func TestSendStandardInput(t *testing.T) {
 				cmd.Stdin = strings.NewReader(input)
 				got := run(t, cmd)
 				if got.stdout != input || got.code != 0 || got.stderr != "" {
-					t.Errorf("code %d, stderr %q, and %d bytes for %d: %s", got.code, got.stderr, len(got.stdout), len(input),
+					t.Errorf("code %d, stderr %q, and %d bytes for %d: %s", got.code, got.stderr,
+						len(got.stdout), len(input),
 						cmp.Diff(input[:min(len(input), 200)], got.stdout[:min(len(got.stdout), 200)]))
 				}
 			})

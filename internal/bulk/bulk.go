@@ -262,7 +262,8 @@ func (r *run) reconnect(reason error) {
 
 // retry reports that the request of a URL is repeated.
 func (r *run) retry(name string, reason error, wait time.Duration) {
-	r.opts.Display.Say(fmt.Sprintf("read %s: %v: trying again in %s", name, reason, wait.Round(100*time.Millisecond)))
+	r.opts.Display.Say(fmt.Sprintf("read %s: %v: trying again in %s", name, reason,
+		wait.Round(100*time.Millisecond)))
 }
 
 // Describe says a notice in words.

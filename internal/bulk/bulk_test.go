@@ -73,7 +73,9 @@ func TestRunSeparatesInputsWithoutANewline(t *testing.T) {
 func TestRunReportsTheFirstFailures(t *testing.T) {
 	table := file(t, "t.csv", "a,b\n"+strings.Repeat("1\n", 50))
 	_, reported, summary, err := send(t, Options{Inputs: []string{table}, Records: records.Options{Format: records.CSV}})
-	if err != nil || summary.Malformed != 50 || strings.Count(reported, "instead of 2 (--allow-ragged accepts it)") != 10 || !strings.Contains(reported, "further failures are counted, and not reported") {
+	if err != nil || summary.Malformed != 50 ||
+		strings.Count(reported, "instead of 2 (--allow-ragged accepts it)") != 10 ||
+		!strings.Contains(reported, "further failures are counted, and not reported") {
 		t.Errorf("%+v, %v, reported:\n%s", summary, err, reported)
 	}
 }
@@ -81,7 +83,8 @@ func TestRunReportsTheFirstFailures(t *testing.T) {
 func TestRunKeepsTheRate(t *testing.T) {
 	began := time.Now()
 	_, _, summary, err := send(t, Options{Inputs: []string{file(t, "a", strings.Repeat("x\n", 101))}, Rate: 1000})
-	if took := time.Since(began); err != nil || summary.Came != 101 || took < 85*time.Millisecond { // minus a burst of ten
+	if took := time.Since(began); err != nil || summary.Came != 101 ||
+		took < 85*time.Millisecond { // minus a burst of ten
 		t.Errorf("%+v in %v, %v", summary, took, err)
 	}
 }

@@ -78,7 +78,8 @@ func TestFailedFileWithoutFailures(t *testing.T) {
 				t.Fatal(err)
 			}
 			text, err := os.ReadFile(path)
-			if string(text) != before || os.IsNotExist(err) != (before == "") || failed.Unchanged() != (before != "") {
+			if string(text) != before || os.IsNotExist(err) != (before == "") ||
+				failed.Unchanged() != (before != "") {
 				t.Errorf("it is %q (%v), unchanged: %v", text, err, failed.Unchanged())
 			}
 		})
@@ -120,7 +121,8 @@ func TestOutputFollowsNoPlantedLink(t *testing.T) {
 				t.Fatal(err)
 			}
 			out, err := OpenOutput(link)
-			if (err != nil) != refused || err != nil && !strings.Contains(err.Error(), "refused to follow a symbolic link") {
+			if (err != nil) != refused || err != nil &&
+				!strings.Contains(err.Error(), "refused to follow a symbolic link") {
 				t.Errorf("in a directory of mode %v: %v", mode, err)
 			}
 			if err == nil {

@@ -131,7 +131,8 @@ func (p *pace) sample(now time.Time) {
 	for i := range p.tally.inputs {
 		s.before += p.tally.inputs[i].before.Load()
 	}
-	if last := len(p.samples) - 1; last >= 0 && (p.samples[last].end != s.end || p.samples[last].records != s.records) {
+	if last := len(p.samples) - 1; last >= 0 && (p.samples[last].end != s.end ||
+		p.samples[last].records != s.records) {
 		p.moved = now
 	}
 	p.samples = append(p.samples, s)

@@ -214,7 +214,8 @@ func TestTitlesHaveOneLine(t *testing.T) {
 		strings.Repeat("語", 20):        strings.Repeat("語", 11) + "…",
 		"https://me:pw@host/x?token=y": "x?...",
 	} {
-		if got := title(newTally([]string{name}).inputs[0].name); got != want || runewidth.StringWidth(got) > maxName {
+		if got := title(newTally([]string{name}).inputs[0].name); got != want ||
+			runewidth.StringWidth(got) > maxName {
 			t.Errorf("the title of %q is %q, want %q", name, got, want)
 		}
 	}

@@ -470,7 +470,8 @@ func (s *savedState) differs(was *savedState) error {
 		{"verbatim input", was.Verbatim, s.Verbatim},
 	} {
 		if c.was != c.now {
-			return fmt.Errorf("the earlier run read its input in another way: %s was %v, and is %v", c.what, c.was, c.now)
+			return fmt.Errorf("the earlier run read its input in another way: %s was %v, and is %v", c.what,
+				c.was, c.now)
 		}
 	}
 	if len(was.Inputs) != len(s.Inputs) {

@@ -66,7 +66,8 @@ func TestStateOfOtherInputs(t *testing.T) {
 	if err != nil || s.save() != nil {
 		t.Fatal(err)
 	}
-	if text, err := os.ReadFile(path); err != nil || strings.Contains(string(text), "pw") || strings.Contains(string(text), "token") {
+	if text, err := os.ReadFile(path); err != nil || strings.Contains(string(text), "pw") ||
+		strings.Contains(string(text), "token") {
 		t.Errorf("a secret is in the state: %s (%v)", text, err)
 	}
 	if _, err := OpenState(path, []string{input, url + secret}, was); err != nil {
@@ -113,7 +114,8 @@ func TestStateOfOtherInputs(t *testing.T) {
 		if err := errors.Join(os.WriteFile(input, []byte(c.text), 0o600), os.Chtimes(input, time.Time{}, c.modified)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := OpenState(path, []string{input, url + secret}, was); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+		if _, err := OpenState(path, []string{input, url + secret}, was); (err == nil) != (c.want == "") ||
+			err != nil && !strings.Contains(err.Error(), c.want) {
 			t.Errorf("with %q of %v: %v, want %q", c.text, c.modified, err, c.want)
 		}
 	}
@@ -382,7 +384,8 @@ func TestStateRefusesAnotherInput(t *testing.T) {
 			if want == 0 {
 				want = int(first.Came)
 			}
-			if got := strings.Count(readFile(t, out), "\n"); got != want || !strings.Contains(reported, c.want) || (second.BadInputs > 0) != (c.want != "") {
+			if got := strings.Count(readFile(t, out), "\n"); got != want ||
+				!strings.Contains(reported, c.want) || (second.BadInputs > 0) != (c.want != "") {
 				t.Errorf("%d lines, want %d; reported %q; %+v", got, want, reported, second)
 			}
 			if c.want == "" && readFile(t, out) != c.input {
@@ -415,7 +418,8 @@ func TestStateValidatesItsFile(t *testing.T) {
 		}
 	}
 	text := `{"version": 1, "format": "Format(0)", "delimiter": "\u0000", "block_size": 0, "max_record": 0, "output": {"length": -5}, "inputs": []}`
-	if _, err := OpenState(file(t, "state", text), nil, records.Options{}); err == nil || !strings.Contains(err.Error(), "the length -5 is negative") {
+	if _, err := OpenState(file(t, "state", text), nil, records.Options{}); err == nil ||
+		!strings.Contains(err.Error(), "the length -5 is negative") {
 		t.Errorf("a negative length: %v", err)
 	}
 }

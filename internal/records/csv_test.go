@@ -62,8 +62,10 @@ func TestCSV(t *testing.T) {
 			}
 			for i, record := range got {
 				var row struct{ Line int64 }
-				if err := json.Unmarshal(record.Data, &row); err != nil || row.Line != record.Line || record.Number != int64(i+1) {
-					t.Errorf("record %d: number %d, line %d, %s: %v", i+1, record.Number, record.Line, record.Data, err)
+				if err := json.Unmarshal(record.Data, &row); err != nil || row.Line != record.Line ||
+					record.Number != int64(i+1) {
+					t.Errorf("record %d: number %d, line %d, %s: %v", i+1, record.Number, record.Line,
+						record.Data, err)
 				}
 			}
 		})
@@ -126,7 +128,8 @@ func TestCSVMalformed(t *testing.T) {
 			"a,b\n\"1,2\n3,4\n" + strings.Repeat("\n", swallows) + "5,6\n",
 			Options{MaxRecord: 100},
 			csv.ErrQuote,
-			[]string{`data:2:1: extraneous or missing " in quoted-field: not closed` + "\n\"1,2\n", "2@3", fmt.Sprintf("3@%d", swallows+4)},
+			[]string{`data:2:1: extraneous or missing " in quoted-field: not closed` + "\n\"1,2\n", "2@3",
+				fmt.Sprintf("3@%d", swallows+4)},
 		},
 		"never closed, before a line longer than MaxRecord": {
 			"a,b\n\"1,2\n" + strings.Repeat("x", swallows) + "\n5,6\n",
@@ -141,7 +144,8 @@ func TestCSVMalformed(t *testing.T) {
 			"a,b\n1\"1,\"2\"2\n" + strings.Repeat("\n", swallows) + "5,6\n",
 			Options{MaxRecord: 100, LazyQuotes: true},
 			csv.ErrQuote,
-			[]string{`data:2:5: extraneous or missing " in quoted-field: not closed` + "\n1\"1,\"2\"2\n", fmt.Sprintf("2@%d", swallows+3)},
+			[]string{`data:2:5: extraneous or missing " in quoted-field: not closed` + "\n1\"1,\"2\"2\n",
+				fmt.Sprintf("2@%d", swallows+3)},
 		},
 		"too few": {
 			"a,b\n1\n2,3\n",
@@ -195,7 +199,8 @@ func TestCSVMalformed(t *testing.T) {
 			"a,b\n" + strings.Repeat(",", maxColumns) + "\n1,2\n",
 			Options{},
 			ErrColumns,
-			[]string{fmt.Sprintf("data:2:%d: too many columns: more than %d\n%s\n", maxColumns+1, maxColumns, strings.Repeat(",", maxColumns)), "2@3"},
+			[]string{fmt.Sprintf("data:2:%d: too many columns: more than %d\n%s\n", maxColumns+1, maxColumns,
+				strings.Repeat(",", maxColumns)), "2@3"},
 		},
 		"after a byte order mark": {
 			"\ufeff1,\"x\"y\n",
@@ -263,7 +268,8 @@ func TestCSVUnclosedQuotesInLinearTime(t *testing.T) {
 		}
 		began := time.Now()
 		got, malformed, fatal := drain(t, s)
-		if took := time.Since(began); took > 20*time.Second || fatal != nil || len(malformed) == 0 { // 30 minutes if quadratic
+		if took := time.Since(began); took > 20*time.Second || fatal != nil ||
+			len(malformed) == 0 { // 30 minutes if quadratic
 			t.Errorf("lazy: %v: %d records and %d errors in %v, %v", lazy, len(got), len(malformed), took, fatal)
 		}
 	}

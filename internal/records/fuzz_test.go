@@ -39,7 +39,8 @@ func FuzzLines(f *testing.F) {
 				if len(line) <= fuzzMaxRecord || bad.Line != int64(n) || !bytes.HasPrefix(line, bad.Raw) {
 					t.Fatalf("line %d, %q: %#v", n, line, bad)
 				}
-			} else if err != nil || record.Line != int64(n) || !bytes.Equal(record.Data, line) || record.Unended == bytes.HasSuffix(line, []byte("\n")) {
+			} else if err != nil || record.Line != int64(n) || !bytes.Equal(record.Data, line) ||
+				record.Unended == bytes.HasSuffix(line, []byte("\n")) {
 				t.Fatalf("line %d, %q: %+v, %v", n, line, record, err)
 			}
 		}
@@ -68,7 +69,8 @@ func FuzzCSV(f *testing.F) {
 		if !noHeader && bytes.IndexByte(text, 0) >= 0 {
 			return // which a header must not contain
 		}
-		if bytes.HasPrefix(text, []byte("\xff\xfe")) || bytes.HasPrefix(text, []byte("\xfe\xff")) || bytes.HasPrefix(text, []byte("\x00\x00\xfe\xff")) {
+		if bytes.HasPrefix(text, []byte("\xff\xfe")) || bytes.HasPrefix(text, []byte("\xfe\xff")) ||
+			bytes.HasPrefix(text, []byte("\x00\x00\xfe\xff")) {
 			return // UTF-16 and UTF-32
 		}
 		s := fuzzSource(t, text, opts, slow)
@@ -78,7 +80,8 @@ func FuzzCSV(f *testing.F) {
 			number++
 			if bad, ok := errors.AsType[*Error](err); ok {
 				faults++
-				if bad.Number != number || bad.Line <= 0 || len(bad.Raw) > fuzzMaxRecord || !bytes.Contains(text, bad.Raw) {
+				if bad.Number != number || bad.Line <= 0 || len(bad.Raw) > fuzzMaxRecord ||
+					!bytes.Contains(text, bad.Raw) {
 					t.Fatalf("record %d: %#v", number, bad)
 				}
 				continue

@@ -58,7 +58,8 @@ func TestURL(t *testing.T) {
 			io.WriteString(w, text)
 		}, int64(len(text)), int64(len(text))},
 		"with a password": {func(w http.ResponseWriter, r *http.Request) {
-			if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" || r.FormValue("token") != "x" {
+			if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" ||
+				r.FormValue("token") != "x" {
 				w.WriteHeader(http.StatusUnauthorized)
 			}
 			io.WriteString(w, text)
@@ -135,7 +136,8 @@ func TestURLFails(t *testing.T) {
 			if err == nil {
 				got, _, err = drain(t, s)
 			}
-			if want := "read http://" + host + "/data?..." + tt.want; err == nil || !strings.HasPrefix(err.Error(), want) {
+			if want := "read http://" + host + "/data?..." + tt.want; err == nil ||
+				!strings.HasPrefix(err.Error(), want) {
 				t.Errorf("error %v, want %s", err, want)
 			}
 			if err != nil && (strings.Contains(err.Error(), "secret") || strings.HasSuffix(err.Error(), "EOF")) {
@@ -312,7 +314,8 @@ func TestURLStalls(t *testing.T) {
 				if tt.stalls {
 					want--
 				}
-				if tt.stalls != errors.Is(err, errStalled) || n != max(want, 0) || responded != (len(tt.pauses) > 1) {
+				if tt.stalls != errors.Is(err, errStalled) || n != max(want, 0) ||
+					responded != (len(tt.pauses) > 1) {
 					t.Errorf("%d records, %v", n, err)
 				}
 			})
@@ -357,7 +360,8 @@ func TestURLContinuesAfterABreak(t *testing.T) {
 		if _, err := fmt.Sscanf(req.Header.Get("Range"), "bytes=%d-", &from); err != nil {
 			return response(200, etag, text, cut)
 		}
-		header := map[string]string{"ETag": `"v1"`, "Content-Range": fmt.Sprintf("bytes %d-%d/%d", from, len(text)-1, len(text))}
+		header := map[string]string{"ETag": `"v1"`, "Content-Range": fmt.Sprintf("bytes %d-%d/%d", from,
+			len(text)-1, len(text))}
 		if req.Header.Get("If-Range") != `"v1"` {
 			return response(200, map[string]string{"ETag": `"v2"`}, strings.ToUpper(text), -1)
 		}
@@ -431,7 +435,8 @@ func TestURLContinuesAfterABreak(t *testing.T) {
 					t.Errorf("error %v, want %q", err, tt.want)
 				}
 				if data(got) != tt.got || n != tt.n || retries != n-1 {
-					t.Errorf("got %q after %d requests and %d retries, want %q after %d", data(got), n, retries, tt.got, tt.n)
+					t.Errorf("got %q after %d requests and %d retries, want %q after %d", data(got), n, retries,
+						tt.got, tt.n)
 				}
 			})
 		})
@@ -453,7 +458,8 @@ func TestURLRetryAfter(t *testing.T) {
 			}})
 			took := time.Since(began)
 			if want < 0 {
-				if err == nil || !strings.Contains(err.Error(), "429 Too Many Requests (retry after 1h0m0s)") || took > 0 {
+				if err == nil || !strings.Contains(err.Error(), "429 Too Many Requests (retry after 1h0m0s)") ||
+					took > 0 {
 					t.Errorf("%s: %v after %v", value, err, took)
 				}
 				return
@@ -501,8 +507,10 @@ func TestURLFromAPoint(t *testing.T) {
 			fmt.Fprintf(&lines, "%d %s ", r.Number, strings.TrimSpace(string(r.Data)))
 		}
 		got := lines.String()
-		if got != tt.want || fatal != nil || s.Resumed() != (version == `"v1"`) || s.Consumed() != int64(len(text)) {
-			t.Errorf("of version %s: %s(%v), resumed: %v, %d bytes consumed", version, got, fatal, s.Resumed(), s.Consumed())
+		if got != tt.want || fatal != nil || s.Resumed() != (version == `"v1"`) ||
+			s.Consumed() != int64(len(text)) {
+			t.Errorf("of version %s: %s(%v), resumed: %v, %d bytes consumed", version, got, fatal, s.Resumed(),
+				s.Consumed())
 		}
 	}
 }
@@ -535,11 +543,13 @@ func TestURLRedirects(t *testing.T) {
 	secure := httptest.NewTLSServer(http.RedirectHandler(other, http.StatusFound))
 	defer secure.Close()
 	roots := x509.NewCertPool()
-	if _, err := Open(t.Context(), secure.URL, nil, Options{}); err == nil || !strings.Contains(err.Error(), "certificate") {
+	if _, err := Open(t.Context(), secure.URL, nil, Options{}); err == nil ||
+		!strings.Contains(err.Error(), "certificate") {
 		t.Errorf("without its certificate: %v", err)
 	}
 	roots.AddCert(secure.Certificate())
-	if _, err := Open(t.Context(), secure.URL, nil, Options{HTTP: HTTPOptions{RootCAs: roots}}); err == nil || !strings.Contains(err.Error(), "refused a redirect from https to http") {
+	if _, err := Open(t.Context(), secure.URL, nil, Options{HTTP: HTTPOptions{RootCAs: roots}}); err == nil ||
+		!strings.Contains(err.Error(), "refused a redirect from https to http") {
 		t.Errorf("from https to http: %v", err)
 	}
 }

@@ -180,7 +180,8 @@ func TestReadError(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, _, fatal := drain(t, s)
-			if data(got) != tt.want || !errors.Is(fatal, broken) || !strings.HasPrefix(fatal.Error(), "read data: disk on fire (records before: ") {
+			if data(got) != tt.want || !errors.Is(fatal, broken) ||
+				!strings.HasPrefix(fatal.Error(), "read data: disk on fire (records before: ") {
 				t.Errorf("got %q, %v; want %q", data(got), fatal, tt.want)
 			}
 		})
@@ -271,7 +272,8 @@ func TestOpenFails(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	dir := t.TempDir()
-	if _, err := Open(t.Context(), dir, nil, Options{}); err == nil || err.Error() != "read "+dir+": is a directory" {
+	if _, err := Open(t.Context(), dir, nil, Options{}); err == nil ||
+		err.Error() != "read "+dir+": is a directory" {
 		t.Errorf("error %v", err)
 	}
 }
@@ -468,7 +470,8 @@ func TestLinesOfText(t *testing.T) {
 		})
 	}
 	_, malformed := read(t, "a\nb\xff\n", Options{Encoding: "utf-8"})
-	if len(malformed) != 1 || malformed[0].Error() != "data:2:2: cannot be decoded" || !errors.Is(malformed[0], ErrEncoding) {
+	if len(malformed) != 1 || malformed[0].Error() != "data:2:2: cannot be decoded" ||
+		!errors.Is(malformed[0], ErrEncoding) {
 		t.Errorf("a line that is not UTF-8: %v", malformed)
 	}
 }
@@ -504,7 +507,8 @@ func TestFileChangesWhileItIsRead(t *testing.T) {
 			got, _, fatal := drain(t, s)
 			at, _ := s.Size()
 			switch {
-			case size < 200_000 && (fatal == nil || !strings.Contains(fatal.Error(), "the file shrank while it was read: it had 200000 bytes, and ends after 150001") || len(got) != 75_000-1):
+			case size < 200_000 && (fatal == nil ||
+				!strings.Contains(fatal.Error(), "the file shrank while it was read: it had 200000 bytes, and ends after 150001") || len(got) != 75_000-1):
 				t.Errorf("%d records, %v", len(got), fatal)
 			case size > 200_000 && (fatal != nil || at != size || s.Consumed() != size):
 				t.Errorf("%d of %d bytes, %v", s.Consumed(), at, fatal)

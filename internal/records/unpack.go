@@ -281,7 +281,8 @@ func checkXZ(r *bufio.Reader) error {
 	if block[1]&3 != 0 || block[at] != lzma2 {
 		return errXZFilter
 	}
-	if bits := block[at+2]; bits > 28 { // 2 or 3 times a power of two: 28 is 64 MiB
+	// The size is encoded as 2 or 3 times a power of two; 40 is the largest that is valid.
+	if bits := int(block[at+2]); bits > 40 || int64(2|bits&1)<<(bits/2+11) > maxXZDictionary {
 		return errDictionary
 	}
 	return nil

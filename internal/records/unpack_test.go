@@ -80,7 +80,8 @@ func TestUnpack(t *testing.T) {
 			}
 			got, _, fatal := drain(t, s)
 			if data(got) != tt.want || fatal != nil || s.Consumed() != int64(len(tt.packed)) {
-				t.Errorf("got %q, %v after %d bytes; want %q after %d", data(got), fatal, s.Consumed(), tt.want, len(tt.packed))
+				t.Errorf("got %q, %v after %d bytes; want %q after %d", data(got), fatal, s.Consumed(), tt.want,
+					len(tt.packed))
 			}
 			if err := s.Close(); err != nil {
 				t.Errorf("second Close: %v", err)
@@ -132,11 +133,13 @@ func TestUnpackDamaged(t *testing.T) {
 					t.Fatal(err)
 				}
 				got, _, fatal := drain(t, s)
-				if fatal == nil || !strings.HasPrefix(fatal.Error(), "read data: "+tt.want) || strings.Contains(fatal.Error(), "EOF") {
+				if fatal == nil || !strings.HasPrefix(fatal.Error(), "read data: "+tt.want) ||
+					strings.Contains(fatal.Error(), "EOF") {
 					t.Errorf("error %v, want %q", fatal, tt.want)
 				}
 				t.Log(fatal)
-				if all := data(got); tt.most != (len(all) > len(text)/2) || name != "damaged" && !strings.HasPrefix(text, all) {
+				if all := data(got); tt.most != (len(all) > len(text)/2) || name != "damaged" &&
+					!strings.HasPrefix(text, all) {
 					t.Errorf("%d of %d bytes came", len(all), len(text))
 				}
 			})
@@ -179,7 +182,8 @@ func TestUnpackMisnamed(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, fatal := drain(t, s); fatal == nil || fatal.Error() != "read "+name+": "+want+" (records before: 0)" {
+		if _, _, fatal := drain(t, s); fatal == nil ||
+			fatal.Error() != "read "+name+": "+want+" (records before: 0)" {
 			t.Errorf("error %v, want %s", fatal, want)
 		}
 		s, err = Open(t.Context(), name, nil, Options{Verbatim: true})
@@ -307,7 +311,8 @@ func TestUnpackRefuses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, _, fatal := drain(t, s); got != nil || fatal == nil || fatal.Error() != "read "+name+": "+want+" (records before: 0)" {
+		if got, _, fatal := drain(t, s); got != nil || fatal == nil ||
+			fatal.Error() != "read "+name+": "+want+" (records before: 0)" {
 			t.Errorf("%.20q: %d records, %v; want %s", content, len(got), fatal, want)
 		}
 	}
@@ -315,7 +320,8 @@ func TestUnpackRefuses(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, fatal := drain(t, s); fatal == nil || !strings.Contains(fatal.Error(), "zip is read from regular files only") {
+	if _, _, fatal := drain(t, s); fatal == nil ||
+		!strings.Contains(fatal.Error(), "zip is read from regular files only") {
 		t.Errorf("a zip archive in a stream: %v", fatal)
 	}
 }
