@@ -353,44 +353,46 @@ func TestStateRefusesAnotherInput(t *testing.T) {
 		"shorter":   {lines(0, 10), "it is not the input that the earlier run read: it has 10 records, and had at least ", 0},
 	} {
 		t.Run(name, func(t *testing.T) {
-			path, out := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "out")
-			run := func(ctx context.Context, input io.Reader, rate float64) (string, Summary) {
-				t.Helper()
-				opts := Options{Inputs: []string{stdinName}, Stdin: input, Records: records.Options{Format: records.Lines}, Rate: rate}
-				opts.Stream.Dial, opts.Stream.Ordered = echoServer(t), true
-				var reports bytes.Buffer
-				opts.Display = Events(&reports)
-				var err error
-				if opts.State, err = OpenState(path, opts.Inputs, opts.Records); err != nil {
-					t.Fatal(err)
+			synctest.Test(t, func(t *testing.T) {
+				path, out := filepath.Join(t.TempDir(), "state"), filepath.Join(t.TempDir(), "out")
+				run := func(ctx context.Context, input io.Reader, rate float64) (string, Summary) {
+					t.Helper()
+					opts := Options{Inputs: []string{stdinName}, Stdin: input, Records: records.Options{Format: records.Lines}, Rate: rate}
+					opts.Stream.Dial, opts.Stream.Ordered = echoServer(t), true
+					var reports bytes.Buffer
+					opts.Display = Events(&reports)
+					var err error
+					if opts.State, err = OpenState(path, opts.Inputs, opts.Records); err != nil {
+						t.Fatal(err)
+					}
+					if opts.Out, err = OpenOutput(out); err != nil {
+						t.Fatal(err)
+					}
+					if err := Prepare(opts.Out, nil, opts.State); err != nil {
+						t.Fatal(err)
+					}
+					summary, _ := Run(t.Context(), ctx, opts)
+					return reports.String(), summary
 				}
-				if opts.Out, err = OpenOutput(out); err != nil {
-					t.Fatal(err)
+				stop, cancel := context.WithCancelCause(t.Context())
+				time.AfterFunc(50*time.Millisecond, func() { cancel(errors.New("interrupted")) })
+				_, first := run(stop, strings.NewReader(lines(0, 3000)), 4000)
+				if first.Came == 0 || first.Came >= 3000 {
+					t.Fatalf("the first run sent %d records", first.Came)
 				}
-				if err := Prepare(opts.Out, nil, opts.State); err != nil {
-					t.Fatal(err)
+				reported, second := run(t.Context(), strings.NewReader(c.input), 0)
+				want := c.lines
+				if want == 0 {
+					want = int(first.Came)
 				}
-				summary, _ := Run(t.Context(), ctx, opts)
-				return reports.String(), summary
-			}
-			stop, cancel := context.WithCancelCause(t.Context())
-			time.AfterFunc(50*time.Millisecond, func() { cancel(errors.New("interrupted")) })
-			_, first := run(stop, strings.NewReader(lines(0, 3000)), 4000)
-			if first.Came == 0 || first.Came >= 3000 {
-				t.Fatalf("the first run sent %d records", first.Came)
-			}
-			reported, second := run(t.Context(), strings.NewReader(c.input), 0)
-			want := c.lines
-			if want == 0 {
-				want = int(first.Came)
-			}
-			if got := strings.Count(readFile(t, out), "\n"); got != want ||
-				!strings.Contains(reported, c.want) || (second.BadInputs > 0) != (c.want != "") {
-				t.Errorf("%d lines, want %d; reported %q; %+v", got, want, reported, second)
-			}
-			if c.want == "" && readFile(t, out) != c.input {
-				t.Error("the output is not the input")
-			}
+				if got := strings.Count(readFile(t, out), "\n"); got != want ||
+					!strings.Contains(reported, c.want) || (second.BadInputs > 0) != (c.want != "") {
+					t.Errorf("%d lines, want %d; reported %q; %+v", got, want, reported, second)
+				}
+				if c.want == "" && readFile(t, out) != c.input {
+					t.Error("the output is not the input")
+				}
+			})
 		})
 	}
 }
