@@ -23,6 +23,9 @@ const (
 	// maxZstdWindow bounds the memory for zstd, in bytes. RFC 8878 asks of
 	// every decoder to support 8 MB; levels up to 19 need no more.
 	maxZstdWindow = 8 << 20
+
+	// maxXZDictionary bounds the memory for xz, in bytes: that of xz -9.
+	maxXZDictionary = 64 << 20
 )
 
 // A container is a format in which text is packed, or which is no text at all.
