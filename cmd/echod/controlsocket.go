@@ -50,7 +50,9 @@ func places() (all []place) {
 
 // listenDefault opens the control socket in the first of the places where that works. Places that another
 // user controls are skipped. The listener is nil if there is no place: the server serves without.
-func listenDefault(ctx context.Context, opts control.SocketOptions, log *zap.Logger) (ln net.Listener, path string, err error) {
+func listenDefault(
+	ctx context.Context, opts control.SocketOptions, log *zap.Logger,
+) (ln net.Listener, path string, err error) {
 	for _, p := range places() {
 		err := p.prepare()
 		if err == nil {
@@ -80,8 +82,8 @@ func (p place) prepare() error {
 }
 
 // clientSocket returns the path of the first control socket that accepts connections. It skips the
-// directories that another user controls, who could pose as a server there. Notes says what was skipped
-// and which other servers were found.
+// directories that another user controls, who could pose as a server there. It writes to notes what it
+// skipped, and which other servers it found.
 func clientSocket(notes io.Writer) (string, error) {
 	var paths, skipped, found []string
 	for _, p := range places() {
@@ -109,14 +111,16 @@ func clientSocket(notes io.Writer) (string, error) {
 	}
 	switch {
 	case len(found) > 1:
-		fmt.Fprintf(notes, "echod: using %s; servers also answer at %s (--control chooses)\n", found[0], strings.Join(found[1:], ", "))
+		fmt.Fprintf(notes, "echod: using %s; servers also answer at %s (--control chooses)\n",
+			found[0], strings.Join(found[1:], ", "))
 		return found[0], nil
 	case len(found) == 1:
 		return found[0], nil
 	case denied != nil:
 		return "", denied
 	default:
-		return "", &exitError{exitUnreachable, fmt.Errorf("no server found: looked at %s (--control names another socket)", strings.Join(paths, ", "))}
+		looked := strings.Join(paths, ", ")
+		return "", &exitError{exitUnreachable, fmt.Errorf("no server found: looked at %s (--control names another socket)", looked)}
 	}
 }
 

@@ -105,7 +105,8 @@ func showStatus(out io.Writer, st control.Status) error {
 	}
 	row("state", "%s", st.State)
 	if d := st.Drain; d != nil {
-		row("drain", "%s, %s left, %d notified, %d could not be notified", d.Reason, span(max(0, time.Until(d.Deadline))), d.Notified, d.NoticeFailed)
+		row("drain", "%s, %s left, %d notified, %d could not be notified",
+			d.Reason, span(max(0, time.Until(d.Deadline))), d.Notified, d.NoticeFailed)
 		if until := d.AcceptingUntil; until != nil && time.Now().Before(*until) {
 			row("accepting", "for another %s", span(time.Until(*until)))
 		}

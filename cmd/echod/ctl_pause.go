@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"echod/control"
-	"echod/internal/text"
 )
 
 // Exit codes of 'pause -- COMMAND'. Shells use the last two for a command that cannot be run or is not found
@@ -96,7 +95,7 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 	ended := false
 	code, err := runChild(child, lease, func() {
 		ended = true
-		fmt.Fprintf(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s\n", text.Printable(fmt.Sprint(lease.Why())))
+		_ = printLine(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s", lease.Why())
 	})
 	releaseLease(ctx, c, lease)
 	if err != nil {

@@ -16,7 +16,7 @@ import (
 )
 
 // holdsFile records the server's holds beside the control socket. A hold ends with its process: after a
-// restart the new server reports the holds that the old one had, since whoever placed them may count on them.
+// restart the new server reports the holds of the old one: their owners may rely on them.
 type holdsFile struct {
 	path string
 	srv  *server.Server
@@ -55,7 +55,8 @@ func (f *holdsFile) reportLost() {
 	}
 	for _, h := range holds {
 		if h.Expires.IsZero() || h.Expires.After(time.Now()) {
-			f.log.Warn("a restart ended a pause", zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Time("since", h.Since))
+			f.log.Warn("a restart ended a pause",
+				zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Time("since", h.Since))
 		}
 	}
 	_ = os.Remove(f.path)

@@ -25,8 +25,13 @@ func journalEnabled() bool { return journal.Enabled() }
 const journalError = int(journal.PriErr)
 
 var priorities = map[zapcore.Level]journal.Priority{
-	zapcore.DebugLevel: journal.PriDebug, zapcore.InfoLevel: journal.PriInfo, zapcore.WarnLevel: journal.PriWarning,
-	zapcore.ErrorLevel: journal.PriErr, zapcore.DPanicLevel: journal.PriCrit, zapcore.PanicLevel: journal.PriCrit, zapcore.FatalLevel: journal.PriCrit,
+	zapcore.DebugLevel:  journal.PriDebug,
+	zapcore.InfoLevel:   journal.PriInfo,
+	zapcore.WarnLevel:   journal.PriWarning,
+	zapcore.ErrorLevel:  journal.PriErr,
+	zapcore.DPanicLevel: journal.PriCrit,
+	zapcore.PanicLevel:  journal.PriCrit,
+	zapcore.FatalLevel:  journal.PriCrit,
 }
 
 // priorityEncoder prefixes each line with its priority, as sd-daemon(3) describes it.

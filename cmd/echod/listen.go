@@ -40,7 +40,8 @@ func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *z
 	}
 	switch {
 	case s.control != nil && f.control != "" && f.control != s.control.Addr().String():
-		return s, fmt.Errorf("--control %s: systemd passes another control socket, %s: use only one of them", f.control, s.control.Addr())
+		return s, fmt.Errorf("--control %s: systemd passes another control socket, %s: use only one of them",
+			f.control, s.control.Addr())
 	case s.control != nil:
 		log.Info("control socket open", zap.Stringer("path", s.control.Addr()))
 	case f.control != "off":
@@ -99,7 +100,8 @@ func inheritSockets() (s sockets, err error) {
 			case name == controlSocket:
 				err = fmt.Errorf("systemd socket %q, %s: want a single Unix socket", name, ln.Addr())
 			default:
-				err = fmt.Errorf("systemd socket %q, %s: want FileDescriptorName=%s or %s", name, ln.Addr(), echoSocket, controlSocket)
+				err = fmt.Errorf("systemd socket %q, %s: want FileDescriptorName=%s or %s",
+					name, ln.Addr(), echoSocket, controlSocket)
 			}
 		}
 	}
@@ -161,7 +163,9 @@ func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Liste
 
 // listenControl opens the control socket. With an empty path it uses the default; the listener is nil if
 // there is none.
-func listenControl(ctx context.Context, path string, opts control.SocketOptions, log *zap.Logger) (ln net.Listener, err error) {
+func listenControl(
+	ctx context.Context, path string, opts control.SocketOptions, log *zap.Logger,
+) (ln net.Listener, err error) {
 	if path == "" {
 		ln, path, err = listenDefault(ctx, opts, log)
 	} else {

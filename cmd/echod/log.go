@@ -74,7 +74,8 @@ func newLogger(level, format string, onDropped func(cause string, entries int64)
 	}
 	if format == "journal" {
 		sink.core = journalCore{send: sendToJournal}
-		return zap.New(sampled(journalCore{LevelEnabler: enabled, send: sink.queued(sendToJournal)}, sink)), sink.start(), nil
+		core := journalCore{LevelEnabler: enabled, send: sink.queued(sendToJournal)}
+		return zap.New(sampled(core, sink)), sink.start(), nil
 	}
 	if stderrIsJournal() {
 		encoder = priorityEncoder{encoder}
@@ -98,7 +99,8 @@ func sampled(core zapcore.Core, sink *logSink) zapcore.Core {
 			sink.sampledOut()
 		}
 	})
-	return samplingCore{Core: core, sampler: zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter, count)}
+	sampler := zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter, count)
+	return samplingCore{Core: core, sampler: sampler}
 }
 
 func (c samplingCore) With(fields []zapcore.Field) zapcore.Core {

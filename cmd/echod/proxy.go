@@ -67,7 +67,8 @@ func parseRange(text string) (netip.Prefix, error) {
 func proxied(trusted []netip.Prefix) server.WrapConn {
 	return func(_ context.Context, nc net.Conn) (net.Conn, error) {
 		from, err := netip.ParseAddrPort(nc.RemoteAddr().String())
-		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(from.Addr().Unmap().WithZone("")) }) {
+		addr := from.Addr().Unmap().WithZone("") // as parseTrusted has them
+		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) }) {
 			return nc, nil
 		}
 		client, err := readProxyClient(nc)

@@ -44,7 +44,8 @@ Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 				return usagef("top needs a terminal: use 'echod ctl status' or 'echod ctl events' in scripts")
 			}
 			if name := os.Getenv("TERM"); runtime.GOOS != "windows" && (name == "" || name == "dumb") {
-				return usagef("top needs a terminal that can move its cursor, and TERM is %q: use 'echod ctl status' or 'echod ctl events'", name)
+				return usagef("top needs a terminal that can move its cursor, and TERM is %q: "+
+					"use 'echod ctl status' or 'echod ctl events'", name)
 			}
 			c, err := controlClient(path, cmd.ErrOrStderr())
 			if err != nil {

@@ -95,7 +95,8 @@ func (m *model) askPause() dialog {
 			because = fmt.Sprintf(" (%s)", reason)
 		}
 		return &confirmation{
-			fmt.Sprintf("Pause the server%s? New clients wait until it is resumed; the %s continue. y/N", because, text.Count(m.status.Connections, "connection")),
+			fmt.Sprintf("Pause the server%s? New clients wait until it is resumed; the %s continue. y/N",
+				because, text.Count(m.status.Connections, "connection")),
 			func(ctx context.Context, c *control.Client) (string, error) {
 				h, err := c.Pause(ctx, control.PauseRequest{Reason: reason, Mode: "hold"})
 				return "paused: hold " + h.ID, err
@@ -136,7 +137,8 @@ func (m *model) askKill() dialog {
 	}
 	r := m.table.shown[at]
 	return &confirmation{
-		fmt.Sprintf("Close connection %d from %s, open for %s? It gets what was read back first. y/N", r.ID, r.Remote, span(m.now.Sub(r.Opened))),
+		fmt.Sprintf("Close connection %d from %s, open for %s? It gets what was read back first. y/N",
+			r.ID, r.Remote, span(m.now.Sub(r.Opened))),
 		func(ctx context.Context, c *control.Client) (string, error) {
 			_, err := c.Kill(ctx, r.ID)
 			return fmt.Sprintf("killed connection %d", r.ID), err
@@ -186,7 +188,8 @@ func describeShutdown(change control.Change) string {
 	if change.Drain == nil {
 		return "the server is " + change.State
 	}
-	return fmt.Sprintf("the server is %s until %s at the latest", change.State, change.Drain.Deadline.Local().Format(time.TimeOnly))
+	deadline := change.Drain.Deadline.Local().Format(time.TimeOnly)
+	return fmt.Sprintf("the server is %s until %s at the latest", change.State, deadline)
 }
 
 // firstFew lists up to most names, and how many more there are.

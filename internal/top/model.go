@@ -54,7 +54,10 @@ const noteTimeout = 10 * time.Second
 
 func newModel(path string, interval time.Duration, ascii bool, d doer) *model {
 	minGap := interval / 2
-	m := &model{path: path, doer: d, glyphs: unicodeGlyphs, rates: rates{minGap: minGap}, table: newTable(minGap), now: time.Now()}
+	m := &model{
+		path: path, doer: d, glyphs: unicodeGlyphs,
+		rates: rates{minGap: minGap}, table: newTable(minGap), now: time.Now(),
+	}
 	if ascii {
 		m.glyphs = asciiGlyphs
 	}

@@ -118,7 +118,8 @@ func (m *model) header() []string {
 	st := m.status
 	lines := []string{m.title()}
 	row := func(name, format string, args ...any) {
-		lines = append(lines, bold.Render(cell(text.Printable(name), 13, false, ""))+text.Printable(fmt.Sprintf(format, args...)))
+		name = bold.Render(cell(text.Printable(name), 13, false, ""))
+		lines = append(lines, name+text.Printable(fmt.Sprintf(format, args...)))
 	}
 	roomy := m.height >= heightForRates
 	switch d := st.Drain; {
@@ -132,7 +133,8 @@ func (m *model) header() []string {
 		row("draining", "%s: new clients %s for %s more, %s left in total",
 			d.Reason, newClients, span(d.AcceptingUntil.Sub(m.now)), span(d.Deadline.Sub(m.now)))
 	case d != nil:
-		row("draining", "%s: %s left, %s notified, %d failed", d.Reason, span(d.Deadline.Sub(m.now)), humanize.Comma(int64(d.Notified)), d.NoticeFailed)
+		row("draining", "%s: %s left, %s notified, %d failed",
+			d.Reason, span(d.Deadline.Sub(m.now)), humanize.Comma(int64(d.Notified)), d.NoticeFailed)
 	}
 	holds := st.Holds
 	if m.away() {
