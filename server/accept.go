@@ -226,7 +226,11 @@ func (s *Server) proceed(c *Conn, d decision, why Reason) {
 	case admit:
 		if !s.opts.QuietConns {
 			if entry := s.log.Check(zap.InfoLevel, "connection opened"); entry != nil {
-				entry.Write(zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
+				fields := []zap.Field{zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr())}
+				if labels := c.Labels(); labels != nil {
+					fields = append(fields, zap.Any("labels", labels))
+				}
+				entry.Write(fields...)
 			}
 		}
 		s.connState(c, PhaseServing)
@@ -308,7 +312,10 @@ func (c *Conn) prepare() (err error) {
 	}
 	if c.from.tls != nil {
 		c.tlsBegun.Store(true)
-		return c.replaceStream(ctx, c.from.tls)
+		if err := c.replaceStream(ctx, c.from.tls); err != nil {
+			return err
+		}
+		c.labelIdentity()
 	}
 	return nil
 }

@@ -27,7 +27,7 @@ func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
 		c.admitted = true
 		c.phase.Store(int32(PhaseServing))
 		st.admitted++
-		st.countAddress(c, +1)
+		st.countClient(c, +1)
 		st.tasks++
 	case reject:
 		c.phase.Store(int32(PhaseRejecting))
@@ -79,7 +79,7 @@ func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
 		return reject, ReasonRejectedPaused
 	case len(st.holds) > 0:
 		return undecided, 0
-	case st.perAddress != nil && st.perAddress[c.limitKey()] >= s.opts.Limits.MaxConnsPerIP:
+	case st.atClientLimit(c):
 		return reject, ReasonRejectedLimit
 	case st.admitted < s.opts.Limits.MaxConns:
 		return admit, 0
@@ -123,16 +123,47 @@ func (s *Server) hasFile(spare int) bool {
 	return s.files == 0 || connFiles.Load() < int64(s.files+spare)
 }
 
-// limitKey returns the address by which c counts towards Limits.MaxConnsPerIP. It is invalid for a client without an
-// IP address, which is not limited.
-func (c *Conn) limitKey() netip.Addr {
-	addr := addrOf(c.RemoteAddr())
-	if addr.Is4() || !addr.IsValid() {
-		return addr
+// clientKey is what counts as one client for Limits.MaxConnsPerIP and MaxConnsPerUID.
+type clientKey struct {
+	addr netip.Addr
+	uid  int // of a client of a Unix socket, whose addr is invalid
+}
+
+// clientKey returns the client that c counts for, and how many connections that may have; 0 means any number.
+func (c *Conn) clientKey() (key clientKey, most int) {
+	limits := &c.srv.opts.Limits
+	if limits.MaxConnsPerIP == 0 && limits.MaxConnsPerUID == 0 {
+		return key, 0
 	}
-	prefix, err := addr.WithZone("").Prefix(c.srv.opts.Limits.IPv6Prefix)
-	if err != nil {
-		return addr
+	remote := c.RemoteAddr()
+	if cred, ok := remote.(Credentials); ok {
+		return clientKey{uid: cred.UID}, limits.MaxConnsPerUID
 	}
-	return prefix.Addr()
+	key.addr = addrOf(remote)
+	if !key.addr.IsValid() {
+		return key, 0
+	}
+	if !key.addr.Is4() {
+		if prefix, err := key.addr.WithZone("").Prefix(limits.IPv6Prefix); err == nil {
+			key.addr = prefix.Addr()
+		}
+	}
+	return key, limits.MaxConnsPerIP
+}
+
+// atClientLimit reports whether c's client has as many connections as it may have.
+func (st *state) atClientLimit(c *Conn) bool {
+	key, most := c.clientKey()
+	return most > 0 && st.perClient[key] >= most
+}
+
+// countClient adds n to the number of connections that are served for c's client.
+func (st *state) countClient(c *Conn, n int) {
+	key, most := c.clientKey()
+	if most == 0 {
+		return
+	}
+	if st.perClient[key] += n; st.perClient[key] <= 0 {
+		delete(st.perClient, key)
+	}
 }

@@ -113,6 +113,9 @@ func newConn(a *acceptor, nc net.Conn) *Conn {
 	if session, ok := nc.(*tls.Conn); ok { // of tls.NewListener
 		c.sock = session.NetConn()
 	}
+	if cred, ok := peerCredentials(nc); ok {
+		c.closing.With(func(cl *closingState) { cl.extra().remote = cred })
+	}
 	c.phase.Store(int32(PhaseWaiting))
 	c.touch()
 	connFiles.Add(1)
@@ -134,7 +137,8 @@ func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 // LocalAddr is the server's address on this connection.
 func (c *Conn) LocalAddr() net.Addr { return c.sock.LocalAddr() }
 
-// RemoteAddr is the client's address: that of the connection which WrapConn returned.
+// RemoteAddr is the client's address: that of the connection which WrapConn returned. For the client of a Unix socket,
+// which has no address, it is its Credentials where the system tells them.
 func (c *Conn) RemoteAddr() (addr net.Addr) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil {
@@ -173,8 +177,15 @@ func (c *Conn) TLS() (state tls.ConnectionState, ok bool) {
 	return session.ConnectionState(), true
 }
 
-// Credentials identify the process at the other end of a Unix socket, as it was when it connected.
+// Credentials identify the process at the other end of a Unix socket, as it was when it connected. They are the client's
+// RemoteAddr.
 type Credentials struct{ PID, UID, GID int }
+
+// Network returns "unix".
+func (Credentials) Network() string { return "unix" }
+
+// String returns, for example, "uid=1000,pid=4711".
+func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID, c.PID) }
 
 // PeerCredentials returns the credentials of the client of a Unix socket; ok is false where the system does not tell.
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }

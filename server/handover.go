@@ -487,7 +487,7 @@ func (p *predecessor) record(c *Conn) handoverConn {
 			return
 		}
 		r.Labels = cl.rare.labels
-		if cl.rare.remote != nil {
+		if _, asked := cl.rare.remote.(Credentials); cl.rare.remote != nil && !asked { // the socket tells them again
 			r.Remote = cl.rare.remote.String()
 		}
 		r.ReadDeadline, r.WriteDeadline = cl.rare.readDeadline, cl.rare.writeDeadline
@@ -773,7 +773,7 @@ func (st *state) forget(c *Conn) {
 	}
 	if c.admitted {
 		st.admitted--
-		st.countAddress(c, -1)
+		st.countClient(c, -1)
 	}
 }
 

@@ -144,8 +144,8 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 	<-heard
 	story.With(func(s *told) { s.wantStatus(t, st) })
 	r.state.With(func(l *state) {
-		if l.admitted != 0 || l.rejecting != 0 || len(l.perAddress) != 0 || l.tasks != 0 {
-			t.Errorf("left on the books: %d admitted, %d being rejected, %d addresses, %d tasks", l.admitted, l.rejecting, len(l.perAddress), l.tasks)
+		if l.admitted != 0 || l.rejecting != 0 || len(l.perClient) != 0 || l.tasks != 0 {
+			t.Errorf("left on the books: %d admitted, %d being rejected, %d addresses, %d tasks", l.admitted, l.rejecting, len(l.perClient), l.tasks)
 		}
 	})
 	if t.Failed() {

@@ -96,12 +96,12 @@ func TestLimitPerAddressRejectsWhateverTheOtherLimitSays(t *testing.T) {
 		again.send(t, "x\n")
 		again.has(t, "x\n")
 		again.leave(t)
-		r.state.With(func(l *state) { wantEqual(t, "addresses kept", len(l.perAddress), 2) })
+		r.state.With(func(l *state) { wantEqual(t, "addresses kept", len(l.perClient), 2) })
 		for info := range r.Conns() {
 			_ = r.Kill(info.ID)
 		}
 		pass(lingerTimeout)
-		r.state.With(func(l *state) { wantEqual(t, "addresses kept when all have left", len(l.perAddress), 0) })
+		r.state.With(func(l *state) { wantEqual(t, "addresses kept when all have left", len(l.perClient), 0) })
 	})
 }
 

@@ -74,6 +74,8 @@ type Limits struct {
 	// MaxConnsPerIP is how many connections are served at once from one client address. More are rejected, whatever
 	// AtLimit says, so that one client cannot block the accept queue. Zero and Off mean no limit.
 	MaxConnsPerIP int
+	// MaxConnsPerUID is the same for one user id on Unix sockets, where the system tells it. Zero and Off mean no limit.
+	MaxConnsPerUID int
 	// IPv6Prefix is how many bits of an IPv6 address identify a client for MaxConnsPerIP. Zero means 64, because a
 	// site usually has a /64 at least (RFC 6177). IPv4 addresses count whole, also when they are mapped into IPv6.
 	IPv6Prefix int
@@ -123,6 +125,7 @@ func (o Options) withDefaults() (Options, error) {
 	}{
 		{"Limits.MaxConns", int64(o.Limits.MaxConns), strconv.Itoa(o.Limits.MaxConns)},
 		{"Limits.MaxConnsPerIP", int64(o.Limits.MaxConnsPerIP), strconv.Itoa(o.Limits.MaxConnsPerIP)},
+		{"Limits.MaxConnsPerUID", int64(o.Limits.MaxConnsPerUID), strconv.Itoa(o.Limits.MaxConnsPerUID)},
 		{"Timeouts.Idle", int64(o.Timeouts.Idle), o.Timeouts.Idle.String()},
 		{"Timeouts.Stall", int64(o.Timeouts.Stall), o.Timeouts.Stall.String()},
 	} {
@@ -176,7 +179,7 @@ func (l Limits) withDefaults(log *zap.Logger) Limits {
 	if l.MaxHandshakes == 0 {
 		l.MaxHandshakes = DefaultMaxHandshakes
 	}
-	l.MaxConnsPerIP = max(0, l.MaxConnsPerIP)
+	l.MaxConnsPerIP, l.MaxConnsPerUID = max(0, l.MaxConnsPerIP), max(0, l.MaxConnsPerUID)
 	files, limited := openFilesLimit()
 	switch {
 	case l.MaxConns == Off || !limited && l.MaxConns == 0:

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -60,9 +59,7 @@ func New(h Handler, opts Options) (*Server, error) {
 	s.state.With(func(st *state) {
 		st.phase = StateStarting
 		st.recent.size = recentConns
-		if opts.Limits.MaxConnsPerIP > 0 {
-			st.perAddress = make(map[netip.Addr]int)
-		}
+		st.perClient = make(map[clientKey]int)
 	})
 	return s, nil
 }

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"net/netip"
 	"time"
 )
 
@@ -17,10 +16,10 @@ type state struct {
 
 	conns      table // open connections, from accept to close
 	lastID     uint64
-	admitted   int                // of conns, those being served or closing after that
-	rejecting  int                // of conns, those that are rejected and linger
-	handshakes []*Conn            // of conns, those in WrapConn, oldest first
-	perAddress map[netip.Addr]int // of admitted; nil where there is no limit
+	admitted   int               // of conns, those being served or closing after that
+	rejecting  int               // of conns, those that are rejected and linger
+	handshakes []*Conn           // of conns, those in WrapConn, oldest first
+	perClient  map[clientKey]int // of admitted
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
@@ -101,7 +100,7 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	switch {
 	case c.admitted:
 		st.admitted--
-		st.countAddress(c, -1)
+		st.countClient(c, -1)
 	case c.rejected:
 		st.rejecting--
 	}
@@ -117,17 +116,6 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	st.recent.add(closed)
 	st.publish(Event{Type: EventClosed, Closed: &closed})
 	return true
-}
-
-// countAddress adds n to the number of connections that are served for c's client address.
-func (st *state) countAddress(c *Conn, n int) {
-	addr := c.limitKey()
-	if st.perAddress == nil || !addr.IsValid() {
-		return
-	}
-	if st.perAddress[addr] += n; st.perAddress[addr] <= 0 {
-		delete(st.perAddress, addr)
-	}
 }
 
 // publish stamps e and gives it to every subscriber, in the order in which things happened.

@@ -218,7 +218,7 @@ func (t *successor) commit(m handoverMessage) error {
 			c.admitted = true
 			c.phase.Store(int32(PhaseServing))
 			st.admitted++
-			st.countAddress(c, +1)
+			st.countClient(c, +1)
 			st.tasks++
 			t.started = append(t.started, resumption{c, r})
 		}

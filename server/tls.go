@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -192,6 +193,41 @@ func (cp *copier) readBuffered(n int, session *tls.Conn, transport *tlsTransport
 		c.touch()
 	}
 	return n, starved
+}
+
+// Labels of a connection whose client has identified itself by a certificate that was verified.
+const (
+	LabelSubject = "tls_subject" // for example "CN=client,O=Example"
+	LabelNames   = "tls_names"   // DNS names, mail and IP addresses and URIs, separated by commas
+)
+
+// labelIdentity sets the labels of a client with a certificate. Names that are too long for a label are cut off, and
+// characters that a log should not have are escaped.
+func (c *Conn) labelIdentity() {
+	state, ok := c.TLS()
+	if !ok || len(state.VerifiedChains) == 0 {
+		return
+	}
+	leaf := state.VerifiedChains[0][0]
+	names := slices.Concat(leaf.DNSNames, leaf.EmailAddresses)
+	for _, ip := range leaf.IPAddresses {
+		names = append(names, ip.String())
+	}
+	for _, uri := range leaf.URIs {
+		names = append(names, uri.String())
+	}
+	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String())) // a label that labelText made is valid
+	_ = c.SetLabel(LabelNames, labelText(strings.Join(names, ",")))
+}
+
+func labelText(text string) string {
+	if CheckText(text) != nil {
+		text = strconv.QuoteToASCII(text)
+	}
+	if len(text) > maxLabelLength {
+		text = strings.ToValidUTF8(text[:maxLabelLength], "")
+	}
+	return text
 }
 
 // HandshakeFailure says why a TLS handshake failed. Its values are stable, and fit for metrics.

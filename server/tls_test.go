@@ -34,12 +34,18 @@ func tlsConfigs(t testing.TB) (forServer, forClient *tls.Config) {
 // newCertificate makes a certificate for 127.0.0.1 and for name, signed by an issuer or, if that is nil, by itself.
 func newCertificate(t testing.TB, name string, issuer *tls.Certificate) tls.Certificate {
 	t.Helper()
+	return signCertificate(t, name, time.Now().Add(time.Hour), issuer)
+}
+
+func signCertificate(t testing.TB, name string, notAfter time.Time, issuer *tls.Certificate) tls.Certificate {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
+		NotBefore: notAfter.Add(-90 * 24 * time.Hour), NotAfter: notAfter,
 		IPAddresses: []net.IP{{127, 0, 0, 1}}, DNSNames: []string{name},
 		IsCA: issuer == nil, BasicConstraintsValid: true,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
