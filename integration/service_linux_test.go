@@ -45,6 +45,7 @@ func TestSystemd(t *testing.T) {
 	t.Run("a forced stop is no failure", s.testForce)
 	t.Run("settings are applied", s.testSettings)
 	t.Run("other users cannot open the runtime directory", s.testRuntimeDirectory)
+	t.Run("the log names the uid of control clients", s.testAudit)
 	t.Run("a late address does not stop the socket", s.testLateAddress)
 	t.Run("without its socket the service does not start", s.testNoSocket)
 	t.Run("start failures are errors and retried slowly", s.testStartFailure)
@@ -315,6 +316,18 @@ func (s *systemd) testRuntimeDirectory(t *testing.T) {
 	if open("0") != 0 || open("65534") == 0 {
 		t.Errorf("ls /run/echod exits with %d for root and %d for nobody", open("0"), open("65534"))
 	}
+}
+
+// A sandbox with its own user namespace would show all clients but root as nobody.
+func (s *systemd) testAudit(t *testing.T) {
+	s.fresh(t, "Environment=ECHOD_CONTROL_MODE=0666")
+	const uid = "12345"
+	pause := run(t, s.command(setpriv.find(t)[0], "--reuid="+uid, "--regid="+uid, "--clear-groups",
+		"/run/test/echod", "ctl", "--control", "/run/echod/control.sock", "pause", "--reason", "audit"))
+	if pause.code != 0 {
+		t.Fatalf("pause: %+v", pause)
+	}
+	poll(t, "the pause in the journal", func() bool { return len(s.entries(t, "REASON=audit", "PLACED_BY_UID="+uid)) == 1 })
 }
 
 // At boot the network may bring up an address after the socket.
