@@ -57,7 +57,7 @@ func expectRows(t *testing.T, path string, rows int) {
 // comes back once and in order, and the client needs little memory.
 func TestSendTwoMillionRowsOverThreeRestarts(t *testing.T) {
 	slow(t)
-	const rows, mostMemory = 2_000_000, 64 << 10 // KiB
+	const rows, mostMemory = 2_000_000, 32 << 10 // KiB
 	binary := built(t, leanBinary)
 	table := writeCSV(t, rows)
 	if info, err := os.Stat(table); err != nil || info.Size() < 100_000_000 {

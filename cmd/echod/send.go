@@ -109,7 +109,7 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 	f.BoolVar(&s.replaceInvalid, "replace-invalid", false,
 		"send U+FFFD for what cannot be decoded, and count it")
 	f.StringVar(&s.blockSize, "block-size", "32KiB",
-		"raw: `size` of a block, up to 16MiB; about 15 are\n"+
+		"raw: `size` of a block, up to 16MiB; about 10 are\n"+
 			"in memory")
 	f.StringVar(&s.maxRecord, "max-record", "1MiB",
 		"`size` of the longest line or row, up to 16MiB; several of that\n"+
