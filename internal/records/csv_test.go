@@ -128,8 +128,10 @@ func TestCSVMalformed(t *testing.T) {
 			"a,b\n\"1,2\n3,4\n" + strings.Repeat("\n", swallows) + "5,6\n",
 			Options{MaxRecord: 100},
 			csv.ErrQuote,
-			[]string{`data:2:1: extraneous or missing " in quoted-field: not closed` + "\n\"1,2\n", "2@3",
-				fmt.Sprintf("3@%d", swallows+4)},
+			[]string{
+				`data:2:1: extraneous or missing " in quoted-field: not closed` + "\n\"1,2\n", "2@3",
+				fmt.Sprintf("3@%d", swallows+4),
+			},
 		},
 		"never closed, before a line longer than MaxRecord": {
 			"a,b\n\"1,2\n" + strings.Repeat("x", swallows) + "\n5,6\n",
@@ -144,8 +146,10 @@ func TestCSVMalformed(t *testing.T) {
 			"a,b\n1\"1,\"2\"2\n" + strings.Repeat("\n", swallows) + "5,6\n",
 			Options{MaxRecord: 100, LazyQuotes: true},
 			csv.ErrQuote,
-			[]string{`data:2:5: extraneous or missing " in quoted-field: not closed` + "\n1\"1,\"2\"2\n",
-				fmt.Sprintf("2@%d", swallows+3)},
+			[]string{
+				`data:2:5: extraneous or missing " in quoted-field: not closed` + "\n1\"1,\"2\"2\n",
+				fmt.Sprintf("2@%d", swallows+3),
+			},
 		},
 		"too few": {
 			"a,b\n1\n2,3\n",
