@@ -317,6 +317,8 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 	}
 	fields := []zap.Field{zap.String("reason", o.Reason), zap.Time("deadline", end)}
 	switch {
+	case s.isHandedOver() && begun:
+		s.log.Debug("draining the connections that stayed behind", fields...)
 	case forced:
 		s.log.Warn("closing all connections now", zap.String("reason", o.Reason))
 	case begun && o.Delay > 0:

@@ -373,7 +373,7 @@ func (p *predecessor) await(want string) error {
 
 // offer sends the listeners, and what the successor must know to get ready.
 func (p *predecessor) offer() error {
-	p.s.state.With(func(st *state) { p.acceptors = slices.Clone(st.acceptors) })
+	p.s.state.With(func(st *state) { p.acceptors = slices.Concat(st.acceptors, st.adopted) })
 	m := handoverMessage{Type: msgOffer, Format: handoverFormat, Program: p.o.Program, Data: p.o.Data}
 	var files []any
 	for _, a := range p.acceptors {

@@ -317,7 +317,7 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	if sig := signals.Forced(); sig != nil && !up.done.Load() {
 		return &exitError{code: exitSignal + signalNumber(sig)}
 	}
-	return keepIfUpgraded()
+	return keepIfUpgraded(caught)
 }
 
 // openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its connections.

@@ -89,7 +89,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	}()
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("the successor was not ready within %s", timeout))
 	defer cancel()
-	successor, link, err := startSuccessor()
+	successor, link, err := startSuccessor(ctx)
 	if err != nil {
 		return done, fmt.Errorf("starting the successor: %w", err)
 	}

@@ -9,7 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -69,8 +69,9 @@ var keeperPipe struct{ r, w *os.File }
 // isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
 func isKept() bool { return underSystemd() || os.Getenv(envReport) != "" }
 
-// startSuccessor starts the program that is on disk now, with the arguments and the environment of this one.
-func startSuccessor() (p process, link server.Link, err error) {
+// startSuccessor starts the program that is on disk now, with the arguments and the environment of this one. The end of
+// ctx ends the start.
+func startSuccessor(ctx context.Context) (p process, link server.Link, err error) {
 	path, err := exec.LookPath(os.Args[0])
 	if err != nil {
 		return p, nil, err
@@ -102,14 +103,15 @@ func startSuccessor() (p process, link server.Link, err error) {
 	err = cmd.Start()
 	_ = pidW.Close()
 	if err == nil {
-		var line string
-		line, err = bufio.NewReader(io.LimitReader(pidR, 64)).ReadString('\n')
-		if err != nil {
-			err = errors.New("the program on disk does not know upgrades, or did not start")
-		} else {
-			p.pid, err = strconv.Atoi(strings.TrimSpace(line))
+		stop := context.AfterFunc(ctx, func() { _ = pidR.SetReadDeadline(time.Unix(1, 0)) })
+		p.pid, err = readPID(pidR)
+		if !stop() && err != nil {
+			err = context.Cause(ctx)
 		}
-		_ = cmd.Wait() // the starter exits at once; an older program exits because its addresses are in use
+		if err != nil {
+			_ = cmd.Process.Kill() // it is not a starter, or it hangs
+		}
+		_ = cmd.Wait() // a starter exits at once
 	}
 	if err == nil {
 		p.pidf, err = unix.PidfdOpen(p.pid, 0)
@@ -122,6 +124,15 @@ func startSuccessor() (p process, link server.Link, err error) {
 	p.gate = gateW
 	link, err = server.NewUnixLink(near)
 	return p, link, err
+}
+
+// readPID reads the pid that the starter writes.
+func readPID(r io.Reader) (int, error) {
+	line, err := bufio.NewReader(io.LimitReader(r, 64)).ReadString('\n')
+	if err != nil {
+		return 0, errors.New("the program on disk does not know upgrades, or did not start")
+	}
+	return strconv.Atoi(strings.TrimSpace(line))
 }
 
 // successorEnviron is this process's environment without what belongs to this process alone.
@@ -305,8 +316,9 @@ func passOn(sig os.Signal) {
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 
 // keepIfUpgraded turns this process into a keeper if it was the first one and has handed over: the program that started
-// the service must see the same process until the service ends. The memory of the server goes with the exec.
-func keepIfUpgraded() error {
+// the service must see the same process until the service ends. The memory of the server goes with the exec. Signals that
+// came since the server has stopped are passed on; those that come during the exec stay pending until the keeper takes them.
+func keepIfUpgraded(caught <-chan os.Signal) error {
 	pid := successorPID.Load()
 	if pid == 0 {
 		return nil
@@ -317,14 +329,37 @@ func keepIfUpgraded() error {
 	}
 	_ = keeperPipe.w.Close()
 	env := append(successorEnviron(), fmt.Sprintf("%s=%d,%d", envKeeper, fd, pid), "GOGC=10", "GOMAXPROCS=1")
-	return syscall.Exec("/proc/self/exe", os.Args, env)
+	runtime.LockOSThread() // exec keeps this thread's mask
+	var mask unix.Sigset_t
+	for _, sig := range keeperSignals {
+		mask.Val[(sig-1)/64] |= 1 << ((sig - 1) % 64)
+	}
+	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &mask, nil); err != nil {
+		return err
+	}
+	for {
+		select {
+		case sig := <-caught:
+			passOn(sig)
+			continue
+		default:
+		}
+		return syscall.Exec("/proc/self/exe", os.Args, env)
+	}
+}
+
+// keeperSignals are what a keeper passes on.
+var keeperSignals = []syscall.Signal{
+	syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2,
 }
 
 // runKeeper is the first process of a service that was upgraded: it passes signals on to the one that serves, and exits
 // with its code.
 func runKeeper() int {
 	signals := make(chan os.Signal, 64)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2)
+	for _, sig := range keeperSignals {
+		notifySignals(signals, sig) // not those that nohup ignores
+	}
 	fdText, pidText, _ := strings.Cut(os.Getenv(envKeeper), ",")
 	fd, err := strconv.Atoi(fdText)
 	if err != nil {

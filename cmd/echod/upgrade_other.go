@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"os"
 
@@ -16,7 +17,9 @@ func (process) release() {}
 
 var errNoUpgrade = errors.New("upgrades are supported on Linux only")
 
-func startSuccessor() (p process, link server.Link, err error) { return p, nil, errNoUpgrade }
+func startSuccessor(context.Context) (p process, link server.Link, err error) {
+	return p, nil, errNoUpgrade
+}
 
 func internalRole() (code int, done bool) { return 0, false }
 
@@ -32,4 +35,4 @@ func passOn(os.Signal) {}
 
 func notifyUpgrade(chan<- os.Signal) {}
 
-func keepIfUpgraded() error { return nil }
+func keepIfUpgraded(<-chan os.Signal) error { return nil }

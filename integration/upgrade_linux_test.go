@@ -1,0 +1,144 @@
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// upgradable starts a server from a copy of the program, which a test can replace.
+func upgradable(t *testing.T, flags ...string) (e *echod, program string) {
+	t.Helper()
+	program = filepath.Join(shortDir(t), "echod")
+	copyFile(t, built(t, echodBinary), program)
+	socket := filepath.Join(shortDir(t), "c")
+	flags = append([]string{"serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--control", socket}, flags...)
+	cmd := commandOf(append([]string{program}, flags...)...)
+	cmd.Env = environment()
+	return launch(t, cmd, socket), program
+}
+
+func copyFile(t *testing.T, from, to string) {
+	t.Helper()
+	data, err := os.ReadFile(from)
+	check(t, err)
+	check(t, os.WriteFile(to+".new", data, 0o755))
+	check(t, os.Rename(to+".new", to)) // a running program cannot be written to
+}
+
+// TestG12Upgrade upgrades the real program. Package server tests the handover itself.
+func TestG12Upgrade(t *testing.T) {
+	t.Parallel()
+	t.Run("connections, holds and counters go on", func(t *testing.T) {
+		t.Parallel()
+		e, program := upgradable(t, "--grace", "20s")
+		old := e.crowd(20)
+		if got := e.ctl("pause", "--reason", "backup"); got.code != 0 {
+			t.Fatal(got.stderr)
+		}
+		queued := e.dial()
+		check(t, queued.send("queued\n"))
+		pid := e.status().PID
+		for i := range 3 {
+			copyFile(t, built(t, echodBinary), program)
+			got := e.ctl("upgrade")
+			if got.code != 0 || !strings.Contains(got.stdout, "20 connections handed over") {
+				t.Fatalf("upgrade %d: exit code %d, %q, %q", i, got.code, got.stdout, got.stderr)
+			}
+			st := e.status()
+			if st.PID == pid || st.State != "paused" || len(st.Holds) != 1 || st.Holds[0].Reason != "backup" {
+				t.Errorf("after upgrade %d: process %d (it was %d), state %s, holds %+v", i, st.PID, pid, st.State, st.Holds)
+			}
+			if err := balanced(st); err != nil {
+				t.Error(err)
+			}
+			pid = st.PID
+			each(t, len(old), func(k int) error { return old[k].echo(fmt.Sprintf("after upgrade %d\n", i)) })
+		}
+		if got := e.ctl("resume"); got.code != 0 {
+			t.Fatal(got.stderr)
+		}
+		check(t, queued.expect("queued\n"))
+
+		// The first process passes the signal on. Each client is told once, by the process that serves it.
+		e.signal(syscall.SIGTERM)
+		each(t, len(old), func(k int) error {
+			if err := old[k].expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
+				return err
+			}
+			return old[k].leave()
+		})
+		check(t, queued.expect("SHUTDOWN 20 SIGTERM\n"))
+		check(t, queued.leave())
+		e.wait(0)
+		if _, err := os.Stat(e.socket); err == nil {
+			t.Error("the control socket is still there")
+		}
+	})
+
+	for name, replace := range map[string]func(t *testing.T, program string){
+		"a program that exits":             func(t *testing.T, p string) { script(t, p, "exit 3") },
+		"a program that hangs":             func(t *testing.T, p string) { script(t, p, "exec sleep 60") },
+		"a program that is not executable": func(t *testing.T, p string) { check(t, os.Chmod(p, 0o644)) },
+		"a program that is gone":           func(t *testing.T, p string) { check(t, os.Remove(p)) },
+	} {
+		t.Run(name+" changes nothing", func(t *testing.T) {
+			t.Parallel()
+			e, program := upgradable(t, "--upgrade-timeout", "2s")
+			c := e.served()
+			pid := e.status().PID
+			replace(t, program)
+			got := e.ctl("upgrade")
+			if got.code != 1 || !strings.Contains(got.stderr, "rolled back") {
+				t.Errorf("exit code %d, %q; want 1 and the reason", got.code, got.stderr)
+			}
+			if st := e.status(); st.PID != pid || st.State != "running" || st.Connections != 1 {
+				t.Errorf("process %d (it was %d), state %s, %d connections", st.PID, pid, st.State, st.Connections)
+			}
+			check(t, c.echo("still here\n"))
+			check(t, e.dial().echo("and new\n"))
+			if got := e.ctl("pause"); got.code != 0 {
+				t.Error(got.stderr)
+			}
+			e.signal(syscall.SIGTERM)
+			check(t, c.expect("SHUTDOWN 5 SIGTERM\n"))
+		})
+	}
+
+	t.Run("SIGUSR2 upgrades", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t)
+		c := e.served()
+		pid := e.status().PID
+		e.signal(syscall.SIGUSR2)
+		e.awaitLog("took over", "connections", "1")
+		poll(t, "the successor answers", func() bool {
+			got := e.ctl("status", "--json")
+			return got.code == 0 && !strings.Contains(got.stdout, fmt.Sprintf(`"pid":%d,`, pid))
+		})
+		check(t, c.echo("here\n"))
+	})
+
+	t.Run("the first process exits with the code of the last", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "1m")
+		e.served()
+		if got := e.ctl("upgrade"); got.code != 0 {
+			t.Fatal(got.stderr)
+		}
+		e.signal(syscall.SIGTERM)
+		e.awaitLog("draining")
+		e.signal(syscall.SIGTERM)
+		e.wait(128 + int(syscall.SIGTERM))
+	})
+}
+
+// script replaces a program by a shell script.
+func script(t *testing.T, program, commands string) {
+	t.Helper()
+	check(t, os.WriteFile(program+".new", []byte("#!/bin/sh\n"+commands+"\n"), 0o755))
+	check(t, os.Rename(program+".new", program))
+}
