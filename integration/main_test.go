@@ -69,7 +69,11 @@ func build(name, pkg string, race bool) (string, error) {
 	if race {
 		args = append(args, "-race")
 	}
-	if out, err := exec.Command("go", append(args, pkg)...).CombinedOutput(); err != nil {
+	cmd := exec.Command("go", append(args, pkg)...)
+	if !race {
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // as released
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("building %s: %w\n%s", pkg, err, out)
 	}
 	return path, nil

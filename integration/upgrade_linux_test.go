@@ -13,7 +13,7 @@ import (
 func upgradable(t *testing.T, flags ...string) (e *echod, program string) {
 	t.Helper()
 	program = filepath.Join(shortDir(t), "echod")
-	copyFile(t, built(t, echodBinary), program)
+	copyFile(t, built(t, leanBinary), program)
 	socket := filepath.Join(shortDir(t), "c")
 	flags = append([]string{"serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--control", socket}, flags...)
 	cmd := commandOf(append([]string{program}, flags...)...)
@@ -43,7 +43,7 @@ func TestG12Upgrade(t *testing.T) {
 		check(t, queued.send("queued\n"))
 		pid := e.status().PID
 		for i := range 3 {
-			copyFile(t, built(t, echodBinary), program)
+			copyFile(t, built(t, leanBinary), program)
 			got := e.ctl("upgrade")
 			if got.code != 0 || !strings.Contains(got.stdout, "20 connections handed over") {
 				t.Fatalf("upgrade %d: exit code %d, %q, %q", i, got.code, got.stdout, got.stderr)

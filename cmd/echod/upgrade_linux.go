@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -330,11 +331,7 @@ func keepIfUpgraded(caught <-chan os.Signal) error {
 	_ = keeperPipe.w.Close()
 	env := append(successorEnviron(), fmt.Sprintf("%s=%d,%d", envKeeper, fd, pid), "GOGC=10", "GOMAXPROCS=1")
 	runtime.LockOSThread() // exec keeps this thread's mask
-	var mask unix.Sigset_t
-	for _, sig := range keeperSignals {
-		mask.Val[(sig-1)/64] |= 1 << ((sig - 1) % 64)
-	}
-	if err := unix.PthreadSigmask(unix.SIG_BLOCK, &mask, nil); err != nil {
+	if err := blockSignals(keeperSignals); err != nil {
 		return err
 	}
 	for {
@@ -342,9 +339,28 @@ func keepIfUpgraded(caught <-chan os.Signal) error {
 		case sig := <-caught:
 			passOn(sig)
 			continue
-		default:
+		case <-time.After(5 * time.Millisecond): // for the runtime to deliver what came before the block
 		}
 		return syscall.Exec("/proc/self/exe", os.Args, env)
+	}
+}
+
+// blockSignals blocks signals in all threads, so that they stay pending. A program that is linked with C cannot do that
+// and blocks them in this thread only: a signal may then be lost in the instant of the exec. Releases are not.
+func blockSignals(signals []syscall.Signal) error {
+	var mask unix.Sigset_t
+	bits := uint64(unsafe.Sizeof(mask.Val[0]) * 8)
+	for _, sig := range signals {
+		mask.Val[uint64(sig-1)/bits] |= 1 << (uint64(sig-1) % bits)
+	}
+	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_BLOCK, uintptr(unsafe.Pointer(&mask)), 0, 8, 0, 0)
+	switch errno {
+	case 0:
+		return nil
+	case syscall.ENOTSUP:
+		return unix.PthreadSigmask(unix.SIG_BLOCK, &mask, nil)
+	default:
+		return errno
 	}
 }
 
