@@ -61,7 +61,7 @@ func TestManPages(t *testing.T) {
 	if len(pages) < 10 {
 		t.Fatalf("there are only %q", pages)
 	}
-	flag := regexp.MustCompile(`(?m)^ +(?:(-\w), )?(--[a-z0-9.-]+)`)
+	flag := regexp.MustCompile(`(?m)^ {2,6}(?:(-\w), )?(--[a-z0-9.-]+)`)
 	for _, page := range pages {
 		command := strings.Split(strings.TrimSuffix(filepath.Base(page), ".1"), "-")
 		run(t, commandOf(mandoc, "-T", "lint", "-W", "error", page)).expect(t, 0, "", "")

@@ -127,7 +127,7 @@ const (
 func (term *terminal) serveIn(flags string) *peer {
 	term.t.Helper()
 	term.types(`$ECHOD --listen 127.0.0.1:0 --control $SOCKET ` + flags + `; echo "code=$?"` + "\n")
-	addr := term.awaits(`(?m)^\S+ +INFO +listening +\{"address": "([^"]+)"\}$`)[1] // console format, because stderr is a terminal
+	addr := term.awaits(`(?m)^\S+ +INFO +listening +\{"address": "([^"]+)"`)[1] // console format, because stderr is a terminal
 	p, err := connect(addr)
 	check(term.t, err)
 	term.t.Cleanup(func() { _ = p.Close() })
