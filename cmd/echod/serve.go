@@ -263,6 +263,7 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
+	tookOver := taken != nil
 	taken = nil // from now on an error is this process's own
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
 	f.warn(log)
@@ -273,7 +274,11 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
 	signals.Seen = stats.Signal
 	signals.PassOn = passOn
-	g.Add(signals.Actor())
+	handleSignals, stopSignals := signals.Actor()
+	g.Add(func() error {
+		awaitListening(srv, len(sockets.echo))
+		return handleSignals()
+	}, stopSignals)
 
 	up := &upgrader{srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, notify: tellSupervisor}
 	g.Add(up.actor(upgrades))
@@ -289,7 +294,9 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
 		if holds := newHoldsFile(sockets.control.Addr().String(), srv, log); holds != nil {
-			holds.reportLost()
+			if !tookOver { // an upgrade keeps the holds
+				holds.reportLost()
+			}
 			planeOpts.OnRequest = func(route, method string, code int) {
 				stats.Request(route, method, code)
 				holds.onRequest(route, method, code)
@@ -318,6 +325,21 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 		return &exitError{code: exitSignal + signalNumber(sig)}
 	}
 	return keepIfUpgraded(caught)
+}
+
+// awaitListening waits until the server serves n listeners, for a second at most. A drain that begins earlier
+// would end before it knows their clients.
+func awaitListening(srv *server.Server, n int) {
+	for range 1000 {
+		if len(srv.Status().Listeners) >= n {
+			return
+		}
+		select {
+		case <-time.After(time.Millisecond): // nothing reports each listener
+		case <-srv.Done():
+			return
+		}
+	}
 }
 
 // openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its connections.
