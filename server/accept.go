@@ -59,8 +59,10 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 	}
 	if ln.Inherited {
 		a.sockopt = readSocketOptions(ln.Listener)
-	} else {
-		keepUrgentInline(ln.Listener)
+	} else if tcp, ok := ln.Listener.(*net.TCPListener); ok {
+		if raw, err := tcp.SyscallConn(); err == nil {
+			keepUrgentInline(raw)
+		}
 	}
 	a.interrupted = true // the listener may come with a deadline
 	return a

@@ -11,10 +11,10 @@ import (
 	"time"
 )
 
-// What one connection costs must not depend on how many others are open. Compare ns/conn between the sizes, or where
-// an operation is about one connection, ns/op.
+// The cost of a connection must not depend on how many others are open. Compare ns/conn between the sizes, or ns/op where
+// the operation concerns one connection.
 
-// BenchmarkEcho is a message's way there and back over the loopback, with the client's share.
+// BenchmarkEcho is one round trip over loopback, including the client's share.
 func BenchmarkEcho(b *testing.B) {
 	for _, size := range []struct {
 		name  string
@@ -23,7 +23,7 @@ func BenchmarkEcho(b *testing.B) {
 		b.Run("size="+size.name, func(b *testing.B) {
 			_, address := serveTCP(b, Echo, Options{})
 			nc := dialTCP(b, address)
-			_ = nc.SetDeadline(time.Time{}) // -benchtime may ask for more
+			_ = nc.SetDeadline(time.Time{}) // -benchtime may be long
 			write := writer(b, nc, make([]byte, size.bytes))
 			echo := make([]byte, size.bytes)
 			b.SetBytes(int64(size.bytes))
@@ -38,14 +38,14 @@ func BenchmarkEcho(b *testing.B) {
 	}
 }
 
-// writer returns a function that writes message. What sockets may not hold is written by a goroutine, or the client
-// would wait for the server to read on, and the server for the client.
+// writer returns a function that writes message. A goroutine writes a message that socket buffers may not hold, because
+// otherwise client and server would wait for each other.
 func writer(b *testing.B, nc net.Conn, message []byte) (write func()) {
 	b.Helper()
 	now := func() {
 		if _, err := nc.Write(message); err != nil {
 			b.Error(err)
-			_ = nc.Close() // or the echo would be waited for
+			_ = nc.Close() // ends the wait for the echo
 		}
 	}
 	if len(message) <= 64<<10 {
@@ -65,21 +65,20 @@ func writer(b *testing.B, nc net.Conn, message []byte) (write func()) {
 	return func() { due <- struct{}{} }
 }
 
-// BenchmarkAdmitRelease is what the server does about a connection that comes and goes: it is put on the books, judged at
-// the gate, served and closed by a goroutine of its own, and settled. Left out are the socket's system calls, what a
-// handler does, and the log.
+// BenchmarkAdmitRelease is what the server does for a connection: it adds it to the table, admits it, serves and closes it
+// on a goroutine, and counts it. System calls, the handler and the log are left out.
 func BenchmarkAdmitRelease(b *testing.B) {
 	nothing := HandlerFunc(func(context.Context, *Conn) error { return nil })
 	forEachCrowd(b, []int{0, 15_000}, func(b *testing.B, n int) {
-		settled := make(chan struct{})
-		s := newCrowd(b, n, nothing, Options{OnClose: func(ClosedConn) { settled <- struct{}{} }})
+		closed := make(chan struct{})
+		s := newCrowd(b, n, nothing, Options{OnClose: func(ClosedConn) { closed <- struct{}{} }})
 		a, nc := &acceptor{srv: s, handler: nothing}, newAbsentConn()
 		b.ReportAllocs()
 		for b.Loop() {
 			a.take(nc)
-			<-settled
+			<-closed
 		}
-		if err := s.state.Await(b.Context(), func(l *state) bool { return l.tasks == 0 }); err != nil {
+		if err := s.state.Await(b.Context(), func(st *state) bool { return st.tasks == 0 }); err != nil {
 			b.Fatal(err)
 		}
 		if st := s.Status(); st.Connections != n || st.Closed[ReasonHandlerDone] != uint64(b.N) {
@@ -88,7 +87,7 @@ func BenchmarkAdmitRelease(b *testing.B) {
 	})
 }
 
-// BenchmarkNotice is Notify to clients that are all served, system calls included.
+// BenchmarkNotice is Notify to all clients, including system calls.
 func BenchmarkNotice(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
@@ -96,25 +95,25 @@ func BenchmarkNotice(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
 			if sent, failed, err := s.Notify(b.Context(), "hello"); sent != n || err != nil {
-				b.Fatalf("%d were told, %d not, %v", sent, failed, err)
+				b.Fatalf("%d sent, %d failed, %v", sent, failed, err)
 			}
 		}
 		reportPerConn(b, n)
 	})
 }
 
-// BenchmarkDrainNotice is the telling of all clients when a drain begins, likewise.
+// BenchmarkDrainNotice is the notice to all clients when a drain begins, including system calls.
 func BenchmarkDrainNotice(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
 		shareClient(b, s)
-		s.state.With(func(l *state) { l.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
+		s.state.With(func(st *state) { st.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
 		b.ReportAllocs()
 		for b.Loop() {
 			s.tellAll()
 			b.StopTimer()
-			s.state.With(func(l *state) {
-				for _, c := range l.conns.all() {
+			s.state.With(func(st *state) {
+				for _, c := range st.conns.all() {
 					c.told = false
 				}
 			})
@@ -122,12 +121,12 @@ func BenchmarkDrainNotice(b *testing.B) {
 		}
 		reportPerConn(b, n)
 		if told := s.Status().Drain.Notified; told != n*b.N {
-			b.Errorf("%d were told, want %d times %d", told, b.N, n)
+			b.Errorf("%d were notified, want %d times %d", told, b.N, n)
 		}
 	})
 }
 
-// BenchmarkListing ranges over all connections. The lock is held only for the snapshot.
+// BenchmarkListing ranges over all connections.
 func BenchmarkListing(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
@@ -145,7 +144,7 @@ func BenchmarkListing(b *testing.B) {
 	})
 }
 
-// BenchmarkSnapshot is for how long a listing, a status or a sweep holds the lock, which admitting and settling want too.
+// BenchmarkSnapshot is how long a listing, a status or a sweep holds the lock.
 func BenchmarkSnapshot(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
@@ -159,7 +158,7 @@ func BenchmarkSnapshot(b *testing.B) {
 	})
 }
 
-// BenchmarkSweep is one look of the sweeper at connections that are idle, but not yet for too long.
+// BenchmarkSweep is one sweep over connections that are idle, but not for too long.
 func BenchmarkSweep(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{Timeouts: Timeouts{Idle: 24 * time.Hour, Stall: 24 * time.Hour}})
@@ -178,7 +177,7 @@ func BenchmarkSweep(b *testing.B) {
 	})
 }
 
-// forEachCrowd runs f once for each number of connections.
+// forEachCrowd runs f for each number of connections.
 func forEachCrowd(b *testing.B, sizes []int, f func(b *testing.B, n int)) {
 	b.Helper()
 	for _, n := range sizes {
@@ -186,32 +185,32 @@ func forEachCrowd(b *testing.B, sizes []int, f func(b *testing.B, n int)) {
 	}
 }
 
-// newCrowd makes a server with n admitted connections. They have no files, of which many a process may have only 1,024,
-// and no goroutines: nothing that is measured touches either.
+// newCrowd makes a server with n admitted connections. They have no files, because many processes may have 1,024 only,
+// and no goroutines. Nothing that is measured uses either.
 func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
 	b.Helper()
 	s, err := New(h, o)
 	if err != nil {
 		b.Fatal(err)
 	}
-	s.opts.Limits.MaxConns = math.MaxInt // whatever the limit on open files
+	s.opts.Limits.MaxConns = math.MaxInt // regardless of the limit on open files
 	a := &acceptor{srv: s, handler: h}
 	for range n {
 		c := newConn(a, newAbsentConn())
-		var v decision
-		s.state.With(func(l *state) {
-			l.addConn(c)
-			v, _ = s.admit(l, c)
-			l.tasks-- // for the goroutine that it has not
+		var d decision
+		s.state.With(func(st *state) {
+			st.addConn(c)
+			d, _ = s.admit(st, c)
+			st.tasks-- // it has no goroutine
 		})
-		if v != admit {
-			b.Fatalf("the gate's verdict on connection %d is %d", c.id, v)
+		if d != admit {
+			b.Fatalf("connection %d: decision %d, want admit", c.id, d)
 		}
 	}
 	return s
 }
 
-// shareClient makes one client, who reads all, of the clients of s.
+// shareClient gives all connections of s one client, which reads everything.
 func shareClient(b *testing.B, s *Server) {
 	b.Helper()
 	ln, err := Listen(b.Context(), "127.0.0.1:0")
@@ -236,13 +235,13 @@ func shareClient(b *testing.B, s *Server) {
 	}
 }
 
-// reportPerConn reports what of an operation on n connections falls to each.
+// reportPerConn reports the share of each of n connections in an operation.
 func reportPerConn(b *testing.B, n int) {
 	b.Helper()
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/conn")
 }
 
-// absentConn is the served end of a connection whose client has left already. It costs nothing.
+// absentConn is the served end of a connection whose client has left. It costs nothing.
 type absentConn struct{ local, remote net.Addr }
 
 func newAbsentConn() net.Conn {

@@ -55,7 +55,8 @@ type Conn struct {
 
 	writeHeld bool // a handover holds writeLock; its own
 
-	gone bool // the sweeper has seen that the client has gone
+	gone       bool // the sweeper has seen that the client has gone
+	handshaken bool // the reader has seen that the TLS handshake is complete
 
 	phase    atomic.Int32
 	tlsBegun atomic.Bool // the TLS handshake before admission
@@ -292,6 +293,22 @@ func (c *Conn) refuseIdleRead() (err error) {
 	return err
 }
 
+// finishHandshake performs the handshake of a TLS session before its first idle read: crypto/tls cannot continue a
+// handshake that a drain has interrupted.
+func (c *Conn) finishHandshake() error {
+	session, ok := c.nc.(*tls.Conn)
+	if !ok || c.handshaken {
+		return nil
+	}
+	c.endIdle(true)
+	if err := session.Handshake(); err != nil {
+		return err
+	}
+	c.handshaken = true
+	c.MarkIdle()
+	return nil
+}
+
 // SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
 // before a change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It
 // waits for a write that is in progress. A drain asks for its notice once: a notifier that comes after it is not asked,
@@ -421,13 +438,17 @@ func (cl *closingState) extra() *rareState {
 
 // Read reads what the client sent. Once the connection is to end, it fails with the cause. See MarkIdle for
 // ErrDraining.
-func (c *Conn) Read(p []byte) (int, error) {
+func (c *Conn) Read(p []byte) (n int, err error) {
 	if c.idle.Load() != idleNo {
-		if err := c.refuseIdleRead(); err != nil {
-			return 0, err
+		if err = c.finishHandshake(); err == nil {
+			if err := c.refuseIdleRead(); err != nil {
+				return 0, err
+			}
 		}
 	}
-	n, err := c.nc.Read(p)
+	if err == nil {
+		n, err = c.nc.Read(p)
+	}
 	var interrupted error
 	if n > 0 || err != nil {
 		if c.idle.Load() != idleNo {

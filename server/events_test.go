@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
@@ -16,7 +15,7 @@ func collect(t *testing.T, sub *Subscription) (all []Event) {
 	return all
 }
 
-// brief gives an event in a word or two.
+// brief shows an event in a word or two.
 func brief(e Event) string {
 	switch e.Type {
 	case EventState:
@@ -30,15 +29,18 @@ func brief(e Event) string {
 	}
 }
 
-func TestEventsTellWhatHappensInOrder(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+func TestEvents(t *testing.T) {
+	t.Run("come in the order in which things happen", bubbled(func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		sub := s.Subscribe()
 		r := &rig{Server: s, ln: newFakeListener()}
 		serve(t, s, r.ln)
 		c := r.dial(t)
 		a, b := r.pause(t, PauseOptions{Reason: "a"}), r.pause(t, PauseOptions{TTL: time.Second})
-		a.Release()
+		ann := Caller{UID: 1000, PID: 42}
+		if err := s.ReleaseHold(a.ID(), ann); err != nil {
+			t.Fatal(err)
+		}
 		<-b.Done()
 		c.leave(t)
 		_ = s.Close()
@@ -48,18 +50,17 @@ func TestEventsTellWhatHappensInOrder(t *testing.T) {
 			if e.Time.IsZero() {
 				t.Errorf("event %q has no time", brief(e))
 			}
+			if e.Type == EventHoldReleased {
+				wantEqual(t, "who released it", e.By, map[string]Caller{a.ID(): ann, b.ID(): {}}[e.Hold.ID])
+			}
 		}
 		wantEqual(t, "events", got, []string{
 			"running", "opened", "hold", "paused", "hold", "released: the hold was released",
 			"released: the hold expired", "running", "closed client-closed", "draining", "stopped",
 		})
-	})
-}
+	}))
 
-// No event may say that a paused server runs when it goes from paused to draining.
-func TestDrainOfAPausedServerNeverSeemsToRun(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	t.Run("do not show a paused server as running when it drains", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		r.pause(t, PauseOptions{})
 		r.pause(t, PauseOptions{})
 		sub := r.Subscribe()
@@ -71,12 +72,9 @@ func TestDrainOfAPausedServerNeverSeemsToRun(t *testing.T) {
 			}
 		}
 		wantEqual(t, "states", states, []State{StateDraining, StateStopped})
-	})
-}
+	}))
 
-func TestSlowSubscriberIsToldHowMuchItMissed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	t.Run("that a slow subscriber missed are counted", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		sub := r.Subscribe()
 		defer sub.Close()
 		for range eventBuffer { // four events each
@@ -90,19 +88,18 @@ func TestSlowSubscriberIsToldHowMuchItMissed(t *testing.T) {
 			n++
 			last = e
 		}
-		wantEqual(t, "events received, and one that says how many are missing", n, eventBuffer+1)
+		wantEqual(t, "events received, and the count of the others", n, eventBuffer+1)
 		if last.Type != EventMissed || last.Missed != 3*eventBuffer {
-			t.Errorf("last event is %+v, want that %d were missed", last, 3*eventBuffer)
+			t.Errorf("last event is %+v, want %d missed", last, 3*eventBuffer)
 		}
-
 		_ = r.Close()
-		wantEqual(t, "next event", brief(firstOf(t, sub)), "draining")
-	})
-}
+		for e := range sub.Events(t.Context()) {
+			wantEqual(t, "next event", brief(e), "draining")
+			break
+		}
+	}))
 
-func TestSubscriberOfAStoppedServerHearsOfWhatItMissed(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	t.Run("that were missed are counted after the server has stopped, too", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		sub := r.Subscribe()
 		for range eventBuffer / 4 {
 			r.pause(t, PauseOptions{}).Release()
@@ -110,28 +107,16 @@ func TestSubscriberOfAStoppedServerHearsOfWhatItMissed(t *testing.T) {
 		_ = r.Close()
 		all := collect(t, sub)
 		if last := all[len(all)-1]; last.Type != EventMissed || last.Missed != 2 {
-			t.Errorf("last event is %+v, want that 2 were missed: draining and stopped", last)
+			t.Errorf("last event is %+v, want 2 missed: draining and stopped", last)
 		}
-	})
-}
+	}))
 
-func firstOf(t *testing.T, sub *Subscription) Event {
-	t.Helper()
-	for e := range sub.Events(t.Context()) {
-		return e
-	}
-	t.Error("no event")
-	return Event{}
-}
-
-func TestEventsEndWithTheContextTheSubscriptionOrTheServer(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	t.Run("end with the context, the subscription, or the server", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		sub := r.Subscribe()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
 		for e := range sub.Events(ctx) {
-			t.Errorf("event %q of nothing", brief(e))
+			t.Errorf("unexpected event %q", brief(e))
 		}
 		r.dial(t)
 		for e := range sub.Events(ctx) {
@@ -142,5 +127,5 @@ func TestEventsEndWithTheContextTheSubscriptionOrTheServer(t *testing.T) {
 		wantEqual(t, "events left after Close", len(collect(t, sub)), 1)
 		_ = r.Close()
 		wantEqual(t, "events of a stopped server", len(collect(t, r.Subscribe())), 0)
-	})
+	}))
 }

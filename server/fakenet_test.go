@@ -11,20 +11,18 @@ import (
 	"time"
 )
 
-// A network of memory for tests in a synctest bubble: every wait in it is on a sync.Cond, so it is
-// durably blocking, and time passes by itself.
+// An in-memory network for tests in a synctest bubble. Every wait in it is on a sync.Cond, which is durably blocking.
 
-// fakeListener has an accept queue of bounded length, as the kernel's.
+// fakeListener has a bounded accept queue, like the kernel's.
 type fakeListener struct {
 	mu       sync.Mutex
 	cond     *sync.Cond
 	queue    []net.Conn
 	deadline fakeDeadline
 	closed   bool
-	// fail, when not nil, is asked, with the lock held, before each connection is accepted.
+	// fail, when not nil, is called before each connection is accepted, with the lock held. Its error is Accept's.
 	fail func() error
-	// slips is how many connections an Accept returns although its deadline has passed, as the
-	// kernel's may.
+	// slips is how many connections Accept returns although its deadline has passed. The kernel may do that.
 	slips int
 }
 
@@ -73,7 +71,7 @@ func (l *fakeListener) SetDeadline(t time.Time) error {
 	return nil
 }
 
-// Close resets those who wait in the queue, as the kernel does.
+// Close resets the clients in the accept queue, as the kernel does.
 func (l *fakeListener) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -91,7 +89,7 @@ func (l *fakeListener) Close() error {
 	return nil
 }
 
-// slip lets n connections through after their time.
+// slip lets Accept return n connections after its deadline.
 func (l *fakeListener) slip(n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -99,7 +97,7 @@ func (l *fakeListener) slip(n int) {
 	l.cond.Broadcast()
 }
 
-// failWith has fail asked before each connection is accepted.
+// failWith sets fail.
 func (l *fakeListener) failWith(fail func() error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -120,7 +118,7 @@ func (l *fakeListener) queued() int {
 
 func (l *fakeListener) Addr() net.Addr { return fakeAddr("192.0.2.1", 9999) }
 
-// dialFrom connects a client with the given address, unless nobody listens any more or the queue is full.
+// dialFrom connects a client from the given address. It fails if the listener is closed or the queue is full.
 func (l *fakeListener) dialFrom(ip string) (*fakeConn, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -133,7 +131,7 @@ func (l *fakeListener) dialFrom(ip string) (*fakeConn, error) {
 	return client, nil
 }
 
-// hand puts a connection of another kind into the queue.
+// hand puts nc into the accept queue.
 func (l *fakeListener) hand(nc net.Conn) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -145,15 +143,15 @@ var lastFakePort atomic.Uint32
 
 func fakeAddr(ip string, port int) net.Addr { return &net.TCPAddr{IP: net.ParseIP(ip), Port: port} }
 
-// plainListener has no deadlines, as a TLS listener has none.
+// plainListener has no SetDeadline, like tls.NewListener's.
 type plainListener struct{ ln *fakeListener }
 
 func (l plainListener) Accept() (net.Conn, error) { return l.ln.Accept() }
 func (l plainListener) Close() error              { return l.ln.Close() }
 func (l plainListener) Addr() net.Addr            { return l.ln.Addr() }
 
-// fakeConn is one end of a connection with TCP's manners: a receive window for each end, half-close,
-// and a reset for those who close with unread input or send to who has closed.
+// fakeConn is one end of a connection that behaves like TCP: it has receive windows and half-close, and it resets a peer
+// that sends after the close, or whose data was not read before the close.
 type fakeConn struct {
 	*fakePair
 	in, out       *fakeStream
@@ -162,7 +160,7 @@ type fakeConn struct {
 	local, remote net.Addr
 }
 
-// fakePair is what the two ends share.
+// fakePair is the state that both ends share.
 type fakePair struct {
 	mu    sync.Mutex
 	cond  *sync.Cond
@@ -225,7 +223,7 @@ func (c *fakeConn) Write(p []byte) (n int, err error) {
 			return n, nil
 		case c.out.deaf:
 			c.abort()
-			return len(p), nil // the kernel had taken it before the reset came back
+			return len(p), nil // the kernel takes the data before the RST arrives
 		}
 		if room := c.out.window - c.out.buf.Len(); room > 0 {
 			k := min(room, len(p)-n)
@@ -249,7 +247,7 @@ func (c *fakeConn) CloseWrite() error {
 	return nil
 }
 
-// Close ends both directions: with a reset, when input was left unread.
+// Close ends both directions. It resets the connection if input is unread.
 func (c *fakeConn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -264,14 +262,14 @@ func (c *fakeConn) Close() error {
 	return nil
 }
 
-// Reset breaks the connection, as SO_LINGER 0 and close do.
+// Reset resets the connection, like a close with SO_LINGER 0.
 func (c *fakeConn) Reset() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.abort()
 }
 
-// abort throws away what either side has not read yet (RFC 1122, 4.2.2.13). It needs mu.
+// abort discards what either side has not read yet (RFC 1122, 4.2.2.13). The caller holds mu.
 func (c *fakeConn) abort() {
 	c.reset = true
 	c.in.buf.Reset()
@@ -279,7 +277,7 @@ func (c *fakeConn) abort() {
 	c.cond.Broadcast()
 }
 
-// SetWindow sets how many unread bytes this end takes.
+// SetWindow sets how many unread bytes this end accepts.
 func (c *fakeConn) SetWindow(n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -309,7 +307,7 @@ func (c *fakeConn) SetDeadline(t time.Time) error {
 func (c *fakeConn) LocalAddr() net.Addr  { return c.local }
 func (c *fakeConn) RemoteAddr() net.Addr { return c.remote }
 
-// fakeDeadline is a deadline that wakes the waiters of a cond when it passes.
+// fakeDeadline wakes the waiters of a cond when it passes.
 type fakeDeadline struct {
 	at    time.Time
 	timer *time.Timer
@@ -333,7 +331,7 @@ func (d *fakeDeadline) set(t time.Time, cond *sync.Cond) {
 
 func (d *fakeDeadline) passed() bool { return !d.at.IsZero() && !time.Now().Before(d.at) }
 
-// deafToDeadlines returns a view of c that only Close interrupts.
-func (c *fakeConn) deafToDeadlines() *fakeConn {
+// withoutDeadlines returns a view of c that only Close and Reset interrupt.
+func (c *fakeConn) withoutDeadlines() *fakeConn {
 	return &fakeConn{fakePair: c.fakePair, in: c.in, out: c.out, local: c.local, remote: c.remote}
 }

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -58,6 +59,12 @@ func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener
 		config.KeepAlive = -1
 	}
 	config.SetMultipathTCP(false)
+	config.Control = func(network, _ string, raw syscall.RawConn) error {
+		if network != "unix" { // before listen(2), so that no client connects without it
+			keepUrgentInline(raw)
+		}
+		return nil
+	}
 	ln, err := config.Listen(ctx, network, addr)
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", address, err)

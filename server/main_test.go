@@ -8,7 +8,7 @@ import (
 	"go.uber.org/goleak"
 )
 
-// roleEnv names what the test binary is to be instead of the tests, of roles.
+// roleEnv names what the test binary does instead of running tests: a key of roles.
 const roleEnv = "ECHOD_TEST_ROLE"
 
 var roles = make(map[string]func())
@@ -21,7 +21,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// wantEqual checks that got is want.
+// wantEqual reports a difference between got and want.
 func wantEqual(t *testing.T, what string, got, want any) {
 	t.Helper()
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -3,90 +3,69 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-func TestG2NobodyIsAdmittedOncePauseHasReturned(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+func TestPause(t *testing.T) {
+	t.Run("G2 nobody is admitted until the hold is released", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		old := r.dial(t)
 		h := r.pause(t, PauseOptions{Reason: "backup"})
-		young := r.dial(t)
-		young.send(t, "hello\n")
+		late := r.dial(t)
+		late.send(t, "hello\n")
 		pass(time.Hour)
-		young.has(t, "")
+		late.has(t, "")
 		wantState(t, r.Server, StatePaused, 1)
-		if n := r.ln.queued(); n != 1 {
-			t.Errorf("%d clients in the accept queue, want 1: where they came", n)
-		}
-
-		old.send(t, "still here\n")
-		old.has(t, "still here\n")
-
+		wantEqual(t, "accept queue", r.ln.queued(), 1)
+		old.echoes(t, "still here\n")
 		h.Release()
-		young.has(t, "hello\n")
+		late.has(t, "hello\n")
 		wantState(t, r.Server, StateRunning, 2)
-	})
-}
+	}))
 
-// The kernel may hand out one more connection although Accept was told to return.
-func TestG2AConnectionThatSlipsThroughAcceptWaitsUnserved(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	// The kernel may return one more connection although Accept was interrupted.
+	t.Run("a connection that was accepted nevertheless waits", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		r.ln.slip(1)
-		h := r.pause(t, PauseOptions{})
-		wantUnservedUntilReleased(t, r, h)
-	})
-}
-
-func TestG2HoldsForAListenerThatCannotBeWoken(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		ln := newFakeListener()
-		r := newRigOn(t, plainListener{ln}, ln, Echo, Options{})
 		h := r.pause(t, PauseOptions{})
 		c := r.dial(t)
 		c.send(t, "x\n")
-		if n := r.ln.queued(); n != 0 {
-			t.Fatalf("%d clients in the accept queue, want none: one is accepted ahead", n)
-		}
-		wantState(t, r.Server, StatePaused, 0)
+		wantEqual(t, "accept queue", r.ln.queued(), 0)
+		wantState(t, r.Server, StatePaused, 1)
+		wantPhases(t, r.Server, PhaseWaiting)
 		c.has(t, "")
 		h.Release()
 		c.has(t, "x\n")
 		wantPhases(t, r.Server, PhaseServing)
-	})
-}
+	}))
 
-func wantUnservedUntilReleased(t *testing.T, r *rig, h *Hold) {
-	t.Helper()
-	c := r.dial(t)
-	c.send(t, "x\n")
-	if n := r.ln.queued(); n != 0 {
-		t.Fatalf("%d clients in the accept queue, want none: one slips through", n)
-	}
-	wantState(t, r.Server, StatePaused, 1)
-	wantPhases(t, r.Server, PhaseWaiting)
-	c.has(t, "")
-	h.Release()
-	c.has(t, "x\n")
-	wantPhases(t, r.Server, PhaseServing)
-}
+	t.Run("it works for a listener that only Close interrupts", bubbled(func(t *testing.T) {
+		fake := newFakeListener()
+		r := newRigOn(t, plainListener{fake}, fake, Echo, Options{})
+		h := r.pause(t, PauseOptions{})
+		ahead, queued := r.dial(t), r.dial(t)
+		ahead.send(t, "x\n")
+		wantEqual(t, "accept queue, while one connection is accepted ahead", r.ln.queued(), 1)
+		wantState(t, r.Server, StatePaused, 0)
+		ahead.has(t, "")
+		h.Release()
+		ahead.has(t, "x\n")
+		queued.echoes(t, "y\n")
+	}))
 
-// Pauses come and go while clients do, some of whom slip through Accept: between the return of Pause and
-// the release of its hold the number of those ever admitted must not change.
-func TestG2HoldsInAStormOfPausesAndClients(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		done := HandlerFunc(func(context.Context, *Conn) error { return nil })
-		r := newRig(t, done, Options{})
+	// Pauses come and go while clients do. Between the return of Pause and the release of its hold, the number of
+	// connections that were ever admitted must not change.
+	t.Run("nobody is admitted in a storm of pauses and clients", bubbled(func(t *testing.T) {
+		r := newRig(t, returns(nil), Options{})
 		r.ln.slip(1 << 20)
-		t.Cleanup(func() { r.ln.slip(0) })
+		defer r.ln.slip(0)
 		admitted := func() (n int) {
-			r.state.With(func(l *state) {
-				n = int(l.accepted)
-				for _, c := range l.conns.all() {
+			r.state.With(func(st *state) {
+				n = int(st.accepted)
+				for _, c := range st.conns.all() {
 					if Phase(c.phase.Load()) == PhaseWaiting {
 						n--
 					}
@@ -128,117 +107,68 @@ func TestG2HoldsInAStormOfPausesAndClients(t *testing.T) {
 		if n := admitted(); n < 300 {
 			t.Errorf("only %d clients were ever admitted: this was no storm", n)
 		}
+	}))
+
+	t.Run("G3 clients that came during it are served on resume, oldest first", func(t *testing.T) {
+		const clients = 50
+		s, addr := serveTCP(t, Echo, Options{})
+		h, err := s.Pause(PauseOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var order []string
+		var queue []*net.TCPConn
+		for range clients {
+			c := dialTCP(t, addr)
+			send(t, c, c.LocalAddr().String())
+			order = append(order, c.LocalAddr().String())
+			queue = append(queue, c)
+		}
+		if n := s.Status().Accepted; n > 1 {
+			t.Errorf("%d clients were accepted during the pause, want them in the queue", n)
+		}
+		h.Release()
+		for i, c := range queue {
+			receives(t, c, order[i])
+		}
+		var served []string
+		for info := range s.Conns() {
+			served = append(served, info.Remote.String())
+		}
+		wantEqual(t, "order of serving", served, order)
 	})
-}
 
-func TestPauseStandsUntilTheLastHoldIsGone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		a := r.pause(t, PauseOptions{Reason: "backup", By: Caller{UID: 1000, PID: 42}})
-		b := r.pause(t, PauseOptions{Reason: "upgrade", TTL: time.Minute})
-		began := time.Now()
-		wantEqual(t, "holds", r.Status().Holds, []HoldInfo{
-			{ID: "h1", Reason: "backup", Since: began, By: Caller{UID: 1000, PID: 42}},
-			{ID: "h2", Reason: "upgrade", Since: began, Expires: began.Add(time.Minute)},
-		})
-		wantEqual(t, "info", b.Info(), r.Status().Holds[1])
-
-		if !a.Release() || a.Release() {
-			t.Error("the first Release must say that the hold stood, the second that it did not")
-		}
-		wantState(t, r.Server, StatePaused, 0)
-		wantErr(t, "released hold", a.Cause(), ErrReleased)
-		if b.Cause() != nil {
-			t.Errorf("standing hold has cause %v", b.Cause())
-		}
-		<-a.Done()
-		if err := r.ReleaseHold(b.ID(), Caller{}); err != nil {
-			t.Errorf("ReleaseHold: %v", err)
-		}
-		wantState(t, r.Server, StateRunning, 0)
-		wantErr(t, "releasing it again", r.ReleaseHold(b.ID(), Caller{}), ErrNoHold)
-	})
-}
-
-func TestHoldExpires(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		h := r.pause(t, PauseOptions{TTL: time.Minute})
-		c := r.dial(t)
-		c.send(t, "x\n")
-		if took := elapsed(func() { <-h.Done() }); took != time.Minute {
-			t.Errorf("hold ended after %v, want 1m", took)
-		}
-		wantErr(t, "hold", h.Cause(), ErrExpired)
-		c.has(t, "x\n")
-		if h.Release() {
-			t.Error("Release of an expired hold says that it stood")
-		}
-	})
-}
-
-// A timer of a hold that is gone must not end another's pause.
-func TestReleasedHoldsTimerTouchesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		r.pause(t, PauseOptions{TTL: time.Minute}).Release()
-		r.pause(t, PauseOptions{})
-		pass(time.Hour)
-		wantState(t, r.Server, StatePaused, 0)
-	})
-}
-
-func TestExpiryAndReleaseAtTheSameInstantEndTheHoldOnce(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		for range 200 {
-			h := r.pause(t, PauseOptions{TTL: time.Second})
-			time.Sleep(time.Second) // the timer fires now, too
-			stood := h.Release()
-			synctest.Wait()
-			if expired := errors.Is(h.Cause(), ErrExpired); stood == expired {
-				t.Fatalf("Release said %t, and the cause is %v", stood, h.Cause())
-			}
-			wantState(t, r.Server, StateRunning, 0)
-		}
-	})
-}
-
-func TestResumeReleasesEveryHold(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		if n, err := r.Resume(Caller{}); n != 0 || err != nil {
-			t.Errorf("Resume while running: %d, %v; want 0 and no error", n, err)
-		}
-		a, b := r.pause(t, PauseOptions{}), r.pause(t, PauseOptions{Mode: PauseReject})
-		if n, err := r.Resume(Caller{}); n != 2 || err != nil {
-			t.Errorf("Resume: %d, %v; want 2 and no error", n, err)
-		}
-		wantErr(t, "first hold", a.Cause(), ErrResumed)
-		wantErr(t, "second hold", b.Cause(), ErrResumed)
-		wantState(t, r.Server, StateRunning, 0)
-	})
-}
-
-func TestRejectingPauseTurnsClientsAway(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		r.pause(t, PauseOptions{})
-		waiting := r.dial(t)
-		strict := r.pause(t, PauseOptions{Mode: PauseReject}) // the stricter of two counts
-		waiting.ends(t, "PAUSED\n")
+	t.Run("with PauseReject clients are told PAUSED", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		h := r.pause(t, PauseOptions{Mode: PauseReject})
 		r.dial(t).ends(t, "PAUSED\n")
-		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedPaused: 2})
-		strict.Release()
-		patient := r.dial(t)
-		patient.send(t, "x\n")
-		patient.has(t, "")
-		wantState(t, r.Server, StatePaused, 0)
-	})
-}
+		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedPaused: 1})
+		h.Release()
+		r.dial(t).echoes(t, "x")
+	}))
 
-func TestPauseBeforeServeIsInForceFromTheStart(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	for first, second := range map[PauseMode]PauseMode{PauseQueue: PauseReject, PauseReject: PauseQueue} {
+		t.Run(fmt.Sprintf("of several holds the stricter mode wins: %v and then %v", first, second), inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+			holds := map[PauseMode]*Hold{first: r.pause(t, PauseOptions{Mode: first})}
+			var waiting *client
+			if first == PauseQueue {
+				waiting = r.dial(t)
+			}
+			holds[second] = r.pause(t, PauseOptions{Mode: second})
+			if waiting != nil {
+				waiting.ends(t, "PAUSED\n")
+			}
+			r.dial(t).ends(t, "PAUSED\n")
+			holds[PauseReject].Release()
+			patient := r.dial(t)
+			patient.send(t, "x\n")
+			patient.has(t, "")
+			wantState(t, r.Server, StatePaused, 0)
+			holds[PauseQueue].Release()
+			patient.has(t, "x\n")
+		}))
+	}
+
+	t.Run("before Serve it is in force from the start", bubbled(func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		r := &rig{Server: s, ln: newFakeListener()}
 		h := r.pause(t, PauseOptions{})
@@ -250,44 +180,106 @@ func TestPauseBeforeServeIsInForceFromTheStart(t *testing.T) {
 		wantState(t, s, StatePaused, 0)
 		h.Release()
 		c.has(t, "x\n")
-	})
-}
+	}))
 
-func TestPauseRefusesWhatMakesNoSense(t *testing.T) {
-	s, _ := newServer(t, Echo, Options{})
 	for want, o := range map[string]PauseOptions{
-		"control character": {Reason: "two\nlines"},
-		"negative":          {TTL: -2},
-		"unknown mode 7":    {Mode: 7},
+		"control character": {Reason: "two\nlines"}, "TTL -2ns is negative": {TTL: -2}, "unknown mode 7": {Mode: 7},
 	} {
-		h, err := s.Pause(o)
-		wantErrText(t, "Pause", err, want)
-		if h != nil {
-			t.Errorf("Pause(%+v) returned a hold beside its error", o)
-		}
+		t.Run("bad options are refused: "+want, func(t *testing.T) {
+			s, _ := newServer(t, Echo, Options{})
+			h, err := s.Pause(o)
+			wantErrText(t, "Pause", err, want)
+			if h != nil {
+				t.Error("Pause returned a hold beside its error")
+			}
+		})
 	}
+
+	t.Run("too many holds are refused", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		for range maxHolds {
+			if _, err := r.Pause(PauseOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, err := r.Pause(PauseOptions{})
+		wantErr(t, "Pause", err, ErrTooManyHolds)
+	}))
 }
 
-func TestPauseModesHaveNames(t *testing.T) {
-	for name, want := range map[string]PauseMode{"": PauseQueue, "hold": PauseQueue, "reject": PauseReject} {
-		got, err := ParsePauseMode(name)
-		if got != want || err != nil {
-			t.Errorf("ParsePauseMode(%q) = %v, %v; want %v", name, got, err, want)
+func TestHold(t *testing.T) {
+	t.Run("the server is paused while any hold exists", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		a := r.pause(t, PauseOptions{Reason: "backup", By: Caller{UID: 1000, PID: 42}})
+		b := r.pause(t, PauseOptions{Reason: "upgrade", TTL: time.Minute})
+		began := time.Now()
+		wantEqual(t, "holds", r.Status().Holds, []HoldInfo{
+			{ID: "h1", Reason: "backup", Since: began, By: Caller{UID: 1000, PID: 42}},
+			{ID: "h2", Reason: "upgrade", Since: began, Expires: began.Add(time.Minute)},
+		})
+		wantEqual(t, "info", b.Info(), r.Status().Holds[1])
+		wantEqual(t, "Release says that it existed", a.Release(), true)
+		wantEqual(t, "a second Release", a.Release(), false)
+		wantState(t, r.Server, StatePaused, 0)
+		wantErr(t, "cause of the released hold", a.Cause(), ErrReleased)
+		wantErr(t, "cause of the other hold", b.Cause(), nil)
+		<-a.Done()
+		wantErr(t, "ReleaseHold", r.ReleaseHold(b.ID(), Caller{UID: 7, PID: 8}), nil)
+		wantState(t, r.Server, StateRunning, 0)
+		wantErr(t, "ReleaseHold again", r.ReleaseHold(b.ID(), Caller{}), ErrNoHold)
+		logged := r.messages("hold released")
+		if len(logged) != 2 {
+			t.Fatalf("%d releases logged, want 2", len(logged))
 		}
-		if name != "" && got.String() != name {
-			t.Errorf("%v.String() = %q, want %q", got, got.String(), name)
+		for i, by := range []int64{42, 8} { // Release is logged as the placer's
+			wantEqual(t, "logged PID of who released it", logged[i].ContextMap()["released_by_pid"], any(by))
 		}
-	}
-	_, err := ParsePauseMode("stop")
-	wantErrText(t, "ParsePauseMode", err, `"stop"`)
-	if got := PauseMode(9).String(); got != "PauseMode(9)" {
-		t.Errorf("unknown mode is %q", got)
-	}
+	}))
+
+	t.Run("it ends after its TTL", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		h := r.pause(t, PauseOptions{TTL: time.Minute})
+		c := r.dial(t)
+		c.send(t, "x\n")
+		wantEqual(t, "duration", elapsed(func() { <-h.Done() }), time.Minute)
+		wantErr(t, "cause", h.Cause(), ErrExpired)
+		c.has(t, "x\n")
+		wantEqual(t, "Release of an expired hold", h.Release(), false)
+	}))
+
+	t.Run("the timer of a released hold ends no other pause", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		r.pause(t, PauseOptions{TTL: time.Minute}).Release()
+		r.pause(t, PauseOptions{})
+		pass(time.Hour)
+		wantState(t, r.Server, StatePaused, 0)
+	}))
+
+	t.Run("TTL and Release in the same instant end it once", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		for range 200 {
+			h := r.pause(t, PauseOptions{TTL: time.Second})
+			time.Sleep(time.Second) // the timer fires now, too
+			existed := h.Release()
+			synctest.Wait()
+			if expired := errors.Is(h.Cause(), ErrExpired); existed == expired {
+				t.Fatalf("Release said %t, and the cause is %v", existed, h.Cause())
+			}
+			wantState(t, r.Server, StateRunning, 0)
+		}
+	}))
+
+	t.Run("Resume releases all", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		if n, err := r.Resume(Caller{}); n != 0 || err != nil {
+			t.Errorf("Resume while running: %d, %v; want 0 and no error", n, err)
+		}
+		a, b := r.pause(t, PauseOptions{}), r.pause(t, PauseOptions{Mode: PauseReject})
+		if n, err := r.Resume(Caller{UID: 1, PID: 2}); n != 2 || err != nil {
+			t.Errorf("Resume: %d, %v; want 2 and no error", n, err)
+		}
+		wantErr(t, "first hold", a.Cause(), ErrResumed)
+		wantErr(t, "second hold", b.Cause(), ErrResumed)
+		wantState(t, r.Server, StateRunning, 0)
+	}))
 }
 
-func TestWhilePausedReleasesWhateverBecomesOfTheFunction(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+func TestWhilePaused(t *testing.T) {
+	t.Run("the hold is released whether the function returns or panics", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		failed := errors.New("failed")
 		err := r.WhilePaused(t.Context(), "backup", func(context.Context) error {
 			wantState(t, r.Server, StatePaused, 0)
@@ -295,39 +287,28 @@ func TestWhilePausedReleasesWhateverBecomesOfTheFunction(t *testing.T) {
 		})
 		wantErr(t, "WhilePaused", err, failed)
 		wantState(t, r.Server, StateRunning, 0)
-
 		func() {
 			defer func() { _ = recover() }()
 			_ = r.WhilePaused(t.Context(), "", func(context.Context) error { panic("oh") })
 		}()
 		wantState(t, r.Server, StateRunning, 0)
-	})
-}
+	}))
 
-func TestWhilePausedTellsTheFunctionThatThePauseIsGone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
-		err := r.WhilePaused(t.Context(), "", func(ctx context.Context) error {
-			_, _ = r.Resume(Caller{})
-			<-ctx.Done()
-			return context.Cause(ctx)
-		})
-		wantErr(t, "WhilePaused", err, ErrResumed)
-
-		err = r.WhilePaused(t.Context(), "", func(ctx context.Context) error {
-			r.StartDrain(DrainOptions{Grace: 0, Reason: "test"})
-			<-ctx.Done()
-			return context.Cause(ctx)
-		})
-		if _, ok := errors.AsType[*DrainingError](err); !ok {
-			t.Errorf("WhilePaused when the server drained: %v, want a *DrainingError", err)
+	t.Run("the function's context ends when the pause does", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		awaitEnd := func(end func()) error {
+			return r.WhilePaused(t.Context(), "", func(ctx context.Context) error {
+				end()
+				<-ctx.Done()
+				return context.Cause(ctx)
+			})
 		}
-		err = r.WhilePaused(t.Context(), "", func(context.Context) error {
-			t.Error("called although the server is draining")
-			return nil
-		})
-		if _, ok := errors.AsType[*DrainingError](err); !ok {
-			t.Errorf("WhilePaused while draining: %v, want a *DrainingError", err)
+		wantErr(t, "after Resume", awaitEnd(func() { _, _ = r.Resume(Caller{}) }), ErrResumed)
+		r.dial(t) // keeps the drain from ending
+		for _, when := range []string{"when a drain begins", "during a drain"} {
+			err := awaitEnd(func() { r.StartDrain(DrainOptions{}) })
+			if _, ok := errors.AsType[*DrainingError](err); !ok {
+				t.Errorf("WhilePaused %s: %v, want a *DrainingError", when, err)
+			}
 		}
-	})
+	}))
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
-func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+func TestStatus(t *testing.T) {
+	t.Run("shows the server at one instant", bubbled(func(t *testing.T) {
 		began := time.Now()
 		r := newRig(t, Echo, Options{Limits: Limits{MaxConns: 7}})
 		a, b := r.dial(t), r.dial(t)
@@ -23,11 +23,11 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		wantEqual(t, "status", r.Status(), Status{
 			State: StateRunning, Started: began,
 			Listeners:   []ListenerInfo{{Address: r.ln.Addr(), AcceptQueue: -1, AcceptQueueLimit: -1}},
-			Connections: 1, Phases: map[Phase]int{PhaseServing: 1}, MaxConns: 7, Accepted: 2, Closed: map[Reason]uint64{ReasonClientClosed: 1}, BytesIn: 5, BytesOut: 5,
-			Transitions: map[State]uint64{StateRunning: 1},
-			Grace:       DefaultGrace,
+			Connections: 1, Phases: map[Phase]int{PhaseServing: 1}, MaxConns: 7, Accepted: 2,
+			Closed: map[Reason]uint64{ReasonClientClosed: 1}, BytesIn: 5, BytesOut: 5,
+			Transitions: map[State]uint64{StateRunning: 1}, Grace: DefaultGrace,
 		})
-		r.StartDrain(DrainOptions{Grace: time.Minute, Reason: "TERM"})
+		r.drain(time.Minute, "TERM")
 		pass(acceptorsStop)
 		st := r.Status()
 		if st.State != StateDraining || st.Listeners != nil {
@@ -36,19 +36,27 @@ func TestStatusShowsTheServerAtOneInstant(t *testing.T) {
 		wantEqual(t, "drain", st.Drain, &DrainInfo{
 			Since: began, AcceptUntil: began, Deadline: began.Add(time.Minute), Reason: "TERM", Notified: 1,
 		})
-		_, _, err := r.Notify(t.Context(), "hello")
-		if err != nil {
+		if _, _, err := r.Notify(t.Context(), "hello"); err != nil {
 			t.Fatal(err)
 		}
 		st = r.Status()
 		wantEqual(t, "notices", [2]uint64{st.NoticesSent, st.NoticesFailed}, [2]uint64{2, 0})
 		wantEqual(t, "transitions", st.Transitions, map[State]uint64{StateRunning: 1, StateDraining: 1})
-	})
+	}))
+
+	t.Run("says when MaxConns are served", inBubble(Echo, Options{Limits: Limits{MaxConns: 1, AtLimit: LimitReject}}, func(t *testing.T, r *rig) {
+		wantEqual(t, "full", r.Status().Full, false)
+		c := r.dial(t)
+		st := r.Status()
+		wantEqual(t, "full", st.Full, true)
+		wantEqual(t, "limit mode", st.AtLimit, LimitReject)
+		c.leave(t)
+		wantEqual(t, "full", r.Status().Full, false)
+	}))
 }
 
-func TestConnsListsTheOpenOnesOldestFirst(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+func TestConns(t *testing.T) {
+	t.Run("lists open connections, oldest first", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		began := time.Now()
 		a := r.dial(t)
 		pass(time.Second)
@@ -64,21 +72,20 @@ func TestConnsListsTheOpenOnesOldestFirst(t *testing.T) {
 			{ID: 2, Remote: b.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began.Add(time.Second), Idle: time.Minute, BytesIn: 3, BytesOut: 3},
 		})
 		for range r.Conns() {
-			break // an early end is fine
+			break // the caller may stop early
 		}
-	})
+	}))
 }
 
-func TestClosedListsTheLastOnesLatestFirst(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, HandlerFunc(func(context.Context, *Conn) error { return nil }), Options{})
+func TestClosed(t *testing.T) {
+	t.Run("lists the last closed connections, latest first", inBubble(returns(nil), Options{}, func(t *testing.T, r *rig) {
 		const n = recentConns + 10
 		for range n {
 			_ = r.dial(t).Close()
 		}
 		pass(lingerTimeout)
 		closed := r.Closed()
-		wantEqual(t, "how many are remembered", len(closed), recentConns)
+		wantEqual(t, "connections remembered", len(closed), recentConns)
 		for i, c := range closed {
 			if want := uint64(n - i); c.ID != want {
 				t.Fatalf("closed connection %d has id %d, want %d", i, c.ID, want)
@@ -88,12 +95,11 @@ func TestClosedListsTheLastOnesLatestFirst(t *testing.T) {
 			cmpopts.IgnoreFields(ClosedConn{}, "Remote", "Opened", "Closed")); diff != "" {
 			t.Errorf("closed connection (-want +got):\n%s", diff)
 		}
-	})
+	}))
 }
 
-func TestAwaitStatusReturnsWhenItHoldsOrWithTheCause(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+func TestAwaitStatus(t *testing.T) {
+	t.Run("returns when the condition holds, or the cause of its context", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		paused := func(s State, _ int) bool { return s == StatePaused }
 		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("no pause came"))
 		defer cancel()
@@ -103,41 +109,34 @@ func TestAwaitStatusReturnsWhenItHoldsOrWithTheCause(t *testing.T) {
 		synctest.Wait()
 		h, _ := r.Pause(PauseOptions{})
 		h.Release()
-		if err := <-got; err != nil {
-			t.Errorf("AwaitStatus for a brief pause: %v", err)
-		}
-	})
+		wantErr(t, "AwaitStatus for a brief pause", <-got, nil)
+	}))
 }
 
-func TestKillOfUnknownOrClosedConnection(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+func TestKill(t *testing.T) {
+	t.Run("an unknown or closed connection is an error", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		r.dial(t).leave(t)
 		for _, id := range []uint64{0, 1, 2} {
 			wantErr(t, "Kill", r.Kill(id), ErrNoConn)
 		}
-	})
-}
+	}))
 
-func TestKillFuncKillsThoseThatMatch(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{})
+	t.Run("KillFunc kills those that match", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		idle, busy := r.dial(t), r.dial(t)
 		pass(time.Minute)
 		busy.send(t, "x")
-		n := r.KillFunc(func(c ConnInfo) bool { return c.Idle >= time.Minute })
-		wantEqual(t, "killed", n, 1)
+		wantEqual(t, "killed", r.KillFunc(func(c ConnInfo) bool { return c.Idle >= time.Minute }), 1)
 		idle.ends(t, "")
 		busy.send(t, "y")
 		busy.has(t, "xy")
-		wantEqual(t, "killed of all", r.KillFunc(func(ConnInfo) bool { return true }), 1)
-		wantEqual(t, "killed again", r.KillFunc(func(ConnInfo) bool { return true }), 0)
-	})
+		all := func(ConnInfo) bool { return true }
+		wantEqual(t, "killed of all", r.KillFunc(all), 1)
+		wantEqual(t, "killed again", r.KillFunc(all), 0)
+	}))
 }
 
-func TestNotifySendsALineToEveryClient(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, Echo, Options{Timeouts: Timeouts{Stall: -1}})
+func TestNotify(t *testing.T) {
+	t.Run("sends a line to every client", inBubble(Echo, Options{Timeouts: Timeouts{Stall: Off}}, func(t *testing.T, r *rig) {
 		a, deaf, gone := r.dial(t), r.dial(t), r.dial(t)
 		a.send(t, "abc")
 		deaf.SetWindow(0)
@@ -153,29 +152,16 @@ func TestNotifySendsALineToEveryClient(t *testing.T) {
 		gone.ends(t, "")
 		deaf.SetWindow(fakeWindow)
 		deaf.has(t, "x\nNOTICE maintenance at noon\n")
-	})
-}
+	}))
 
-func TestNotifyRefusesWhatIsNoLine(t *testing.T) {
-	s, _ := newServer(t, Echo, Options{})
-	for text, want := range map[string]string{"": "empty", "a\nb": "control character", strings.Repeat("x", 2000): "at most 1024"} {
-		_, _, err := s.Notify(t.Context(), text)
-		wantErrText(t, "Notify", err, want)
-	}
-	if sent, failed, err := s.Notify(t.Context(), "hello"); sent+failed != 0 || err != nil {
-		t.Errorf("Notify without clients: %d, %d, %v", sent, failed, err)
-	}
-}
-
-func TestStatesHaveNames(t *testing.T) {
-	for s, want := range map[State]string{StateStarting: "starting", StateRunning: "running", StatePaused: "paused", StateDraining: "draining", StateStopped: "stopped"} {
-		wantEqual(t, "name", s.String(), want)
-		got, err := ParseState(want)
-		if got != s || err != nil {
-			t.Errorf("ParseState(%q) = %v, %v; want %v", want, got, err, s)
+	t.Run("refuses what is not one line of text", func(t *testing.T) {
+		s, _ := newServer(t, Echo, Options{})
+		for text, want := range map[string]string{"": "empty", "a\nb": "control character", strings.Repeat("x", 2000): "at most 1024"} {
+			_, _, err := s.Notify(t.Context(), text)
+			wantErrText(t, "Notify", err, want)
 		}
-	}
-	wantEqual(t, "name", State(0).String(), "State(0)")
-	_, err := ParseState("State(0)")
-	wantErrText(t, "ParseState", err, "unknown state")
+		if sent, failed, err := s.Notify(t.Context(), "hello"); sent+failed != 0 || err != nil {
+			t.Errorf("Notify without clients: %d, %d, %v", sent, failed, err)
+		}
+	})
 }

@@ -61,7 +61,7 @@ func sendQueue(net.Conn) (q sendQueueInfo, ok bool) { return q, false }
 
 func setOrphanTimeout(net.Conn) {}
 
-func keepUrgentInline(net.Listener) {}
+func keepUrgentInline(syscall.RawConn) {}
 
 func setBacklog(net.Listener, int) error { return errors.ErrUnsupported }
 

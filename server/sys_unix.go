@@ -95,12 +95,10 @@ func awaitReadable(raw syscall.RawConn) {
 	})
 }
 
-// keepUrgentInline makes urgent data a part of the stream, in its place, for ln and the connections that it accepts
-// (socket(7), SO_OOBINLINE; RFC 6093 advises against any other use).
-func keepUrgentInline(ln net.Listener) {
-	if ln.Addr().Network() != "unix" {
-		_ = control(ln, func(fd int) error { return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
-	}
+// keepUrgentInline makes urgent data a part of the stream, in its place, for a TCP socket and the connections that it
+// accepts (socket(7), SO_OOBINLINE; RFC 6093 advises against any other use).
+func keepUrgentInline(raw syscall.RawConn) {
+	_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
 }
 
 func setBacklog(ln net.Listener, n int) error {
@@ -136,7 +134,7 @@ func (o socketOptions) apply(nc net.Conn) {
 	_ = tcp.SetKeepAliveConfig(o.keepAlive)
 	_ = tcp.SetNoDelay(o.noDelay)
 	if raw, err := tcp.SyscallConn(); err == nil {
-		_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
+		keepUrgentInline(raw)
 	}
 }
 

@@ -8,8 +8,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// The table must be a map that is listed in the order of ids, and must not keep room for what has gone.
-func TestTableIsAnOrderedMap(t *testing.T) {
+// A table is a map that is listed in the order of ids. It keeps no room for closed connections.
+func TestTable(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var tab table
 		model := map[uint64]*Conn{}
@@ -45,4 +45,12 @@ func TestTableIsAnOrderedMap(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestRing(t *testing.T) {
+	r := ring[int]{size: 3}
+	for n, want := range [][]int{{0}, {1, 0}, {2, 1, 0}, {3, 2, 1}, {4, 3, 2}} {
+		r.add(n)
+		wantEqual(t, "newest first", r.newestFirst(), want)
+	}
 }

@@ -147,6 +147,11 @@ func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, er
 		var err error
 		if n == 0 {
 			if starved && raw != nil {
+				if c.idle.Load() != idleNo {
+					if err := c.refuseIdleRead(); err != nil {
+						return cp.written, err
+					}
+				}
 				cp.release()
 				awaitReadable(raw)
 				cp.buf = takeBuffer(cp.size)

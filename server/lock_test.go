@@ -6,19 +6,18 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
-func TestAwaitReturnsAtOnceWhenItHolds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+func TestAwait(t *testing.T) {
+	t.Run("returns at once if the condition holds", bubbled(func(t *testing.T) {
 		var n awaited[int]
 		if err := n.Await(t.Context(), func(v *int) bool { return *v == 0 }); err != nil {
 			t.Errorf("Await: %v", err)
 		}
-	})
-}
+	}))
 
-func TestAwaitSeesAStateHoweverBrief(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	t.Run("sees a state, however brief", bubbled(func(t *testing.T) {
 		var n awaited[int]
 		saw := make(chan error, 1)
 		go func() { saw <- n.Await(t.Context(), func(v *int) bool { return *v == 1 }) }()
@@ -28,12 +27,9 @@ func TestAwaitSeesAStateHoweverBrief(t *testing.T) {
 		if err := <-saw; err != nil {
 			t.Errorf("Await: %v", err)
 		}
-	})
-}
+	}))
 
-// Each waiter takes a place as it sees one: what two saw at once, only one would get.
-func TestAwaitSeesAndActsInOneStep(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	t.Run("lets only one waiter take a place", bubbled(func(t *testing.T) {
 		const waiters = 100
 		var places awaited[int]
 		var all sync.WaitGroup
@@ -52,7 +48,7 @@ func TestAwaitSeesAndActsInOneStep(t *testing.T) {
 		for range waiters {
 			places.With(func(v *int) {
 				if *v != 0 {
-					t.Errorf("%d places left over while others wait", *v)
+					t.Errorf("%d places are free while others wait", *v)
 				}
 				*v++
 			})
@@ -63,11 +59,9 @@ func TestAwaitSeesAndActsInOneStep(t *testing.T) {
 				t.Errorf("%d places left, want none", *v)
 			}
 		})
-	})
-}
+	}))
 
-func TestAwaitOfOneThatAnotherAwaitMakesTrue(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	t.Run("sees a condition that another waiter makes true", bubbled(func(t *testing.T) {
 		var n awaited[int]
 		step := func(from int) func(*int) bool {
 			return func(v *int) bool {
@@ -79,7 +73,7 @@ func TestAwaitOfOneThatAnotherAwaitMakesTrue(t *testing.T) {
 			}
 		}
 		var all sync.WaitGroup
-		for from := 5; from > 0; from-- { // the last in line is the first that can
+		for from := 5; from > 0; from-- { // the last waiter is the first whose condition comes true
 			all.Go(func() { _ = n.Await(context.Background(), step(from)) })
 			synctest.Wait()
 		}
@@ -90,11 +84,9 @@ func TestAwaitOfOneThatAnotherAwaitMakesTrue(t *testing.T) {
 				t.Errorf("value %d, want 6: every step once", *v)
 			}
 		})
-	})
-}
+	}))
 
-func TestAwaitGivesUpWithTheCause(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	t.Run("returns the cause of its context", bubbled(func(t *testing.T) {
 		var n awaited[int]
 		why := errors.New("why")
 		ctx, cancel := context.WithCancelCause(t.Context())
@@ -109,25 +101,79 @@ func TestAwaitGivesUpWithTheCause(t *testing.T) {
 		before := calls
 		n.With(func(*int) {})
 		if calls != before {
-			t.Error("the condition of one who gave up is still asked")
+			t.Error("the condition is still evaluated")
 		}
-	})
-}
+	}))
 
-// Whoever took a place must know it, also when its context ended right before.
-func TestAwaitThatCameTrueNeverReportsTheEndOfItsContext(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	t.Run("reports a condition that was met, although its context ended", bubbled(func(t *testing.T) {
 		var n awaited[int]
 		ctx, cancel := context.WithCancel(t.Context())
 		got := make(chan error, 1)
 		go func() { got <- n.Await(ctx, func(v *int) bool { return *v > 0 }) }()
 		synctest.Wait()
 		n.With(func(v *int) {
-			cancel() // wakes Await, which cannot look yet
+			cancel() // wakes Await, which has to wait for the lock
 			*v = 1
 		})
 		if err := <-got; err != nil {
-			t.Errorf("Await: %v, although its condition was seen to be true", err)
+			t.Errorf("Await: %v, although its condition was met", err)
+		}
+	}))
+}
+
+func TestWriteLock(t *testing.T) {
+	t.Run("one holder at a time", func(t *testing.T) {
+		var l writeLock
+		var n int // guarded by l
+		var all sync.WaitGroup
+		for range 8 {
+			all.Go(func() {
+				for i := range 2000 {
+					if i%3 > 0 {
+						l.Lock()
+					} else if !l.TryLock() {
+						continue
+					}
+					n++
+					l.Unlock()
+				}
+			})
+		}
+		all.Wait()
+		if n == 0 || !l.TryLock() {
+			t.Errorf("the lock was taken %d times, and is not free at the end", n)
 		}
 	})
+
+	t.Run("it passes to the waiters in their order", bubbled(func(t *testing.T) {
+		var l writeLock
+		var order []int
+		l.Lock()
+		for i := range 5 {
+			go func() {
+				l.Lock()
+				order = append(order, i)
+				l.Unlock()
+			}()
+			synctest.Wait()
+		}
+		if l.TryLock() {
+			t.Error("TryLock took a lock that is held")
+		}
+		l.Unlock()
+		synctest.Wait()
+		wantEqual(t, "order", order, []int{0, 1, 2, 3, 4})
+	}))
+
+	t.Run("a bubble sees its waiters as durably blocked", bubbled(func(t *testing.T) {
+		var l writeLock
+		l.Lock()
+		go l.Lock()
+		time.AfterFunc(time.Hour, l.Unlock) // time passes only when all goroutines are durably blocked
+		synctest.Wait()
+		pass(time.Hour)
+		if l.TryLock() {
+			t.Error("the lock did not pass to its waiter")
+		}
+	}))
 }
