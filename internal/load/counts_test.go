@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"reflect"
 	"strings"
@@ -23,9 +24,7 @@ func leaves(v reflect.Value, path string) map[string]*int64 {
 	for f, field := range v.Fields() {
 		name := strings.TrimPrefix(path+"."+f.Name, ".")
 		if field.Kind() == reflect.Struct {
-			for p, leaf := range leaves(field, name) {
-				all[p] = leaf
-			}
+			maps.Copy(all, leaves(field, name))
 			continue
 		}
 		all[name] = field.Addr().Interface().(*int64)
