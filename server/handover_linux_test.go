@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -89,6 +91,15 @@ func firstGeneration(t testing.TB, h Handler, o Options) (*generation, net.Addr)
 }
 
 func TestG12Handover(t *testing.T) {
+	t.Run("streams go on byte for byte", testHandoverStreams)
+	t.Run("half-closed clients and full windows", testHandoverHalfClosed)
+	t.Run("holds, queue and counters go along", testHandoverPaused)
+	t.Run("what cannot be resumed stays behind and is counted", testHandoverBehind)
+	t.Run("a successor that fails at any step changes nothing", testHandoverRollback)
+	t.Run("a notice that waits for its client goes along", testHandoverNotice)
+}
+
+func testHandoverStreams(t *testing.T) {
 	const clients, handovers = 10, 20
 	g, addr := firstGeneration(t, Echo, Options{})
 	var streams sync.WaitGroup
@@ -174,4 +185,197 @@ func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64
 		t.Errorf("client %d got %d bytes back of %d, then %v; the same bytes: %t", seed, echoed.Load(), n, readErr,
 			bytes.Equal(got.Sum(nil), want.Sum(nil)))
 	}
+}
+
+// testHandoverHalfClosed: the client has sent megabytes, ended its stream, and reads nothing until after the handover.
+func testHandoverHalfClosed(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	c := dialTCP(t, addr)
+	want := make([]byte, 32<<20) // more than the socket buffers take
+	for i := range want {
+		want[i] = byte(rand.Uint32())
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := c.Write(want)
+		sent <- errors.Join(err, c.CloseWrite())
+	}()
+	_ = g.state.Await(t.Context(), func(*state) bool { return true })
+	next, report := g.takeOver(t, Echo, Options{})
+	if report.HandedOver != 1 {
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+	}
+	next, _ = next.takeOver(t, Echo, Options{}) // in the middle of the rest
+	got, err := io.ReadAll(c)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("read %d bytes, error %v, the same: %t", len(got), err, bytes.Equal(got, want))
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+	_ = c.Close()
+	awaitConns(t, next.Server, 0)
+	wantClosed(t, next.Server, map[Reason]uint64{ReasonClientClosed: 1})
+	_ = next.Close()
+	next.served.Wait()
+}
+
+func testHandoverPaused(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	old := dialTCP(t, addr)
+	send(t, old, "x")
+	receives(t, old, "x")
+	if _, err := g.Pause(PauseOptions{Reason: "backup", TTL: time.Hour, By: Caller{UID: 7, PID: 9}}); err != nil {
+		t.Fatal(err)
+	}
+	queued := dialTCP(t, addr)
+	send(t, queued, "queued")
+	before := g.Status()
+	next, _ := g.takeOver(t, Echo, Options{})
+	after := next.Status()
+	wantEqual(t, "state", after.State, StatePaused)
+	wantEqual(t, "counters", []any{after.Accepted, after.BytesIn, after.Connections}, []any{before.Accepted, before.BytesIn, before.Connections})
+	if len(after.Holds) != 1 || after.Holds[0].Reason != "backup" || after.Holds[0].By != (Caller{UID: 7, PID: 9}) || after.Holds[0].Expires.IsZero() {
+		t.Errorf("holds %+v", after.Holds)
+	}
+	if err := next.ReleaseHold(after.Holds[0].ID, Caller{}); err != nil {
+		t.Error(err)
+	}
+	receives(t, queued, "queued")
+	h, err := next.Pause(PauseOptions{})
+	if err != nil || h.ID() != "h2" {
+		t.Errorf("the next hold is %q, %v; want h2", h.ID(), err)
+	}
+	h.Release()
+	for info := range next.Conns() {
+		if info.Remote.String() == queued.LocalAddr().String() && info.ID != 2 {
+			t.Errorf("the queued client has the id %d, want 2", info.ID)
+		}
+	}
+	_ = next.Close()
+	next.served.Wait()
+}
+
+func testHandoverBehind(t *testing.T) {
+	plain := HandlerFunc(func(_ context.Context, c *Conn) error {
+		_, err := io.Copy(c, c)
+		return err
+	})
+	g, addr := firstGeneration(t, plain, Options{})
+	c := dialTCP(t, addr)
+	send(t, c, "x")
+	receives(t, c, "x")
+	next, report := g.takeOver(t, plain, Options{})
+	wantEqual(t, "behind", report.Behind, map[string]int{"handler cannot be resumed": 1})
+	st := next.Status()
+	if st.Connections != 1 || st.Behind != 1 || st.Accepted != 1 {
+		t.Errorf("the successor counts %d open, %d of them behind, %d accepted", st.Connections, st.Behind, st.Accepted)
+	}
+	receives(t, c, "\nSHUTDOWN 5 upgrade\n")
+	send(t, c, "y")
+	receives(t, c, "y")
+	_ = c.CloseWrite()
+	receivesAll(t, c, "")
+	_ = next.AwaitStatus(t.Context(), func(_ State, open int) bool { return open == 0 })
+	wantClosed(t, next.Server, map[Reason]uint64{ReasonClientLeft: 1})
+	_ = next.Close()
+	next.served.Wait()
+	g.served.Wait()
+}
+
+// failingLink fails after so many messages were received.
+type failingLink struct {
+	Link
+	left int
+}
+
+func (l *failingLink) Receive() ([]byte, []any, error) {
+	if l.left--; l.left < 0 {
+		return nil, nil, errors.New("the test ends the link")
+	}
+	return l.Link.Receive()
+}
+
+func testHandoverRollback(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	c := dialTCP(t, addr)
+	send(t, c, "before")
+	receives(t, c, "before")
+	for step := range 4 { // the successor receives the offer, the connections, the final state and the commit
+		near, far := linkPair(t)
+		failed := make(chan error, 1)
+		successor, _ := newServer(t, Echo, Options{})
+		go func() {
+			failed <- func() error {
+				offer, err := ReceiveOffer(context.Background(), &failingLink{far, step})
+				if err != nil {
+					_ = far.Close()
+					return err
+				}
+				return successor.TakeOver(context.Background(), offer, offer.Listeners)
+			}()
+		}()
+		var killed atomic.Bool
+		_, err := g.HandOver(context.Background(), near, HandoverOptions{Kill: func() { killed.Store(true) }})
+		if err == nil {
+			t.Fatalf("step %d: the handover succeeded", step)
+		}
+		if err := <-failed; err == nil {
+			t.Errorf("step %d: taking over succeeded", step)
+		}
+		if killed.Load() != (step == 3) {
+			t.Errorf("step %d: the successor was killed: %t; want that only once the commit was sent", step, killed.Load())
+		}
+		text := fmt.Sprintf("after step %d", step)
+		send(t, c, text)
+		receives(t, c, text)
+		late := dialTCP(t, addr)
+		send(t, late, text)
+		receives(t, late, text)
+		_ = late.Close()
+		h, err := g.Pause(PauseOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Release()
+	}
+	next, report := g.takeOver(t, Echo, Options{})
+	if report.HandedOver == 0 {
+		t.Error("after the failures nothing was handed over")
+	}
+	send(t, c, "end")
+	receives(t, c, "end")
+	_ = next.Close()
+	next.served.Wait()
+}
+
+// testHandoverNotice: a message is posted to a client whose window is full. The successor sends what is left of it.
+func testHandoverNotice(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{Notifier: NotifierFunc(func(n Notice) []byte {
+		if n.Kind == NoticeMessage {
+			return bytes.Repeat([]byte("m"), 32<<20) // more than the socket buffers take
+		}
+		return nil
+	})})
+	c := dialTCP(t, addr)
+	send(t, c, "x")
+	receives(t, c, "x")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _, _ = g.Notify(context.Background(), "hello")
+	}()
+	<-done // it waits a second for the client, which does not read
+	next, report := g.takeOver(t, Echo, Options{})
+	if report.HandedOver != 1 {
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+	}
+	send(t, c, "y")
+	_ = c.CloseWrite()
+	got, err := io.ReadAll(c)
+	if err != nil || len(got) != 32<<20+1 || got[len(got)-1] != 'y' || bytes.Count(got, []byte("m")) != 32<<20 {
+		t.Errorf("read %d bytes, error %v; want the whole message and then the echo", len(got), err)
+	}
+	_ = next.Close()
+	next.served.Wait()
 }

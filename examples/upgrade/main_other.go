@@ -1,0 +1,6 @@
+//go:build !linux
+
+// Command upgrade needs Linux.
+package main
+
+func main() {}
