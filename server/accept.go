@@ -13,14 +13,13 @@ import (
 	"go.uber.org/zap"
 )
 
-// Backoff while the process or the system lacks something that accept(2) needs. A connection that closes prompts a
-// new try, too.
+// Backoff after accept(2) failed for lack of descriptors or memory. It ends early when a connection closes.
 const (
 	minAcceptBackoff = 5 * time.Millisecond
 	maxAcceptBackoff = 1 * time.Second
 )
 
-// An acceptor accepts connections from one listener and takes them to admission. It runs on Serve's goroutine.
+// An acceptor accepts connections from one listener and submits them for admission. It runs on Serve's goroutine.
 type acceptor struct {
 	srv     *Server
 	ln      Listener
@@ -71,8 +70,8 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 // prepares reports whether connections have a handshake before they are admitted.
 func (a *acceptor) prepares() bool { return a.wrap != nil || a.tls != nil }
 
-// interrupt makes a blocked accept return, and every later one until awaitClearance. The caller holds s.state, so
-// that a loop that does not know the cause yet cannot undo it.
+// interrupt makes a blocked accept return, and every later one until awaitClearance. The caller holds s.state, so the
+// accept loop cannot undo the interrupt before it has seen the cause.
 func (a *acceptor) interrupt() {
 	if !a.emptying {
 		a.interrupted = true
@@ -86,8 +85,8 @@ func (st *state) interruptAcceptors() {
 	}
 }
 
-// run accepts until the drain begins or the listener is closed, and then empties the accept queue. A non-nil error is
-// why accepting ended before.
+// run accepts until the drain begins or the listener is closed, and then empties the accept queue. A non-nil error
+// says why accepting failed.
 func (a *acceptor) run() error {
 	err := a.loop()
 	if err == nil && !a.srv.isHandedOver() {
@@ -119,7 +118,7 @@ func (a *acceptor) loop() error {
 	return nil
 }
 
-// awaitClearance waits until it makes sense to accept. False means that the accept loop is to end.
+// awaitClearance waits until the loop may accept. It returns false when the accept loop must end.
 func (a *acceptor) awaitClearance() bool {
 	for {
 		var clear, stop, frozen bool
@@ -144,7 +143,7 @@ func (a *acceptor) awaitClearance() bool {
 
 var errNoFiles = errors.New("the limit on open files is reached")
 
-// spareFiles is how many reserved files the loop may use: those for rejections, where clients are rejected.
+// spareFiles returns how many reserved files the loop may use: at the connection limit, those for rejected clients.
 func (a *acceptor) spareFiles() int {
 	var full bool
 	a.srv.state.With(func(st *state) { full = st.admitted >= a.srv.opts.Limits.MaxConns })
@@ -154,7 +153,8 @@ func (a *acceptor) spareFiles() int {
 	return 0
 }
 
-// clearance reports whether it makes sense to accept, and then lets accept block again.
+// clearance reports whether the loop may accept (clear), must end (stop), or is frozen by a handover. If it is clear,
+// accept may block again.
 func (a *acceptor) clearance(st *state) (clear, stop, frozen bool) {
 	a.iterations++
 	switch {
@@ -176,7 +176,7 @@ func (a *acceptor) clearance(st *state) (clear, stop, frozen bool) {
 	return true, false, false
 }
 
-// take enters an accepted connection into the table, and waits with it until admission has decided.
+// take adds an accepted connection to the table, and waits until admission has decided about it.
 func (a *acceptor) take(nc net.Conn) { a.enter(a.newConn(nc), true) }
 
 func (a *acceptor) newConn(nc net.Conn) *Conn {
@@ -188,8 +188,8 @@ func (a *acceptor) newConn(nc net.Conn) *Conn {
 	return newConn(a, nc)
 }
 
-// enter takes a connection to admission, by way of WrapConn if there is one, and waits for the decision. A new one is
-// entered into the table first.
+// enter submits a connection for admission, after WrapConn if there is one, and waits for the decision. It adds a new
+// connection to the table first.
 func (a *acceptor) enter(c *Conn, isNew bool) {
 	s := a.srv
 	var d decision
@@ -255,8 +255,8 @@ func (s *Server) proceed(c *Conn, d decision, why Reason) {
 	}
 }
 
-// beginHandshake counts a connection in WrapConn. Where there are most already, it returns the oldest one, which is to
-// be ended.
+// beginHandshake counts a connection in its handshake. If the number has reached most, it returns the oldest one,
+// which the caller must end.
 func (st *state) beginHandshake(c *Conn, most int) (oldest *Conn) {
 	st.tasks++
 	if len(st.handshakes) >= most {
@@ -272,8 +272,8 @@ var (
 	errHandshakeCrowded = errors.New("the handshake was ended for a newer one: Limits.MaxHandshakes is reached")
 )
 
-// handshake is the goroutine that calls WrapConn for a connection, performs the TLS handshake, and takes it to
-// admission.
+// handshake is the goroutine of a connection that is prepared: it calls WrapConn, performs the TLS handshake, and
+// waits for admission.
 func (c *Conn) handshake() {
 	s := c.srv
 	defer s.endTask()
@@ -328,10 +328,10 @@ const (
 	maxParked    = 4096
 )
 
-// park makes room in a full accept queue while nobody is admitted: it accepts the oldest clients, in order, and closes
-// those that have gone and sent nothing. Otherwise health checks that connect and close during a long pause would fill
-// the queue, and real clients would time out. The others stay parked, and are the first to be admitted. A client that
-// half-closed after it had sent something still waits for its answer.
+// park makes room in a full accept queue while no client is admitted. It accepts the oldest clients, in order, and
+// closes those that left without sending anything. Otherwise health checks that connect and close during a long pause
+// would fill the queue, and real clients would time out. The others stay parked, and are the first to be admitted. A
+// client that sent something and then half-closed stays parked, because it may still expect an answer.
 func (a *acceptor) park() {
 	if a.ln.Inherited {
 		return
@@ -366,7 +366,7 @@ func (a *acceptor) dropGone() {
 	})
 }
 
-// unpark takes up to n parked connections to admission, and reports whether there were any.
+// unpark submits up to n parked connections for admission, and reports whether there were any.
 func (a *acceptor) unpark(n int) bool {
 	n = min(n, len(a.parked))
 	for _, c := range a.parked[:n] {
@@ -403,18 +403,18 @@ func (a *acceptor) sleep(d time.Duration) {
 	})
 }
 
-// Times of emptying an accept queue.
+// Times for emptying an accept queue.
 const (
 	quietTime     = 50 * time.Millisecond // without a new connection, after which a queue counts as empty
 	handshakeTime = 3 * time.Second       // for TCP handshakes that are in progress, at most
 )
 
-// emptyAtMost bounds what is taken from a queue that goes on filling because the system cannot keep new handshakes
-// out. It is Linux's default net.core.somaxconn.
+// emptyAtMost bounds how many clients are accepted from a queue that keeps filling, on systems that cannot stop new
+// handshakes. It is Linux's default net.core.somaxconn.
 const emptyAtMost = 4096
 
-// emptyQueue ends accepting so that no client is reset: it lets no new TCP handshake begin, and takes to admission who
-// is in the accept queue and who is in the middle of a handshake. Then run closes the listener.
+// emptyQueue ends accepting without resetting a client. It stops new TCP handshakes, and accepts the clients that are
+// in the accept queue or in a handshake. Then run closes the listener.
 func (a *acceptor) emptyQueue() {
 	if a.ln.Inherited { // the queue belongs to the successor
 		a.leaveAcceptors()
@@ -448,7 +448,7 @@ func (a *acceptor) emptyQueue() {
 	}
 }
 
-// takeWaiting takes to admission who is in the accept queue of an inherited listener now. Who comes later is left.
+// takeWaiting accepts the clients that are in the accept queue of an inherited listener now. It leaves later ones.
 func (a *acceptor) takeWaiting() {
 	waiting, _, ok := acceptQueue(a.ln.Listener)
 	if !ok {
@@ -463,8 +463,8 @@ func (a *acceptor) takeWaiting() {
 	}
 }
 
-// handshakeTime is how long to wait for TCP handshakes that are in progress. It is bounded, because while new ones
-// are kept out, clients that connect see a timeout and not a refusal.
+// handshakeTime is how long to wait for TCP handshakes that are in progress. It is bounded: while new handshakes are
+// dropped, clients that connect get a timeout instead of a refusal.
 func (a *acceptor) handshakeTime() (d time.Duration) {
 	d = handshakeTime
 	a.srv.state.With(func(st *state) {
@@ -475,7 +475,7 @@ func (a *acceptor) handshakeTime() (d time.Duration) {
 	return d
 }
 
-// awaitFile waits until there is a file for one more connection from the queue. False means that there is no more time.
+// awaitFile waits until there is a file for one more connection from the queue. It returns false when time is up.
 func (a *acceptor) awaitFile() bool {
 	for {
 		var over bool
@@ -492,7 +492,7 @@ func (a *acceptor) awaitFile() bool {
 	}
 }
 
-// leaveAcceptors records, once, that this listener lets no new connection in.
+// leaveAcceptors records that this listener accepts no new connections. Repeated calls do nothing.
 func (a *acceptor) leaveAcceptors() (last bool) {
 	a.srv.state.With(func(st *state) {
 		if i := slices.Index(st.acceptors, a); i >= 0 {
@@ -519,7 +519,7 @@ func resetOnClose(nc net.Conn) {
 	}
 }
 
-// keepPath makes sure that closing this process's descriptor of a Unix socket leaves the path to the successor.
+// keepPath keeps the path of a Unix socket when this process closes its descriptor: the successor uses it.
 func (a *acceptor) keepPath() {
 	if ln, ok := a.ln.Listener.(interface{ SetUnlinkOnClose(unlink bool) }); ok {
 		ln.SetUnlinkOnClose(false)

@@ -19,7 +19,7 @@ const (
 )
 
 // admit is the one place that decides whether an accepted connection may be served. It decides and counts under the
-// same lock as every pause and drain, so that nothing slips past them.
+// same lock as every pause and drain, so no connection is admitted during a pause or after a drain began.
 func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
 	d, why := s.decide(st, c)
 	switch d {
@@ -90,7 +90,7 @@ func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
 	}
 }
 
-// mayAccept reports whether it makes sense to take a connection from the accept queue now.
+// mayAccept reports whether the accept loop should take a connection from the accept queue now.
 func (s *Server) mayAccept(st *state) bool {
 	switch {
 	case st.frozen:
@@ -104,7 +104,7 @@ func (s *Server) mayAccept(st *state) bool {
 	}
 }
 
-// pauseRejects reports whether a pause stands that rejects clients. With several holds the stricter mode wins.
+// pauseRejects reports whether a hold in mode PauseReject exists. With several holds the stricter mode wins.
 func (st *state) pauseRejects() bool {
 	for _, h := range st.holds {
 		if h.info.Mode == PauseReject {

@@ -19,7 +19,7 @@ import (
 
 // Certificates are certificates that are loaded from files, and loaded again when the files change. Clients get the
 // first certificate that is valid for the name they ask for, or else the first of all. A change applies to new
-// handshakes; connections and session tickets go on. All methods may be called concurrently.
+// handshakes; existing connections and session tickets stay valid. All methods may be called concurrently.
 type Certificates struct {
 	opts    CertificateOptions
 	log     *zap.Logger
@@ -30,7 +30,7 @@ type Certificates struct {
 
 // CertificateOptions says what Certificates load.
 type CertificateOptions struct {
-	// Pairs are the files of the certificates. There must be one at least.
+	// Pairs are the files of the certificates. At least one is required.
 	Pairs []CertificatePair
 	// ClientCAFile holds the certificates, in PEM form, that sign those of clients. Empty: Config.ClientCAs.
 	ClientCAFile string
@@ -59,7 +59,7 @@ type loadedCertificates struct {
 	infos  []CertificateInfo
 }
 
-// certificatesState is what a look at the files remembers.
+// certificatesState is kept from one check of the files to the next.
 type certificatesState struct {
 	loaded   fingerprint // of the files in use
 	suspect  fingerprint // of files that could not be loaded at the last look
@@ -122,9 +122,9 @@ func (s *Certificates) Err() (err error) {
 // watchInterval is the time between two looks at the files.
 const watchInterval = time.Second
 
-// Watch loads the files when they have changed, by whatever means: it compares their contents once a second. It returns
-// the cause of ctx when that ends. Files that cannot be loaded are logged, and the certificates in use stay; since a
-// certificate and its key are seldom replaced at the same instant, an error counts only at the second look.
+// Watch loads the files when their contents have changed. It checks once a second. It returns the cause of ctx when
+// that ends. Files that cannot be loaded are logged, and the certificates in use stay. A certificate and its key are
+// seldom replaced at the same instant, so an error is reported only if the next check finds it too.
 func (s *Certificates) Watch(ctx context.Context) error {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
@@ -152,7 +152,8 @@ func (s *Certificates) Reload() (changed bool, err error) {
 	return changed, err
 }
 
-// look loads the files if they have changed. A patient look gives files that cannot be loaded until the next one.
+// look loads the files if they have changed. With patient, it logs files that cannot be loaded only if the previous
+// look found them too.
 func (s *Certificates) look(st *certificatesState, patient bool) (changed bool, err error) {
 	files, err := s.read()
 	now := files.fingerprint()

@@ -20,7 +20,7 @@ import (
 
 // Conn is an accepted connection. It is a net.Conn with these differences: a Write is never interrupted by a notice;
 // Close leaves flushing, half-closing and lingering to the server; once the server has decided to end the connection,
-// deadlines cannot be moved any more; and a write deadline bounds the handler's writes only.
+// deadlines no longer move; and a write deadline bounds the handler's writes only.
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
@@ -34,7 +34,7 @@ type Conn struct {
 	writeLock   writeLock    // held for each whole write; guards the four fields below, and changes of nc
 	lastByte    byte
 	writeClosed bool // CloseWrite was called
-	writeBroken bool // a write ended halfway: nothing that follows could be understood
+	writeBroken bool // a write ended halfway: the client could not parse anything after it
 
 	echoing          atomic.Bool // the handler is Echo, which can be interrupted anywhere
 	handingOver      atomic.Bool // the handler is to reach its safe point; set under the lock of closing
@@ -72,7 +72,7 @@ type Conn struct {
 	progress progress // the sweeper's own
 }
 
-// closingState is how and why the connection ends, and what else a few connections need.
+// closingState says how and why the connection ends.
 type closingState struct {
 	reason Reason         // 0 until the end is decided
 	cause  error          // why reads fail; nil while they do not
@@ -80,7 +80,7 @@ type closingState struct {
 	rare   *rareState     // nil until it is needed
 }
 
-// rareState is what most connections do not have, so that they do not pay for it.
+// rareState is allocated only for the few connections that need it.
 type rareState struct {
 	notifier                    Notifier
 	labels                      map[string]string
@@ -191,8 +191,8 @@ func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID
 // PeerCredentials returns the credentials of the client of a Unix socket; ok is false where the system does not tell.
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
 
-// Draining returns a channel that is closed when the server would like the connection to end: when its client has been
-// told, and has until DrainDeadline. It is the soft signal; the hard one is the context's end.
+// Draining returns a channel that is closed when the connection's drain begins: its client has been told, and has
+// until DrainDeadline. It is the soft signal; the end of the context is the hard one.
 func (c *Conn) Draining() (signal <-chan struct{}) {
 	c.closing.With(func(cl *closingState) {
 		d := &cl.extra().drain
@@ -246,10 +246,10 @@ func (c *Conn) startDrain(deadline time.Time, reason string) {
 	})
 }
 
-// MarkIdle says that the handler has answered all requests and waits for the next one, of which it has read nothing
-// yet: with a bufio.Reader, that Buffered returns 0; a bufio.Scanner does not tell. A drain then interrupts the Read that waits, or the next one, with
-// ErrDraining. No byte is lost, so the handler may also go on. The mark ends with the first byte that is read. Each
-// connection is interrupted once at most. Call it on the goroutine that reads.
+// MarkIdle says that the handler has answered all requests and has read nothing of the next one. With a bufio.Reader
+// that means that Buffered returns 0; a bufio.Scanner does not tell. A drain then interrupts the Read that waits, or
+// the next one, with ErrDraining. No byte is lost, so the handler may also continue. The mark ends with the first
+// byte that is read. Each connection is interrupted once at most. Call it on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
 
 // endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or ErrHandover if
@@ -309,10 +309,10 @@ func (c *Conn) finishHandshake() error {
 	return nil
 }
 
-// SetNotifier replaces what speaks for the server on this connection, from the next byte on; nil silences it. Call it
-// before a change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It
-// waits for a write that is in progress. A drain asks for its notice once: a notifier that comes after it is not asked,
-// and the handler should look at Draining.
+// SetNotifier replaces the Notifier of this connection, from the next byte on; nil means no notices. Call it before a
+// change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It waits for a
+// write that is in progress. A drain sends its notice once, so a Notifier that is set later does not get it: check
+// Draining.
 func (c *Conn) SetNotifier(n Notifier) {
 	if n == nil {
 		n = silent{}
@@ -436,7 +436,7 @@ func (cl *closingState) extra() *rareState {
 	return cl.rare
 }
 
-// Read reads what the client sent. Once the connection is to end, it fails with the cause. See MarkIdle for
+// Read reads what the client sent. Once the server ends the connection, Read fails with the cause. See MarkIdle for
 // ErrDraining.
 func (c *Conn) Read(p []byte) (n int, err error) {
 	if c.idle.Load() != idleNo {
@@ -545,8 +545,8 @@ func (c *Conn) cause() (cause error) {
 	return cause
 }
 
-// end decides how the connection ends, unless that was decided before. The handler's context is cancelled, reads fail
-// at once, and what is still to be written has flushTimeout.
+// end ends the connection with a reason, unless it has one already. It cancels the handler's context and makes reads
+// fail at once. Writes have flushTimeout left.
 func (c *Conn) end(why Reason, cause error) (first bool) {
 	c.closing.With(func(cl *closingState) {
 		if first = cl.reason == 0 && !cl.sent(); first {
@@ -557,8 +557,8 @@ func (c *Conn) end(why Reason, cause error) (first bool) {
 	return first
 }
 
-// cancelIO makes reads fail with cause, and writes after a while. It is called under the lock of c.closing. It cancels
-// the context first, so that whoever the deadline wakes finds the cause.
+// cancelIO makes reads fail with cause, and writes after a while. The caller holds the lock of c.closing. It cancels
+// the context first, so that a goroutine woken by the deadline finds the cause.
 func (c *Conn) cancelIO(cl *closingState, cause error) {
 	if cl.cause == nil {
 		cl.cause = cause
@@ -570,8 +570,8 @@ func (c *Conn) cancelIO(cl *closingState, cause error) {
 	_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
 }
 
-// connContext is a connection as the context of its handler. What package context would allocate for it, 190 bytes, is
-// made when the handler first uses it, which an echo never does.
+// connContext is a connection as the context of its handler. The 190 bytes that package context needs are allocated
+// when the handler first uses the context, which an echo never does.
 type connContext Conn
 
 type cancelContext struct {
@@ -748,7 +748,8 @@ func (c *Conn) closeUnserved() {
 	c.close(ReasonHandlerDone)
 }
 
-// reject is the goroutine of a connection that is not served: it tells the client why, and closes in good order.
+// reject is the goroutine of a connection that is not served: it tells the client why, half-closes, lingers and
+// closes.
 func (c *Conn) reject(why Reason) {
 	defer c.srv.endTask()
 	// Reads stay possible: the first write to a TLS client performs the handshake.
@@ -762,7 +763,7 @@ func (c *Conn) reject(why Reason) {
 	c.close(why)
 }
 
-// rejectNow is reject without waiting for the client. A client that goes on sending may see a reset.
+// rejectNow is reject without waiting for the client. A client that keeps sending may see a reset.
 func (c *Conn) rejectNow(why Reason) {
 	defer c.srv.endTask()
 	c.end(why, errors.New(why.String()))
@@ -871,7 +872,7 @@ func (c *Conn) abort() {
 	_ = c.sock.Close()
 }
 
-// finish records a closed connection, once, and tells those that want to know.
+// finish records a closed connection, once, and calls OnClose and ConnState.
 func (c *Conn) finish(why Reason) {
 	s := c.srv
 	closed := ClosedConn{

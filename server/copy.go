@@ -11,8 +11,8 @@ import (
 	"syscall"
 )
 
-// maxReads is how many reads in a row may pass without a look at the read deadline, by which a connection is told to
-// end. A client that floods is always readable, so the poller would never look.
+// maxReads is how many reads in a row may pass before the read deadline is checked, with which the server interrupts
+// a connection. The socket of a flooding client is always readable, so the poller would never check it.
 const maxReads = 16
 
 // WriteTo implements io.WriterTo, which io.Copy uses: it writes to w what the client sends, until the client ends its
@@ -50,7 +50,7 @@ type copier struct {
 	written int64
 }
 
-// copy copies on the fastest way that the stream offers.
+// copy uses the fastest method that the stream allows.
 func (cp *copier) copy() (int64, error) {
 	nc := cp.src.nc
 	if raw := rawConn(nc); raw != nil {
@@ -62,7 +62,7 @@ func (cp *copier) copy() (int64, error) {
 	return cp.plain()
 }
 
-// run does between visits to the descriptor what may have to wait for a peer.
+// run does what may block, between visits to the descriptor.
 func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 	defer cp.finish()
 	c := cp.src
@@ -219,7 +219,8 @@ func (cp *copier) writeRest() (err error) {
 	return err
 }
 
-// writeResumable writes rest to src. A handover that interrupts it does not break the stream: the successor goes on.
+// writeResumable writes rest to src. A handover that interrupts it does not break the stream: the successor writes
+// the rest.
 func (cp *copier) writeResumable() (int, error) {
 	c := cp.src
 	if !cp.locked {

@@ -11,15 +11,15 @@ import (
 	"go.uber.org/zap"
 )
 
-// DrainOptions says how a drain goes. In Options.Drain a zero field means the default given here; in the argument of
+// DrainOptions configures a drain. In Options.Drain a zero field means the default given here; in the argument of
 // Drain it means Options.Drain's.
 type DrainOptions struct {
 	// Grace is the time that clients have after they were told. Zero means DefaultGrace. Off means none: clients are
 	// told and closed at once.
 	Grace time.Duration
-	// Delay is how long the server goes on accepting before it tells anybody; the grace period begins after it. It is
-	// for load balancers, which take a while to notice that the server is not ready any more. A pause goes on
-	// meanwhile, and ends with the delay at the latest. Zero and Off mean no delay.
+	// Delay is how long the server still accepts before it tells its clients; the grace period begins after it. It gives
+	// load balancers time to notice that the server is not ready. A pause stays in force during the delay, and ends with
+	// it at the latest. Zero and Off mean no delay.
 	Delay time.Duration
 	// Reason is told to clients and logged: one line of printable text. Empty means "shutdown".
 	Reason string
@@ -58,7 +58,7 @@ type drain struct {
 	telling      bool // clients are told; those admitted from now on are told at once
 	expired      bool // the deadline has passed
 	forced       bool // everything is closed now
-	aborting     bool // the flush after the deadline is over as well
+	aborting     bool // the flush after the deadline is over, too
 
 	notified, noticeFailed                         int
 	left, atDeadline, byForce, rejected, otherwise int
@@ -70,7 +70,7 @@ type drain struct {
 // DrainInfo describes a drain.
 type DrainInfo struct {
 	Since        time.Time
-	Ended        time.Time // zero while it goes on
+	Ended        time.Time // zero until the server has stopped
 	AcceptUntil  time.Time // new clients are served as usual until then; Since without a DrainOptions.Delay
 	Deadline     time.Time
 	Reason       string
@@ -131,7 +131,7 @@ func (d *drain) count(why Reason) {
 	}
 }
 
-// notAccepting reports whether no new client is let in any more.
+// notAccepting reports whether new clients are no longer accepted.
 func (st *state) notAccepting() bool { return st.drain != nil && st.drain.notAccepting }
 
 // Drain drains the server, waits for the end, and returns the report. The server stops accepting, after o.Delay; then
@@ -156,10 +156,10 @@ func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 	return s.changeDrain(func(begin time.Time) time.Time { return begin.Add(o.Grace) }, o, mode)
 }
 
-// Shutdown drains, like net/http's: clients have until ctx ends, or for Options.Drain.Grace if ctx has no deadline. It
-// returns nil when all connections ended by themselves. Otherwise it closes the rest in good order, at most two seconds
-// later, and returns ctx.Err(), or ErrDeadline if ctx has not ended. A ctx that is cancelled, rather than past its
-// deadline, closes everything at once.
+// Shutdown drains, like net/http's: clients have until ctx ends, or for Options.Drain.Grace if ctx has no deadline.
+// It returns nil when all connections ended by themselves. Otherwise it flushes and closes the rest, at most two
+// seconds later, and returns ctx.Err(), or ErrDeadline if ctx has not ended. A ctx that is cancelled, rather than
+// past its deadline, closes everything at once.
 func (s *Server) Shutdown(ctx context.Context) error {
 	if s.log == nil {
 		return errNotNew
@@ -241,11 +241,11 @@ func (s *Server) callOnShutdown(f func()) {
 	f()
 }
 
-// drainMode says what happens to a drain that is in progress when another one is asked for.
+// drainMode says how a new request changes a drain that is in progress.
 type drainMode int
 
 const (
-	drainAdopt   drainMode = iota + 1 // it goes on as it is
+	drainAdopt   drainMode = iota + 1 // the drain does not change
 	drainShorten                      // its deadline is brought forward
 	drainForce                        // it ends now
 )
@@ -338,8 +338,8 @@ func (st *state) nothingLeft() bool { return st.handedOver && st.finished() }
 // predecessor's, whose ends it passes on.
 func (st *state) finished() bool { return st.tasks == 0 && (!st.handedOver || len(st.behind) == 0) }
 
-// stopAccepting lets no new client in any more. A pause ends with it and not before: clients that it keeps waiting must
-// not be served during a drain's delay, while somebody works on what the server was paused for.
+// stopAccepting ends accepting, and with it every pause. A pause does not end earlier, in the drain's delay, because
+// it protects work that is still in progress.
 func (st *state) stopAccepting() {
 	st.drain.notAccepting = true
 	for len(st.holds) > 0 {
@@ -386,7 +386,7 @@ func (s *Server) runDrain() {
 	close(s.stopped)
 }
 
-// awaitDelay goes on accepting until the delay is over.
+// awaitDelay waits until the delay is over, and then stops accepting.
 func (s *Server) awaitDelay() {
 	for {
 		var until time.Time
@@ -440,7 +440,7 @@ func (s *Server) tellIfDraining(c *Conn) {
 	}
 }
 
-// tellAfterDeadline is how long after the deadline clients are still told that were given no time.
+// tellAfterDeadline is how long after the deadline clients without a grace period are still told.
 const tellAfterDeadline = 600 * time.Millisecond
 
 // tell sends the notice of the drain to a client, or counts it as failed when it is too late.
@@ -511,8 +511,8 @@ func nextCountdown(left time.Duration) time.Duration {
 	return (left - 1).Truncate(step)
 }
 
-// closeRest closes what the deadline or force has left, and returns how many handlers were left behind. Its bounds
-// count from the deadline, so that what came before cannot delay the end.
+// closeRest closes the connections that are still open, and returns how many handlers ignored that. Its time limits
+// count from the deadline, so earlier delays do not add up.
 func (s *Server) closeRest(conns []*Conn, forced bool, deadline time.Time) (stuck int) {
 	if !forced {
 		for c := range inTurns(conns, promptTurn) {
@@ -540,7 +540,7 @@ func (s *Server) closeRest(conns []*Conn, forced bool, deadline time.Time) (stuc
 			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
 			zap.Duration("open_for", time.Since(c.srv.at(c.opened)).Round(time.Millisecond)))
 		c.closeMessages()
-		go c.finish(c.endReason()) // on a goroutine, because OnClose may block as well
+		go c.finish(c.endReason()) // on a goroutine, because OnClose may block, too
 	}
 	s.awaitFor(abandonAfter, func(st *state) bool { return st.conns.len() == 0 })
 	return len(conns)
@@ -568,16 +568,15 @@ func (s *Server) logReport() {
 		zap.Int("rejected", r.Rejected), zap.Int("closed_otherwise", r.Otherwise), zap.Int("handlers_left_behind", r.Stuck))
 }
 
-// Work on all connections gives way to others after each turn, for the length of a rest. Left alone, the scheduler
-// preempts after 10 ms, which is what clients would wait for on a machine with one CPU. runtime.Gosched does not help,
-// nor does a shorter rest: the same goroutine runs again.
+// Work on all connections sleeps for a rest after each turn, so that clients need not wait for it. The scheduler
+// preempts only after 10 ms. runtime.Gosched or a shorter sleep does not help: the same goroutine runs again.
 const (
 	promptTurn = 2 * time.Millisecond   // where clients wait for the work
 	quietTurn  = 200 * time.Microsecond // where nobody does: half of what 64 busy clients wait for an echo
 	rest       = 1 * time.Millisecond
 )
 
-// inTurns ranges over conns, and gives way to others after each turn.
+// inTurns ranges over conns, and sleeps for a rest after each turn.
 func inTurns(conns []*Conn, turn time.Duration) iter.Seq[*Conn] {
 	const between = 16 // looks at the clock
 	return func(yield func(*Conn) bool) {

@@ -30,9 +30,9 @@ type closedError string
 func (e closedError) Error() string        { return string(e) }
 func (e closedError) Is(target error) bool { return target == net.ErrClosed }
 
-// Errors of a connection that goes on.
+// Errors after which the connection stays open.
 var (
-	// ErrDraining is what an interrupted Read returns after Conn.MarkIdle. No byte was lost; the handler may go on.
+	// ErrDraining is what an interrupted Read returns after Conn.MarkIdle. No byte was lost; the handler may continue.
 	ErrDraining = errors.New("the connection is being drained")
 	// ErrHandover is what an interrupted Read returns when the connection is to be handed over. No byte was lost.
 	ErrHandover = errors.New("the connection is being handed over")

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// EventType is what an event is about.
+// EventType is the kind of an event.
 type EventType string
 
 // The event types.

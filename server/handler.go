@@ -13,9 +13,9 @@ import (
 // When ServeConn returns, the server writes what is pending, half-closes, waits a moment for the client's FIN, and
 // closes. The handler need not call Close.
 //
-// A graceful handler heeds two signals. Conn.Draining says that the server would like to stop: the handler may finish
-// what it does and return, or go on until the client leaves. A handler that calls Conn.MarkIdle between two requests
-// is also woken from the Read that waits for the next one. And when ctx is done the handler must return:
+// A graceful handler reacts to two signals. Conn.Draining is closed when the drain begins: the handler may finish its
+// work and return, or continue until the client leaves. A handler that calls Conn.MarkIdle between two requests is
+// also woken from the Read that waits for the next one. And when ctx is done the handler must return:
 // context.Cause(ctx) says why, reads fail at once, and writes have at most a second left.
 //
 // The result says how the connection ended, for the log, the close reason and ClosedConn.Err. A handler can return the
@@ -57,8 +57,9 @@ func (echoHandler) ResumeConn(_ context.Context, c *Conn, state []byte) error { 
 // address for limits and logs; a PROXY header is read by returning a connection with another RemoteAddr.
 //
 // When ctx ends, by Timeouts.Handshake or because the connection is to end, reads and writes of nc fail. The server
-// logs an error with the client's address, counts it as ReasonRejectedHandshake, and closes the connection without a
-// word. An error that wraps io.EOF means that the client left before it sent anything; that is not logged.
+// logs an error with the client's address, counts it as ReasonRejectedHandshake, and closes the connection without
+// sending anything. An error that wraps io.EOF means that the client left before it sent anything; that is not
+// logged.
 type WrapConn func(ctx context.Context, nc net.Conn) (net.Conn, error)
 
 // handlerName returns the name that h has in the source, for the log.

@@ -19,20 +19,20 @@ const (
 	DefaultSafePointTimeout = 50 * time.Millisecond
 
 	maxHandlerState = 1 << 20 // bytes of one handler's state
-	copyRounds      = 8       // of copying ahead what has been opened meanwhile
+	copyRounds      = 8       // of copying ahead, each for the connections opened during the last
 )
 
 // Errors of a handover.
 var (
-	// ErrHandoverInProgress means that another handover of the same server goes on.
+	// ErrHandoverInProgress means that another handover of the same server is in progress.
 	ErrHandoverInProgress = errors.New("a handover is in progress")
 	// ErrHandoverFormat means that the two processes do not speak the same format.
 	ErrHandoverFormat = errors.New("the handover format is not supported")
-	// ErrHandedOver ends a hold whose server was handed over: the hold goes on in the successor.
+	// ErrHandedOver ends a hold whose server was handed over: the hold continues in the successor.
 	ErrHandedOver = errors.New("the server was handed over")
 )
 
-// HandoverOptions says how HandOver goes.
+// HandoverOptions configures HandOver.
 type HandoverOptions struct {
 	// Program names the program and its version, for the successor's log.
 	Program string
@@ -40,8 +40,8 @@ type HandoverOptions struct {
 	Data []byte
 	// Extra listeners are passed along by name, such as that of a control plane. The server does not use them.
 	Extra map[string]net.Listener
-	// Kill ends the successor. The server calls it when the successor has not acknowledged the commit in time, and goes
-	// on serving after it returned; so the successor must not run any more by then. It is required.
+	// Kill ends the successor. The server calls it when the successor has not acknowledged the commit in time, and then
+	// continues to serve. So the successor must have ended when Kill returns. It is required.
 	Kill func()
 	// Committed, when not nil, is called once the successor is the owner, before this server drains what stayed behind.
 	Committed func()
@@ -83,7 +83,7 @@ func handoverState(err error) (state []byte, ok bool) {
 	return e.state, true
 }
 
-// handover is a handover in progress.
+// handover is the predecessor's side of a handover in progress.
 type handover struct {
 	parked   awaited[int]    // handlers that are at their safe point
 	outcome  chan struct{}   // closed at the end
@@ -139,7 +139,7 @@ func (c *Conn) interruptForHandover() {
 	})
 }
 
-// resumeAfterHandover takes interruptForHandover and hold back. Goroutines that wait for the outcome go on after it.
+// resumeAfterHandover undoes interruptForHandover and hold. Goroutines that wait for the outcome continue after it.
 func (c *Conn) resumeAfterHandover() {
 	var unsent []byte
 	c.closing.With(func(cl *closingState) {
@@ -198,7 +198,7 @@ func (c *Conn) awaitHandover(saved []byte) (handedOver bool, err error) {
 	return false, err
 }
 
-// park records that the handler is at its safe point. It reports false if the handover does not wait for it any more.
+// park records that the handler is at its safe point. It reports false if the handover no longer waits for it.
 func (c *Conn) park(saved []byte) (parked bool) {
 	if len(saved) > maxHandlerState {
 		c.srv.log.Warn("handler state is too large to be handed over", zap.Uint64("conn", c.id), zap.Int("bytes", len(saved)))
@@ -234,7 +234,8 @@ func (c *Conn) release() {
 //
 // Connections whose handler is no Resumer or does not reach its safe point, and those with a stream on top of their
 // socket such as TLS, stay behind. The error is a *DrainingError if the server drains, and ErrHandoverInProgress if
-// another handover goes on. HandOver closes link, on success when the last connection that stayed behind has ended.
+// another handover is in progress. HandOver closes link, on success when the last connection that stayed behind has
+// ended.
 func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (report HandoverReport, err error) {
 	began := time.Now()
 	if s.log == nil {
@@ -282,7 +283,7 @@ func (s *Server) beginHandover(h *handover) (err error) {
 	return err
 }
 
-// rollBack lets the server go on as if nothing had happened.
+// rollBack lets the server continue as before the handover.
 func (s *Server) rollBack(h *handover) {
 	var conns []*Conn
 	s.state.With(func(st *state) { conns = st.conns.all() })
@@ -345,7 +346,7 @@ func (p *predecessor) run(ctx context.Context) error {
 		return err
 	}
 	p.report.Frozen = time.Since(frozen)
-	p.settle(final)
+	p.complete(final)
 	return nil
 }
 
@@ -443,7 +444,7 @@ func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) ha
 	err := p.send(m, files...)
 	if left := slices.DeleteFunc(slices.Clone(conns), func(c *Conn) bool { return c.endReason() != 0 }); errors.Is(err, net.ErrClosed) &&
 		len(left) < len(conns) {
-		return p.sendConns(typ, left, record) // some have ended meanwhile, and nothing was sent
+		return p.sendConns(typ, left, record) // nothing was sent, because some have ended
 	}
 	if err != nil {
 		return err
@@ -568,7 +569,7 @@ func (c *Conn) isParkedOrEnding() (yes bool) {
 	return yes
 }
 
-// hold makes sure that nothing changes about a connection any more. It reports whether that succeeded: whether the
+// hold freezes the state of a connection. It reports whether that succeeded: whether the
 // handler is at its safe point, and no write is in progress but a notice, which is interrupted.
 func (p *predecessor) hold(c *Conn) bool {
 	var parked bool
@@ -608,7 +609,8 @@ func (p *predecessor) hold(c *Conn) bool {
 // noticeWaits is how often hold looks, a millisecond apart, whether an interrupted notice has stopped.
 const noticeWaits = 20
 
-// renderQueued turns the messages that wait in the queue into bytes for the successor. Nothing else writes meanwhile.
+// renderQueued turns the messages that wait in the queue into bytes for the successor. The caller makes sure that
+// nothing else writes.
 func (c *Conn) renderQueued() {
 	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 		text := c.render(m)
@@ -645,7 +647,7 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 	p.s.state.With(func(st *state) {
 		st.recordEnds = true
 		for c, why := range p.behind {
-			if st.conns.get(c.id) == c { // it has not ended meanwhile
+			if st.conns.get(c.id) == c { // it is still open
 				m.Behind = append(m.Behind, handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
 			}
 		}
@@ -718,8 +720,8 @@ func (p *predecessor) commit() error {
 	return nil
 }
 
-// settle ends the predecessor's part after the commit: it forgets what it has handed over, and drains the rest.
-func (p *predecessor) settle(final finalState) {
+// complete does the predecessor's part after the commit: it forgets what it has handed over, and drains the rest.
+func (p *predecessor) complete(final finalState) {
 	s := p.s
 	p.report.HandedOver, p.report.Behind = len(final.conns), make(map[string]int)
 	for c, why := range p.behind {
@@ -812,7 +814,7 @@ func (s *Server) forwarder() (done chan struct{}) {
 	return done
 }
 
-// awaitThaw waits while the server is frozen, so that nothing changes that was sent to the successor already.
+// awaitThaw waits while the server is frozen, so that state which was sent to the successor does not change.
 func (s *Server) awaitThaw() {
 	_ = s.state.Await(context.Background(), func(st *state) bool { return !st.frozen })
 }

@@ -14,7 +14,7 @@ import (
 // A Link carries the messages of a handover, and connections and listeners with them. NewUnixLink is the one between
 // processes; tests can have one in memory. One goroutine may send while another receives.
 type Link interface {
-	// Send sends a message. files are net.Conn or net.Listener, which the sender keeps as well.
+	// Send sends a message. files are net.Conn or net.Listener; the sender's stay open.
 	Send(message []byte, files []any) error
 	// Receive receives a message, and copies of the files that were sent with it: net.Conn or net.Listener.
 	Receive() (message []byte, files []any, err error)

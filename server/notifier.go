@@ -11,8 +11,8 @@ import (
 	"unicode/utf8"
 )
 
-// A Notifier gives the bytes with which the server itself speaks to a client, in the client's protocol. Notice returns
-// nil to say nothing. The server sends the bytes between two writes of the handler, never inside one. Notice is called
+// A Notifier encodes the server's own messages to a client in the client's protocol. Notice returns nil to send
+// nothing. The server sends the bytes between two writes of the handler, never inside one. Notice is called
 // concurrently and must not block.
 type Notifier interface {
 	Notice(n Notice) []byte
@@ -24,7 +24,7 @@ type NotifierFunc func(n Notice) []byte
 // Notice calls f.
 func (f NotifierFunc) Notice(n Notice) []byte { return f(n) }
 
-// NoticeKind is what a notice is about.
+// NoticeKind is the kind of a notice.
 type NoticeKind int
 
 const (
@@ -36,7 +36,7 @@ const (
 	NoticeMessage
 )
 
-// Notice is what a client is to be told.
+// Notice is a message of the server itself to a client.
 type Notice struct {
 	Kind NoticeKind
 	// Rejected is why the connection is not served, for NoticeReject.
@@ -52,7 +52,7 @@ type Notice struct {
 	MidLine bool
 }
 
-// silent says nothing.
+// silent sends nothing.
 type silent struct{}
 
 func (silent) Notice(Notice) []byte { return nil }

@@ -13,8 +13,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// Off switches off what an option bounds: a timeout that never ends, a limit that is unlimited, a drain without a grace
-// period. A zero option means its documented default. Any other negative value is an error.
+// Off disables an option: no timeout, no limit, no grace period. A zero option means its documented default. Any
+// other negative value is an error.
 const Off = -1
 
 // Defaults of Options.
@@ -33,7 +33,7 @@ type Options struct {
 	// QuietConns leaves out the log lines for each connection that is opened or closed.
 	QuietConns bool
 
-	// Notifier gives what clients are told on a drain, on a rejection, and for an operator's message. Nil: the server
+	// Notifier encodes what clients are told on a drain, on a rejection, and for an operator's message. Nil: the server
 	// itself sends nothing to clients. Conn.SetNotifier replaces it for one connection.
 	Notifier Notifier
 
@@ -105,9 +105,9 @@ type Timeouts struct {
 // Bounds on the end of a connection. They add up so that a drain is over about 1.6 s after its deadline whatever
 // clients and handlers do. Two seconds are promised, and machines are busy.
 const (
-	flushTimeout   = 1 * time.Second         // for writing what was read, once a connection is to end
+	flushTimeout   = 1 * time.Second         // for writing what was read, when the server ends a connection
 	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after ours
-	lingerBytes    = 64 << 20                // discarded meanwhile at most
+	lingerBytes    = 64 << 20                // discarded in that time, at most
 	abortAfter     = 1350 * time.Millisecond // after the deadline the remaining connections are closed under their handlers
 	abandonAfter   = 150 * time.Millisecond  // after that, handlers that ignore their context are left behind
 	orphanTimeout  = 10 * time.Second        // for the kernel to deliver what is unsent when a connection is closed

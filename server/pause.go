@@ -47,12 +47,12 @@ type Hold struct {
 	end   context.CancelCauseFunc
 }
 
-// maxHolds bounds what a caller can accumulate that pauses and never resumes.
+// maxHolds bounds the memory of a caller that pauses again and again and never resumes.
 const maxHolds = 1024
 
-// Pause stops admitting connections until the hold that it returns, and every other one, is gone. When it returns, the
-// pause is in force. Connections that are being served are not affected. It may be called before Serve. The error is a
-// *DrainingError once a drain has begun, ErrTooManyHolds, or says which option makes no sense.
+// Pause stops admitting connections until the hold that it returns, and every other hold, has ended. The pause is in
+// force when Pause returns. Connections that are being served are not affected. It may be called before Serve. The
+// error is a *DrainingError once a drain has begun, ErrTooManyHolds, or says which option makes no sense.
 func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if s.log == nil {
 		return nil, errNotNew

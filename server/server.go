@@ -89,7 +89,7 @@ func (s *Server) Serve(ln net.Listener) error { return s.ServeListener(Listener{
 //   - ErrServerClosed after a drain. ServeListener then returns after its last handler, or at most two seconds after
 //     the deadline if handlers ignore their context.
 //   - An error that matches net.ErrClosed if the listener was closed while the server runs, by CloseListener or by its
-//     owner. ServeListener returns at once, and connections and other listeners go on.
+//     owner. ServeListener returns at once; connections and other listeners are not affected.
 //   - The error that made accepting impossible. If this was the last listener, the server drains first.
 //
 // Errors of Accept that are temporary, by errno or by their Temporary method, are retried with a growing delay.
@@ -164,8 +164,9 @@ func (s *Server) takeAdopted(l Listener) (a *acceptor) {
 }
 
 // CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve
-// returns. Other listeners and all connections go on. It returns at once. The error is ErrNoListener if the server does
-// not serve ln: because it failed, or because ServeListener, on another goroutine, has not begun. Then close ln itself.
+// returns. Other listeners and all connections are not affected. It returns at once. The error is ErrNoListener if
+// the server does not serve ln: because it failed, or because ServeListener, on another goroutine, has not begun.
+// Then close ln itself.
 func (s *Server) CloseListener(ln net.Listener) error {
 	err := ErrNoListener
 	s.state.With(func(st *state) {

@@ -110,7 +110,7 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
-	for c := range inTurns(conns, quietTurn) { // outside the lock: connections that close meanwhile keep their figures
+	for c := range inTurns(conns, quietTurn) { // outside the lock: connections that close now keep their figures
 		status.Phases[Phase(c.phase.Load())]++
 		status.BytesIn += c.BytesIn()
 		status.BytesOut += c.BytesOut()
@@ -199,9 +199,9 @@ func (s *Server) kill(c *Conn) bool {
 	return true
 }
 
-// Notify sends an operator's message to every client that is being served, as its Notifier words it. It waits a second
-// for the last of them. It returns how many messages the kernel took and how many it did not; clients whose Notifier
-// says nothing count as neither. The error says what is wrong with text; see CheckText.
+// Notify sends an operator's message to every client that is being served, encoded by its Notifier. It waits for all
+// of them, for at most a second. It returns how many messages the kernel took and how many it did not; clients whose
+// Notifier returns nil count as neither. The error says what is wrong with text; see CheckText.
 func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err error) {
 	if s.log == nil {
 		return 0, 0, errNotNew

@@ -61,7 +61,7 @@ func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 	return o, nil
 }
 
-// Refuse tells the predecessor why nothing is taken over, and closes the link. The predecessor goes on serving.
+// Refuse tells the predecessor why nothing is taken over, and closes the link. The predecessor continues to serve.
 func (o *Offer) Refuse(why error) {
 	if payload, err := json.Marshal(handoverMessage{Type: msgError, Error: why.Error()}); err == nil {
 		_ = o.link.Send(payload, nil)
@@ -75,7 +75,7 @@ func (o *Offer) Refuse(why error) {
 // offer in the same order. Connections whose handler is no Resumer are refused by the predecessor.
 //
 // Connections that stay with the predecessor count as open until it reports their end; those that it has not reported
-// when it dies count as ReasonLost. The end of ctx counts only until the commit.
+// when it dies count as ReasonLost. TakeOver ignores the end of ctx after the commit.
 func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) error {
 	if s.log == nil {
 		return errNotNew
@@ -183,7 +183,7 @@ func (t *successor) adopt(records []handoverConn, files []any) error {
 	return nil
 }
 
-// check makes sure that everything is there.
+// check returns an error if a connection is missing or cannot be served.
 func (t *successor) check(m handoverMessage) error {
 	for _, r := range m.Conns {
 		c := t.conns[r.ID]

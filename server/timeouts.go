@@ -4,13 +4,13 @@ import (
 	"time"
 )
 
-// Bounds on the time between two looks at the connections.
+// Bounds on the time between two sweeps.
 const (
 	minSweep = 10 * time.Millisecond
 	maxSweep = 1 * time.Second
 )
 
-// progress is what the sweeper remembers of a connection's way to its client.
+// progress is what the sweeper knows about data that waits for a client.
 type progress struct {
 	acked uint64 // bytes that the client has acknowledged, when that was last seen to change
 	moved int64  // when acked was seen to change, or data began to wait, by Server.clock; 0 while nothing waits

@@ -100,7 +100,7 @@ type tlsTransport struct {
 	buffered bool // Read fails with errNothingBuffered; owned by the reader of the session
 }
 
-// errNothingBuffered is a temporary error, so that crypto/tls does not remember it.
+// errNothingBuffered is a temporary error: crypto/tls keeps the others and returns them forever.
 var errNothingBuffered net.Error = nothingBuffered{}
 
 type nothingBuffered struct{}
@@ -133,8 +133,8 @@ func isTLS(nc net.Conn) bool {
 	return ok
 }
 
-// session is run for a TLS session. While the client is silent it has neither a buffer nor a deep stack: it waits for
-// the socket and not for the session.
+// session does what run does, for a TLS session. While the client is silent it waits for the socket instead of the
+// session, and so needs no buffer and no deep stack.
 func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, error) {
 	defer cp.finish()
 	c := cp.src
@@ -235,7 +235,7 @@ func labelText(text string) string {
 	return text
 }
 
-// HandshakeFailure says why a TLS handshake failed. Its values are stable, and fit for metrics.
+// HandshakeFailure says why a TLS handshake failed. Its values are stable, for use in metrics.
 type HandshakeFailure string
 
 // The reasons.
@@ -274,7 +274,7 @@ var handshakeTexts = map[HandshakeFailure]string{
 	HandshakeAborted:        "the client closed the connection",
 }
 
-// Error says what went wrong, and what crypto/tls says of it.
+// Error explains the failure, followed by the error of crypto/tls.
 func (e *HandshakeError) Error() string {
 	text := "TLS handshake: "
 	if explanation := handshakeTexts[e.Failure]; explanation != "" {
@@ -333,7 +333,7 @@ func handshakeFailure(err error) HandshakeFailure {
 }
 
 // closeNotify ends the TLS session, bounded by flushTimeout; crypto/tls itself would give a client that does not read
-// five seconds. After a write that ended halfway nothing more can be said.
+// five seconds. After a write that ended halfway it sends nothing.
 func (c *Conn) closeNotify() {
 	half, ok := c.nc.(halfCloser)
 	if !ok || c.writeBroken {

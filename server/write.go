@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// A message is something that the server itself says to one client. Which bytes that takes is decided when they are
-// written, since it depends on the bytes before them.
+// A message is a notice for one client. Its bytes are made when they are written, because they depend on the last
+// byte before them.
 type message struct {
 	notice Notice
 	done   func(messageResult) // called once
@@ -154,7 +154,7 @@ func (c *Conn) closeMessages() {
 	}
 }
 
-// unsent is the result of a notice that cannot be sent. It has failed only if there was something to say.
+// unsent returns the result of a notice that cannot be sent: it failed, unless the Notifier returns nil for it.
 func (c *Conn) unsent(n Notice) messageResult {
 	if len(c.notifier().Notice(n)) == 0 {
 		return messageSilent
@@ -169,7 +169,7 @@ func (c *Conn) render(m *message) []byte {
 	return c.notifier().Notice(n)
 }
 
-// notifier returns what speaks for the server on this connection.
+// notifier returns the connection's Notifier.
 func (c *Conn) notifier() (n Notifier) {
 	n = c.srv.opts.Notifier
 	c.closing.With(func(cl *closingState) {
@@ -180,8 +180,8 @@ func (c *Conn) notifier() (n Notifier) {
 	return n
 }
 
-// Write sends all of p; a notice goes before or after it. Once the connection is to end, writes have a second left,
-// and then fail with the cause. Write may be called concurrently.
+// Write sends all of p; a notice goes before or after it. When the server ends the connection, writes have a second
+// left and then fail with the cause. Write may be called concurrently.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
@@ -285,8 +285,8 @@ func (c *Conn) tryWrite(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// CloseWrite ends the stream towards the client, which can go on sending. Nothing can be written afterwards, notices
-// neither. The error is errors.ErrUnsupported if the connection has no half-close; writing then remains possible.
+// CloseWrite ends the stream towards the client, which can still send. Nothing can be written afterwards, not even a
+// notice. The error is errors.ErrUnsupported if the connection has no half-close; writing then remains possible.
 func (c *Conn) CloseWrite() error {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
