@@ -161,7 +161,7 @@ func testDocumentEnums(t *testing.T) {
 	slices.Sort(problems)
 	want := []string{
 		ProblemInvalid, ProblemNotFound, ProblemMethod, ProblemTimeout, ProblemDraining, ProblemTooLarge, ProblemBusy, ProblemUnexpected,
-		ProblemUpgrade, ProblemUpgrading,
+		ProblemUpgrade, ProblemUpgrading, ProblemCertificate,
 	}
 	slices.Sort(want)
 	wantEqual(t, "types of problems", problems, want)
@@ -228,6 +228,15 @@ var lax = []string{
 	`/v1/shutdown {"now":true,"grace":"5s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
 	`/v1/pause {"reason":"x"} {}`,
 }
+
+// someCertificates is one certificate, which reloads with an error.
+type someCertificates struct{ err error }
+
+func (someCertificates) Infos() []server.CertificateInfo {
+	return []server.CertificateInfo{{CertFile: "cert.pem", Subject: "CN=echo", Names: []string{"echo.example"}}}
+}
+
+func (c someCertificates) Reload() (bool, error) { return c.err == nil, c.err }
 
 // testDocumentAnswers makes every operation give every answer in the document.
 func testDocumentAnswers(t *testing.T) {
@@ -328,6 +337,17 @@ func testDocumentAnswers(t *testing.T) {
 		{post, "/v1/shutdown", `{"now":"yes"}`, 400},
 		{post, "/v1/shutdown", huge, 413},
 	})
+
+	doc.drive(t, r, seen, []exchange{{post, "/v1/certificates/reload", "", 404}})
+	r.plane.certificates = someCertificates{}
+	doc.drive(t, r, seen, []exchange{
+		{get, "/v1/status", "", 200},
+		{post, "/v1/certificates/reload", "", 200},
+		{post, "/v1/certificates/reload?now=true", "", 400},
+		{post, "/v1/certificates/reload", huge, 413},
+	})
+	r.plane.certificates = someCertificates{errors.New("no such file")}
+	doc.drive(t, r, seen, []exchange{{post, "/v1/certificates/reload", "", 422}})
 
 	doc.driveBusy(t, r, seen)
 	streams := doc.followStreams(t, r, seen)

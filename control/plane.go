@@ -50,6 +50,9 @@ type Options struct {
 	// the default. Nil: there is no such path.
 	Upgrade func(ctx context.Context, timeout time.Duration) (Upgraded, error)
 
+	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil: there are none.
+	Certificates Certificates
+
 	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
 	// there are no such paths.
 	Debug http.Handler
@@ -65,16 +68,17 @@ type Options struct {
 // audit needs ConnContext. Serve and Actor take care of both.
 type Plane struct {
 	// Set once.
-	srv       *server.Server
-	version   string
-	log       *zap.Logger
-	onRequest func(route, method string, code int)
-	routes    []route
-	mux       *http.ServeMux
-	http      *http.Server
-	readOnly  bool                // nothing here changes anything
-	hosts     map[string]struct{} // names that the Host header may have; nil: any
-	linger    time.Duration       // for requests in progress once the server has stopped
+	srv          *server.Server
+	version      string
+	log          *zap.Logger
+	onRequest    func(route, method string, code int)
+	routes       []route
+	mux          *http.ServeMux
+	http         *http.Server
+	certificates Certificates        // nil if there are none
+	readOnly     bool                // nothing here changes anything
+	hosts        map[string]struct{} // names that the Host header may have; nil: any
+	linger       time.Duration       // for requests in progress once the server has stopped
 
 	left       atomic.Bool // Leave was called
 	streams    streams
@@ -106,6 +110,7 @@ func New(srv *server.Server, opts Options) *Plane {
 		{http.MethodPost, "/v1/resume", p.postResume},
 		{http.MethodDelete, "/v1/holds/{id}", p.deleteHold},
 		{http.MethodPost, "/v1/notify", p.postNotify},
+		{http.MethodPost, "/v1/certificates/reload", p.postReload},
 		{http.MethodPost, "/v1/shutdown", p.postShutdown},
 		{http.MethodGet, "/v1/wait", p.getWait},
 		{http.MethodGet, "/v1/events", p.getEvents},
@@ -133,7 +138,7 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		opts.Logger = zap.NewNop()
 	}
 	p := &Plane{
-		srv: srv, version: opts.Version, log: opts.Logger, onRequest: opts.OnRequest,
+		srv: srv, version: opts.Version, certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
 		mux: http.NewServeMux(), linger: lingerTimeout, maxCallers: MaxCallers,
 	}
 	if files, limited := openFilesLimit(); limited {

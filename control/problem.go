@@ -31,16 +31,17 @@ func (p *Problem) Error() string {
 
 // The types of problems.
 const (
-	ProblemInvalid    = "urn:echod:problem:invalid"
-	ProblemNotFound   = "urn:echod:problem:not-found"
-	ProblemMethod     = "urn:echod:problem:method-not-allowed"
-	ProblemTimeout    = "urn:echod:problem:timeout"
-	ProblemDraining   = "urn:echod:problem:draining"
-	ProblemTooLarge   = "urn:echod:problem:too-large"
-	ProblemBusy       = "urn:echod:problem:busy"
-	ProblemUpgrade    = "urn:echod:problem:upgrade-failed"
-	ProblemUpgrading  = "urn:echod:problem:upgrade-in-progress"
-	ProblemUnexpected = "urn:echod:problem:unexpected"
+	ProblemInvalid     = "urn:echod:problem:invalid"
+	ProblemNotFound    = "urn:echod:problem:not-found"
+	ProblemMethod      = "urn:echod:problem:method-not-allowed"
+	ProblemTimeout     = "urn:echod:problem:timeout"
+	ProblemDraining    = "urn:echod:problem:draining"
+	ProblemTooLarge    = "urn:echod:problem:too-large"
+	ProblemBusy        = "urn:echod:problem:busy"
+	ProblemUpgrade     = "urn:echod:problem:upgrade-failed"
+	ProblemUpgrading   = "urn:echod:problem:upgrade-in-progress"
+	ProblemCertificate = "urn:echod:problem:certificate"
+	ProblemUnexpected  = "urn:echod:problem:unexpected"
 )
 
 func invalid(field, format string, args ...any) *Problem {

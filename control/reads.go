@@ -13,7 +13,9 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
-	return answerJSON(w, http.StatusOK, wireStatus(p.srv.Status(), p.version))
+	status := wireStatus(p.srv.Status(), p.version)
+	status.Certificates = wireCertificates(p.certificates)
+	return answerJSON(w, http.StatusOK, status)
 }
 
 func (p *Plane) getConns(w *response, r *http.Request) error {

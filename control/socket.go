@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -14,10 +15,13 @@ import (
 	"go.uber.org/zap"
 )
 
-// SocketOptions says who may use a control socket. The zero value admits nobody: use 0o600 for the owner alone.
+// SocketOptions says who may use a socket. The zero value admits nobody: use 0o600 for the owner alone.
 type SocketOptions struct {
 	Mode fs.FileMode // permission bits
 	GID  *int        // group of the socket; nil: the process's
+	Name string      // what errors and logs call it; empty: "control socket"
+	// Fixed means that the file is not made again when it is lost. Handed then returns the listener for good.
+	Fixed bool
 	// Logger logs when the socket's file is removed or replaced while it is open. Nil logs nothing.
 	Logger *zap.Logger
 }
@@ -33,8 +37,8 @@ const (
 	lockSuffix    = ".lock"               // of the file that is locked while a socket is made
 )
 
-// Listen opens a control socket at path. The file is never more open than asked for. A socket that is no longer
-// served is replaced. A socket in use is refused with ErrInUse, and a file that is not a socket is refused too.
+// Listen opens a control socket, or another Unix socket, at path. The file is never more open than asked for. A socket
+// that is no longer served is replaced. A socket in use is refused with ErrInUse, and a file that is not a socket is refused too.
 //
 // While the listener is open, a file that was removed or replaced is logged and made again, unless another
 // server uses it now. Close removes the file if it is still the listener's own.
@@ -47,26 +51,36 @@ func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener,
 }
 
 func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
+	opts.Name = cmp.Or(opts.Name, "control socket")
 	full, err := filepath.Abs(path)
 	if err == nil && len(path) > maxSocketPath { // other clients could not connect to it
 		err = errPathTooLong(path)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", path, err)
+		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, err)
 	}
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
 	s := &socket{path: full, opts: opts, log: opts.Logger.With(zap.String("path", full)), watched: make(chan struct{})}
 	if s.ln, s.file, err = s.bind(ctx); err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", full, err)
+		return nil, fmt.Errorf("%s %s: %w", opts.Name, full, err)
 	}
 	if err := checkDirectory(filepath.Dir(full)); err != nil {
-		s.log.Warn("control socket can be replaced by another user", zap.Error(err))
+		s.log.Warn(opts.Name+" can be replaced by another user", zap.Error(err))
 	}
-	ctx, s.stop = context.WithCancelCause(context.Background())
-	go s.watch(ctx, interval)
+	s.start(interval)
 	return s, nil
+}
+
+// start starts watch, unless the file is fixed.
+func (s *socket) start(interval time.Duration) {
+	ctx, stop := context.WithCancelCause(context.Background())
+	if s.stop = stop; s.opts.Fixed {
+		close(s.watched)
+		return
+	}
+	go s.watch(ctx, interval)
 }
 
 // socket is a listener whose file is made again when it is lost.
@@ -181,16 +195,16 @@ func (s *socket) watch(ctx context.Context, interval time.Duration) {
 			continue
 		}
 		if last == nil {
-			s.log.Warn("control socket was removed or replaced by another program")
+			s.log.Warn(s.opts.Name + " was removed or replaced by another program")
 		}
 		ln, file, err := s.bind(ctx)
 		switch {
 		case err == nil:
-			s.log.Info("control socket made again")
+			s.log.Info(s.opts.Name + " made again")
 			s.file = file
 			s.replace(ln)
 		case last == nil || err.Error() != last.Error():
-			s.log.Error("control socket cannot be made again", zap.Error(err))
+			s.log.Error(s.opts.Name+" cannot be made again", zap.Error(err))
 		}
 		last = err
 	}
@@ -255,8 +269,9 @@ func Handed(ln net.Listener) net.Listener {
 func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 	unixLn, ok := ln.(*net.UnixListener)
 	if !ok {
-		return nil, fmt.Errorf("control socket %s: not a Unix socket", ln.Addr())
+		return nil, fmt.Errorf("%s %s: not a Unix socket", cmp.Or(opts.Name, "control socket"), ln.Addr())
 	}
+	opts.Name = cmp.Or(opts.Name, "control socket")
 	if opts.Logger == nil {
 		opts.Logger = zap.NewNop()
 	}
@@ -264,12 +279,10 @@ func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 	s := &socket{path: path, opts: opts, log: opts.Logger.With(zap.String("path", path)), watched: make(chan struct{}), ln: unixLn}
 	var err error
 	if s.file, err = os.Lstat(path); err != nil {
-		return nil, fmt.Errorf("control socket %s: %w", path, bare(err))
+		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, bare(err))
 	}
 	unixLn.SetUnlinkOnClose(false)
-	ctx, stop := context.WithCancelCause(context.Background())
-	s.stop = stop
-	go s.watch(ctx, checkInterval)
+	s.start(checkInterval)
 	return s, nil
 }
 

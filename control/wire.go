@@ -28,6 +28,8 @@ type Status struct {
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
 
+	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
+
 	// What a drain uses that does not say otherwise.
 	GraceSeconds      float64 `json:"grace_seconds"`
 	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
@@ -42,6 +44,7 @@ type Notices struct {
 // Listener is an open listener. The accept queue is missing where the system does not tell it.
 type Listener struct {
 	Address          string `json:"address"`
+	TLS              bool   `json:"tls,omitempty"`
 	AcceptQueue      *int   `json:"accept_queue,omitempty"`
 	AcceptQueueLimit *int   `json:"accept_queue_limit,omitempty"`
 }
@@ -175,7 +178,7 @@ func wireStatus(st server.Status, version string) Status {
 		Holds: []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
 	}
 	for _, l := range st.Listeners {
-		wl := Listener{Address: l.Address.String()}
+		wl := Listener{Address: l.Address.String(), TLS: l.TLS}
 		if l.AcceptQueue >= 0 {
 			wl.AcceptQueue, wl.AcceptQueueLimit = &l.AcceptQueue, &l.AcceptQueueLimit
 		}

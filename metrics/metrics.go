@@ -6,6 +6,7 @@
 package metrics
 
 import (
+	"errors"
 	"net/http"
 	"strconv"
 
@@ -21,12 +22,13 @@ import (
 //
 // Give OnClose to the server's Options, then call Watch with the server.
 type Metrics struct {
-	registry  *prometheus.Registry
-	signals   *prometheus.CounterVec
-	requests  *prometheus.CounterVec
-	dropped   *prometheus.CounterVec
-	durations Durations
-	handler   http.Handler
+	registry   *prometheus.Registry
+	signals    *prometheus.CounterVec
+	requests   *prometheus.CounterVec
+	dropped    *prometheus.CounterVec
+	handshakes *prometheus.CounterVec
+	durations  Durations
+	handler    http.Handler
 }
 
 // New returns the metrics of a program of the given version.
@@ -42,12 +44,18 @@ func New(version string) *Metrics {
 		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "echod_log_entries_dropped_total", Help: "Log entries dropped, by cause: sampling or a slow reader.",
 		}, []string{"cause"}),
+		handshakes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "echod_tls_handshake_failures_total", Help: "TLS handshakes that failed, by reason.",
+		}, []string{"reason"}),
 		durations: NewDurations(Options{}),
 	}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "echod_build_info", Help: "1, with the version as a label.", ConstLabels: prometheus.Labels{"version": version},
 	})
 	build.Set(1)
+	for _, why := range server.HandshakeFailures() { // zeros too, or a rate would miss the first of each
+		m.handshakes.WithLabelValues(string(why))
+	}
 	m.registry.MustRegister(build, m.signals, m.requests, m.dropped, m.durations,
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), collectors.NewGoCollector())
 	m.handler = promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
@@ -57,8 +65,18 @@ func New(version string) *Metrics {
 // Watch adds the metrics of srv. Call it once.
 func (m *Metrics) Watch(srv *server.Server) { m.registry.MustRegister(NewCollector(srv, Options{})) }
 
+// WatchCertificates adds the metrics of certificates and of TLS handshakes. Call it once.
+func (m *Metrics) WatchCertificates(certs *server.Certificates) {
+	m.registry.MustRegister(m.handshakes, newCertificateCollector(certs))
+}
+
 // OnClose counts a closed connection. It is for the server's Options.
-func (m *Metrics) OnClose(c server.ClosedConn) { m.durations.OnClose(c) }
+func (m *Metrics) OnClose(c server.ClosedConn) {
+	m.durations.OnClose(c)
+	if failed, ok := errors.AsType[*server.HandshakeError](c.Err); ok {
+		m.handshakes.WithLabelValues(string(failed.Failure)).Inc()
+	}
+}
 
 // Signal counts a signal by its name.
 func (m *Metrics) Signal(name string) { m.signals.WithLabelValues(name).Inc() }

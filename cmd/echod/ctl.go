@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,7 +50,7 @@ succeeded but the pause ended before it did.`,
 	completesFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
-		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.shutdownCommand(), ctl.upgradeCommand(),
+		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.reloadCommand(), ctl.shutdownCommand(), ctl.upgradeCommand(),
 	)
 	return cmd
 }
@@ -119,7 +120,13 @@ func showStatus(out io.Writer, st control.Status) error {
 		if l.AcceptQueue != nil && l.AcceptQueueLimit != nil {
 			queue = fmt.Sprintf(", %d of %d in the accept queue", *l.AcceptQueue, *l.AcceptQueueLimit)
 		}
+		if l.TLS {
+			queue = ", TLS" + queue
+		}
 		row("listening", "%s%s", l.Address, queue)
+	}
+	for _, c := range st.Certificates {
+		row("certificate", "%s, expires %s", cmp.Or(strings.Join(c.Names, " "), c.Subject), c.NotAfter.Local().Format(time.DateTime))
 	}
 	row("connections", "%d open, %d accepted", st.Connections, st.Accepted)
 	if len(st.Closed) > 0 {
@@ -452,6 +459,26 @@ func (ctl *ctl) notifyCommand() *cobra.Command {
 					return err
 				}
 				return printLine(out, "sent to %s, %d failed", text.Count(n.Sent, "client"), n.Failed)
+			})
+		},
+	}
+}
+
+func (ctl *ctl) reloadCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reload-certs",
+		Short: "Load the TLS certificates again if their files have changed",
+		Args:  takes(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				reloaded, err := c.ReloadCertificates(ctx)
+				if err != nil {
+					return err
+				}
+				if !reloaded.Changed {
+					return printLine(out, "no file has changed")
+				}
+				return printLine(out, "loaded %s", text.Count(len(reloaded.Certificates), "certificate"))
 			})
 		},
 	}

@@ -20,8 +20,22 @@ import (
 // sockets are all sockets that the server listens on.
 type sockets struct {
 	echo    []server.Listener
-	control net.Listener // nil with --control off
-	http    net.Listener // nil without --http
+	control net.Listener   // nil with --control off
+	http    net.Listener   // nil without --http
+	unix    []net.Listener // those of echo that are Unix sockets; closing them removes their files
+}
+
+// echoOptions says how echo listeners are opened.
+type echoOptions struct {
+	certs *server.Certificates // nil if no address needs them
+	unix  control.SocketOptions
+}
+
+// removeUnix removes the files of the Unix sockets of echo.
+func (s sockets) removeUnix() {
+	for _, ln := range s.unix {
+		_ = ln.Close()
+	}
 }
 
 // open opens the sockets that the flags ask for, and takes those that systemd passes. These replace the
@@ -29,7 +43,7 @@ type sockets struct {
 // is only one control socket, so that a different --control is an error.
 //
 // The echo listeners are opened last: once a client can connect, nothing delays the start.
-func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger) (s sockets, err error) {
+func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger, echo echoOptions) (s sockets, err error) {
 	defer func() {
 		if err != nil {
 			s.close()
@@ -55,11 +69,9 @@ func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *z
 		}
 	}
 	if len(s.echo) == 0 || f.listenGiven {
-		listeners, err := listenEcho(ctx, f.listen)
-		if err != nil {
+		if err := s.listenEcho(ctx, f.listen, echo); err != nil {
 			return s, err
 		}
-		s.echo = append(s.echo, listeners...)
 	}
 	return s, nil
 }
@@ -68,6 +80,7 @@ func (s sockets) close() {
 	for _, ln := range s.echo {
 		_ = ln.Close()
 	}
+	s.removeUnix()
 	for _, ln := range []net.Listener{s.control, s.http} {
 		if ln != nil {
 			_ = ln.Close()
@@ -113,30 +126,37 @@ func inheritSockets() (s sockets, err error) {
 
 // listenEcho listens on all addresses. If 0.0.0.0 and [::] are given with the same port, the latter is for IPv6
 // only, and otherwise for both.
-func listenEcho(ctx context.Context, addresses []string) ([]server.Listener, error) {
-	var listeners []server.Listener
+func (s *sockets) listenEcho(ctx context.Context, addresses []string, opts echoOptions) error {
 	for _, address := range addresses {
-		host, port, err := net.SplitHostPort(address)
-		if err != nil && !strings.Contains(address, "://") {
-			err = usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999", address)
-			sockets{echo: listeners}.close()
-			return nil, err
+		if strings.HasPrefix(address, unixScheme) {
+			if err := s.listenUnix(ctx, address, opts.unix); err != nil {
+				return err
+			}
+			continue
 		}
-		var ln net.Listener
+		listener := server.Listener{}
+		plain, isTLS := strings.CutPrefix(address, tlsScheme)
+		if isTLS {
+			listener.TLSConfig = opts.certs.Config()
+		}
+		plain = strings.TrimPrefix(plain, "tcp://")
+		host, port, err := net.SplitHostPort(plain)
+		if err != nil || strings.Contains(plain, "://") {
+			return usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, %s:9998 or %s/path", address, tlsScheme, unixScheme)
+		}
 		if host == "::" && slices.Contains(addresses, "0.0.0.0:"+port) {
 			var lc net.ListenConfig
 			lc.SetMultipathTCP(false) // as server.Listen does
-			ln, err = lc.Listen(ctx, "tcp6", address)
+			listener.Listener, err = lc.Listen(ctx, "tcp6", plain)
 		} else {
-			ln, err = server.Listen(ctx, address)
+			listener.Listener, err = server.Listen(ctx, plain)
 		}
 		if err != nil {
-			sockets{echo: listeners}.close()
-			return nil, fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
+			return fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
 		}
-		listeners = append(listeners, server.Listener{Listener: ln})
+		s.echo = append(s.echo, listener)
 	}
-	return listeners, nil
+	return nil
 }
 
 // listenHTTP listens for probes and Prometheus. A port alone is on the loopback interface; an address means

@@ -35,25 +35,28 @@ empty variable counts as unset.`
 
 // serveFlags holds the flags of serve, as given.
 type serveFlags struct {
-	listen        []string
-	control       string
-	controlMode   string
-	controlGroup  string
-	grace         time.Duration
-	notice        string
-	maxConns      int
-	atLimit       string
-	maxConnsPerIP int
-	idleTimeout   time.Duration
-	stallTimeout  time.Duration
-	drainDelay    time.Duration
-	stopTimeout   time.Duration
-	proxyProtocol []string
-	http          string
-	httpHosts     []string
-	pprof         bool
-	logLevel      string
-	logFormat     string
+	listen              []string
+	control             string
+	controlMode         string
+	controlGroup        string
+	grace               time.Duration
+	notice              string
+	maxConns            int
+	atLimit             string
+	maxConnsPerIP       int
+	maxConnsPerUID      int
+	unixMode, unixGroup string
+	tls                 tlsFlags
+	idleTimeout         time.Duration
+	stallTimeout        time.Duration
+	drainDelay          time.Duration
+	stopTimeout         time.Duration
+	proxyProtocol       []string
+	http                string
+	httpHosts           []string
+	pprof               bool
+	logLevel            string
+	logFormat           string
 
 	upgradeTimeout time.Duration
 	upgradeKeep    time.Duration
@@ -78,7 +81,13 @@ func newServeCommand(use string) *cobra.Command {
 	flags := cmd.Flags()
 	flags.SortFlags = false
 	flags.StringArrayVar(&f.listen, "listen", []string{"127.0.0.1:9999"},
-		"`address` to listen on, such as [::1]:9999, or :9999 for all\naddresses; may be repeated")
+		"`address` to listen on, such as [::1]:9999, or :9999 for all\n"+
+			"addresses, tls://:9998 for TLS, unix:///run/echod/echo.sock for\n"+
+			"a Unix socket; may be repeated")
+	f.tls.add(flags)
+	flags.StringVar(&f.unixMode, "unix-mode", "0600", "octal `mode` of the Unix sockets of --listen")
+	flags.StringVar(&f.unixGroup, "unix-group", "",
+		"`group` of the Unix sockets of --listen, by name or number")
 	flags.StringVar(&f.control, "control", "",
 		"`path` of the control socket, or off\n"+
 			"(default: the socket that systemd passes, else\n"+
@@ -113,6 +122,8 @@ func newServeCommand(use string) *cobra.Command {
 			"accept queue, reject sends them BUSY")
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0,
 		"maximum `number` of connections from one address; more are sent\nBUSY; 0 is unlimited")
+	flags.IntVar(&f.maxConnsPerUID, "max-conns-per-uid", 0,
+		"maximum `number` of connections from one user id on Unix\nsockets; more are sent BUSY; 0 is unlimited")
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0,
 		"`time` without traffic after which a connection is closed;\n0 is never")
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
@@ -132,7 +143,11 @@ func newServeCommand(use string) *cobra.Command {
 		"log `format`: console, json or journal (default: console on a\n"+
 			"terminal, journal under systemd, else json)")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	completesFiles(cmd, "control")
+	for _, flag := range []string{"control", "tls-cert", "tls-key", "tls-client-ca"} {
+		completesFiles(cmd, flag)
+	}
+	completes(cmd, "tls-client-auth", "require", "optional")
+	completes(cmd, "tls-min-version", "1.2", "1.3")
 	completes(cmd, "at-limit", "wait", "reject")
 	completes(cmd, "log-level", "debug", "info", "warn", "error")
 	completes(cmd, "log-format", "console", "json", "journal")
@@ -143,7 +158,7 @@ func newServeCommand(use string) *cobra.Command {
 func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	opts := server.Options{
 		Logger:   log,
-		Limits:   server.Limits{MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP},
+		Limits:   server.Limits{MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP, MaxConnsPerUID: f.maxConnsPerUID},
 		Timeouts: server.Timeouts{Idle: f.idleTimeout, Stall: cmp.Or(f.stallTimeout, server.Off)},
 		Drain:    server.DrainOptions{Grace: cmp.Or(f.grace, server.Off), Delay: f.drainDelay},
 	}
@@ -166,7 +181,7 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	for _, n := range []struct {
 		flag  string
 		value int
-	}{{"max-conns", f.maxConns}, {"max-conns-per-ip", f.maxConnsPerIP}} {
+	}{{"max-conns", f.maxConns}, {"max-conns-per-ip", f.maxConnsPerIP}, {"max-conns-per-uid", f.maxConnsPerUID}} {
 		if n.value < 0 {
 			return opts, usagef("--%s %d: must not be negative", n.flag, n.value)
 		}
@@ -198,21 +213,26 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 
 // socketOptions returns the options of the control socket. All errors are usage errors.
 func (f serveFlags) socketOptions() (opts control.SocketOptions, err error) {
-	mode, err := strconv.ParseUint(f.controlMode, 8, 32)
+	return socketAccess("control", f.controlMode, f.controlGroup)
+}
+
+// socketAccess returns the options of a Unix socket whose flags begin with prefix. All errors are usage errors.
+func socketAccess(prefix, modeText, groupName string) (opts control.SocketOptions, err error) {
+	mode, err := strconv.ParseUint(modeText, 8, 32)
 	if err != nil || mode > 0o777 {
-		return opts, usagef("--control-mode %q: want an octal mode such as 0660", f.controlMode)
+		return opts, usagef("--%s-mode %q: want an octal mode such as 0660", prefix, modeText)
 	}
 	opts.Mode = fs.FileMode(mode)
-	if f.controlGroup == "" {
+	if groupName == "" {
 		return opts, nil
 	}
-	gid := f.controlGroup
-	if group, err := user.LookupGroup(f.controlGroup); err == nil {
+	gid := groupName
+	if group, err := user.LookupGroup(groupName); err == nil {
 		gid = group.Gid
 	}
 	n, err := strconv.Atoi(gid)
 	if err != nil || n < 0 {
-		return opts, usagef("--control-group %q: no such group", f.controlGroup)
+		return opts, usagef("--%s-group %q: no such group", prefix, groupName)
 	}
 	opts.GID = &n
 	return opts, nil
@@ -253,13 +273,22 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 		return err
 	}
 	socketOpts.Logger = log
+	unixOpts, err := socketAccess("unix", f.unixMode, f.unixGroup)
+	if err != nil {
+		return err
+	}
+	unixOpts.Name, unixOpts.Fixed, unixOpts.Logger = "echo socket", true, log
+	certs, err := f.tls.load(f.listen, log)
+	if err != nil {
+		return err
+	}
 	opts.OnClose = stats.OnClose
 	srv, err := server.New(server.Echo, opts)
 	if err != nil {
 		return err
 	}
 	stats.Watch(srv)
-	sockets, err := f.openOrTakeOver(ctx, srv, taken, socketOpts, log)
+	sockets, err := f.openOrTakeOver(ctx, srv, taken, socketOpts, log, echoOptions{certs, unixOpts})
 	if err != nil {
 		return err
 	}
@@ -287,6 +316,11 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	planeOpts.Hosts = f.httpHosts
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)
+	}
+	if certs != nil {
+		planeOpts.Certificates = certs
+		stats.WatchCertificates(certs)
+		g.Add(watchActor(srv, certs))
 	}
 	if f.pprof {
 		planeOpts.Debug = profiles()
@@ -318,7 +352,11 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 		g.Add(n.actor())
 	}
 
-	if err := g.Run(); err != nil {
+	err = g.Run()
+	if !up.done.Load() {
+		sockets.removeUnix()
+	}
+	if err != nil {
 		return err
 	}
 	if sig := signals.Forced(); sig != nil && !up.done.Load() {
@@ -343,11 +381,11 @@ func awaitListening(srv *server.Server, n int) {
 }
 
 // openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its connections.
-func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver, opts control.SocketOptions, log *zap.Logger) (sockets, error) {
+func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver, opts control.SocketOptions, log *zap.Logger, echo echoOptions) (sockets, error) {
 	if taken == nil {
-		return f.open(ctx, opts, log)
+		return f.open(ctx, opts, log, echo)
 	}
-	s, err := taken.sockets(opts)
+	s, err := taken.sockets(opts, echo)
 	if err != nil {
 		return s, err
 	}

@@ -35,8 +35,9 @@ const (
 
 // handedData is what the predecessor tells the successor about itself.
 type handedData struct {
-	Version string `json:"version"`
-	PID     int    `json:"pid"`
+	Version string   `json:"version"`
+	PID     int      `json:"pid"`
+	TLS     []string `json:"tls,omitempty"` // addresses of the listeners with TLS
 }
 
 // upgrader is the predecessor's side of upgrades.
@@ -94,7 +95,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		return done, fmt.Errorf("starting the successor: %w", err)
 	}
 	u.log.Info("upgrading", zap.Int("successor", successor.pid))
-	data, err := json.Marshal(handedData{Version: version, PID: os.Getpid()})
+	data, err := json.Marshal(handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)})
 	if err != nil {
 		return done, err
 	}
@@ -161,8 +162,11 @@ func receiveOffer(ctx context.Context) (*takenOver, error) {
 }
 
 // sockets returns the listeners that were passed on, in place of those that the flags ask for.
-func (t *takenOver) sockets(opts control.SocketOptions) (s sockets, err error) {
+func (t *takenOver) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
 	s.echo, s.http = t.offer.Listeners, t.offer.Extra[handedHTTP]
+	if err := s.adoptEcho(t.from.TLS, echo); err != nil {
+		return s, err
+	}
 	if ln := t.offer.Extra[handedControl]; ln != nil {
 		s.control, err = control.Adopt(ln, opts)
 	}
