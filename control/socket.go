@@ -67,7 +67,7 @@ func listenEvery(ctx context.Context, path string, opts SocketOptions, interval 
 		return nil, fmt.Errorf("%s %s: %w", opts.Name, full, err)
 	}
 	if err := checkDirectory(filepath.Dir(full)); err != nil {
-		s.log.Warn(opts.Name+" can be replaced by another user", zap.Error(err))
+		s.log.Warn("Unix socket can be replaced by another user", zap.Error(err))
 	}
 	s.start(interval)
 	return s, nil
@@ -195,16 +195,16 @@ func (s *socket) watch(ctx context.Context, interval time.Duration) {
 			continue
 		}
 		if last == nil {
-			s.log.Warn(s.opts.Name + " was removed or replaced by another program")
+			s.log.Warn("control socket was removed or replaced by another program")
 		}
 		ln, file, err := s.bind(ctx)
 		switch {
 		case err == nil:
-			s.log.Info(s.opts.Name + " made again")
+			s.log.Info("control socket made again")
 			s.file = file
 			s.replace(ln)
 		case last == nil || err.Error() != last.Error():
-			s.log.Error(s.opts.Name+" cannot be made again", zap.Error(err))
+			s.log.Error("control socket cannot be made again", zap.Error(err))
 		}
 		last = err
 	}

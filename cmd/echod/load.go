@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -69,8 +67,7 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.SortFlags = false
 	f.StringVar(&o.Address, "address", "127.0.0.1:9999",
 		"`address` of the server: host:port, tls://host:port or\nunix:///path; connections are spread over all IP addresses\nof the host")
-	f.StringVar(&l.cacert, "cacert", "",
-		"`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
+	l.tls.add(f)
 	f.IntVar(&o.Conns, "conns", 1, "`number` of connections at a time")
 	f.Float64Var(&l.rate, "rate", 0,
 		"`messages` per second, over all connections (default: each\nconnection sends when it has its echo)")
@@ -138,7 +135,8 @@ type loader struct {
 	json      bool
 
 	stages, size, think string
-	cacert, compare     string
+	compare             string
+	tls                 clientTLS
 	files               [loadFileCount]string
 
 	max struct {
@@ -261,7 +259,10 @@ func (l *loader) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if l.opts.TLS, err = tlsConfig(l.cacert); err != nil {
+	if l.opts.Address, err = l.tls.address(l.opts.Address); err != nil {
+		return err
+	}
+	if l.opts.TLS, err = l.tls.config(l.err); err != nil {
 		return err
 	}
 	files, err := l.openFiles()
@@ -312,23 +313,6 @@ func (l *loader) readBefore() (*load.Report, error) {
 		return nil, fmt.Errorf("--compare %s: %w", l.compare, err)
 	}
 	return report, nil
-}
-
-// tlsConfig returns a configuration that trusts the certificates in a file, and nil if
-// there is no file.
-func tlsConfig(cacert string) (*tls.Config, error) {
-	if cacert == "" {
-		return nil, nil
-	}
-	pem, err := os.ReadFile(cacert)
-	if err != nil {
-		return nil, err
-	}
-	roots := x509.NewCertPool()
-	if !roots.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("--cacert %s: no certificate in it", cacert)
-	}
-	return &tls.Config{RootCAs: roots}, nil
 }
 
 // writesLog reports whether --hdr asks for a log, which is written during the run.

@@ -34,7 +34,7 @@ func TestLoadFlags(t *testing.T) {
 		"--ramp", "7s", "--churn", "8s", "--reconnect=false", "--timeout", "9s", "--late", "10s", "--drain-wait", "11s", "--loops", "12",
 		"--max-p99", "13s", "--max-p999", "14s", "--max-connect-p99", "15s", "--max-lost", "16", "--max-refused", "17",
 		"--max-disconnects", "18", "--max-outage", "19s", "--plot", "p.svg", "--plot-percentiles", "q.svg", "--hdr", "h.hlog",
-		"--csv", "c.csv", "--prometheus", "m.prom", "--compare", "b.json", "--cacert", "ca.pem", "--json")
+		"--csv", "c.csv", "--prometheus", "m.prom", "--compare", "b.json", "--tls-ca", "ca.pem", "--json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,8 +60,8 @@ func TestLoadFlags(t *testing.T) {
 		plotFile: "p.svg", percentilePlotFile: "q.svg", hdrFile: "h.hlog",
 		csvFile: "c.csv", prometheusFile: "m.prom",
 	}
-	if l.files != files || !l.json || l.compare != "b.json" || l.cacert != "ca.pem" {
-		t.Errorf("files %q, json %v, compare %q, cacert %q", l.files, l.json, l.compare, l.cacert)
+	if l.files != files || !l.json || l.compare != "b.json" || l.tls.ca != "ca.pem" {
+		t.Errorf("files %q, json %v, compare %q, tls-ca %q", l.files, l.json, l.compare, l.tls.ca)
 	}
 	if l, err = parseLoad(t); err != nil || l.limits != (load.Limits{}) || l.opts.NoReconnect ||
 		l.opts.Stages != nil || l.opts.Think != (load.Range{}) {
@@ -151,8 +151,8 @@ func TestLoadFiles(t *testing.T) {
 		for _, tt := range []struct{ flag, file, want string }{
 			{"--compare", "none", "no such file"},
 			{"--compare", "empty", "reading a report"},
-			{"--cacert", "none", "no such file"},
-			{"--cacert", "empty", "no certificate in it"},
+			{"--tls-ca", "none", "no such file"},
+			{"--tls-ca", "empty", "no certificate in PEM"},
 			{"--plot", "none/p.svg", "no such file"},
 		} {
 			l, err := parseLoad(t, "--duration", "1h", tt.flag, path(tt.file))

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -47,7 +48,7 @@ came before the first ping was done.`,
   echod ping -c 0 --json | jq .     until Ctrl-C`,
 		Args: takes(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p.out = cmd.OutOrStdout()
+			p.out, p.err = cmd.OutOrStdout(), cmd.ErrOrStderr()
 			if len(args) > 0 {
 				p.address = args[0]
 			}
@@ -67,8 +68,7 @@ came before the first ping was done.`,
 	f.BoolVarP(&p.ipv4, "ipv4", "4", false, "use IPv4 only")
 	f.BoolVarP(&p.ipv6, "ipv6", "6", false, "use IPv6 only")
 	f.IntVarP(&p.size, "size", "s", 64, "`bytes` of the message, including its newline")
-	f.StringVar(&p.cacert, "cacert", "",
-		"`file` of certificates in PEM to verify a tls:// server with\n(default: those of the system)")
+	p.tlsFlags.add(f)
 	f.BoolVar(&p.json, "json", false, "print JSON, one object per line")
 	f.BoolVarP(&p.quiet, "quiet", "q", false, "print nothing; if no echo came back, the reason goes to stderr")
 	return cmd
@@ -96,12 +96,12 @@ func (s *seconder) Type() string   { return "time" }
 // pinger is one run of echod ping.
 type pinger struct {
 	address           string
-	cacert            string
+	tlsFlags          clientTLS
 	count, size       int
 	interval, timeout seconder
 	ipv4, ipv6        bool
 	json, quiet       bool
-	out               io.Writer
+	out, err          io.Writer
 
 	tls     *tls.Config
 	target  client.Address
@@ -131,6 +131,9 @@ const pingOK = "ok"
 
 func (p *pinger) check() error {
 	var err error
+	if p.address, err = p.tlsFlags.address(p.address); err != nil {
+		return err
+	}
 	if p.target, err = client.ParseAddress(p.address); err != nil {
 		return usageError{err}
 	}
@@ -175,7 +178,7 @@ func (p *pinger) run(ctx context.Context) error {
 		p.out = io.Discard
 	}
 	var err error
-	if p.tls, err = tlsConfig(p.cacert); err != nil {
+	if p.tls, err = p.tlsFlags.config(p.err); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -350,7 +353,7 @@ func (p *pinger) dialOne(ctx context.Context, address string, of int) (net.Conn,
 	if p.tls != nil {
 		config = p.tls.Clone()
 	}
-	config.ServerName = p.host
+	config.ServerName = cmp.Or(config.ServerName, p.host)
 	return client.DialConn(ctx, "tls://"+address, config)
 }
 

@@ -294,7 +294,7 @@ func TestPingTimes(t *testing.T) {
 	}
 }
 
-// A tls:// server is verified, with the certificates of --cacert.
+// A tls:// server is verified, with the certificates of --tls-ca.
 func TestPingTLS(t *testing.T) {
 	web := httptest.NewTLSServer(nil) // for its certificate
 	defer web.Close()
@@ -307,7 +307,7 @@ func TestPingTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newPinger(t, address)
-	p.cacert = cacert
+	p.tlsFlags.ca = cacert
 	if err := p.run(t.Context()); err != nil {
 		t.Errorf("with the certificate: %v", err)
 	}

@@ -89,8 +89,9 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 		"with --reconnect: `time` without any echo after which to give up;\n"+
 			"0 is never")
 	f.StringVar(&s.caCert, "cacert", "",
-		"`file` of the CA certificates, in PEM, that verify https:// and\n"+
-			"tls:// servers (default: those of the system)")
+		"`file` of the CA certificates, in PEM, that verify https://\n"+
+			"servers (default: those of the system)")
+	s.tls.add(f)
 	f.BoolVarP(&s.lines, "lines", "l", false, "send files and URLs line by line")
 	f.BoolVar(&s.csv, "csv", false,
 		"send files and URLs of CSV row by row, as JSON; the first row\n"+
@@ -162,10 +163,12 @@ type sender struct {
 	output, failed, resume string
 	quiet                  bool
 
-	flags    *pflag.FlagSet
-	in       io.Reader
-	out, err io.Writer
-	roots    *x509.CertPool // of --cacert; nil: the system's
+	flags     *pflag.FlagSet
+	in        io.Reader
+	out, err  io.Writer
+	roots     *x509.CertPool // of --cacert; nil: the system's
+	tls       clientTLS
+	tlsConfig *tls.Config // for the server; nil: crypto/tls's defaults
 }
 
 func (s *sender) run(ctx context.Context, args []string) error {
@@ -185,7 +188,7 @@ func (s *sender) run(ctx context.Context, args []string) error {
 	if s.output == "-" {
 		s.output = "" // standard output too
 	}
-	if err := s.readCACert(); err != nil {
+	if err := s.readCertificates(); err != nil {
 		return err
 	}
 	if len(args) == 0 || s.lines || s.csv || s.raw {
@@ -202,7 +205,13 @@ func (s *sender) run(ctx context.Context, args []string) error {
 	return interruptible(ctx, func(ctx context.Context) error { return s.sendText(ctx, args) })
 }
 
-func (s *sender) readCACert() error {
+func (s *sender) readCertificates() (err error) {
+	if s.address, err = s.tls.address(s.address); err != nil {
+		return err
+	}
+	if s.tlsConfig, err = s.tls.config(s.err); err != nil {
+		return err
+	}
 	if s.caCert == "" {
 		return nil
 	}
@@ -217,13 +226,6 @@ func (s *sender) readCACert() error {
 	return nil
 }
 
-func (s *sender) tlsConfig() *tls.Config {
-	if s.roots == nil {
-		return nil
-	}
-	return &tls.Config{RootCAs: s.roots, MinVersion: tls.VersionTLS12}
-}
-
 // sendText sends one line.
 func (s *sender) sendText(ctx context.Context, words []string) error {
 	if s.timeout > 0 {
@@ -231,7 +233,7 @@ func (s *sender) sendText(ctx context.Context, words []string) error {
 		ctx, cancel = context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("nothing within %s", s.timeout))
 		defer cancel()
 	}
-	opts := client.Options{TLSConfig: s.tlsConfig(), Reconnect: s.backoff()}
+	opts := client.Options{TLSConfig: s.tlsConfig, Reconnect: s.backoff()}
 	if !s.quiet {
 		opts.OnNotice = func(n client.Notice) { fmt.Fprintf(s.err, "echod: %s\n", text.Printable(bulk.Describe(n))) }
 	}
@@ -252,7 +254,7 @@ func (s *sender) dial(ctx context.Context, address string) (net.Conn, error) {
 		ctx, cancel = context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("not within %s", s.timeout))
 		defer cancel()
 	}
-	return client.DialConn(ctx, address, s.tlsConfig())
+	return client.DialConn(ctx, address, s.tlsConfig)
 }
 
 func (s *sender) backoff() *client.Backoff {
