@@ -153,9 +153,8 @@ func (c *streamConn[K]) send(ctx context.Context, conn *echoConn, e *entry[K], n
 	c.closeIfDone(conn)
 }
 
-// takeWithinShare is take, but first waits until fewer entries are outstanding than
-// this connection's share of InFlight. So a connection that does not answer cannot
-// hold what others could send.
+// takeWithinShare is take, but first waits until fewer entries are outstanding than this connection's share of
+// InFlight. So a connection that does not answer cannot hold entries that others could send.
 func (c *streamConn[K]) takeWithinShare(noticed <-chan struct{}) *entry[K] {
 	for c.free() <= 0 {
 		select {

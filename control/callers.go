@@ -96,8 +96,8 @@ func (l *callers) admit(nc net.Conn) net.Conn {
 	return c
 }
 
-// closeIdlest closes the connection that has been idle for longest, and reports whether there was one. Silent
-// connections go first, then those without a whole request, and those with a request last.
+// closeIdlest closes the connection that has been idle for longest, and reports whether there was one. It prefers
+// connections that sent nothing, then those without a whole request, then those with one.
 func (l *callers) closeIdlest() bool {
 	l.mu.Lock()
 	var chosen *callerConn
@@ -175,7 +175,7 @@ func (l *callers) Close() error {
 type probeConn struct{ net.Conn }
 
 // passing marks errors of accept(2) that concern the system and not the listener as temporary, so that
-// net/http tries again. By itself it knows fewer of them, and would stop for want of memory.
+// net/http tries again. It recognises fewer of them itself, and would stop when memory is short.
 func passing(err error) error {
 	errno, ok := errors.AsType[syscall.Errno](err)
 	if !ok || errno == syscall.EBADF || errno == syscall.EINVAL || errno == syscall.ENOTSOCK {
@@ -258,7 +258,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 // where the system does not tell both.
 var peerOf func(fd int) (uid, pid int)
 
-// identity is who calls, for the server's log and events.
+// identity returns the caller for the server's log and events.
 func (c *caller) identity() server.Caller { return server.Caller{UID: c.uid, PID: c.pid} }
 
 func callerFrom(ctx context.Context) *caller {
@@ -299,7 +299,7 @@ func (c *caller) set(change func()) {
 	}
 }
 
-// gone reports whether the caller has closed its connection altogether. After a half-close it still waits for an answer.
+// gone reports whether the caller has closed both directions. A caller that half-closed still waits for its answer.
 func (c *caller) gone() bool { return c.raw != nil && hungUp(c.raw) }
 
 // Probe returns nil if the Plane answers on all of its listeners: each accept loop runs, and a request for the

@@ -20,7 +20,7 @@ import (
 	"time"
 )
 
-// What a Client accepts of a server, which need not be a good one.
+// Bounds on what a Client accepts from a server that hangs or misbehaves.
 const (
 	quietTimeout = 5 * time.Second       // for an answer to begin, and between its parts
 	busyRetry    = 50 * time.Millisecond // between attempts to connect to a server whose queue is full
@@ -230,8 +230,8 @@ func (c *Client) Shutdown(ctx context.Context, req ShutdownRequest) (out Change,
 	return out, c.call(ctx, http.MethodPost, "/v1/shutdown", nil, body, &out)
 }
 
-// Wait returns when the condition holds. A *Problem of type ProblemTimeout means that it did not hold in time, one
-// of type ProblemDraining that it never will.
+// Wait returns when the condition holds. The error is a *Problem of type ProblemTimeout if it did not hold in time,
+// and of type ProblemDraining if it can no longer hold.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err error) {
 	if err := c.checkAnswers(ctx); err != nil {
 		return out, err
@@ -352,7 +352,7 @@ func (c *Client) callWithin(
 	return c.decode(answer, out)
 }
 
-// stream makes a request whose answer begins at once, and lasts.
+// stream makes a request whose answer begins at once and continues as a stream of lines.
 func (c *Client) stream(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
 	resp, err := c.send(ctx, method, path, query, body, quietTimeout)
 	if err == nil {
@@ -418,7 +418,7 @@ func (w *watch) setTimeout(timeout time.Duration) {
 	w.reset()
 }
 
-// reset gives the server its whole time again.
+// reset restarts the time limit.
 func (w *watch) reset() {
 	if w.timeout == 0 {
 		w.timer.Stop()

@@ -24,7 +24,7 @@ import (
 // listener that a Plane serves.
 const MaxCallers = 48
 
-// What callers can make a Plane hold is bounded.
+// Bounds on what callers can make a Plane hold.
 const (
 	headerTimeout  = 5 * time.Second  // to receive a request's headers
 	requestTimeout = 10 * time.Second // to receive a request's body
@@ -241,7 +241,7 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // changes reports whether requests with this method may change something.
 func changes(method string) bool { return method != http.MethodGet && method != http.MethodHead }
 
-// knownMethod keeps callers from adding a metric for every method that they can think of.
+// knownMethod bounds the values of the metrics' label for methods.
 func knownMethod(method string) string {
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
@@ -320,9 +320,9 @@ func (p *Plane) serve(l *callers) error {
 	return p.http.Serve(l)
 }
 
-// Shutdown closes the listeners and waits until all requests, those that last included, are answered. When ctx
-// ends first, it closes their connections and returns ctx's error. It does not stop the server that the
-// Plane controls.
+// Shutdown closes the listeners and waits until all requests are answered, including waits, events and pauses. When
+// ctx ends first, it closes their connections and returns ctx's error. It does not stop the server that the Plane
+// controls.
 func (p *Plane) Shutdown(ctx context.Context) error {
 	err := p.http.Shutdown(ctx)
 	if err != nil {

@@ -33,7 +33,7 @@ type fields map[string]decoder
 // without the name of the field.
 type decoder func(json.RawMessage) error
 
-// decodeBody decodes the request's JSON object. No body is an empty object.
+// decodeBody decodes the request's JSON object. An empty body means an empty object.
 func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
@@ -223,7 +223,7 @@ func unmarshal(raw json.RawMessage, to any, want string) error {
 	return nil
 }
 
-// shorten keeps an error about a long value readable.
+// shorten cuts a long value for an error.
 func shorten(s string) string { return atMost(60, s) }
 
 // atMost returns at most the first n bytes of s.

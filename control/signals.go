@@ -14,13 +14,12 @@ import (
 
 // Signals turns signals into drains:
 //
-//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane has begun one, that drain
-//     goes on and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
+//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane began a drain, that drain continues and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
 //   - The second one closes everything now. QUIT writes the stacks of all goroutines first.
 //   - HUP begins a drain, and never forces it.
 //
-// The program registers the channel with signal.Notify before it opens its listeners, so that no signal finds
-// the default action. run.SignalHandler does not fit: it stops listening after the first signal.
+// The program registers the channel with signal.Notify before it opens its listeners, so that no signal causes the
+// default action. run.SignalHandler does not fit: it stops listening after the first signal.
 type Signals struct {
 	srv    *server.Server
 	in     <-chan os.Signal

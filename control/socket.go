@@ -165,7 +165,7 @@ func checkDead(ctx context.Context, path string) error {
 		return ErrInUse
 	case isRefused(err), errors.Is(err, fs.ErrNotExist):
 		return nil
-	default: // its queue is full, or it is another user's
+	default: // the queue is full, or the socket belongs to another user
 		return fmt.Errorf("%w, or not accessible (%w)", ErrInUse, bare(err))
 	}
 }
@@ -210,7 +210,7 @@ func (s *socket) watch(ctx context.Context, interval time.Duration) {
 	}
 }
 
-// replace makes Accept go on with another listener.
+// replace makes Accept continue with another listener.
 func (s *socket) replace(ln *net.UnixListener) {
 	s.mu.Lock()
 	before := s.ln

@@ -16,7 +16,8 @@ import (
 	"echod/server"
 )
 
-// Requests that last until their caller goes: GET /v1/wait, GET /v1/events and POST /v1/pause?while=connected.
+// Long-lived requests, which end when their caller goes: GET /v1/wait, GET /v1/events and POST
+// /v1/pause?while=connected.
 
 var (
 	errCallerGone = errors.New("the caller has closed its connection")
@@ -25,9 +26,9 @@ var (
 	errShutDown   = errors.New("the control plane is shutting down")
 )
 
-// streams are the requests in progress that last.
+// streams are the long-lived requests in progress.
 type streams struct {
-	max     int // how many last at once: for one more, the idlest wait or stream of events is ended
+	max     int // maximum number; for one more, the idlest wait or stream of events is ended
 	maxKept int // how many of them are pauses while connected, which are never ended for another
 
 	mu    sync.Mutex
@@ -35,7 +36,7 @@ type streams struct {
 	ended chan struct{}        // guarded by mu; closed when one has finished, if shutdown waits for that
 }
 
-// stream is a request that lasts. Its context ends when the caller goes, or when its place is needed.
+// stream is a long-lived request. Its context ends when the caller goes, or when another request needs its place.
 type stream struct {
 	*response
 	who    *caller
@@ -48,7 +49,7 @@ type stream struct {
 	replaced bool      // ended for another, and finishing
 }
 
-// stream lets a request last. kept protects it from being ended for another; the number of these is bounded.
+// stream makes a request long-lived. With kept it is never ended for another one; the number of these is bounded.
 func (p *Plane) stream(w *response, r *http.Request, kept bool) (*stream, error) {
 	if r.Method == http.MethodHead {
 		return nil, refuseMethod(w, r, http.MethodGet)
@@ -114,8 +115,8 @@ func (s *streams) remove(removed *stream) {
 	}
 }
 
-// shutdown waits until no request lasts any more. When ctx ends first, it cuts off those that do, and returns
-// ctx's error.
+// shutdown waits for the end of all long-lived requests. When ctx ends first, it closes their connections, and
+// returns ctx's error.
 func (s *streams) shutdown(ctx context.Context) error {
 	var err error
 	for done := ctx.Done(); ; {
@@ -143,7 +144,7 @@ func (s *streams) shutdown(ctx context.Context) error {
 	}
 }
 
-// count returns how many requests last.
+// count returns the number of long-lived requests.
 func (s *streams) count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,7 +267,7 @@ func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.Pa
 	return nil
 }
 
-// hijacked is the connection of a response that lasts. The Plane takes it over from net/http, which does not
+// hijacked is the connection of a long-lived response. The Plane takes it over from net/http, which does not
 // notice the caller's end once the caller has sent a single byte after its request, such as a newline from a
 // shell script: a pause would outlive its owner.
 type hijacked struct {
@@ -309,7 +310,7 @@ func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context
 	gone(errCallerGone)
 }
 
-// cutOff closes the connection of a response that lasts.
+// cutOff closes the connection of a long-lived response.
 func (w *response) cutOff() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -318,7 +319,7 @@ func (w *response) cutOff() {
 	}
 }
 
-// close gives back what the response has taken.
+// close releases what the response holds.
 func (w *response) close() {
 	for i := len(w.leave) - 1; i >= 0; i-- {
 		w.leave[i]()

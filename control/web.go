@@ -32,7 +32,7 @@ const probeTimeout = 3 * time.Second
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
-	p.http.SetKeepAlivesEnabled(false) // nobody keeps a connection longer than its answer takes
+	p.http.SetKeepAlivesEnabled(false) // no connection outlives its answer
 	p.hosts = map[string]struct{}{"localhost": {}, "echod": {}}
 	for _, name := range opts.Hosts {
 		p.hosts[strings.ToLower(strings.TrimSuffix(name, "."))] = struct{}{}

@@ -30,7 +30,7 @@ type Status struct {
 
 	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
 
-	// What a drain uses that does not say otherwise.
+	// The defaults of a drain.
 	GraceSeconds      float64 `json:"grace_seconds"`
 	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
 }

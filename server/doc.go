@@ -3,9 +3,9 @@
 //
 // Write a [Handler], make a [Server] with [New], and [Server.Serve] a listener. The server admits connections within
 // [Limits]; it can be paused and resumed while it serves ([Server.Pause]); and it drains ([Server.Shutdown],
-// [Server.Drain]): it stops accepting, tells every client, gives them time, and only then closes, so that no byte that
-// was read is lost and no client that behaves is reset. [Server.Status], [Server.Conns] and [Server.Subscribe] show
-// what happens. The server sends nothing to clients unless [Options] has a [Notifier].
+// [Server.Drain]): it stops accepting, tells every client, gives them time, and only then closes. No byte that was
+// read is lost, and no client that reads its notice and leaves is reset. [Server.Status], [Server.Conns] and
+// [Server.Subscribe] show what happens. The server sends nothing to clients unless [Options] has a [Notifier].
 //
 // # The life of a connection
 //
@@ -25,12 +25,23 @@
 //   - The sweeper closes idle and stalled connections. The first Serve starts it; the drain stops it and waits for it.
 //   - The drain runs on a goroutine of its own, which ends with the server. Serve, Shutdown, Drain, Close and Done wait
 //     for it. Functions of RegisterOnShutdown run on goroutines that the drain waits for.
+//   - A probe has one goroutine, because it may find a lock that is never released. There is one at most; Probe waits for
+//     it until its context ends.
+//   - After HandOver one goroutine reports to the successor how the connections end that stayed behind. After TakeOver one
+//     receives these reports. The drain waits for both.
 //
 // A hold with a TTL has a timer, which is stopped when the hold ends.
 //
 // # Files
 //
-// From the bottom up, and lower ones do not call upper ones: sys_*.go and lock.go; conn.go, write.go and copy.go, the
-// connection; state.go and table.go, everything under the one lock; admission.go, accept.go, pause.go, drain.go and
-// timeouts.go, what changes it; server.go, status.go, events.go and probe.go, what users call.
+// From the bottom up; a file mostly uses those before it:
+//
+//   - sys_*.go: the platforms. lock.go: a value that is reached only under its lock.
+//   - conn.go, write.go, copy.go, tls.go: the connection. listen.go: the listener.
+//   - state.go, table.go: everything under the one lock.
+//   - admission.go, accept.go, pause.go, drain.go, timeouts.go: what changes it.
+//   - handover.go (the predecessor), takeover.go (the successor), handover_link.go (descriptors over a Unix socket),
+//     handover_wire.go (the messages): the handover to another process.
+//   - server.go, options.go, handler.go, notifier.go, certificates.go, status.go, events.go, probe.go, enums.go,
+//     errors.go: what users call and set.
 package server

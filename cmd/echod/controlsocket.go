@@ -81,9 +81,9 @@ func (p place) prepare() error {
 	return p.check(p.dir)
 }
 
-// clientSocket returns the path of the first control socket that accepts connections. It skips the
-// directories that another user controls, who could pose as a server there. It writes to notes what it
-// skipped, and which other servers it found.
+// clientSocket returns the path of the first control socket that accepts connections. It skips directories that
+// another user controls, because that user could impersonate a server. It writes to notes what it skipped, and which
+// other servers it found.
 func clientSocket(notes io.Writer) (string, error) {
 	var paths, skipped, found []string
 	for _, p := range places() {

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/term"
 )
 
-// Of the entries with the same message, the first logPerSecond of each second are logged, and of the
-// rest every logThereafter-th: a flood of connections must not become a flood of log lines.
+// Of the entries with the same message, the first logPerSecond of each second are logged, and every logThereafter-th
+// of the rest: a flood of connections must not become a flood of log lines.
 const (
 	logPerSecond  = 200
 	logThereafter = 100
@@ -85,8 +85,8 @@ func newLogger(level, format string, onDropped func(cause string, entries int64)
 	return zap.New(sampled(core, sink)), sink.start(), nil
 }
 
-// samplingCore samples the entries of a core, except those that an operator relies on: who did what over
-// the control socket, and which clients the server cut off.
+// samplingCore samples the entries of a core, except those that an operator relies on: the audit of the control
+// socket, and connections that the server cut off.
 type samplingCore struct {
 	zapcore.Core
 	sampler zapcore.Core // samples what it passes on to Core
@@ -140,7 +140,7 @@ const (
 
 // logSink writes the log without blocking its callers. Stderr may be a terminal that is stopped with
 // Ctrl-S, or a pipe whose reader hangs, and neither may stop the server. Entries that find the queue full
-// are dropped, and so are those that cannot be written. A log entry says how many, once the reader goes on.
+// are dropped, and so are those that cannot be written. Once the reader continues, a log entry says how many.
 //
 // The sink's goroutine is started by start and ends with close. If stderr blocks it, it ends with the
 // process.

@@ -7,11 +7,10 @@ import (
 	"strconv"
 )
 
-// maxProfile is how many seconds a profile may take: whoever reaches --http can ask for one.
+// maxProfile bounds the seconds of a profile, because everybody who can reach --http can ask for one.
 const maxProfile = 60
 
-// profiles returns the handler of /debug/pprof/. It makes one profile at a time, so that profiles cannot add up
-// to a load.
+// profiles returns the handler of /debug/pprof/. It makes one profile at a time, to bound the load.
 func profiles() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("/debug/pprof/", pprof.Index)

@@ -393,7 +393,7 @@ func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, take
 	return s, srv.TakeOver(ctx, taken.offer, s.echo)
 }
 
-// warn logs what will not work as the flags and the manual suggest.
+// warn logs which features are limited in this environment.
 func (f serveFlags) warn(log *zap.Logger) {
 	if missing := unsupported(runtime.GOOS); missing != nil {
 		log.Warn("not supported on this platform", zap.Strings("features", missing))

@@ -22,8 +22,8 @@ import (
 )
 
 // An upgrade replaces the running program by the one that is on disk now. The predecessor starts the successor, which
-// takes the listeners and connections over from it (package server, HandOver). How processes are started and who stays
-// the parent is in upgrade_linux.go.
+// takes the listeners and connections over from it (package server, HandOver). upgrade_linux.go starts the processes
+// and decides which one stays the parent.
 
 const defaultUpgradeTimeout = 10 * time.Second
 
@@ -33,7 +33,7 @@ const (
 	handedHTTP    = "http"
 )
 
-// handedData is what the predecessor tells the successor about itself.
+// handedData is what the predecessor tells the successor besides the server's state.
 type handedData struct {
 	Version string   `json:"version"`
 	PID     int      `json:"pid"`
@@ -123,7 +123,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	}, nil
 }
 
-// committed leaves everything to the successor but the connections that stayed behind.
+// committed gives up everything except the connections that stayed behind.
 func (u *upgrader) committed(successor process) {
 	u.done.Store(true)
 	becomeKeeperOf(successor)
@@ -140,7 +140,7 @@ type takenOver struct {
 	from  handedData
 }
 
-// receiveOffer returns nil if this process is not started for an upgrade.
+// receiveOffer returns nil if this process was not started for an upgrade.
 func receiveOffer(ctx context.Context) (*takenOver, error) {
 	link, err := predecessorLink()
 	if err != nil || link == nil {
@@ -182,7 +182,7 @@ func (ctl *ctl) upgradeCommand() *cobra.Command {
 
 The server starts the program again with the same arguments and environment, and hands its
 listeners and connections over. Clients do not notice. If the new program does not start,
-the old one goes on as if nothing had happened, and the command says why.
+the old one continues unchanged, and the command says why.
 
 Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 64 usage.`,
 		Args: takes(cobra.NoArgs),

@@ -40,8 +40,8 @@ const (
 	fdPID
 )
 
-// process is a successor. It is no child of this process: an intermediate process, which exits, has started it, so that
-// the supervisor or the keeper becomes its parent.
+// process is a successor. It is not a child of this process: an intermediate process starts it and exits, so the
+// supervisor or the keeper becomes its parent.
 type process struct {
 	pid  int
 	pidf int      // pidfd
@@ -64,7 +64,7 @@ func (p process) release() {
 	_ = unix.Close(p.pidf)
 }
 
-// keeperPipe is the pipe by which this process will learn, as a keeper, who serves. It is made for the first upgrade.
+// keeperPipe tells this process, when it has become the keeper, which process serves. The first upgrade makes it.
 var keeperPipe struct{ r, w *os.File }
 
 // isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
@@ -136,7 +136,7 @@ func readPID(r io.Reader) (int, error) {
 	return strconv.Atoi(strings.TrimSpace(line))
 }
 
-// successorEnviron is this process's environment without what belongs to this process alone.
+// successorEnviron is this process's environment without the variables that concern only this process.
 func successorEnviron() []string {
 	return slices.DeleteFunc(os.Environ(), func(v string) bool {
 		name, _, _ := strings.Cut(v, "=")
@@ -188,8 +188,8 @@ func reportPipe() (*os.File, error) {
 	return keeperPipe.w, nil
 }
 
-// internalRole carries out what this process was started for by an upgrade, and reports whether it was. It comes before
-// everything else, because command line and environment are those of the server.
+// internalRole does the work of a starter or a keeper if an upgrade started this process as one, and reports whether
+// it did. It must run first, because the command line and the environment are those of the server.
 func internalRole() (code int, done bool) {
 	switch {
 	case os.Getenv(envStarter) != "":
@@ -297,7 +297,7 @@ func tellSupervisor(successor process) {
 // successorPID is the process that serves now, after an upgrade of this one; 0 before.
 var successorPID atomic.Int64
 
-// becomeKeeperOf makes this process the keeper, if nobody else is: it passes signals on from now on, and turns into a
+// becomeKeeperOf makes this process the keeper, if there is none: it passes signals on from now on, and execs the
 // keeper when its server has stopped.
 func becomeKeeperOf(p process) {
 	if !isKept() {
@@ -316,9 +316,9 @@ func passOn(sig os.Signal) {
 // notifyUpgrade registers for the signal that asks for an upgrade.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 
-// keepIfUpgraded turns this process into a keeper if it was the first one and has handed over: the program that started
-// the service must see the same process until the service ends. The memory of the server goes with the exec. Signals that
-// came since the server has stopped are passed on; those that come during the exec stay pending until the keeper takes them.
+// keepIfUpgraded turns this process into a keeper if it was the first one and has handed over: the program that
+// started the service must see the same process until the service ends. It execs, which frees the server's memory. It
+// passes on signals that came after the server stopped. Those that come during the exec stay pending for the keeper.
 func keepIfUpgraded(caught <-chan os.Signal) error {
 	pid := successorPID.Load()
 	if pid == 0 {
@@ -345,8 +345,8 @@ func keepIfUpgraded(caught <-chan os.Signal) error {
 	}
 }
 
-// blockSignals blocks signals in all threads, so that they stay pending. A program that is linked with C cannot do that
-// and blocks them in this thread only: a signal may then be lost in the instant of the exec. Releases are not.
+// blockSignals blocks signals in all threads, so that they stay pending. A program that is linked with C blocks them
+// in this thread only, so a signal may be lost during the exec. Releases are built without C.
 func blockSignals(signals []syscall.Signal) error {
 	var mask unix.Sigset_t
 	bits := uint64(unsafe.Sizeof(mask.Val[0]) * 8)
@@ -369,8 +369,8 @@ var keeperSignals = []syscall.Signal{
 	syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2,
 }
 
-// runKeeper is the first process of a service that was upgraded: it passes signals on to the one that serves, and exits
-// with its code.
+// runKeeper is the main function of a keeper, the first process of a service that was upgraded. It passes signals on
+// to the process that serves, and exits with its code.
 func runKeeper() int {
 	signals := make(chan os.Signal, 64)
 	for _, sig := range keeperSignals {
