@@ -14,7 +14,8 @@ import (
 
 // Signals turns signals into drains:
 //
-//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane began a drain, that drain continues and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
+//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane began a drain, that drain
+//     continues and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
 //   - The second one closes everything now. QUIT writes the stacks of all goroutines first.
 //   - HUP begins a drain, and never forces it.
 //

@@ -25,10 +25,10 @@
 //   - The sweeper closes idle and stalled connections. The first Serve starts it; the drain stops it and waits for it.
 //   - The drain runs on a goroutine of its own, which ends with the server. Serve, Shutdown, Drain, Close and Done wait
 //     for it. Functions of RegisterOnShutdown run on goroutines that the drain waits for.
-//   - A probe has one goroutine, because it may find a lock that is never released. There is one at most; Probe waits for
-//     it until its context ends.
-//   - After HandOver one goroutine reports to the successor how the connections end that stayed behind. After TakeOver one
-//     receives these reports. The drain waits for both.
+//   - A probe has one goroutine, because it may find a lock that is never released. There is one at most. Probe waits
+//     for it until its context ends.
+//   - After HandOver one goroutine reports to the successor how the connections that stayed behind end. After TakeOver
+//     one receives these reports. The drain waits for both.
 //
 // A hold with a TTL has a timer, which is stopped when the hold ends.
 //
