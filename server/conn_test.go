@@ -715,7 +715,7 @@ func TestMarkIdle(t *testing.T) {
 	// No byte may be lost, whatever comes first: the request or the drain.
 	t.Run("a request that arrives in the same instant is answered by a handler that goes on", func(t *testing.T) {
 		onEachPath(t, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
-			for range 4 {
+			for range 2 {
 				s, dial := serve(lineProtocol(true))
 				clients := make([]stream, 20)
 				for i := range clients {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -113,7 +114,7 @@ func TestDrain(t *testing.T) {
 		r.StartDrain(DrainOptions{Grace: 2 * time.Second, Reason: "b"})
 		rep, _ := drainIn(r.Server, time.Second, "c")
 		for i, c := range clients {
-			wantEqual(t, "notices of client "+string(rune('A'+i)), strings.Count(c.arrived(), "SHUTDOWN"), 1)
+			wantEqual(t, fmt.Sprint("notices of client ", i), strings.Count(c.arrived(), "SHUTDOWN"), 1)
 		}
 		wantEqual(t, "notified", rep.Notified, len(clients))
 	}))

@@ -65,6 +65,7 @@ func TestAcceptQueue(t *testing.T) {
 			for range clients {
 				queue = append(queue, tt.client(dialTo(t, ln.Addr())))
 			}
+			awaitPaused(t, s)
 			s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
 			for _, c := range queue {
 				receives(t, c, "SHUTDOWN 20 x\n")
@@ -90,9 +91,7 @@ func TestAcceptQueue(t *testing.T) {
 			for range clients {
 				queue = append(queue, tt.client(dialTo(t, ln.Addr())))
 			}
-			if err := s.AwaitStatus(t.Context(), func(st State, _ int) bool { return st == StatePaused }); err != nil {
-				t.Fatal(err)
-			}
+			awaitPaused(t, s)
 			wantErr(t, "CloseListener", s.CloseListener(ln), nil)
 			h.Release()
 			for _, c := range queue {
@@ -121,6 +120,14 @@ func TestAcceptQueue(t *testing.T) {
 			}
 			wantErr(t, "Serve", next(t, served), ErrServerClosed)
 		})
+	}
+}
+
+// awaitPaused waits until a server that was paused before serves.
+func awaitPaused(t *testing.T, s *Server) {
+	t.Helper()
+	if err := s.AwaitStatus(t.Context(), func(st State, _ int) bool { return st == StatePaused }); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -55,6 +55,15 @@ func TestProbe(t *testing.T) {
 		alive("stopped")
 	}))
 
+	t.Run("a server that is out of files is alive", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		outOfFiles(r)
+		r.dial(t)
+		for range 50 {
+			pass(99 * time.Millisecond)
+			wantErr(t, "Probe", probe(t, r.Server), nil)
+		}
+	}))
+
 	t.Run("a listener without deadlines is alive", bubbled(func(t *testing.T) {
 		fake := newFakeListener()
 		r := newRigOn(t, plainListener{fake}, fake, Echo, Options{})

@@ -292,13 +292,13 @@ func returns(err error) Handler {
 	return HandlerFunc(func(context.Context, *Conn) error { return err })
 }
 
-// next returns the next value from ch. It fails the test if there is none for half a minute.
+// next returns the next value from ch. It fails the test if there is none for a quarter of a minute.
 func next[T any](t *testing.T, ch <-chan T) (v T) {
 	t.Helper()
 	select {
 	case v = <-ch:
-	case <-time.After(30 * time.Second):
-		t.Fatal("nothing happened for 30 s")
+	case <-time.After(15 * time.Second):
+		t.Fatal("nothing happened for 15 s")
 	}
 	return v
 }
@@ -332,7 +332,7 @@ func dialTCP(t testing.TB, addr net.Addr) *net.TCPConn {
 
 func dialTo(t testing.TB, addr net.Addr) net.Conn {
 	t.Helper()
-	nc, err := net.Dial(addr.Network(), addr.String())
+	nc, err := net.DialTimeout(addr.Network(), addr.String(), 10*time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}

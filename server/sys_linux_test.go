@@ -395,6 +395,32 @@ func TestInheritedListener(t *testing.T) {
 		})
 	}
 
+	t.Run("with EmptyQueue its accept queue is served, and later clients are left to the successor", func(t *testing.T) {
+		ln := listen(t)
+		listenerFile(t, ln) // keeps the socket open
+		s, _ := newServer(t, Echo, Options{Limits: Limits{MaxConns: 1}})
+		serveListener(t, s, Listener{Listener: ln, Inherited: true, EmptyQueue: true})
+		c := dialTCP(t, ln.Addr())
+		echoed(t, c, "x")
+		queued := dialTCP(t, ln.Addr())
+		s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
+		receives(t, c, "\nSHUTDOWN 20 x\n")
+		receives(t, queued, "SHUTDOWN 20 x\n")
+		echoed(t, queued, "y")
+		late := dialTCP(t, ln.Addr())
+		for _, c := range []*net.TCPConn{c, queued} {
+			_ = c.CloseWrite()
+			receivesAll(t, c, "")
+			_ = c.Close()
+		}
+		next(t, s.Done())
+		wantEqual(t, "accepted", s.Status().Accepted, uint64(2))
+		_ = late.SetReadDeadline(time.Now().Add(50 * time.Millisecond)) // real time: nothing may come
+		if n, err := late.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the late client read %d bytes, %v; want it left alone", n, err)
+		}
+	})
+
 	t.Run("its connections keep its settings", func(t *testing.T) {
 		ln := listen(t)
 		raw, err := ln.(*net.TCPListener).SyscallConn()
@@ -460,6 +486,54 @@ func TestAcceptQueueInStatus(t *testing.T) {
 	if waiting != 3 || st.Listeners[0].AcceptQueueLimit < 3 {
 		t.Errorf("accept queue %+v beside %d connections, want 3 clients together", st.Listeners[0], st.Connections)
 	}
+}
+
+// Health checks that connect and close during a long pause must not fill the accept queue.
+func TestParking(t *testing.T) {
+	ln, err := ListenConfig{Backlog: 4}.Listen(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _ := newServer(t, Echo, Options{})
+	h, err := s.Pause(PauseOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, s, ln)
+	first := dialTCP(t, ln.Addr())
+	send(t, first, "first")
+	for range 7 {
+		_ = dialTCP(t, ln.Addr()).Close()
+	}
+	last := dialTCP(t, ln.Addr())
+	send(t, last, "last")
+	if n := s.Status().Closed[ReasonClientClosed]; n < 3 {
+		t.Errorf("%d clients that had gone were closed during the pause, want at least 3", n)
+	}
+	for info := range s.Conns() {
+		wantEqual(t, "phase of a parked client", info.Phase, PhaseWaiting)
+	}
+	h.Release()
+	receives(t, first, "first")
+	receives(t, last, "last")
+	awaitConns(t, s, 2) // the rest of those that had gone
+	var served []string
+	for info := range s.Conns() {
+		served = append(served, info.Remote.String())
+	}
+	wantEqual(t, "clients in their order", served, []string{first.LocalAddr().String(), last.LocalAddr().String()})
+}
+
+func TestMaxConnsPerUID(t *testing.T) {
+	ln := listenUnix(t)
+	s, _ := newServer(t, Echo, Options{Limits: Limits{MaxConnsPerUID: 1}})
+	serve(t, s, ln)
+	first := dialTo(t, ln.Addr())
+	echoed(t, first, "x")
+	receivesAll(t, dialTo(t, ln.Addr()), "BUSY\n")
+	_ = first.Close()
+	_ = s.state.Await(t.Context(), func(st *state) bool { return st.conns.len() == 0 })
+	echoed(t, dialTo(t, ln.Addr()), "x")
 }
 
 // Urgent data is a part of the stream, in its place.
