@@ -313,7 +313,7 @@ func (c *Conn) prepare() (err error) {
 		c.setStream(wrapped)
 	}
 	if c.from.tls != nil {
-		c.tlsBegun.Store(true)
+		c.flags.set(flagTLSBegun)
 		if err := c.replaceStream(ctx, c.from.tls); err != nil {
 			return err
 		}

@@ -35,11 +35,7 @@ type Conn struct {
 	lastByte    byte
 	writeClosed bool // CloseWrite was called
 	writeBroken bool // a write ended halfway: the client could not parse anything after it
-
-	echoing          atomic.Bool // the handler is Echo, which can be interrupted anywhere
-	handingOver      atomic.Bool // the handler is to reach its safe point; set under the lock of closing
-	handlerWrites    atomic.Bool // a write of the handler is in progress
-	hasWriteDeadline atomic.Bool // the handler has set one
+	flags       connFlags
 
 	// Set once, by newConn, or by state when it adds the connection (id).
 	id     uint64
@@ -58,19 +54,33 @@ type Conn struct {
 	gone       bool // the sweeper has seen that the client has gone
 	handshaken bool // the reader has seen that the TLS handshake is complete
 
-	phase    atomic.Int32
-	tlsBegun atomic.Bool // the TLS handshake before admission
-	sawEOF   atomic.Bool
-	broken   atomic.Bool  // reset or lost: a read or write failed for no reason of ours
-	closed   atomic.Bool  // Close was called, or the handler has returned
-	notified atomic.Bool  // the kernel took the notice of the drain
-	blocked  atomic.Int64 // since when a write is in progress, by Server.clock; 0 when none is
+	phase   atomic.Int32
+	blocked atomic.Int64 // since when a write is in progress, by Server.clock; 0 when none is
 
-	messages locked[messageQueue]
+	messages locked[*messageQueue] // nil until the first one
 	closing  locked[closingState]
 
 	progress progress // the sweeper's own
 }
+
+// connFlags are facts about a connection, in one word to save memory.
+type connFlags struct{ bits atomic.Uint32 }
+
+const (
+	flagEchoing          uint32 = 1 << iota // the handler is Echo, which can be interrupted anywhere
+	flagHandingOver                         // the handler is to reach its safe point; set under the lock of closing
+	flagHandlerWrites                       // a write of the handler is in progress
+	flagHasWriteDeadline                    // the handler has set one
+	flagTLSBegun                            // the TLS handshake before admission has begun
+	flagSawEOF                              // the client has ended its stream
+	flagBroken                              // reset or lost: a read or write failed for no reason of ours
+	flagClosed                              // Close was called, or the handler has returned
+	flagNotified                            // the kernel took the notice of the drain
+)
+
+func (f *connFlags) has(flag uint32) bool { return f.bits.Load()&flag != 0 }
+func (f *connFlags) set(flag uint32)      { f.bits.Or(flag) }
+func (f *connFlags) clear(flag uint32)    { f.bits.And(^flag) }
 
 // closingState says how and why the connection ends.
 type closingState struct {
@@ -280,7 +290,7 @@ func (c *Conn) refuseIdleRead() (err error) {
 	c.closing.With(func(cl *closingState) {
 		switch {
 		case cl.cause != nil || cl.rare == nil:
-		case c.handingOver.Load():
+		case c.flags.has(flagHandingOver):
 			err = ErrHandover
 		case cl.rare.drain.begun && !cl.rare.drain.interrupted:
 			cl.rare.drain.interrupted = true
@@ -462,7 +472,7 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, io.EOF):
-		c.sawEOF.Store(true)
+		c.flags.set(flagSawEOF)
 	case interrupted != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.cause() == nil:
 		if n > 0 {
 			return n, nil
@@ -480,7 +490,7 @@ func (c *Conn) explain(err error) error {
 		return cause
 	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
-		c.broken.Store(true)
+		c.flags.set(flagBroken)
 	}
 	return err
 }
@@ -489,7 +499,7 @@ func (c *Conn) explain(err error) error {
 // half-closes, lingers and closes. It never fails, and calling it is never necessary. The close reason is still what
 // the handler's result says, so a deferred Close hides nothing.
 func (c *Conn) Close() error {
-	c.closed.Store(true)
+	c.flags.set(flagClosed)
 	c.closing.With(func(cl *closingState) {
 		if cl.reason == 0 {
 			c.cancelIO(cl, ErrConnClosed)
@@ -522,9 +532,9 @@ func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
 	c.closing.With(func(cl *closingState) {
 		if !t.IsZero() || cl.rare != nil {
 			cl.extra().writeDeadline = t
-			c.hasWriteDeadline.Store(true)
+			c.flags.set(flagHasWriteDeadline)
 		}
-		if cl.cause == nil && c.handlerWrites.Load() {
+		if cl.cause == nil && c.flags.has(flagHandlerWrites) {
 			err = c.nc.SetWriteDeadline(t)
 		}
 	})
@@ -680,9 +690,9 @@ func (c *Conn) handlerResult(err error) Reason {
 
 func (c *Conn) naturalReason(err error) Reason {
 	switch {
-	case c.broken.Load():
+	case c.flags.has(flagBroken):
 		return ReasonClientReset
-	case c.sawEOF.Load() && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)):
+	case c.flags.has(flagSawEOF) && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)):
 		return ReasonClientClosed // close may turn it into ReasonClientLeft
 	case errors.Is(err, ErrClientGone):
 		return ReasonClientClosed
@@ -736,7 +746,7 @@ var errHandshakeFailed = errors.New("the handshake failed")
 
 // handshakeReason is the close reason of a connection whose handshake fails now.
 func (c *Conn) handshakeReason() Reason {
-	if c.tlsBegun.Load() {
+	if c.flags.has(flagTLSBegun) {
 		return ReasonHandshakeFailed
 	}
 	return ReasonRejectedHandshake
@@ -803,14 +813,14 @@ func (c *Conn) close(natural Reason) {
 	}
 	c.phase.Store(int32(PhaseClosing))
 	c.srv.connState(c, PhaseClosing)
-	c.closed.Store(true)
+	c.flags.set(flagClosed)
 	c.end(natural, ErrConnClosed)
 	why := c.endReason()
 
 	// The lock is free within flushTimeout, because writes have no longer. Under the lock it is known whether the
 	// client was notified: it may leave faster than its notifier can say so.
 	c.writeLock.Lock()
-	if why == ReasonClientClosed && c.notified.Load() {
+	if why == ReasonClientClosed && c.flags.has(flagNotified) {
 		why = ReasonClientLeft
 	}
 	c.flushMessages()
@@ -824,7 +834,7 @@ func (c *Conn) close(natural Reason) {
 func (c *Conn) closeStream(why Reason) {
 	sawFIN := false
 	c.writeClosed = true
-	if !c.broken.Load() && why != ReasonStalled && c.closeWrite() {
+	if !c.flags.has(flagBroken) && why != ReasonStalled && c.closeWrite() {
 		sawFIN = c.linger()
 	}
 	switch {
@@ -877,7 +887,7 @@ func (c *Conn) finish(why Reason) {
 	s := c.srv
 	closed := ClosedConn{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Opened: c.srv.at(c.opened), Closed: time.Now(), Reason: why,
-		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(), Labels: c.Labels(), Err: c.handlerErr(),
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified), Labels: c.Labels(), Err: c.handlerErr(),
 	}
 	var first bool
 	s.state.With(func(st *state) {

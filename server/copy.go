@@ -81,7 +81,7 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 		}
 		switch {
 		case cp.eof:
-			c.sawEOF.Store(true)
+			c.flags.set(flagSawEOF)
 			return cp.written, nil
 		case cp.err != nil:
 			return cp.written, c.explain(c.readError(cp.err))
@@ -92,7 +92,7 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 				}
 			}
 			if cp.wasInterrupted(err) {
-				if c.handingOver.Load() {
+				if c.flags.has(flagHandingOver) {
 					return cp.written, ErrHandover
 				}
 				continue // the handover was given up in this instant
@@ -168,7 +168,7 @@ func (cp *copier) writeNow(fd uintptr) bool {
 	if !c.writeLock.TryLock() {
 		return false
 	}
-	if c.closed.Load() || c.writeError() != nil {
+	if c.flags.has(flagClosed) || c.writeError() != nil {
 		c.writeLock.Unlock()
 		return false
 	}
@@ -242,7 +242,7 @@ func (cp *copier) writeResumable() (int, error) {
 		case !cp.wasInterrupted(err):
 			c.writeBroken = c.writeBroken || halfway || written > 0
 			return written, err
-		case c.handingOver.Load():
+		case c.flags.has(flagHandingOver):
 			return written, ErrHandover
 		}
 	}
@@ -297,7 +297,7 @@ func (cp *copier) plain() (int64, error) {
 		case errors.Is(err, io.EOF):
 			return cp.written, nil
 		case err != nil && cp.wasInterrupted(err):
-			if cp.src.handingOver.Load() {
+			if cp.src.flags.has(flagHandingOver) {
 				return cp.written, ErrHandover
 			}
 		case err != nil:
@@ -309,8 +309,8 @@ func (cp *copier) plain() (int64, error) {
 // echo sends back what the client sends, after pending, which another process had read.
 func (c *Conn) echo(pending []byte) error {
 	cp := &copier{src: c, dst: c, echo: true, resumable: true, rest: pending}
-	c.echoing.Store(true)
-	if c.handingOver.Load() { // it began before echoing was set, and has interrupted nothing
+	c.flags.set(flagEchoing)
+	if c.flags.has(flagHandingOver) { // it began before echoing was set, and has interrupted nothing
 		return Handover(pending)
 	}
 	var err error

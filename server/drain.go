@@ -456,7 +456,7 @@ func (s *Server) tell(c *Conn) {
 			return
 		}
 		if result == messageSent {
-			c.notified.Store(true)
+			c.flags.set(flagNotified)
 		}
 		s.state.With(func(st *state) {
 			if result == messageSent {

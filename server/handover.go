@@ -108,7 +108,7 @@ func (c *Conn) HandingOver() (signal <-chan struct{}) {
 		h := &cl.extra().handover
 		if h.signal == nil {
 			h.signal = make(chan struct{})
-			if c.handingOver.Load() {
+			if c.flags.has(flagHandingOver) {
 				close(h.signal)
 			}
 		}
@@ -126,11 +126,11 @@ func (c *Conn) interruptForHandover() {
 			return
 		}
 		h := &cl.extra().handover
-		c.handingOver.Store(true)
+		c.flags.set(flagHandingOver)
 		if h.signal != nil {
 			close(h.signal)
 		}
-		if c.echoing.Load() {
+		if c.flags.has(flagEchoing) {
 			_ = c.nc.SetReadDeadline(longAgo)
 			_ = c.nc.SetWriteDeadline(longAgo)
 		} else if c.idle.CompareAndSwap(idleMarked, idleHandover) {
@@ -150,11 +150,11 @@ func (c *Conn) resumeAfterHandover() {
 		if !h.stopped {
 			unsent = h.unsent // otherwise its goroutine sends it
 		}
-		if c.handingOver.Load() {
+		if c.flags.has(flagHandingOver) {
 			h.signal = nil
 		}
 		h.parked, h.state, h.stopped, h.unsent, h.sent = false, nil, false, nil, false
-		c.handingOver.Store(false)
+		c.flags.clear(flagHandingOver)
 		if cl.cause == nil {
 			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
 			_ = c.nc.SetWriteDeadline(time.Time{})
@@ -205,7 +205,7 @@ func (c *Conn) park(saved []byte) (parked bool) {
 		return false
 	}
 	c.closing.With(func(cl *closingState) {
-		if parked = c.handingOver.Load() && cl.reason == 0; parked {
+		if parked = c.flags.has(flagHandingOver) && cl.reason == 0; parked {
 			cl.rare.handover.parked, cl.rare.handover.state = true, saved
 		}
 	})
@@ -216,7 +216,7 @@ var errNotResumer = errors.New("the handler returned Handover and has no ResumeC
 
 // release closes this process's descriptor of a connection that another process serves now.
 func (c *Conn) release() {
-	c.closed.Store(true)
+	c.flags.set(flagClosed)
 	c.closeMessages()
 	c.closing.With(func(cl *closingState) {
 		if cl.ctx != nil {
@@ -477,7 +477,7 @@ func (p *predecessor) whyBehind(c *Conn) string {
 func (p *predecessor) record(c *Conn) handoverConn {
 	r := handoverConn{
 		ID: c.id, Listener: slices.Index(p.acceptors, c.from), Opened: c.srv.at(c.opened), Active: c.srv.at(c.active.Load()),
-		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(),
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
 		Waiting: Phase(c.phase.Load()) == PhaseWaiting,
 	}
 	if c.writeHeld { // otherwise it is still written, and the final record will have it

@@ -139,7 +139,7 @@ func (c *Conn) Info() ConnInfo {
 	return ConnInfo{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()), Opened: c.srv.at(c.opened),
 		Idle:    max(0, time.Since(c.srv.at(c.active.Load()))),
-		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.notified.Load(), Labels: c.Labels(),
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified), Labels: c.Labels(),
 	}
 }
 

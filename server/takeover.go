@@ -279,7 +279,9 @@ func (c *Conn) restore(r handoverConn) {
 	c.active.Store(c.srv.clockAt(r.Active))
 	c.bytesIn.Store(r.BytesIn)
 	c.bytesOut.Store(r.BytesOut)
-	c.notified.Store(r.Notified)
+	if r.Notified {
+		c.flags.set(flagNotified)
+	}
 	c.told = !r.DrainDeadline.IsZero()
 	if r.Remote == "" && len(r.Labels) == 0 && r.ReadDeadline.IsZero() && r.WriteDeadline.IsZero() && !c.told {
 		return
@@ -291,7 +293,9 @@ func (c *Conn) restore(r handoverConn) {
 			x.remote = parseAddr(r.Remote)
 		}
 		x.readDeadline, x.writeDeadline = r.ReadDeadline, r.WriteDeadline
-		c.hasWriteDeadline.Store(!r.WriteDeadline.IsZero())
+		if !r.WriteDeadline.IsZero() {
+			c.flags.set(flagHasWriteDeadline)
+		}
 		if c.told {
 			x.drain = connDrain{begun: true, deadline: r.DrainDeadline, reason: r.DrainReason}
 		}

@@ -31,11 +31,18 @@ type messageQueue struct {
 	closed bool
 }
 
+// closedMessages is the queue of each connection that is closed.
+var closedMessages = &messageQueue{closed: true}
+
 // post sends m as soon as no other write is in progress. It does not block, however full the client's window is: if
 // the write lock is taken, the message stays in the queue, and the holder of the lock sends it when it unlocks.
 func (c *Conn) post(m *message) {
 	var refused bool
-	c.messages.With(func(q *messageQueue) {
+	c.messages.With(func(queue **messageQueue) {
+		if *queue == nil {
+			*queue = new(messageQueue)
+		}
+		q := *queue
 		if refused = q.closed || len(q.items) >= maxMessages; !refused {
 			q.items = append(q.items, m)
 			c.posted.Add(1)
@@ -57,7 +64,7 @@ func (c *Conn) unlockWrite() {
 // deliver sends the posted messages, unless another goroutine holds the write lock and will do so. What the kernel does
 // not take at once is left to a goroutine, which keeps the lock.
 func (c *Conn) deliver() {
-	for c.posted.Load() > 0 && !c.handingOver.Load() && c.writeLock.TryLock() {
+	for c.posted.Load() > 0 && !c.flags.has(flagHandingOver) && c.writeLock.TryLock() {
 		for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 			text := c.render(m)
 			if len(text) == 0 {
@@ -89,7 +96,7 @@ func (c *Conn) finishMessage(m *message, rest []byte) {
 	defer c.srv.endTask()
 	c.setFinishing(true)
 	n, err := c.write(rest)
-	for err != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.handingOver.Load() {
+	for err != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.flags.has(flagHandingOver) {
 		if rest = rest[n:]; c.stopNotice(rest) {
 			c.writeLock.Unlock()
 			m.done(messageSent)
@@ -133,8 +140,8 @@ func (c *Conn) flushMessages() {
 
 // nextMessage takes the oldest message from the queue; nil when there is none.
 func (c *Conn) nextMessage() (m *message) {
-	c.messages.With(func(q *messageQueue) {
-		if len(q.items) > 0 {
+	c.messages.With(func(queue **messageQueue) {
+		if q := *queue; q != nil && len(q.items) > 0 {
 			m, q.items = q.items[0], q.items[1:]
 			c.posted.Add(-1)
 		}
@@ -145,8 +152,11 @@ func (c *Conn) nextMessage() (m *message) {
 // closeMessages fails the messages that are still in the queue, and all later ones.
 func (c *Conn) closeMessages() {
 	var left []*message
-	c.messages.With(func(q *messageQueue) {
-		left, q.items, q.closed = q.items, nil, true
+	c.messages.With(func(queue **messageQueue) {
+		if *queue != nil {
+			left = (*queue).items
+		}
+		*queue = closedMessages
 		c.posted.Store(0)
 	})
 	for _, m := range left {
@@ -185,7 +195,7 @@ func (c *Conn) notifier() (n Notifier) {
 func (c *Conn) Write(p []byte) (int, error) {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
-	if c.closed.Load() {
+	if c.flags.has(flagClosed) {
 		return 0, ErrConnClosed
 	}
 	if err := c.writeError(); err != nil {
@@ -212,13 +222,13 @@ func (c *Conn) writeError() error {
 
 // writeForHandler writes under the handler's write deadline. The caller holds the write lock.
 func (c *Conn) writeForHandler(p []byte) (int, error) {
-	c.handlerWrites.Store(true)
-	if c.hasWriteDeadline.Load() {
+	c.flags.set(flagHandlerWrites)
+	if c.flags.has(flagHasWriteDeadline) {
 		c.applyWriteDeadline(true)
 	}
 	n, err := c.write(p)
-	c.handlerWrites.Store(false)
-	if c.hasWriteDeadline.Load() {
+	c.flags.clear(flagHandlerWrites)
+	if c.flags.has(flagHasWriteDeadline) {
 		c.applyWriteDeadline(false)
 	}
 	return n, err
