@@ -1,9 +1,9 @@
 package integration
 
 import (
+	"bytes"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 )
 
@@ -14,11 +14,17 @@ func TestLoadMemory(t *testing.T) {
 	e := start(t)
 	cmd := exec.Command(built(t, leanBinary), "load", "--address", e.addr, "--conns", "64", "--size", "1000000",
 		"--duration", "1s", "--late", "1m", "--drain-wait", "1m", "--max-lost", "0")
-	if got := run(t, cmd); got.code != 0 {
-		t.Fatalf("exit status %d: %s%s", got.code, got.stdout, got.stderr)
+	cmd.Env = environment()
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	check(t, cmd.Start())
+	memory := watchMemory(cmd.Process.Pid)
+	_ = cmd.Wait()
+	if code := exitCode(cmd.ProcessState); code != 0 {
+		t.Fatalf("exit status %d: %s", code, output.String())
 	}
 	const limit = 64 << 10
-	if kib := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss; kib > limit {
+	if kib, known := memory(); known && kib > limit {
 		t.Errorf("%d KiB, want at most %d", kib, limit)
 	}
 }
