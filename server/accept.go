@@ -437,7 +437,7 @@ func (a *acceptor) emptyQueue() {
 			taken++
 			a.take(nc)
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			if !shut || !time.Now().Before(until) || !handshakesInProgress(a.ln.Listener) {
+			if !shut || !a.expectsMore(until) {
 				return
 			}
 		case acceptRetryable(err) && !a.late:
@@ -446,6 +446,16 @@ func (a *acceptor) emptyQueue() {
 			return
 		}
 	}
+}
+
+// expectsMore reports whether clients will be in the accept queue, or are, that emptyQueue has to take. New handshakes
+// are kept out. The order matters: a handshake that completes between the two looks has entered the queue.
+func (a *acceptor) expectsMore(until time.Time) bool {
+	if time.Now().Before(until) && handshakesInProgress(a.ln.Listener) {
+		return true
+	}
+	length, _, ok := acceptQueue(a.ln.Listener)
+	return ok && length > 0
 }
 
 // takeWaiting accepts the clients that are in the accept queue of an inherited listener now. It leaves later ones.

@@ -1,0 +1,421 @@
+package integration
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"echod/control"
+)
+
+// A network is two network namespaces, one for the server and one for its clients. Each has a TUN device, and goroutines
+// of the test carry packets from one to the other, late. The kernel's own netem is not everywhere. A proxy would not do,
+// because it cannot delay handshakes.
+type network struct {
+	server, client *namespace
+	delay          time.Duration // each way
+	lossPercent    int
+
+	ackLost atomic.Bool   // packets of clients that are not SYNs are lost
+	synAcks chan struct{} // one for each SYN-ACK that the server sends, while there is room
+}
+
+// A namespace is a network namespace with one TUN device.
+type namespace struct {
+	handle *os.File // /proc/thread-self/ns/net
+	tun    *os.File
+}
+
+const serverIP, clientIP = "10.99.0.1", "10.99.0.2"
+
+// newNetwork makes a network with this round-trip time. The end of the test removes it.
+func newNetwork(t *testing.T, roundTrip time.Duration, lossPercent int) *network {
+	t.Helper()
+	ip := require(t, "ip")
+	n := &network{delay: roundTrip / 2, lossPercent: lossPercent, synAcks: make(chan struct{}, 1024)}
+	n.server, n.client = newNamespace(t, ip, serverIP), newNamespace(t, ip, clientIP)
+	var relays sync.WaitGroup
+	relays.Go(func() { n.relay(n.server.tun, n.client.tun, false) })
+	relays.Go(func() { n.relay(n.client.tun, n.server.tun, true) })
+	t.Cleanup(func() {
+		for _, ns := range []*namespace{n.server, n.client} {
+			_ = ns.tun.Close()
+			_ = ns.handle.Close()
+		}
+		relays.Wait()
+	})
+	return n
+}
+
+func newNamespace(t *testing.T, ip, address string) *namespace {
+	t.Helper()
+	ns := new(namespace)
+	var err error
+	done := make(chan struct{})
+	go func() { // without UnlockOSThread, the thread ends with the goroutine
+		defer close(done)
+		runtime.LockOSThread()
+		if err = unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return
+		}
+		if ns.handle, err = os.Open("/proc/thread-self/ns/net"); err != nil {
+			return
+		}
+		if ns.tun, err = openTUN(); err != nil {
+			return
+		}
+		for _, args := range []string{
+			"link set lo up", "address add " + address + "/24 dev t0", "link set t0 txqueuelen 10000 up",
+		} {
+			var out []byte
+			if out, err = exec.Command(ip, strings.Fields(args)...).CombinedOutput(); err != nil {
+				err = fmt.Errorf("ip %s: %w: %s", args, err, out)
+				return
+			}
+		}
+	}()
+	<-done
+	if err != nil {
+		missing(t, "network namespaces with TUN devices are not available: "+err.Error())
+	}
+	return ns
+}
+
+// openTUN creates the device t0 in the calling thread's namespace.
+func openTUN() (*os.File, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	ifr, err := unix.NewIfreq("t0")
+	if err == nil {
+		ifr.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), "tun"), nil
+}
+
+// do calls f with the calling thread in the namespace. Sockets that f opens and processes that it starts belong to it.
+func (ns *namespace) do(f func()) error {
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer home.Close()
+	if err := unix.Setns(int(ns.handle.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer func() {
+		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil { // or the thread ends with the goroutine
+			runtime.UnlockOSThread()
+		}
+	}()
+	f()
+	return nil
+}
+
+// relay carries packets from one device to another until the first is closed.
+func (n *network) relay(from, to *os.File, fromClient bool) {
+	type packet struct {
+		due  time.Time
+		data []byte
+	}
+	onTheWay := make(chan packet, 1<<16)
+	var delivery sync.WaitGroup
+	defer delivery.Wait()
+	defer close(onTheWay)
+	delivery.Go(func() {
+		for p := range onTheWay {
+			time.Sleep(time.Until(p.due)) // the time that the packet travels
+			_, _ = to.Write(p.data)
+		}
+	})
+	random := rand.New(rand.NewPCG(1, 2))
+	block := make([]byte, 64<<10)
+	for {
+		size, err := from.Read(block)
+		if err != nil {
+			return
+		}
+		flags, ok := tcpFlags(block[:size])
+		switch {
+		case !ok: // IPv6 neighbours, for example
+			continue
+		case fromClient && flags&flagSYN == 0 && n.ackLost.Load():
+			continue
+		case random.IntN(100) < n.lossPercent:
+			continue
+		}
+		if flags&(flagSYN|flagACK) == flagSYN|flagACK {
+			select {
+			case n.synAcks <- struct{}{}:
+			default:
+			}
+		}
+		onTheWay <- packet{time.Now().Add(n.delay), append([]byte(nil), block[:size]...)}
+	}
+}
+
+const (
+	flagSYN = 0x02
+	flagACK = 0x10
+)
+
+// tcpFlags returns the flags of a TCP segment in an IPv4 packet.
+func tcpFlags(packet []byte) (flags byte, ok bool) {
+	if len(packet) < 20 || packet[0]>>4 != 4 || packet[9] != unix.IPPROTO_TCP {
+		return 0, false
+	}
+	tcp := packet[4*int(packet[0]&15):]
+	if len(tcp) < 20 {
+		return 0, false
+	}
+	return tcp[13], true
+}
+
+// start starts a server in the server's namespace.
+func (n *network) start(t *testing.T, flags ...string) *echod {
+	t.Helper()
+	var e *echod
+	check(t, n.server.do(func() { e = start(t, append(flags, "--listen", serverIP+":0")...) }))
+	return e
+}
+
+// connect connects a peer from the clients' namespace.
+func (n *network) connect(addr string, timeout time.Duration) (p *peer, err error) {
+	failed := n.client.do(func() {
+		var nc net.Conn
+		if nc, err = net.DialTimeout("tcp", addr, timeout); err == nil {
+			p = &peer{TCPConn: nc.(*net.TCPConn), in: bufio.NewReader(nc)}
+			err = p.SetDeadline(time.Now().Add(patience))
+		}
+	})
+	return p, errors.Join(failed, err)
+}
+
+// signalAt sends SIGTERM to e once the server has sent count SYN-ACKs. Afterwards it closes sent.
+func (n *network) signalAt(e *echod, count int) (sent chan struct{}, begun *time.Time) {
+	sent, begun = make(chan struct{}), new(time.Time)
+	overdue := time.After(patience)
+	go func() {
+		defer close(sent)
+		for range count {
+			select {
+			case <-n.synAcks:
+			case <-overdue:
+			}
+		}
+		*begun = time.Now()
+		_ = e.cmd.Process.Signal(syscall.SIGTERM)
+	}()
+	return sent, begun
+}
+
+var drainNotice = regexp.MustCompile(`^SHUTDOWN \d+ SIGTERM\n$`)
+
+// expectToldAndEnd checks that the peer is told of the drain, and that the connection ends with a FIN.
+func (p *peer) expectToldAndEnd() error {
+	line, err := p.in.ReadString('\n')
+	if err != nil || !drainNotice.MatchString(line) {
+		return fmt.Errorf("told %q (%w)", line, err)
+	}
+	return p.leave()
+}
+
+func TestG15PromisesHoldOverANetwork(t *testing.T) {
+	t.Parallel()
+	const roundTrip = 200 * time.Millisecond
+
+	t.Run("clients whose handshakes are in progress are told", func(t *testing.T) {
+		t.Parallel()
+		n := newNetwork(t, roundTrip, 0)
+		e := n.start(t, "--grace", "20s")
+		const clients = 20
+		var connected atomic.Int32
+		signalled, begun := n.signalAt(e, clients/2) // no client has seen its SYN-ACK by then
+		each(t, 2*clients, func(i int) error {
+			if i >= clients { // these come once the drain has begun
+				<-signalled
+			}
+			p, err := n.connect(e.addr, patience)
+			if errors.Is(err, syscall.ECONNREFUSED) { // its SYN came too late
+				if took := time.Since(*begun); took > 3*time.Second+roundTrip {
+					return fmt.Errorf("refused after %s", took)
+				}
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			defer p.Close()
+			connected.Add(1)
+			return p.expectToldAndEnd()
+		})
+		e.wait(0)
+		if sum := e.awaitLog("drained"); sum.num("notified") != int(connected.Load()) || connected.Load() < clients/2 {
+			t.Errorf("%d clients were connected; the summary is %s", connected.Load(), sum.text)
+		}
+	})
+
+	t.Run("the signal at the first connect that succeeds is a drain", func(t *testing.T) {
+		t.Parallel()
+		n := newNetwork(t, roundTrip, 0)
+		starts := 4
+		if os.Getenv("ECHOD_TEST_SLOW") == "1" {
+			starts = 20
+		}
+		for i := range starts {
+			addr := netip.AddrPortFrom(netip.MustParseAddr(serverIP), uint16(7001+i)).String()
+			socket := shortDir(t) + "/c"
+			cmd := exec.Command(built(t, echodBinary), "serve", "--log-format", "json", "--listen", addr, "--control", socket)
+			var e *echod
+			check(t, n.server.do(func() { e = spawn(t, cmd, socket) }))
+			var p *peer
+			poll(t, "the first connect that succeeds", func() (ok bool) {
+				var err error
+				p, err = n.connect(addr, patience)
+				return err == nil
+			})
+			e.signal(syscall.SIGTERM)
+			if err := p.expectToldAndEnd(); err != nil {
+				t.Errorf("start %d: %v", i, err)
+			}
+			_ = p.Close()
+			e.wait(0)
+			if _, err := os.Lstat(socket); err == nil {
+				t.Errorf("start %d left its control socket behind", i)
+			}
+		}
+	})
+
+	for _, c := range []struct {
+		name string
+		loss int
+	}{{"a drain of fifty clients loses no byte", 0}, {"nor does it with 5 percent of packets lost", 5}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			if c.loss > 0 {
+				slow(t)
+			}
+			n := newNetwork(t, roundTrip, c.loss)
+			e := n.start(t, "--grace", "25s")
+			const clients, warm = 50, 16 << 10
+			streams := make([]*stream, clients)
+			each(t, clients, func(i int) error {
+				p, err := n.connect(e.addr, patience)
+				streams[i] = &stream{
+					peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 25 SIGTERM\n"),
+					told: make(chan struct{}), progress: make(chan struct{}, 1),
+				}
+				return err
+			})
+			var ready, signalled sync.WaitGroup
+			ready.Add(clients)
+			signalled.Go(func() {
+				ready.Wait()
+				_ = e.cmd.Process.Signal(syscall.SIGTERM)
+			})
+			each(t, clients, func(i int) error {
+				defer streams[i].Close()
+				return streams[i].run(warm, ready.Done)
+			})
+			signalled.Wait()
+			e.wait(0)
+			if sum := e.awaitLog("drained"); sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
+				t.Errorf("the summary is %s", sum.text)
+			}
+		})
+	}
+
+	// The kernel completes only as many handshakes as the accept queue has room for. The other clients believe that they
+	// are connected, and their connections appear as the queue is emptied. Without SYN cookies, because the kernel
+	// remembers nothing of clients that it has sent one.
+	t.Run("clients of an accept queue that overflows are told or refused", func(t *testing.T) {
+		t.Parallel()
+		n := newNetwork(t, roundTrip, 0)
+		var err error
+		check(t, n.server.do(func() {
+			err = errors.Join(os.WriteFile("/proc/sys/net/core/somaxconn", []byte("16"), 0),
+				os.WriteFile("/proc/sys/net/ipv4/tcp_syncookies", []byte("0"), 0))
+		}))
+		check(t, err)
+		e := n.start(t, "--grace", "20s")
+		e.pause(control.PauseRequest{})
+		const clients, queue = 60, 17
+		var told, refused atomic.Int32
+		overflowed, _ := n.signalAt(e, queue+5)
+		each(t, clients, func(i int) error {
+			p, err := n.connect(e.addr, patience)
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				refused.Add(1)
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			defer p.Close()
+			told.Add(1)
+			return p.expectToldAndEnd()
+		})
+		<-overflowed
+		t.Logf("%d told, %d refused", told.Load(), refused.Load())
+		e.wait(0)
+	})
+
+	// While the server waits for a handshake, clients that connect get no answer. So it waits for a bounded time.
+	for _, c := range []struct {
+		grace string
+		most  time.Duration
+	}{{"1s", time.Second}, {"20s", 3 * time.Second}} {
+		t.Run("clients are refused though a handshake never completes, grace "+c.grace, func(t *testing.T) {
+			t.Parallel()
+			n := newNetwork(t, roundTrip, 0)
+			e := n.start(t, "--grace", c.grace)
+			stays, err := n.connect(e.addr, patience)
+			check(t, err)
+			defer stays.Close()
+			check(t, stays.echo("hello\n"))
+			n.ackLost.Store(true)
+			half, err := n.connect(e.addr, patience)
+			check(t, err)
+			defer half.Close()
+			begun := e.signal(syscall.SIGTERM)
+			for {
+				p, err := n.connect(e.addr, 2*roundTrip)
+				if err == nil {
+					_ = p.Close()
+					t.Fatal("a client could connect")
+				}
+				if errors.Is(err, syscall.ECONNREFUSED) {
+					break
+				}
+				if took := time.Since(begun); took > c.most+3*roundTrip {
+					t.Fatalf("after %s, clients that connect are not refused: %v", took, err)
+				}
+			}
+			t.Logf("refused after %s", time.Since(begun))
+		})
+	}
+}
