@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
-	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -233,9 +232,8 @@ func (n *network) signalAt(e *echod, count int) (sent chan struct{}, begun *time
 	return sent, begun
 }
 
-var drainNotice = regexp.MustCompile(`^SHUTDOWN \d+ SIGTERM\n$`)
-
 // expectToldAndEnd checks that the peer is told of the drain, and that the connection ends with a FIN.
+
 func (p *peer) expectToldAndEnd() error {
 	line, err := p.in.ReadString('\n')
 	if err != nil || !drainNotice.MatchString(line) {
