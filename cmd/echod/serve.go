@@ -103,7 +103,7 @@ func newServeCommand(use string) *cobra.Command {
 		"`time` for which a stopping server is not ready but still\n"+
 			"accepts clients, before --grace begins: for load balancers")
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
-		"`time` for the new program of an upgrade to get ready")
+		"`time` for the new program of an upgrade to start")
 	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
 		"`time` for which an upgrade serves connections that cannot be\nhanded over, before it drains them; 0 is --grace")
 	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0,
