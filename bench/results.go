@@ -278,8 +278,9 @@ func (r *results) Goals() (goals []goal) {
 	return goals
 }
 
-// delay returns by how many milliseconds a disturbance lengthens a client's longest wait, in the worst shape and placement. Of
-// several measurements the least counts: the disturbance is in each of them, other delays of the machine are not.
+// delay returns by how many milliseconds a disturbance lengthens a client's longest wait, in the worst shape and
+// placement. It takes the least of several measurements: the disturbance affects all of them, other delays of the
+// machine do not.
 func (r *results) delay(disturbance string) (worst float64, ok bool) {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		for _, sh := range shapes {

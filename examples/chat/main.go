@@ -71,8 +71,8 @@ func newServer(logger *zap.Logger) (*server.Server, error) {
 	})
 }
 
-// notice says what the server itself has to say. The handler writes whole lines only, so a notice is never in the
-// middle of one.
+// notice encodes the server's own messages. The handler writes whole lines only, so a notice is never in the middle
+// of one.
 func notice(n server.Notice) []byte {
 	switch n.Kind {
 	case server.NoticeDrain:

@@ -1,5 +1,5 @@
 // Command proxy passes TCP connections on to an upstream server. A half-close of either side reaches the other one.
-// During a drain the sessions go on until they end, or until the grace period is over.
+// During a drain, sessions continue until they end or the grace period is over.
 //
 //	go run ./proxy -listen 127.0.0.1:7000 -upstream 127.0.0.1:80
 package main

@@ -71,7 +71,7 @@ func (st *store) ServeConn(_ context.Context, c *server.Conn) error {
 		args, err := readCommand(r)
 		switch {
 		case errors.Is(err, server.ErrDraining):
-			// The client is idle, but a command may be on its way. Answering it is better than closing in its face.
+			// The client is idle, but a command may be on its way. Answering it is better than resetting the client.
 			if err := c.SetReadDeadline(time.Now().Add(st.lastCall)); err != nil {
 				return err
 			}

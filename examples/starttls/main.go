@@ -127,7 +127,7 @@ func (h *handler) startTLS(ctx context.Context, c *server.Conn, r *bufio.Reader)
 	return nil
 }
 
-// notice says what the server itself has to say. Replies are whole lines, so a notice is never in the middle of one.
+// notice encodes the server's own messages. Replies are whole lines, so a notice is never in the middle of one.
 func notice(n server.Notice) []byte {
 	switch n.Kind {
 	case server.NoticeDrain:

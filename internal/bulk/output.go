@@ -134,7 +134,7 @@ func (o *Output) seek(was *savedOutput, continues bool) error {
 	return nil
 }
 
-// truncate removes what is behind the place to write to.
+// truncate removes everything after the place to write to.
 func (o *Output) truncate() error {
 	if o == nil || !o.regular {
 		return nil
@@ -164,9 +164,8 @@ func (o *Output) close() error {
 	return o.file.Close()
 }
 
-// Prepare makes the files ready to be written. Their content is given up only after the
-// state could be saved. A file of failed records that exists stays as it is until one
-// fails.
+// Prepare makes the files ready to be written. Their content is discarded only after the state was saved. A file of
+// failed records that exists stays as it is until one fails.
 func Prepare(out *Output, failed *FailedFile, state *State) error {
 	p := state.progress()
 	for o, was := range map[*Output]*savedOutput{out: p.Output, failed.output(): p.Failures} {

@@ -52,8 +52,8 @@ func (e *errorsOnly) Say(string) {}
 
 func (e *errorsOnly) Error(s string) { e.events.Say(s) }
 
-// Lines reports the progress too, in a line at intervals. It does not if terminal, which
-// may be nil, has this process in its background.
+// Lines reports the progress too, in a line at intervals. It prints nothing while this process is in the background
+// of terminal, which may be nil.
 func Lines(w io.Writer, terminal *os.File, every time.Duration) Display {
 	return &lines{events{w: w}, terminal, every}
 }

@@ -95,7 +95,7 @@ func OpenState(path string, inputs []string, opts records.Options) (*State, erro
 		in.before, in.missing = in.Records, map[int64]bool{}
 		for _, number := range in.Missing {
 			in.missing[number] = true
-			s.unfinished[i][number] = start{} // known again when it is read
+			s.unfinished[i][number] = start{} // set when the record is read again
 		}
 		if from := in.Continue; from != nil {
 			first := start{from.point(in.Validator), true, from.digest()}

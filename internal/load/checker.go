@@ -20,16 +20,15 @@ const (
 	maxIdleLine = 64 << 10
 )
 
-// A checker decides what becomes of the messages of one connection. It does no
+// A checker accounts for the messages of one connection. It does no
 // I/O: begin announces a message to be sent, fill and wrote are for the writer,
 // feed takes what arrives, and end says that nothing more will arrive.
 //
 // It keeps no copy of what was sent: a message is its frame and a piece of the
 // padding that all connections share.
 //
-// Nearly always the next bytes are the next message, and comparing is all there is
-// to do. Otherwise the checker reads line by line: a line may be a message that is
-// out of order, a notice, or broken.
+// Nearly always the next bytes are the next message, and the checker only compares them. Otherwise it reads line by
+// line: a line may be a message that is out of order, a notice, or broken.
 type checker struct {
 	from      origin
 	template  template
@@ -57,9 +56,8 @@ type checker struct {
 	missing   map[uint64]time.Duration
 	forgotten int64
 
-	// broken is about how many messages the bytes would make up that arrived since the
-	// last message in its turn and are no message. corrupted is how many messages of this
-	// connection have been counted as corrupted.
+	// broken is the number of broken messages since the last message that came in order, estimated from the number of
+	// broken bytes. corrupted is how many messages of this connection have been counted as corrupted.
 	broken, corrupted int64
 
 	lines lines
@@ -81,7 +79,7 @@ func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t 
 	}
 }
 
-// begin appends a message to those that are to be sent.
+// begin appends a message to those that the writer must send.
 func (c *checker) begin(due time.Duration, size int) {
 	if c.first > 0 && len(c.flights) == cap(c.flights) && c.first >= len(c.flights)/2 {
 		c.flights = c.flights[:copy(c.flights, c.flights[c.first:])]
@@ -110,7 +108,7 @@ func (c *checker) unwritten() int64 { return c.end - c.written }
 func (c *checker) fill(p []byte) int {
 	n := 0
 	seq := c.sent
-	if seq > c.base { // the last message that was begun to be written may have a rest
+	if seq > c.base { // part of the last message may still be unwritten
 		if f, _ := c.flight(seq - 1); f.end > c.written {
 			seq--
 		}
@@ -135,8 +133,7 @@ func (c *checker) parts(f *flight, size int) [3][]byte {
 	return [3][]byte{f.head[:], c.padding[:size-MinSize], f.tail[:]}
 }
 
-// wrote says that the next n bytes were written. It returns how many messages were
-// begun to be written by that.
+// wrote says that the next n bytes were written. It returns how many messages these bytes begin.
 func (c *checker) wrote(n int) int64 {
 	c.written += int64(n)
 	before := c.sent
@@ -190,7 +187,7 @@ func (c *checker) feed(p []byte, now time.Duration) {
 	}
 }
 
-// expected reports whether p is what comes next of message base.
+// expected reports whether p continues message base.
 func (c *checker) expected(p []byte, size int) bool {
 	f := &c.flights[c.first]
 	if c.start+int64(c.arrived+len(p)) > c.written {
@@ -276,8 +273,8 @@ func (c *checker) miss() {
 	c.pop()
 }
 
-// countBroken counts the broken messages since the last message in its turn. They are
-// what became of the messages missing there. Any more were never sent.
+// countBroken counts the broken messages since the last message that came in order. As many as are missing there
+// count as corrupted, the others as unexpected.
 func (c *checker) countBroken(missing int64) {
 	corrupted := min(c.broken, missing)
 	c.corrupted += corrupted
@@ -292,8 +289,7 @@ func (c *checker) outstanding() int { return int(c.next - c.base) }
 // outstandingBytes returns how many bytes the messages in flight have.
 func (c *checker) outstandingBytes() int64 { return c.end - c.start }
 
-// overdue returns how many of the messages in flight are late. The first known
-// ones are known to be.
+// overdue returns how many of the messages in flight are late. The caller knows that the first known ones are.
 func (c *checker) overdue(known int, now time.Duration) int {
 	n := min(known, c.outstanding())
 	for _, f := range c.flights[c.first+n:] {
@@ -400,7 +396,7 @@ func (c *checker) line(now time.Duration) {
 
 	if from, seq, ok := parseMessage(l.line); ok {
 		c.release()
-		c.settleJunk()
+		c.countJunk()
 		c.message(from, seq, now)
 		l.afterMessage = true
 		return
@@ -424,7 +420,7 @@ func (c *checker) line(now time.Duration) {
 	}
 	if from, seq, size, ok := c.lastMessage(joined); ok {
 		l.junk += len(joined) - size
-		c.settleJunk()
+		c.countJunk()
 		c.message(from, seq, now)
 		l.afterMessage = true
 		return
@@ -452,7 +448,7 @@ func (c *checker) lastMessage(line []byte) (from origin, seq uint64, size int, o
 	return origin{}, 0, 0, false
 }
 
-// release treats the held line as junk: it cannot be part of a message any more.
+// release treats the held line as junk, because it can no longer be part of a message.
 func (c *checker) release() {
 	l := &c.lines
 	if l.holding {
@@ -461,9 +457,9 @@ func (c *checker) release() {
 	}
 }
 
-// settleJunk converts the junk so far into a number of broken messages. It goes by
+// countJunk converts the junk so far into a number of broken messages. It goes by
 // length, because a broken byte may have been a newline or have become one.
-func (c *checker) settleJunk() {
+func (c *checker) countJunk() {
 	junk := c.lines.junk
 	c.lines.junk = 0
 	if junk == 0 {
@@ -488,8 +484,8 @@ func (c *checker) settleJunk() {
 	c.broken += max(1, n)
 }
 
-// endLines says that nothing more will arrive. A rest that is shorter than a message
-// was cut off, and is not broken.
+// endLines says that nothing more will arrive. An incomplete message at the end was cut off, and does not count as
+// broken.
 func (c *checker) endLines() {
 	l := &c.lines
 	rest := len(l.line)
@@ -505,7 +501,7 @@ func (c *checker) endLines() {
 		l.junk += rest
 	}
 	l.line, l.holding = l.line[:0], false
-	c.settleJunk()
+	c.countJunk()
 }
 
 // isPrefix reports whether p is the beginning of message base.

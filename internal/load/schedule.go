@@ -82,9 +82,8 @@ func tickFor(rate float64) time.Duration {
 // never is later than the end of any run.
 const never = time.Duration(1<<63 - 1)
 
-// A schedule says when the messages of the open model are due. Message n of the run
-// belongs to user n modulo the number of users. It is not sent if that user is still
-// to start.
+// A schedule says when the messages of the open model are due. Message n of the run belongs to user n modulo the
+// number of users. It is not sent if that user has not started yet.
 type schedule struct {
 	users  int
 	stages []plannedStage

@@ -89,7 +89,7 @@ func newEpoll(exclusive bool, pc pace) (_ *epoll, err error) {
 		}
 	}
 	for about, fd := range map[int32]int{aboutWake: p.event, aboutTimer: p.timer} {
-		// Edge-triggered: nobody has to read them.
+		// Edge-triggered, so they need not be read.
 		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd,
 			&unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
 			return nil, fmt.Errorf("watching a timer: %w", err)

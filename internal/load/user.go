@@ -26,7 +26,7 @@ const (
 type phase int
 
 const (
-	disconnected phase = iota + 1 // waits until it is to connect
+	disconnected phase = iota + 1 // waits to connect
 	dialing
 	active     // sends and receives
 	leaving    // sends nothing new, waits for what is in flight
@@ -68,7 +68,7 @@ type user struct {
 	rejected bool // by a notice, before any echo
 
 	// The open model: messages [taken, due) of its schedule are due and were not
-	// taken. So are those in again, which are to be sent again.
+	// taken. Those in again are due, too: they must be sent again.
 	taken, due int64
 	again      []time.Duration
 	listed     bool // in worker.due
@@ -113,7 +113,7 @@ func (u *user) hasUnsent() bool {
 	return u.hasDue() || u.phase == active && u.check.unwritten() > 0
 }
 
-// tick does what time demands.
+// tick handles the timeouts that have passed.
 func (u *user) tick(now time.Duration) {
 	if u.phase == active || u.phase == leaving {
 		u.checkLate(now)

@@ -242,7 +242,7 @@ func (r *rows) has(i, n int) bool {
 	return true
 }
 
-// rowEnd returns the length of what ends a row at offset i: LF, CRLF or CR; or 0.
+// rowEnd returns the length of the LF, CRLF or CR at offset i, or 0.
 func (r *rows) rowEnd(i int) int {
 	switch {
 	case !r.has(i, 1):
@@ -340,9 +340,8 @@ func (r *rows) quoted(i int) (next int, done bool, err error) {
 // come in runs; a run closes the field if its length is odd, and a delimiter or the
 // end of the row comes after it.
 //
-// With LazyQuotes any other quote is content. If none closes the field within the limit,
-// the same search would be repeated from each of the lines that follow, so noClose
-// remembers up to where in the text no run closes anything.
+// With LazyQuotes any other quote is content. If no run closes the field within the limit, each of the lines that
+// follow would repeat the search. So noClose is the offset up to which no run closes a field.
 func (r *rows) closing(open int) (int, error) {
 	for i := open + 1; ; {
 		d := r.w.data()
@@ -448,7 +447,7 @@ func (o *object) addKey(i int, name string) {
 	o.keys = append(o.keys, append(key, ':'))
 }
 
-// columnName returns the name of column i, from 0: one without a name has that of its place.
+// columnName returns the name of column i, counted from 0. A column without a name is named after its position.
 func columnName(name string, i int) string {
 	if name == "" {
 		return "column" + strconv.Itoa(i+1)

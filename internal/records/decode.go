@@ -16,12 +16,11 @@ import (
 	"golang.org/x/text/transform"
 )
 
-// undecoded stands in decoded text for what cannot be decoded. It is no UTF-8, so it
-// is found where the text is checked, with its line and column.
+// undecoded replaces what cannot be decoded. It is not valid UTF-8, so the later check of the text finds it, with its
+// line and column.
 const undecoded = 0xff
 
-// byteOrderMarks are what text may begin with, and the encoding that they select. A
-// longer mark comes before its beginning.
+// byteOrderMarks lists byte order marks and their encodings. A mark comes before those that are a prefix of it.
 var byteOrderMarks = []struct{ mark, encoding string }{
 	{"\xff\xfe\x00\x00", "utf-32le"},
 	{"\x00\x00\xfe\xff", "utf-32be"},
@@ -30,8 +29,8 @@ var byteOrderMarks = []struct{ mark, encoding string }{
 	{"\xef\xbb\xbf", "utf-8"},
 }
 
-// sniffMark returns the byte order mark that r begins with, or "". It waits for no
-// more bytes than it takes to tell, because a person may be typing them.
+// sniffMark returns the byte order mark that r begins with, or "". It reads only as many bytes as it needs, because a
+// person may be typing them.
 func sniffMark(r *bufio.Reader) (mark, encoding string) {
 	for n := 1; n <= 4; n++ {
 		start, err := r.Peek(n)
@@ -98,7 +97,7 @@ func CheckEncoding(name string) error {
 
 // decoderOf returns what decodes an encoding, or nil for UTF-8.
 func decoderOf(name string) (transform.Transformer, error) {
-	switch strings.NewReplacer("-", "", "_", "").Replace(strings.ToLower(name)) { // they are written in many ways
+	switch strings.NewReplacer("-", "", "_", "").Replace(strings.ToLower(name)) { // spellings differ
 	case "", "utf8", "utf8sig", "usascii", "ascii":
 		return nil, nil
 	case "utf16", "utf16le":

@@ -12,7 +12,7 @@ const (
 	// windowSize is the initial memory of a window, in bytes.
 	windowSize = 64 << 10
 
-	// maxIdleReads is how often in a row a reader may return nothing at all.
+	// maxIdleReads is how often in a row a reader may return neither data nor an error.
 	maxIdleReads = 100
 )
 
@@ -40,7 +40,7 @@ func (w *window) data() []byte { return w.buf[w.start:] }
 // Buffered returns how much was read beyond the last record.
 func (w *window) Buffered() int { return len(w.buf) - w.start }
 
-// more reads on. It returns false at the end of the text, or on an error. It moves
+// more reads more. It returns false at the end of the text, or on an error. It moves
 // the record only when half of the memory is free, so that short records after long
 // ones do not cost a copy each.
 func (w *window) more() bool {

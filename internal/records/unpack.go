@@ -28,7 +28,7 @@ const (
 	maxXZDictionary = 64 << 20
 )
 
-// A container is a format in which text is packed, or which is no text at all.
+// A container is a compressed, archive or binary format.
 type container struct {
 	magic string
 	name  string
@@ -57,8 +57,8 @@ var containers = []container{
 	{magic: "%PDF-", name: "PDF", hint: "it contains no records"},
 }
 
-// sniff returns what the data in r is packed in, or nil. It waits for no more bytes
-// than it takes to tell, because a person may be typing them.
+// sniff returns what the data in r is packed in, or nil. It reads only as many bytes as it needs, because a person
+// may be typing them.
 func sniff(r *bufio.Reader) *container {
 	for n := 1; ; n++ {
 		peeked, err := r.Peek(n)
@@ -154,8 +154,8 @@ const (
 	errZipEncrypted = refusal("the zip archive is encrypted: unpack it with unzip")
 )
 
-// misnamed returns an error if the name of a file says that it is packed, and it is not.
-// Servers unpack what they send, so that the name of a URL says nothing.
+// misnamed returns an error if a file has the name of a packed file, but not its content. URLs are not checked,
+// because servers may unpack what they send.
 func misnamed(in *input) error {
 	kinds := map[string]string{
 		".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".tbz2": "bzip2",
@@ -168,7 +168,7 @@ func misnamed(in *input) error {
 	return fmt.Errorf("the name says %s, and the content is not; --verbatim sends it as it is", kind)
 }
 
-// An unpacker explains the errors of what unpacks.
+// An unpacker wraps a decompressor and explains its errors.
 type unpacker struct {
 	r      io.Reader
 	kind   string
@@ -284,7 +284,7 @@ func checkXZ(r *bufio.Reader) error {
 	if block[1]&3 != 0 || block[at] != lzma2 {
 		return errXZFilter
 	}
-	// The size is encoded as 2 or 3 times a power of two; 40 is the largest that is valid.
+	// The size is encoded as 2 or 3 times a power of two; 40 is the largest valid code.
 	if bits := int(block[at+2]); bits > 40 || int64(2|bits&1)<<(bits/2+11) > maxXZDictionary {
 		return errDictionary
 	}
