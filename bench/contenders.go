@@ -73,7 +73,8 @@ type built struct {
 	version string
 }
 
-// buildAll builds the contenders into dir. It lists those for which this machine has no compiler or interpreter in missing.
+// buildAll builds the contenders into dir. It lists those for which this machine has no compiler or interpreter in
+// missing.
 func buildAll(ctx context.Context, dir string, chosen []contender) (ready []built, missing []string, err error) {
 	for _, c := range chosen {
 		tool := map[string]string{".c": "cc", ".py": "python3"}[filepath.Ext(c.source)]

@@ -1,8 +1,8 @@
 // Command bench measures echod beside other echo servers: CPU time for an echo, throughput, latency,
 // memory of idle connections, churn, the drain and the listing of many connections. It runs on Linux.
 //
-// Each measurement starts a server as a process, puts load on it from another process, and stops it. The servers take turns,
-// in several rounds.
+// Each measurement starts a server as a process, puts load on it from another process, and stops it. The servers take
+// turns, in several rounds.
 package main
 
 import (

@@ -203,8 +203,8 @@ func pinned() (placement, error) {
 
 func unpinned() placement { return placement{Name: unpinnedName} }
 
-// The load runs in a process of its own: this program, started with loadCommand and a job as its arguments. It prints the result
-// as JSON.
+// The load runs in a process of its own: this program, started with loadCommand and a job as its arguments. It prints
+// the result as JSON.
 const loadCommand = "load"
 
 // A job is what the load does.

@@ -177,8 +177,8 @@ type contrast struct {
 	With               []string
 }
 
-// Contrasts returns the latencies with each disturbance: medians of all measurements, and for the longest wait the least; see
-// delay.
+// Contrasts returns the latencies with each disturbance: medians of all measurements, and for the longest wait the
+// least; see delay.
 func (r *results) Contrasts() (all []contrast) {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		for _, sh := range shapes {

@@ -92,8 +92,8 @@ type figure func(load.Result) float64
 func cpu(r load.Result) float64       { return float64(r.CPUPerEcho()) }
 func perSecond(r load.Result) float64 { return r.PerSecond() }
 
-// ratio compares a figure of two contenders. It is the median of the ratios within each round, because other work of the machine
-// affected both in the same minute.
+// ratio compares a figure of two contenders. It is the median of the ratios within each round, because other work of
+// the machine affected both in the same minute.
 func (r *results) ratio(place, shape, name, other string, of figure) (ratio float64, ok bool) {
 	var all []float64
 	others := r.runs(place, shape, other)

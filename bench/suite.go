@@ -88,8 +88,8 @@ func (s *suite) each(round int, do func(built) error) error {
 	return nil
 }
 
-// runShapes measures every shape in every placement. The contenders take turns within a round, so that other work of the machine
-// affects all of them.
+// runShapes measures every shape in every placement. The contenders take turns within a round, so that other work of
+// the machine affects all of them.
 func (s *suite) runShapes(ctx context.Context) error {
 	for _, place := range s.places {
 		for _, shape := range s.shapes {
@@ -182,8 +182,8 @@ func (s *suite) hold(ctx context.Context, p *process, conns int) (bytes int64, e
 	return bytes, err
 }
 
-// startCrowd opens connections that send one message each, in a process of its own. It returns when all are open, unless the
-// job is a drain.
+// startCrowd opens connections that send one message each, in a process of its own. It returns when all are open,
+// unless the job is a drain.
 func (s *suite) startCrowd(ctx context.Context, j job, p *process, conns int, on cpus) (*loader, error) {
 	l, err := startLoad(ctx, j, load.Spec{Address: p.address, PID: p.pid(), Conns: conns, Size: 64}, on)
 	if err != nil || j == jobDrain {
@@ -235,7 +235,8 @@ func (s *suite) runDrain(ctx context.Context) error {
 
 func (s *suite) say(format string, args ...any) { fmt.Fprintf(s.progress, format+"\n", args...) }
 
-// A disturbance is an operator's request, made once a second while a crowd of idle connections is open and others are served.
+// A disturbance is an operator's request, made once a second while a crowd of idle connections is open and others are
+// served.
 type disturbance struct {
 	Name   string
 	Method string // empty: no request

@@ -132,8 +132,8 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// fabricated returns results of three rounds, in each of which the machine is slower. The subject takes subjectCPU per echo, gnet
-// 10 µs and the floor 8 µs.
+// fabricated returns results of three rounds, in each of which the machine is slower. The subject takes subjectCPU
+// per echo, gnet 10 µs and the floor 8 µs.
 func fabricated(subjectCPU time.Duration) *results {
 	r := &results{Crowd: 15000}
 	for name, cpu := range map[string]time.Duration{subject: subjectCPU, "gnet": 10 * time.Microsecond, floor: 8 * time.Microsecond} {

@@ -278,8 +278,8 @@ func (c *caller) fields() []zap.Field {
 // begin notes that a request is being answered. noteIdle ends that.
 func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
 
-// noteIdle is the http.Server's ConnState. A connection is idle once its answer has been written: when ServeHTTP returns, a
-// part of it is still in a buffer.
+// noteIdle is the http.Server's ConnState. A connection is idle once its answer has been written: when ServeHTTP
+// returns, a part of it is still in a buffer.
 func noteIdle(conn net.Conn, state http.ConnState) {
 	if c, ok := conn.(*callerConn); ok && state == http.StateIdle {
 		c.set(func() { c.serving = false })

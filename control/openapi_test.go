@@ -189,8 +189,8 @@ type exchange struct {
 	status               int
 }
 
-// drive makes requests, checks each and its answer against the document, and adds the answers to seen. The document must
-// not allow a request that is answered 400, unless it is in lax.
+// drive makes requests, checks each and its answer against the document, and adds the answers to seen. The document
+// must not allow a request that is answered 400, unless it is in lax.
 func (d document) drive(t *testing.T, r *rig, seen map[string]bool, exchanges []exchange) {
 	t.Helper()
 	for _, e := range exchanges {

@@ -19,9 +19,9 @@ import (
 	"echod/server"
 )
 
-// MaxCallers is how many connections a listener of a Plane keeps open at once, or 15 % of the files that the process may
-// open if that is less. When one more comes, the idlest is closed. A program needs as many open files in reserve for each
-// listener that a Plane serves.
+// MaxCallers is how many connections a listener of a Plane keeps open at once, or 15 % of the files that the process
+// may open if that is less. When one more comes, the idlest is closed. A program needs as many open files in reserve
+// for each listener that a Plane serves.
 const MaxCallers = 48
 
 // Bounds on what callers can make a Plane hold.

@@ -37,8 +37,9 @@ const (
 	lockSuffix    = ".lock"               // of the file that is locked while a socket is made
 )
 
-// Listen opens a control socket, or another Unix socket, at path. The file is never more open than asked for. A socket
-// that is no longer served is replaced. A socket in use is refused with ErrInUse, and a file that is not a socket is refused too.
+// Listen opens a control socket, or another Unix socket, at path. The file is never more open than asked for. A
+// socket that is no longer served is replaced. A socket in use is refused with ErrInUse, and a file that is not a
+// socket is refused too.
 //
 // While the listener is open, a file that was removed or replaced is logged and made again, unless another
 // server uses it now. Close removes the file if it is still the listener's own.

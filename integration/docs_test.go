@@ -309,8 +309,8 @@ func TestDocsChangelog(t *testing.T) {
 	}
 }
 
-// TestDocsPromises checks that each promise in CONTRIBUTING.md has a test or a subtest whose name begins with its number,
-// in each package that the table names.
+// TestDocsPromises checks that each promise in CONTRIBUTING.md has a test or a subtest whose name begins with its
+// number, in each package that the table names.
 func TestDocsPromises(t *testing.T) {
 	t.Parallel()
 	rows := regexp.MustCompile(`(?m)^\| (G\d+) \|.*\| (.*) \|$`).FindAllStringSubmatch(readFile(t, "../CONTRIBUTING.md"), -1)
@@ -333,8 +333,8 @@ func TestDocsPromises(t *testing.T) {
 	}
 }
 
-// TestREADME compiles the README's program in a module of its own, with the 'go mod edit' command that the README gives,
-// and runs it.
+// TestREADME compiles the README's program in a module of its own, with the 'go mod edit' command that the README
+// gives, and runs it.
 func TestREADME(t *testing.T) {
 	t.Parallel()
 	readme := readFile(t, "../README.md")

@@ -187,8 +187,8 @@ func (h *heeding) connection(front string, stop *atomic.Bool) error {
 	return err
 }
 
-// During a rolling restart of three servers behind HAProxy no connect fails, and clients that reconnect on a notice lose
-// no byte.
+// During a rolling restart of three servers behind HAProxy no connect fails, and clients that reconnect on a notice
+// lose no byte.
 func TestRollingRestart(t *testing.T) {
 	slow(t)
 	f := startFleet(t)

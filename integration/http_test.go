@@ -92,7 +92,8 @@ func testProbesState(t *testing.T) {
 	e.wait(0)
 }
 
-// testProbesDelay: during the delay a load balancer sees that the server is not ready, and its clients are still served.
+// testProbesDelay: during the delay a load balancer sees that the server is not ready, and its clients are still
+// served.
 func testProbesDelay(t *testing.T) {
 	t.Parallel()
 	const delay, grace = 2 * time.Second, 20 * time.Second

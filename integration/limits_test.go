@@ -26,8 +26,8 @@ func (e *echod) queue(n int) []*peer {
 	return peers
 }
 
-// expectNoticeAndEnd reads an echo of queue's line, if there is one, the notice of the drain, and then a FIN. It half-closes
-// when it is told, as a well-behaved client does.
+// expectNoticeAndEnd reads an echo of queue's line, if there is one, the notice of the drain, and then a FIN. It
+// half-closes when it is told, as a well-behaved client does.
 func (p *peer) expectNoticeAndEnd() error {
 	told := false
 	for !told {
@@ -50,7 +50,8 @@ func (p *peer) expectNoticeAndEnd() error {
 	return err
 }
 
-// TestG11DrainWithFewFiles drains with 500 clients in the accept queue and idle callers on the control socket and --http.
+// TestG11DrainWithFewFiles drains with 500 clients in the accept queue and idle callers on the control socket and
+// --http.
 func TestG11DrainWithFewFiles(t *testing.T) {
 	t.Parallel()
 	for _, files := range []int{64, 100, 128, 256, 1024} {
@@ -84,7 +85,8 @@ func TestG11DrainWithFewFiles(t *testing.T) {
 	}
 }
 
-// TestG4NoGraceTellsALongQueue drains without a grace period. Each client in the accept queue is told and closed in order.
+// TestG4NoGraceTellsALongQueue drains without a grace period. Each client in the accept queue is told and closed in
+// order.
 func TestG4NoGraceTellsALongQueue(t *testing.T) {
 	t.Parallel()
 	slow(t)

@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// toxiproxyBinary is the path of a proxy that disturbs connections. It is built from the module of the development tools,
-// so that users do not get its dependencies.
+// toxiproxyBinary is the path of a proxy that disturbs connections. It is built from the module of the development
+// tools, so that users do not get its dependencies.
 var toxiproxyBinary = sync.OnceValues(func() (string, error) {
 	path := filepath.Join(builds(), "toxiproxy")
 	out, err := exec.Command("go", "build", "-modfile=../tools/go.mod", "-o", path,

@@ -2,8 +2,9 @@
 
 // Package integration tests the real binary against real programs, over loopback only.
 //
-// Goroutines: for each process that a test starts, os/exec has one that copies its stderr into a journal, and the test has
-// one that waits for its exit. Both have ended when the test's cleanup ends. Tests wait for the clients that they run.
+// Goroutines: for each process that a test starts, os/exec has one that copies its stderr into a journal, and the
+// test has one that waits for its exit. Both have ended when the test's cleanup ends. Tests wait for the clients that
+// they run.
 //
 // A test that takes seconds calls slow; 'make test' skips it and 'make check' runs it.
 package integration
@@ -64,8 +65,8 @@ var leanBinary = sync.OnceValues(func() (string, error) { return build("echod-le
 // embedBinary builds a program that embeds the library and whose handlers misbehave on request.
 var embedBinary = sync.OnceValues(func() (string, error) { return build("embed", "./testdata/embed", raceEnabled) })
 
-// build builds a package, with or without the race detector. 'go test' does not know what is built, and would take cached
-// results. It does know which directories a test reads, so build reads those of the sources.
+// build builds a package, with or without the race detector. 'go test' does not know what is built, and would take
+// cached results. It does know which directories a test reads, so build reads those of the sources.
 func build(name, pkg string, race bool) (string, error) {
 	for _, dir := range []string{"../client", "../cmd", "../control", "../internal", "../metrics", "../server", "testdata"} {
 		if err := filepath.WalkDir(dir, func(_ string, _ fs.DirEntry, err error) error { return err }); err != nil {
@@ -95,7 +96,8 @@ func built(t testing.TB, binary func() (string, error)) string {
 	return path
 }
 
-// environment returns the environment of child processes: ours without the variables that echod reads, and with variables.
+// environment returns the environment of child processes: ours without the variables that echod reads, and with
+// variables.
 func environment(variables ...string) []string {
 	var env []string
 	for _, v := range os.Environ() {

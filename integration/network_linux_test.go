@@ -22,9 +22,9 @@ import (
 	"echod/control"
 )
 
-// A network is two network namespaces, one for the server and one for its clients. Each has a TUN device, and goroutines
-// of the test carry packets from one to the other, late. The kernel's own netem is not everywhere. A proxy would not do,
-// because it cannot delay handshakes.
+// A network is two network namespaces, one for the server and one for its clients. Each has a TUN device, and
+// goroutines of the test carry packets from one to the other, late. The kernel's own netem is not everywhere. A proxy
+// would not do, because it cannot delay handshakes.
 type network struct {
 	server, client *namespace
 	delay          time.Duration // each way

@@ -329,8 +329,8 @@ func testHalfClose(t *testing.T, e *echod, p *program) {
 	e.wait(0)
 }
 
-// pythonClient sends bytes without newlines, and leaves when it has received exactly SHUTDOWN after its echo. It keeps to
-// Python 3.6.
+// pythonClient sends bytes without newlines, and leaves when it has received exactly SHUTDOWN after its echo. It
+// keeps to Python 3.6.
 const pythonClient = `
 import os, socket, sys
 

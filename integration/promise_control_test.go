@@ -285,7 +285,7 @@ func testMalformed(t *testing.T) {
 	close(stop)
 	check(t, <-echoing)
 	if echoed.Load() == 0 {
-		t.Error("nothing was echoed meanwhile")
+		t.Error("nothing was echoed in the meantime")
 	}
 	st := e.status()
 	if st.State != "running" || st.Connections != 1 || len(st.Holds) != 0 {
@@ -322,8 +322,8 @@ func malformed(random *rand.Rand) (request string, answered bool) {
 	}
 }
 
-// refuses sends a request to the control socket. It expects a status of 4xx or, unless the request must be answered, the
-// end of the connection.
+// refuses sends a request to the control socket. It expects a status of 4xx or, unless the request must be answered,
+// the end of the connection.
 func (e *echod) refuses(request string, whole, answered bool) error {
 	nc, err := net.Dial("unix", e.socket)
 	if err != nil {

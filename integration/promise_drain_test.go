@@ -17,8 +17,8 @@ import (
 	"echod/control"
 )
 
-// goneBy is when the process must have exited, counted from a signal that starts a drain. The promise is grace + 2 s. The
-// rest is for this process, which at that moment runs hundreds of clients, to see the end.
+// goneBy is when the process must have exited, counted from a signal that starts a drain. The promise is grace + 2 s.
+// The rest is for this process, which at that moment runs hundreds of clients, to see the end.
 func goneBy(grace time.Duration) time.Duration {
 	const ownScheduling = 250 * time.Millisecond
 	return grace + 2*time.Second + ownScheduling
@@ -151,8 +151,9 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 	t.Run("fifteen thousand clients", testDrainOfFifteenThousand)
 }
 
-// testDrainOfFifteenThousand: half of the clients leave when told. The others have the whole grace period, and then read a
-// FIN. One goroutine runs all clients, one after another: what the others receive meanwhile waits in their sockets.
+// testDrainOfFifteenThousand: half of the clients leave when told. The others have the whole grace period, and then
+// read a FIN. One goroutine runs all clients, one after another: what the others receive in the meantime waits in their
+// sockets.
 func testDrainOfFifteenThousand(t *testing.T) {
 	slow(t)
 	const n = 15_000
@@ -247,7 +248,7 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 		t.Logf("%d bytes of %d clients came back", total, clients)
 	})
 
-	// Not even a client that goes on sending until it reads the FIN sees a reset.
+	// Not even a client that keeps sending until it reads the FIN sees a reset.
 	t.Run("clients that read to the end and never stop sending", func(t *testing.T) {
 		t.Parallel()
 		e := start(t, "--grace", "300ms")
@@ -278,7 +279,7 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 		e.wait(0)
 	})
 
-	// The client has read nothing yet, and goes on sending. Unread input at close would make the kernel send an RST and
+	// The client has read nothing yet, and keeps sending. Unread input at close would make the kernel send an RST and
 	// discard what waits to be sent.
 	t.Run("a killed client", func(t *testing.T) {
 		t.Parallel()
@@ -409,8 +410,8 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 	}
 }
 
-// TestG13SilentWithoutNotifier uses a program that embeds the library without a Notifier. Its clients read their echoes and a
-// FIN, and not one byte more, whatever operators do.
+// TestG13SilentWithoutNotifier uses a program that embeds the library without a Notifier. Its clients read their
+// echoes and a FIN, and not one byte more, whatever operators do.
 func TestG13SilentWithoutNotifier(t *testing.T) {
 	t.Parallel()
 	e := startEmbedding(t, "--silent", "--grace", "300ms")
@@ -525,8 +526,8 @@ func (e *echod) expectTold(peers []*peer, begun time.Time, notice string) {
 	}
 }
 
-// awaitBlocked waits until the server can write no more to n connections. Nothing announces that: it shows in connections
-// that have received much, and on which no byte moves.
+// awaitBlocked waits until the server can write no more to n connections. Nothing announces that: it shows in
+// connections that have received much, and on which no byte moves.
 func (e *echod) awaitBlocked(n int) {
 	e.t.Helper()
 	poll(e.t, fmt.Sprintf("%d connections that cannot be written to", n), func() bool {

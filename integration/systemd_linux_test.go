@@ -59,7 +59,8 @@ var baseUnits = map[string]string{
 	"shutdown.target": "[Unit]\nDescription=The end\nDefaultDependencies=no\n",
 }
 
-// startSystemd starts a systemd with these units, besides those that are installed in it. echod.socket listens on s.addr.
+// startSystemd starts a systemd with these units, besides those that are installed in it. echod.socket listens on
+// s.addr.
 func startSystemd(t *testing.T, units map[string]string) *systemd {
 	t.Helper()
 	program := "/lib/systemd/systemd"

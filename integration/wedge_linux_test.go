@@ -61,8 +61,8 @@ func (s *systemd) watchdogAt(t *testing.T) time.Duration {
 	return time.Duration(us) * time.Microsecond
 }
 
-// testWedge blocks an accept loop or the control plane of a running process, and waits for the watchdog's restart. systemd
-// shares its sockets with the service: making one of them blocking blocks the service's accept for good.
+// testWedge blocks an accept loop or the control plane of a running process, and waits for the watchdog's restart.
+// systemd shares its sockets with the service: making one of them blocking blocks the service's accept for good.
 func (s *systemd) testWedge(t *testing.T) {
 	_, port, err := net.SplitHostPort(s.addr)
 	check(t, err)

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// The cost of a connection must not depend on how many others are open. Compare ns/conn between the sizes, or ns/op where
-// the operation concerns one connection.
+// The cost of a connection must not depend on how many others are open. Compare ns/conn between the sizes, or ns/op
+// where the operation concerns one connection.
 
 // BenchmarkEcho is one round trip over loopback, including the client's share.
 func BenchmarkEcho(b *testing.B) {
@@ -65,8 +65,8 @@ func writer(b *testing.B, nc net.Conn, message []byte) (write func()) {
 	return func() { due <- struct{}{} }
 }
 
-// BenchmarkAdmitRelease is what the server does for a connection: it adds it to the table, admits it, serves and closes it
-// on a goroutine, and counts it. System calls, the handler and the log are left out.
+// BenchmarkAdmitRelease is what the server does for a connection: it adds it to the table, admits it, serves and
+// closes it on a goroutine, and counts it. System calls, the handler and the log are left out.
 func BenchmarkAdmitRelease(b *testing.B) {
 	nothing := HandlerFunc(func(context.Context, *Conn) error { return nil })
 	forEachCrowd(b, []int{0, 15_000}, func(b *testing.B, n int) {

@@ -188,8 +188,8 @@ func (c *Conn) TLS() (state tls.ConnectionState, ok bool) {
 	return session.ConnectionState(), true
 }
 
-// Credentials identify the process at the other end of a Unix socket, as it was when it connected. They are the client's
-// RemoteAddr.
+// Credentials identify the process at the other end of a Unix socket, as it was when it connected. They are the
+// client's RemoteAddr.
 type Credentials struct{ PID, UID, GID int }
 
 // Network returns "unix".
@@ -262,8 +262,8 @@ func (c *Conn) startDrain(deadline time.Time, reason string) {
 // byte that is read. Each connection is interrupted once at most. Call it on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
 
-// endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or ErrHandover if
-// the read was interrupted for that.
+// endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or
+// ErrHandover if the read was interrupted for that.
 func (c *Conn) endIdle(data bool) (interrupted error) {
 	was := c.idle.Swap(idleNo)
 	switch was {

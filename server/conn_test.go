@@ -399,7 +399,7 @@ func TestClose(t *testing.T) {
 	}))
 
 	// A reset would discard what is in the client's receive buffer.
-	t.Run("a killed client that goes on sending gets everything that was read from it", func(t *testing.T) {
+	t.Run("a killed client that keeps sending gets everything that was read from it", func(t *testing.T) {
 		const before, after = 512 << 10, 1 << 20
 		var received int64
 		var err error
@@ -544,7 +544,7 @@ func TestWriteAfterTheEnd(t *testing.T) {
 }
 
 // lineProtocol is a handler that answers each line with the same line, and marks itself idle between two of them. On
-// ErrDraining it returns, or goes on.
+// ErrDraining it returns, or continues.
 func lineProtocol(goesOn bool) Handler {
 	return HandlerFunc(func(_ context.Context, c *Conn) error {
 		in := bufio.NewReader(c)
@@ -614,7 +614,7 @@ func TestMarkIdle(t *testing.T) {
 		wantErr(t, "Read", <-errs, ErrDraining)
 	}))
 
-	t.Run("a handler that goes on is interrupted once and keeps the grace period", inBubble(lineProtocol(true), silent, func(t *testing.T, r *rig) {
+	t.Run("a handler that continues is interrupted once and keeps the grace period", inBubble(lineProtocol(true), silent, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		c.echoes(t, "before\n")
 		r.drain(time.Minute, "x")
@@ -713,7 +713,7 @@ func TestMarkIdle(t *testing.T) {
 	})
 
 	// No byte may be lost, whatever comes first: the request or the drain.
-	t.Run("a request that arrives in the same instant is answered by a handler that goes on", func(t *testing.T) {
+	t.Run("a request that arrives in the same instant is answered by a handler that continues", func(t *testing.T) {
 		onEachPath(t, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
 			for range 2 {
 				s, dial := serve(lineProtocol(true))

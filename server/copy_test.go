@@ -289,8 +289,8 @@ func TestEcho(t *testing.T) {
 		})
 	})
 
-	// The whole process is counted. The runtime allocates something now and then. Under the race detector a sync.Pool loses
-	// a quarter of what is put back.
+	// The whole process is counted. The runtime allocates something now and then. Under the race detector a sync.Pool
+	// loses a quarter of what is put back.
 	for _, size := range []int{64, buffers[smallBuffer].bytes, buffers[mediumBuffer].bytes} {
 		t.Run(fmt.Sprintf("of %d bytes allocates nothing", size), func(t *testing.T) {
 			_, addr := serveTCP(t, Echo, Options{})

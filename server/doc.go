@@ -9,10 +9,11 @@
 //
 // # The life of a connection
 //
-// An accepted connection enters the connection table. [WrapConn] prepares it, if there is one. Admission then decides:
-// the connection waits, is rejected, or is served by the handler. When the handler returns, or the connection is told to
-// end, the server sends what is pending, half-closes, waits a moment for the client's FIN, closes, and counts the close
-// [Reason]. All these steps are counted under one lock, so that accepted = open + closed at every instant.
+// An accepted connection enters the connection table. [WrapConn] prepares it, if there is one. Admission then
+// decides: the connection waits, is rejected, or is served by the handler. When the handler returns, or the
+// connection is told to end, the server sends what is pending, half-closes, waits a moment for the client's FIN,
+// closes, and counts the close [Reason]. All these steps are counted under one lock, so that accepted = open + closed
+// at every instant.
 //
 // # Goroutines
 //

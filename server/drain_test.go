@@ -672,7 +672,7 @@ func TestDrainDelay(t *testing.T) {
 		}))
 
 	for mode, gets := range map[PauseMode]string{PauseQueue: "", PauseReject: "PAUSED\n"} {
-		t.Run("a pause goes on until it is over, in mode "+mode.String(), inBubble(Echo, delay(3*time.Second), func(t *testing.T, r *rig) {
+		t.Run("a pause stays in force until it is over, in mode "+mode.String(), inBubble(Echo, delay(3*time.Second), func(t *testing.T, r *rig) {
 			served := r.dial(t)
 			h := r.pause(t, PauseOptions{Mode: mode})
 			r.drain(0, "TERM")

@@ -29,7 +29,8 @@ import (
 	"echod/server"
 )
 
-// upper answers each line in upper case. Between two lines it is idle, so that its clients leave as soon as a drain begins.
+// upper answers each line in upper case. Between two lines it is idle, so that its clients leave as soon as a drain
+// begins.
 var upper = server.HandlerFunc(func(_ context.Context, c *server.Conn) error {
 	in := bufio.NewReader(c)
 	for {
@@ -140,7 +141,7 @@ func ExampleServer_WhilePaused() {
 
 	err := srv.WhilePaused(context.Background(), "backup", func(ctx context.Context) error {
 		fmt.Println("during the backup:", srv.Status().State)
-		return ctx.Err() // ctx ends if somebody resumes the server meanwhile
+		return ctx.Err() // ctx ends if somebody resumes the server in the meantime
 	})
 	fmt.Println("after the backup:", srv.Status().State, err)
 	// Output:
@@ -185,8 +186,8 @@ func ExampleConn_Draining() {
 	// <nil>
 }
 
-// STARTTLS: a client asks for TLS in the middle of the connection. The server's own notices follow the protocol: they are
-// lines before the handshake and after it, and wait while it is in progress.
+// STARTTLS: a client asks for TLS in the middle of the connection. The server's own notices follow the protocol: they
+// are lines before the handshake and after it, and wait while it is in progress.
 func ExampleConn_Wrap() {
 	forServer, forClient := selfSigned()
 	mail := server.HandlerFunc(func(ctx context.Context, c *server.Conn) error {

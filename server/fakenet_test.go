@@ -150,8 +150,8 @@ func (l plainListener) Accept() (net.Conn, error) { return l.ln.Accept() }
 func (l plainListener) Close() error              { return l.ln.Close() }
 func (l plainListener) Addr() net.Addr            { return l.ln.Addr() }
 
-// fakeConn is one end of a connection that behaves like TCP: it has receive windows and half-close, and it resets a peer
-// that sends after the close, or whose data was not read before the close.
+// fakeConn is one end of a connection that behaves like TCP: it has receive windows and half-close, and it resets a
+// peer that sends after the close, or whose data was not read before the close.
 type fakeConn struct {
 	*fakePair
 	in, out       *fakeStream

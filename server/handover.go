@@ -228,9 +228,10 @@ func (c *Conn) release() {
 }
 
 // HandOver passes the server's listeners, connections, holds and counters over link to another process, in which
-// TakeOver receives them. Connections are served until the freeze, which lasts at most half a second; then the successor
-// serves them. Until the successor has acknowledged the commit, any failure leaves everything as it was, and the error
-// says why. After that HandOver returns a report and no error; the server drains what stayed behind and stops.
+// TakeOver receives them. Connections are served until the freeze, which lasts at most half a second; then the
+// successor serves them. Until the successor has acknowledged the commit, any failure leaves everything as it was,
+// and the error says why. After that HandOver returns a report and no error; the server drains what stayed behind and
+// stops.
 //
 // Connections whose handler is no Resumer or does not reach its safe point, and those with a stream on top of their
 // socket such as TLS, stay behind. The error is a *DrainingError if the server drains, and ErrHandoverInProgress if
@@ -548,8 +549,8 @@ func (p *predecessor) freeze() (final finalState, err error) {
 	return final, nil
 }
 
-// awaitParked waits until the handlers are at their safe points. An echo is at one at any time, so that only a lack of CPU
-// time delays it: it is given half of the freeze.
+// awaitParked waits until the handlers are at their safe points. An echo is at one at any time, so that only a lack
+// of CPU time delays it: it is given half of the freeze.
 func (p *predecessor) awaitParked(serving []*Conn) {
 	wait := func(d time.Duration, done func(n *int) bool) {
 		ctx, cancel := context.WithTimeoutCause(context.Background(), d, errWaitOver)
@@ -624,8 +625,8 @@ func (c *Conn) renderQueued() {
 	}
 }
 
-// stopNotice is called when the write of a notice was interrupted by a handover, with what is left of it. The write lock
-// stays taken. It returns true if another process sends the rest, and false if it is to be sent here.
+// stopNotice is called when the write of a notice was interrupted by a handover, with what is left of it. The write
+// lock stays taken. It returns true if another process sends the rest, and false if it is to be sent here.
 func (c *Conn) stopNotice(rest []byte) (handedOver bool) {
 	var h *handover
 	c.srv.state.With(func(st *state) { h = st.handover })

@@ -133,8 +133,8 @@ func testHandoverStreams(t *testing.T) {
 	g.served.Wait()
 }
 
-// streamUntil sends random bytes in pieces of all sizes until stop is closed, at most half a megabyte ahead of their echo,
-// and checks that the same come back.
+// streamUntil sends random bytes in pieces of all sizes until stop is closed, at most half a megabyte ahead of their
+// echo, and checks that the same come back.
 func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64) {
 	_ = c.SetDeadline(time.Time{})
 	random := rand.New(rand.NewPCG(seed, 1))

@@ -79,8 +79,8 @@ type Limits struct {
 	// IPv6Prefix is how many bits of an IPv6 address identify a client for MaxConnsPerIP. Zero means 64, because a
 	// site usually has a /64 at least (RFC 6177). IPv4 addresses count whole, also when they are mapped into IPv6.
 	IPv6Prefix int
-	// MaxHandshakes is how many connections may be in WrapConn or in a TLS handshake at once. At the limit the one that has been there for
-	// longest is closed for a new one. Zero means DefaultMaxHandshakes.
+	// MaxHandshakes is how many connections may be in WrapConn or in a TLS handshake at once. At the limit the one that
+	// has been there for longest is closed for a new one. Zero means DefaultMaxHandshakes.
 	MaxHandshakes int
 	// ReservedFiles is how many of the open files that the process may have are kept for other uses than serving.
 	// Zero means 160, or half of the process's limit if that is less. Servers in one process share what is left.

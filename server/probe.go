@@ -10,10 +10,10 @@ import (
 // machines are busy.
 const drainOverdue = 5 * time.Second
 
-// Probe returns nil if the server is alive: if its state can be read, and each accept loop completes an iteration when it
-// is woken. So it finds a stuck loop also when nobody connects. A server that is paused, full, draining or stopped is
-// alive; one whose drain has not ended some seconds after its deadline is not. The error wraps ErrStuck and says what
-// is stuck. Probe waits until ctx ends before it gives up.
+// Probe returns nil if the server is alive: if its state can be read, and each accept loop completes an iteration
+// when it is woken. So it finds a stuck loop also when nobody connects. A server that is paused, full, draining or
+// stopped is alive; one whose drain has not ended some seconds after its deadline is not. The error wraps ErrStuck
+// and says what is stuck. Probe waits until ctx ends before it gives up.
 func (s *Server) Probe(ctx context.Context) error {
 	if s.log == nil {
 		return errNotNew
@@ -45,8 +45,8 @@ type probeResult struct {
 	overdue time.Duration        // since the deadline of a drain in progress
 }
 
-// interruptForProbe interrupts each accept loop. It runs on a goroutine of its own, which outlives the probe if the state
-// is locked; there is one at most.
+// interruptForProbe interrupts each accept loop. It runs on a goroutine of its own, which outlives the probe if the
+// state is locked; there is one at most.
 func (s *Server) interruptForProbe(found chan<- probeResult) {
 	defer func() { <-s.probing }()
 	r := probeResult{before: make(map[*acceptor]uint64)}

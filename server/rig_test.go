@@ -27,7 +27,7 @@ type rig struct {
 }
 
 // bubbled returns a test that runs f in a synctest bubble. Channels that are waited on must be made in it. A wait that
-// never ends makes time pass, because the sweeper's ticker goes on, and so fails.
+// never ends makes time pass, because the sweeper's ticker keeps running, and so the test fails.
 func bubbled(f func(*testing.T)) func(*testing.T) {
 	return func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {

@@ -90,7 +90,7 @@ func TestServe(t *testing.T) {
 		}
 	}))
 
-	t.Run("called after a drain it rejects its queue in good order", bubbled(func(t *testing.T) {
+	t.Run("called after a drain it rejects its queue without resets", bubbled(func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		s.StartDrain(DrainOptions{Grace: time.Hour, Reason: "TERM"})
 		<-s.Done()
@@ -163,7 +163,7 @@ func TestServeListener(t *testing.T) {
 }
 
 func TestCloseListener(t *testing.T) {
-	t.Run("serves the accept queue, and the rest goes on",
+	t.Run("serves the accept queue, and other clients are not affected",
 		inBubble(Echo, Options{Limits: Limits{MaxConns: 2}}, func(t *testing.T, r *rig) {
 			other := &rig{Server: r.Server, ln: newFakeListener()}
 			other.served = serve(t, r.Server, other.ln)
@@ -207,7 +207,7 @@ func TestCloseListener(t *testing.T) {
 		wantErr(t, "Serve", <-r.served, net.ErrClosed)
 	}))
 
-	t.Run("a drain during it goes on", inBubble(Echo, Options{Limits: Limits{MaxConns: 1}}, func(t *testing.T, r *rig) {
+	t.Run("a drain during it continues", inBubble(Echo, Options{Limits: Limits{MaxConns: 1}}, func(t *testing.T, r *rig) {
 		served, queued := r.dial(t), r.dial(t)
 		wantErr(t, "CloseListener", r.CloseListener(r.ln), nil)
 		pass(time.Second)

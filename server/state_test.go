@@ -13,7 +13,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// G8: at every instant accepted = open + closed, whatever happens in whatever order, and the events agree with the status.
+// G8: at every instant accepted = open + closed, whatever happens in whatever order, and the events agree with the
+// status.
 func TestG8FiguresAgree(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		// A bubble needs a *testing.T, so rapid draws a script first.

@@ -25,8 +25,8 @@ type receiver struct {
 	control [unix.SizeofCmsghdr + 8]byte
 }
 
-// queueReportWorks tells whether the kernel counts a pending FIN as a byte that is left, as Linux does from 5.1 on. Older
-// kernels may not, and gVisor, which calls itself Linux 4.4, does not.
+// queueReportWorks tells whether the kernel counts a pending FIN as a byte that is left, as Linux does from 5.1 on.
+// Older kernels may not, and gVisor, which calls itself Linux 4.4, does not.
 var queueReportWorks = sync.OnceValue(func() bool {
 	var name unix.Utsname
 	if unix.Uname(&name) != nil {
@@ -115,8 +115,8 @@ func call(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (i
 	}
 }
 
-// stopHandshakes keeps new clients out of ln's accept queue, so that it can be emptied. For TCP a filter drops each SYN;
-// handshakes in progress complete. The filter looks at the flags in the TCP header (RFC 9293, 3.1: byte 13); see
+// stopHandshakes keeps new clients out of ln's accept queue, so that it can be emptied. For TCP a filter drops each
+// SYN; handshakes in progress complete. The filter looks at the flags in the TCP header (RFC 9293, 3.1: byte 13); see
 // socket(7), SO_ATTACH_FILTER. For a Unix socket the kernel refuses clients after shutdown(2).
 func stopHandshakes(ln net.Listener) error {
 	if ln.Addr().Network() == "unix" {
@@ -141,8 +141,8 @@ func stopHandshakes(ln net.Listener) error {
 }
 
 // handshakesInProgress reports whether clients of ln are in the middle of a TCP handshake: they believe that they are
-// connected as soon as they have our SYN-ACK. The kernel lists them in state SYN_RECV (proc(5), /proc/net/tcp). With SYN
-// cookies it keeps no state, so those clients cannot be seen.
+// connected as soon as they have our SYN-ACK. The kernel lists them in state SYN_RECV (proc(5), /proc/net/tcp). With
+// SYN cookies it keeps no state, so those clients cannot be seen.
 func handshakesInProgress(ln net.Listener) bool {
 	addr, ok := ln.Addr().(*net.TCPAddr)
 	if !ok {

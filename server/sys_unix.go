@@ -82,7 +82,8 @@ func peerGone(nc net.Conn) (gone bool) {
 	return gone
 }
 
-// awaitReadable waits until the socket has input, the end of the stream or an error to read, or until its read deadline.
+// awaitReadable waits until the socket has input, the end of the stream or an error to read, or until its read
+// deadline.
 func awaitReadable(raw syscall.RawConn) {
 	looked := false
 	_ = raw.Read(func(fd uintptr) bool {

@@ -23,9 +23,9 @@ type Offer struct {
 	link Link
 }
 
-// ReceiveOffer receives the offer of a predecessor that called HandOver with the other end of link. The caller then makes
-// a Server, decides how each of the listeners is served, and calls TakeOver, or refuses with Refuse. The error is
-// ErrHandoverFormat if the predecessor speaks another format.
+// ReceiveOffer receives the offer of a predecessor that called HandOver with the other end of link. The caller then
+// makes a Server, decides how each of the listeners is served, and calls TakeOver, or refuses with Refuse. The error
+// is ErrHandoverFormat if the predecessor speaks another format.
 func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
 	defer stop()
@@ -330,8 +330,8 @@ func (s *Server) restoreHold(st *state, info HoldInfo) {
 	st.publishChange(before)
 }
 
-// followPredecessor receives the ends of the connections that stayed behind. It ends when the predecessor closes its end
-// of the link, or when this server drains, which waits for it.
+// followPredecessor receives the ends of the connections that stayed behind. It ends when the predecessor closes its
+// end of the link, or when this server drains, which waits for it.
 func (s *Server) followPredecessor(link Link) {
 	defer close(s.follower())
 	defer link.Close()

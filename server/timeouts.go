@@ -87,7 +87,8 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 
 // waitingSince reports whether data waits for the client, and since when the client has taken none of it. What counts
 // is what the client's kernel acknowledges; our kernel takes data in steps of megabytes, and a handler that is not
-// blocked says nothing about a client that has vanished. Where the kernel does not tell, a write that is blocked counts.
+// blocked says nothing about a client that has vanished. Where the kernel does not tell, a write that is blocked
+// counts.
 func (c *Conn) waitingSince(now time.Time) (since time.Time, waiting bool) {
 	p := &c.progress
 	blocked := c.blocked.Load()

@@ -6,7 +6,8 @@ import (
 	"time"
 )
 
-// wantClosesAfter checks that the only connection is closed after d, or up to a sweep and the end of a connection later.
+// wantClosesAfter checks that the only connection is closed after d, or up to a sweep and the end of a connection
+// later.
 func wantClosesAfter(t *testing.T, r *rig, d time.Duration) {
 	t.Helper()
 	took := elapsed(func() {

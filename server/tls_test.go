@@ -288,7 +288,7 @@ func TestTLS(t *testing.T) {
 		wantEqual(t, "remote", entries[0].ContextMap()["remote"], any("203.0.113.2:7"))
 	})
 
-	t.Run("the server goes on sending after the client's close_notify", func(t *testing.T) {
+	t.Run("the server still sends after the client's close_notify", func(t *testing.T) {
 		answer := bytes.Repeat([]byte("answer\n"), 100_000)
 		_, dial := serveTLS(t, HandlerFunc(func(_ context.Context, c *Conn) error {
 			if _, err := io.Copy(io.Discard, c); err != nil {
@@ -449,7 +449,7 @@ func TestG14StreamingTLSClientsGetEveryByteBackAtADrain(t *testing.T) {
 		}
 	}
 	for _, c := range conns {
-		_ = c.NetConn().(finConn).SetReadBuffer(32 << 10) // so that little is under way
+		_ = c.NetConn().(finConn).SetReadBuffer(32 << 10) // so that little is in flight
 		_ = c.NetConn().(finConn).SetWriteBuffer(32 << 10)
 		all.Go(func() { streamUntilTold(t, c, notice, streaming.Done) })
 	}
@@ -523,7 +523,7 @@ func TestG14SlowTLSHandshakesDelayNobody(t *testing.T) {
 	}
 }
 
-// slowClient is a TLS client that has sent half of its first message. It goes on when complete is closed.
+// slowClient is a TLS client that has sent half of its first message. It continues when complete is closed.
 type slowClient struct {
 	*tls.Conn
 	complete chan struct{}

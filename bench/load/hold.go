@@ -16,8 +16,8 @@ type Held struct {
 	runner *runner
 }
 
-// Hold opens connections one after another, sends a message of spec.Size on each, and waits for its echo. The caller must call
-// Close.
+// Hold opens connections one after another, sends a message of spec.Size on each, and waits for its echo. The caller
+// must call Close.
 func Hold(spec Spec) (*Held, error) {
 	spec.Depth = 1
 	r, err := newRunner(spec)
@@ -119,8 +119,8 @@ type Drained struct {
 	FirstClosed, LastClosed time.Duration
 }
 
-// Drain sends SIGTERM to the server, and waits until it has sent every client one notice and has closed every connection with a
-// FIN.
+// Drain sends SIGTERM to the server, and waits until it has sent every client one notice and has closed every
+// connection with a FIN.
 func (h *Held) Drain() (d Drained, err error) {
 	r := h.runner
 	if err := h.watch(); err != nil {

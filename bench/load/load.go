@@ -1,5 +1,5 @@
-// Package load is the benchmark's load generator: one thread with an epoll loop, fast enough to keep a server busy from another
-// CPU. It checks every byte that comes back.
+// Package load is the benchmark's load generator: one thread with an epoll loop, fast enough to keep a server busy
+// from another CPU. It checks every byte that comes back.
 //
 // All functions run on the caller's goroutine and start no others.
 package load
@@ -28,8 +28,8 @@ type Spec struct {
 	Duration time.Duration // measured
 	Timeout  time.Duration // for the last echoes; zero means 10 s
 
-	// Corrected corrects latencies for coordinated omission, as HdrHistogram does: it accounts for messages that were not sent
-	// while the load waited for an echo.
+	// Corrected corrects latencies for coordinated omission, as HdrHistogram does: it accounts for messages that were
+	// not sent while the load waited for an echo.
 	Corrected bool
 }
 
@@ -49,8 +49,8 @@ func (r Result) CPUPerEcho() time.Duration { return r.ServerCPU / time.Duration(
 // PerSecond returns the echoes per second.
 func (r Result) PerSecond() float64 { return float64(r.Echoes) / r.Elapsed.Seconds() }
 
-// Each connection sends an endless random pattern from a different offset. So a byte that is lost, duplicated or misdelivered is
-// noticed.
+// Each connection sends an endless random pattern from a different offset. So a byte that is lost, duplicated or
+// misdelivered is noticed.
 const (
 	period  = 65521   // a prime, so that no message size divides it
 	longest = 1 << 20 // bytes that expect returns at most
@@ -87,8 +87,9 @@ func resolve(address string) (*unix.SockaddrInet4, error) {
 	return &unix.SockaddrInet4{Addr: ap.Addr().As4(), Port: int(ap.Port())}, nil
 }
 
-// source returns the loopback address of the nth connection. There are many, so that no pair of addresses and ports is used
-// again within the minute for which the kernel remembers it; reusing one sometimes delays the connection by a second.
+// source returns the loopback address of the nth connection. There are many, so that no pair of addresses and ports
+// is used again within the minute for which the kernel remembers it; reusing one sometimes delays the connection by a
+// second.
 func source(n int) *unix.SockaddrInet4 {
 	const each = 250
 	return &unix.SockaddrInet4{Addr: [4]byte{127, 0, byte(1 + n/each%each), byte(1 + n%each)}}

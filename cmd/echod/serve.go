@@ -380,7 +380,8 @@ func awaitListening(srv *server.Server, n int) {
 	}
 }
 
-// openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its connections.
+// openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its
+// connections.
 func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver, opts control.SocketOptions, log *zap.Logger, echo echoOptions) (sockets, error) {
 	if taken == nil {
 		return f.open(ctx, opts, log, echo)

@@ -164,8 +164,8 @@ func socketPair() (near *net.UnixConn, far *os.File, err error) {
 	return nc.(*net.UnixConn), far, nil
 }
 
-// reportPipe returns the descriptor to which the successor writes its pid. For the first upgrade without a supervisor it
-// makes this process the one that all later generations become children of.
+// reportPipe returns the descriptor to which the successor writes its pid. For the first upgrade without a supervisor
+// it makes this process the one that all later generations become children of.
 func reportPipe() (*os.File, error) {
 	if fd := os.Getenv(envReport); fd != "" {
 		n, err := strconv.Atoi(fd)

@@ -1,6 +1,6 @@
-// Command chat is a chat server with rooms. It shows a handler with two goroutines, consumers that are too slow, notices
-// in the protocol's own words, and TLS. A member first sends a line with a room and a name, and then a line for each
-// message:
+// Command chat is a chat server with rooms. It shows a handler with two goroutines, consumers that are too slow,
+// notices in the protocol's own words, and TLS. A member first sends a line with a room and a name, and then a line
+// for each message:
 //
 //	go run ./chat -listen 127.0.0.1:7000
 //	nc 127.0.0.1 7000

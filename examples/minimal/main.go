@@ -1,5 +1,6 @@
 // Command minimal is a complete server in one file: it sends back each line in upper case. It shows how a program
-// without a run group stops gracefully: signal.NotifyContext ends a context, and Shutdown gives the clients ten seconds.
+// without a run group stops gracefully: signal.NotifyContext ends a context, and Shutdown gives the clients ten
+// seconds.
 //
 //	go run ./minimal -listen 127.0.0.1:7777
 //	nc 127.0.0.1 7777

@@ -199,7 +199,7 @@ func TestDrain(t *testing.T) {
 		}
 	}
 
-	t.Run("a session goes on until it ends", func(t *testing.T) {
+	t.Run("a session continues until it ends", func(t *testing.T) {
 		addr, srv, drain := start(t, listen(t, echo), time.Minute)
 		c := dial(t, addr)
 		ping(t, c)

@@ -1,6 +1,6 @@
-// Command relisten is an echo server that changes its listeners while it serves. It reads its addresses from a file, one
-// a line, and reads the file again on SIGHUP. It opens the listeners that are new and closes those that are gone, while
-// their clients stay connected.
+// Command relisten is an echo server that changes its listeners while it serves. It reads its addresses from a file,
+// one a line, and reads the file again on SIGHUP. It opens the listeners that are new and closes those that are gone,
+// while their clients stay connected.
 //
 //	echo 127.0.0.1:7001 >addresses
 //	go run ./relisten -addresses addresses

@@ -100,7 +100,7 @@ func TestStartTLS(t *testing.T) {
 	})
 
 	signal()
-	t.Run("a drain tells clients with TLS, and ends both in good order", func(t *testing.T) {
+	t.Run("a drain tells clients with TLS, and ends both with a FIN", func(t *testing.T) {
 		secure.expect("421 closing: shutdown")
 		for name, c := range map[string]client{"plain": plain, "secure": secure} {
 			if rest, err := io.ReadAll(c.r); len(rest) > 0 || err != nil {

@@ -6,8 +6,8 @@ import (
 	"sync"
 )
 
-// pipeListener is a listener in memory, for tests under testing/synctest: sockets do not work there. Its connections are
-// those of net.Pipe. They have no buffer: a write waits for the reader.
+// pipeListener is a listener in memory, for tests under testing/synctest: sockets do not work there. Its connections
+// are those of net.Pipe. They have no buffer: a write waits for the reader.
 type pipeListener struct {
 	conns  chan net.Conn
 	closed chan struct{}

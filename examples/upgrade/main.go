@@ -1,14 +1,15 @@
 //go:build linux
 
-// Command upgrade is a server that replaces itself by the program on disk without closing a connection. Its line protocol
-// keeps a variable for each session, which survives: "name Ada" sets it, and "hello" answers "hello, Ada".
+// Command upgrade is a server that replaces itself by the program on disk without closing a connection. Its line
+// protocol keeps a variable for each session, which survives: "name Ada" sets it, and "hello" answers "hello, Ada".
 //
 //	go build -o /tmp/greeter ./upgrade && /tmp/greeter -listen 127.0.0.1:7777
 //	nc 127.0.0.1 7777                              # name Ada, then hello
 //	go build -o /tmp/greeter ./upgrade             # a new version
 //	kill -USR2 PID                                 # the client stays connected
 //
-// The new process is a child of the old one, which exits: a supervisor that watches the PID needs more, as in cmd/echod.
+// The new process is a child of the old one, which exits: a supervisor that watches the PID needs more, as in
+// cmd/echod.
 package main
 
 import (

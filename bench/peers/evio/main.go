@@ -1,5 +1,5 @@
-// Evio is an echo server on github.com/tidwall/evio with an event loop per CPU. Connections go to the loops in turn; by default
-// one loop may get all of them. They share their loop's input buffer, which saves a copy.
+// Evio is an echo server on github.com/tidwall/evio with an event loop per CPU. Connections go to the loops in turn;
+// by default one loop may get all of them. They share their loop's input buffer, which saves a copy.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// Gnet is an echo server on github.com/panjf2000/gnet with an event loop per CPU, each locked to a thread as in gnet's own
-// benchmark. Build it with -tags poll_opt, like that benchmark. Buffers have gnet's default size, 64 KiB.
+// Gnet is an echo server on github.com/panjf2000/gnet with an event loop per CPU, each locked to a thread as in
+// gnet's own benchmark. Build it with -tags poll_opt, like that benchmark. Buffers have gnet's default size, 64 KiB.
 package main
 
 import (

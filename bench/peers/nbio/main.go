@@ -1,5 +1,5 @@
-// Nbio is an echo server on github.com/lesismal/nbio with its defaults, level-triggered with a read buffer of 64 KiB, but with a
-// poller per CPU instead of a quarter as many.
+// Nbio is an echo server on github.com/lesismal/nbio with its defaults, level-triggered with a read buffer of 64 KiB,
+// but with a poller per CPU instead of a quarter as many.
 package main
 
 import (

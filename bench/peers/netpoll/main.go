@@ -1,5 +1,6 @@
-// Netpoll is an echo server on github.com/cloudwego/netpoll, with its nocopy reader and writer. As in netpoll's own benchmark,
-// requests run on plain goroutines instead of its pool. It has the default number of pollers, one for 20 CPUs.
+// Netpoll is an echo server on github.com/cloudwego/netpoll, with its nocopy reader and writer. As in netpoll's own
+// benchmark, requests run on plain goroutines instead of its pool. It has the default number of pollers, one for 20
+// CPUs.
 package main
 
 import (

@@ -1,5 +1,5 @@
-// Tcpserver is an echo server on github.com/maurice2k/tcpserver, like its example: io.Copy between two *net.TCPConn, which uses
-// splice. Everything else is the default: four accept loops, SO_REUSEPORT.
+// Tcpserver is an echo server on github.com/maurice2k/tcpserver, like its example: io.Copy between two *net.TCPConn,
+// which uses splice. Everything else is the default: four accept loops, SO_REUSEPORT.
 package main
 
 import (

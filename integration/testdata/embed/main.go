@@ -1,5 +1,5 @@
-// Embed is a program that embeds the library. Its handler misbehaves on request: a line "panic" panics, a line "ignore" ignores
-// the context for ever. It echoes every other line.
+// Embed is a program that embeds the library. Its handler misbehaves on request: a line "panic" panics, a line
+// "ignore" ignores the context for ever. It echoes every other line.
 package main
 
 import (
