@@ -1,0 +1,279 @@
+//go:build unix
+
+package integration
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+var (
+	openssl = kind{"OpenSSL 1.1.1 or later", [][]string{{"openssl"}}, "version", "OpenSSL "}
+	python3 = kind{"Python 3", [][]string{{"python3"}}, "--version", "Python 3"}
+)
+
+// certificate makes a certificate for localhost that signs itself, and writes it to cert.pem and key.pem in dir.
+func certificate(t testing.TB, dir, name string) (pool *x509.CertPool) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{{127, 0, 0, 1}}, DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	check(t, err)
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	check(t, err)
+	cert := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	for file, text := range map[string][]byte{
+		"cert.pem": cert, "key.pem": pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret}),
+	} {
+		next := filepath.Join(dir, "."+file)
+		check(t, os.WriteFile(next, text, 0o600))
+		check(t, os.Rename(next, filepath.Join(dir, file)))
+	}
+	pool = x509.NewCertPool()
+	pool.AppendCertsFromPEM(cert)
+	return pool
+}
+
+// startTLS starts a server with TLS. It returns the directory of its certificate, and what its clients trust.
+func startTLS(t testing.TB, flags ...string) (e *echod, dir string, roots *x509.CertPool) {
+	t.Helper()
+	dir = t.TempDir()
+	roots = certificate(t, dir, "first")
+	flags = append(flags, "--listen", "tls://127.0.0.1:0",
+		"--tls-cert", filepath.Join(dir, "cert.pem"), "--tls-key", filepath.Join(dir, "key.pem"))
+	return start(t, flags...), dir, roots
+}
+
+// A client in Python shows what it reads, and ends at close_notify; an end without one is an error.
+const pythonTLSClient = `
+import os, socket, ssl, sys, threading
+s = ssl.create_default_context(cafile=sys.argv[1]).wrap_socket(
+    socket.create_connection(("127.0.0.1", int(sys.argv[2]))), server_hostname="localhost", suppress_ragged_eofs=False)
+def say():
+    for line in sys.stdin: s.sendall(line.encode())
+threading.Thread(target=say, daemon=True).start()
+while True:
+    b = s.recv(4096)
+    if not b: os._exit(0)
+    sys.stdout.buffer.write(b); sys.stdout.buffer.flush()
+`
+
+// TestTLSClientPrograms runs the server against TLS clients that others wrote: they are served, told of a drain, and
+// reach the end of the grace period, at which they see an orderly end.
+func TestTLSClientPrograms(t *testing.T) {
+	t.Parallel()
+	for name, argv := range map[string]func(t *testing.T, ca, port string) []string{
+		"openssl s_client": func(t *testing.T, ca, port string) []string {
+			return append(openssl.find(t), "s_client", "-quiet", "-verify_return_error", "-CAfile", ca, "-connect", "127.0.0.1:"+port)
+		},
+		"ncat --ssl": func(t *testing.T, ca, port string) []string {
+			return append(ncat.find(t), "--ssl-verify", "--ssl-trustfile", ca, "localhost", port)
+		},
+		"socat OPENSSL": func(t *testing.T, ca, port string) []string {
+			return append(socat.find(t), "-", "OPENSSL:localhost:"+port+",pf=ip4,cafile="+ca)
+		},
+		"Python": func(t *testing.T, ca, port string) []string {
+			return append(python3.find(t), "-c", pythonTLSClient, ca, port)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, dir, _ := startTLS(t, "--grace", "2s")
+			_, port := e.hostPort()
+			p := startProgram(t, argv(t, filepath.Join(dir, "cert.pem"), port)...)
+			p.say("hello\n")
+			p.reads("hello\n")
+			e.signal(syscall.SIGTERM)
+			p.reads("SHUTDOWN 2 SIGTERM\n")
+			p.say("last words\n")
+			p.reads("last words\n")
+			if name == "ncat --ssl" {
+				check(t, p.stdin.Close()) // it goes on until its input ends
+			}
+			p.ends("")
+			e.wait(0)
+		})
+	}
+}
+
+func TestTLSBehindHAProxy(t *testing.T) {
+	t.Parallel()
+	program := haproxy.find(t)[0]
+	e, dir, roots := startTLS(t, "--proxy-protocol", "127.0.0.0/8")
+	both := filepath.Join(dir, "both.pem")
+	check(t, os.WriteFile(both, []byte(readFile(t, filepath.Join(dir, "cert.pem"))+readFile(t, filepath.Join(dir, "key.pem"))), 0o600))
+	for name, line := range map[string]struct{ bind, server string }{
+		"passthrough":  {"", "send-proxy-v2"},
+		"re-encrypted": {"ssl crt " + both, "send-proxy-v2 ssl verify required sni str(localhost) ca-file " + filepath.Join(dir, "cert.pem")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			socket := filepath.Join(shortDir(t), "h")
+			config := filepath.Join(t.TempDir(), "haproxy.cfg")
+			check(t, os.WriteFile(config, []byte(fmt.Sprintf(`defaults
+    mode tcp
+    timeout connect 5s
+    timeout client 1m
+    timeout server 1m
+listen echo
+    bind unix@%s %s
+    server s1 %s %s
+`, socket, line.bind, e.addr, line.server)), 0o600))
+			startProgram(t, program, "-db", "-f", config)
+			var c *tls.Conn
+			poll(t, "HAProxy listens", func() bool {
+				nc, err := net.Dial("unix", socket)
+				if err != nil {
+					return false
+				}
+				c = tls.Client(nc, &tls.Config{RootCAs: roots, ServerName: "localhost"})
+				return true
+			})
+			defer c.Close()
+			check(t, c.SetDeadline(time.Now().Add(patience)))
+			_, err := io.WriteString(c, "hello\n")
+			check(t, err)
+			got := make([]byte, len("hello\n"))
+			if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello\n" {
+				t.Errorf("got %q, %v", got, err)
+			}
+		})
+	}
+}
+
+// TestTLSCertificatesAreReplacedUnderLoad replaces the certificate while clients connect. The server finds out by itself,
+// and through ctl when the test cannot wait.
+func TestTLSCertificatesAreReplacedUnderLoad(t *testing.T) {
+	t.Parallel()
+	const times = 100
+	e, dir, roots := startTLS(t)
+	var mu sync.Mutex
+	trusted := []*x509.CertPool{roots}
+	var over atomic.Bool
+	var handshakes atomic.Int64
+	var clients sync.WaitGroup
+	defer clients.Wait()
+	defer over.Store(true)
+	for range 2 {
+		clients.Go(func() {
+			for !over.Load() {
+				c, err := tls.Dial("tcp", e.addr, &tls.Config{
+					InsecureSkipVerify: true, // checked below, against all that were in use
+					VerifyConnection: func(state tls.ConnectionState) error {
+						mu.Lock()
+						defer mu.Unlock()
+						for _, pool := range trusted {
+							if _, err := state.PeerCertificates[0].Verify(x509.VerifyOptions{Roots: pool, DNSName: "localhost"}); err == nil {
+								return nil
+							}
+						}
+						return fmt.Errorf("an unknown certificate")
+					},
+				})
+				if err != nil {
+					t.Errorf("handshake: %v", err)
+					return
+				}
+				handshakes.Add(1)
+				_ = c.Close()
+			}
+		})
+	}
+	for i := range times {
+		mu.Lock()
+		pool := certificate(t, dir, fmt.Sprint("replacement ", i))
+		trusted = append(trusted, pool)
+		mu.Unlock()
+		if i%10 == 0 {
+			if got := e.ctl("reload-certs"); got.code != 0 {
+				t.Fatalf("ctl reload-certs: %+v", got)
+			}
+		}
+		before := handshakes.Load()
+		poll(t, "handshakes go on", func() bool { return handshakes.Load() > before || t.Failed() })
+	}
+	want := fmt.Sprint("CN=replacement ", times-1)
+	poll(t, "the server has loaded the last certificate", func() bool { return e.status().Certificates[0].Subject == want })
+	over.Store(true)
+	clients.Wait()
+	if failed := e.status().Closed["handshake-failed"]; failed != 0 {
+		t.Errorf("%d of %d handshakes failed", failed, handshakes.Load())
+	}
+}
+
+// TestTLSCredentials proves what packages rely on: the certificate comes from systemd's credentials.
+func TestTLSCredentials(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	certificate(t, dir, "credential")
+	check(t, os.Rename(filepath.Join(dir, "cert.pem"), filepath.Join(dir, "tls.crt")))
+	check(t, os.Rename(filepath.Join(dir, "key.pem"), filepath.Join(dir, "tls.key")))
+	e := startAs(t, []string{"env", "CREDENTIALS_DIRECTORY=" + dir}, "--listen", "tls://127.0.0.1:0")
+	if got := e.status().Certificates; len(got) != 1 || got[0].Subject != "CN=credential" {
+		t.Errorf("certificates %+v, want the one of the credentials", got)
+	}
+}
+
+// TestUnixEcho serves a Unix socket: with its mode, its client by name, and no file left at the end.
+func TestUnixEcho(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(shortDir(t), "echo")
+	stale, err := net.Listen("unix", path)
+	check(t, err)
+	stale.(*net.UnixListener).SetUnlinkOnClose(false)
+	check(t, stale.Close())
+	e := start(t, "--listen", "unix://"+path, "--unix-mode", "0620", "--max-conns-per-uid", "1")
+	info, err := os.Lstat(path)
+	check(t, err)
+	if got := info.Mode().Perm(); got != 0o620 {
+		t.Errorf("mode %o, want 620", got)
+	}
+	c, err := net.Dial("unix", path)
+	check(t, err)
+	defer c.Close()
+	check(t, c.SetDeadline(time.Now().Add(patience)))
+	_, err = io.WriteString(c, "hello\n")
+	check(t, err)
+	got := make([]byte, len("hello\n"))
+	_, err = io.ReadFull(c, got)
+	check(t, err)
+	list, err := e.control.Conns(within(t, patience), -1, 0)
+	check(t, err)
+	if want := fmt.Sprintf("uid=%d,pid=%d", os.Getuid(), os.Getpid()); list.Connections[0].Remote != want {
+		t.Errorf("listed as %s, want %s", list.Connections[0].Remote, want)
+	}
+	second, err := net.Dial("unix", path)
+	check(t, err)
+	defer second.Close()
+	if all, err := io.ReadAll(second); err != nil || string(all) != "BUSY\n" {
+		t.Errorf("a second client got %q, %v; want BUSY", all, err)
+	}
+	e.signal(syscall.SIGTERM)
+	if all, err := io.ReadAll(c); err != nil || string(all) != "SHUTDOWN 5 SIGTERM\n" {
+		t.Errorf("the client got %q, %v", all, err)
+	}
+	e.wait(0)
+	if _, err := os.Lstat(path); err == nil {
+		t.Error("the file is left behind")
+	}
+}
