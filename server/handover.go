@@ -18,6 +18,7 @@ const (
 	DefaultFreezeTimeout    = 500 * time.Millisecond
 	DefaultSafePointTimeout = 50 * time.Millisecond
 
+	commitTimeout   = 5 * time.Second
 	maxHandlerState = 1 << 20 // bytes of one handler's state
 	copyRounds      = 8       // of copying ahead, each for the connections opened during the last
 )
@@ -331,6 +332,9 @@ func (p *predecessor) run(ctx context.Context) error {
 	}
 	if err := p.copyAhead(ctx); err != nil {
 		return fmt.Errorf("copying ahead: %w", err)
+	}
+	if err := context.Cause(ctx); err != nil {
+		return err
 	}
 	frozen := time.Now()
 	if err := p.link.SetDeadline(frozen.Add(p.o.FreezeTimeout)); err != nil {
@@ -710,6 +714,8 @@ func (p *predecessor) commit() error {
 	if drain {
 		return errors.New("a drain has begun")
 	}
+	// A successor that has acknowledged may have read from a client. Waiting longer is better than to kill it then.
+	_ = p.link.SetDeadline(time.Now().Add(max(p.o.FreezeTimeout, commitTimeout)))
 	err := p.send(handoverMessage{Type: msgCommit})
 	if err == nil {
 		err = p.await(msgAck)
