@@ -75,7 +75,7 @@ func (l *callers) Accept() (net.Conn, error) {
 		case isOutOfFiles(err) && l.closeIdlest():
 			runtime.Gosched() // one file is free again
 		default:
-			return nil, passing(err)
+			return nil, asTemporary(err)
 		}
 	}
 }
@@ -174,21 +174,21 @@ func (l *callers) Close() error {
 // probeConn is the server's side of a connection made by dial.
 type probeConn struct{ net.Conn }
 
-// passing marks errors of accept(2) that concern the system and not the listener as temporary, so that
+// asTemporary marks errors of accept(2) that concern the system and not the listener as temporary, so that
 // net/http tries again. It recognises fewer of them itself, and would stop when memory is short.
-func passing(err error) error {
+func asTemporary(err error) error {
 	errno, ok := errors.AsType[syscall.Errno](err)
 	if !ok || errno == syscall.EBADF || errno == syscall.EINVAL || errno == syscall.ENOTSOCK {
 		return err
 	}
-	return passingError{err}
+	return temporaryError{err}
 }
 
-type passingError struct{ error }
+type temporaryError struct{ error }
 
-func (e passingError) Unwrap() error   { return e.error }
-func (e passingError) Timeout() bool   { return false }
-func (e passingError) Temporary() bool { return true }
+func (e temporaryError) Unwrap() error   { return e.error }
+func (e temporaryError) Timeout() bool   { return false }
+func (e temporaryError) Temporary() bool { return true }
 
 func (c *callerConn) set(change func()) {
 	c.from.mu.Lock()

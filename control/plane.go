@@ -129,7 +129,7 @@ func metricsRoutes(h http.Handler) []route {
 	if h == nil {
 		return nil
 	}
-	return []route{{http.MethodGet, "/metrics", foreign(h)}}
+	return []route{{http.MethodGet, "/metrics", fromHandler(h)}}
 }
 
 // newPlane returns a Plane without routes.
@@ -268,8 +268,8 @@ func (p *Plane) auditRequest(answer *response, r *http.Request, err error) {
 	p.log.Info("control request", fields...)
 }
 
-// foreign makes an endpoint of a handler. Unlike our own endpoints, the handler learns when its caller has gone.
-func foreign(h http.Handler) endpoint {
+// fromHandler makes an endpoint of a handler. Unlike our own endpoints, the handler learns when its caller has gone.
+func fromHandler(h http.Handler) endpoint {
 	return func(w *response, r *http.Request) error {
 		h.ServeHTTP(w, r)
 		return nil

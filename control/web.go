@@ -43,7 +43,7 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 		{http.MethodGet, "/v1/status", p.getStatus},
 	}
 	if opts.Debug != nil {
-		routes = append(routes, route{http.MethodGet, "/debug/{rest...}", foreign(opts.Debug)})
+		routes = append(routes, route{http.MethodGet, "/debug/{rest...}", fromHandler(opts.Debug)})
 	}
 	p.handle(routes, metricsRoutes(opts.Metrics))
 	return p

@@ -70,7 +70,7 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 // prepares reports whether connections have a handshake before they are admitted.
 func (a *acceptor) prepares() bool { return a.wrap != nil || a.tls != nil }
 
-// interrupt makes a blocked accept return, and every later one until awaitClearance. The caller holds s.state, so the
+// interrupt makes a blocked accept return, and every later one until awaitMayAccept. The caller holds s.state, so the
 // accept loop cannot undo the interrupt before it has seen the cause.
 func (a *acceptor) interrupt() {
 	if !a.emptying {
@@ -100,7 +100,7 @@ func (a *acceptor) run() error {
 }
 
 func (a *acceptor) loop() error {
-	for a.awaitClearance() {
+	for a.awaitMayAccept() {
 		if a.unpark(1) {
 			continue
 		}
@@ -118,11 +118,11 @@ func (a *acceptor) loop() error {
 	return nil
 }
 
-// awaitClearance waits until the loop may accept. It returns false when the accept loop must end.
-func (a *acceptor) awaitClearance() bool {
+// awaitMayAccept waits until the loop may accept. It returns false when the accept loop must end.
+func (a *acceptor) awaitMayAccept() bool {
 	for {
 		var clear, stop, frozen bool
-		look := func(st *state) { clear, stop, frozen = a.clearance(st) }
+		look := func(st *state) { clear, stop, frozen = a.next(st) }
 		for {
 			a.srv.state.With(func(st *state) { look(st); a.quiet = frozen })
 			if clear || stop {
@@ -153,9 +153,9 @@ func (a *acceptor) spareFiles() int {
 	return 0
 }
 
-// clearance reports whether the loop may accept (clear), must end (stop), or is frozen by a handover. If it is clear,
+// next reports whether the loop may accept (clear), must end (stop), or is frozen by a handover. If it is clear,
 // accept may block again.
-func (a *acceptor) clearance(st *state) (clear, stop, frozen bool) {
+func (a *acceptor) next(st *state) (clear, stop, frozen bool) {
 	a.iterations++
 	switch {
 	case st.handedOver:
@@ -417,14 +417,14 @@ const emptyAtMost = 4096
 // in the accept queue or in a handshake. Then run closes the listener.
 func (a *acceptor) emptyQueue() {
 	if a.ln.Inherited { // the queue belongs to the successor
-		a.leaveAcceptors()
+		a.deregister()
 		if a.ln.EmptyQueue {
 			a.takeWaiting()
 		}
 		return
 	}
 	shut := stopHandshakes(a.ln.Listener) == nil
-	a.leaveAcceptors()
+	a.deregister()
 	a.unpark(len(a.parked))
 	until := time.Now().Add(a.handshakeTime())
 	for taken := 0; shut || taken < emptyAtMost; {
@@ -502,8 +502,8 @@ func (a *acceptor) awaitFile() bool {
 	}
 }
 
-// leaveAcceptors records that this listener accepts no new connections. Repeated calls do nothing.
-func (a *acceptor) leaveAcceptors() (last bool) {
+// deregister records that this listener accepts no new connections. Repeated calls do nothing.
+func (a *acceptor) deregister() (last bool) {
 	a.srv.state.With(func(st *state) {
 		if i := slices.Index(st.acceptors, a); i >= 0 {
 			st.acceptors = slices.Delete(st.acceptors, i, i+1)

@@ -155,7 +155,7 @@ func TestOpenFilesLimit(t *testing.T) {
 		waiting.has(t, "")
 		wantState(t, other.Server, StateRunning, 1)
 		a.leave(t)
-		pass(maxAcceptBackoff) // the other server does not hear of the close, and tries again
+		pass(maxAcceptBackoff) // the other server does not see the close, and tries again
 		waiting.has(t, "y")
 		b.leave(t)
 	}))

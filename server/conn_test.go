@@ -188,7 +188,7 @@ func TestHandlerError(t *testing.T) {
 	}))
 }
 
-// TestCause covers what a handler hears when the server ends its connection.
+// TestCause checks the errors that a handler gets when the server ends its connection.
 func TestCause(t *testing.T) {
 	for name, tt := range map[string]struct {
 		end  func(*rig)

@@ -572,7 +572,7 @@ func (s *Server) logReport() {
 // preempts only after 10 ms. runtime.Gosched or a shorter sleep does not help: the same goroutine runs again.
 const (
 	promptTurn = 2 * time.Millisecond   // where clients wait for the work
-	quietTurn  = 200 * time.Microsecond // where nobody does: half of what 64 busy clients wait for an echo
+	quietTurn  = 200 * time.Microsecond // where none does: half of what 64 busy clients wait for an echo
 	rest       = 1 * time.Millisecond
 )
 

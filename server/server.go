@@ -129,7 +129,7 @@ func (s *Server) ServeListener(l Listener) error {
 	s.log.Info("listening", zap.Stringer("address", l.Addr()), zap.Bool("tls", l.TLSConfig != nil))
 
 	err := a.run()
-	last := a.leaveAcceptors()
+	last := a.deregister()
 	s.endTask()
 	switch closing := a.isClosing(); {
 	case closing, errors.Is(err, net.ErrClosed) && !s.isDraining():
