@@ -127,7 +127,7 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0,
 		"`time` without traffic after which a connection is closed;\n0 is never")
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
-		"`time` after which a client is closed that reads nothing while\ndata waits for it; 0 is never")
+		"`time` after which a client that reads nothing while data waits\nfor it is closed; 0 is never")
 	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil,
 		"address `ranges` of proxies that send a PROXY protocol header,\nsuch as 10.0.0.0/8")
 	flags.StringVar(&f.http, "http", "",
