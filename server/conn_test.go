@@ -439,21 +439,25 @@ func TestClose(t *testing.T) {
 
 	// The answer is longer than the client's receive window when the server closes.
 	t.Run("G5 an answer in flight survives the close", func(t *testing.T) {
-		answer := strings.Repeat("answer\n", 40_000)
-		_, addr := serveTCP(t, HandlerFunc(func(_ context.Context, c *Conn) error {
-			_, err := io.WriteString(c, answer)
-			return err
-		}), Options{})
-		for range 5 {
-			c := dialTCP(t, addr)
-			_ = c.SetReadBuffer(32 << 10)
-			send(t, c, "never read")
-			got, err := io.ReadAll(c)
-			if err != nil {
-				t.Error(err)
+		onEachTransport(t, Options{}, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
+			answer := strings.Repeat("answer\n", 40_000)
+			_, dial := serve(HandlerFunc(func(_ context.Context, c *Conn) error {
+				_, err := io.WriteString(c, answer)
+				return err
+			}))
+			for range 5 {
+				c := dial()
+				if tcp, ok := c.(*net.TCPConn); ok {
+					_ = tcp.SetReadBuffer(32 << 10)
+				}
+				send(t, c, "never read")
+				got, err := io.ReadAll(c)
+				if err != nil {
+					t.Error(err)
+				}
+				wantBytes(t, "answer", got, []byte(answer))
 			}
-			wantBytes(t, "answer", got, []byte(answer))
-		}
+		})
 	})
 
 	t.Run("a reset by the client is counted as one", func(t *testing.T) {

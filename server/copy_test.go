@@ -108,6 +108,18 @@ func init() {
 	}})
 }
 
+// onEachTransport runs f for each kind of socket that a promise holds for (G14).
+func onEachTransport(t *testing.T, o Options, f func(t *testing.T, serve func(h Handler) (*Server, func() stream))) {
+	t.Helper()
+	for _, p := range paths {
+		if slices.Contains([]string{"TCP", "TLS", "Unix"}, p.name) {
+			t.Run("over "+p.name, func(t *testing.T) {
+				f(t, func(h Handler) (*Server, func() stream) { return p.serve(t, h, o) })
+			})
+		}
+	}
+}
+
 // onEachPath runs f for each path.
 func onEachPath(t *testing.T, f func(t *testing.T, serve func(h Handler) (*Server, func() stream))) {
 	t.Helper()

@@ -75,34 +75,36 @@ func TestDrain(t *testing.T) {
 			deaf.has(t, "x\nSHUTDOWN 5 TERM\n")
 		}))
 
-	t.Run("over TCP a client that does not read delays nobody else's notice", func(t *testing.T) {
-		s, addr := serveTCP(t, Echo, Options{})
-		deaf := dialTCP(t, addr)
-		var flood sync.WaitGroup
-		flood.Go(func() {
-			for {
-				if _, err := deaf.Write(make([]byte, 64<<10)); err != nil {
-					return
+	t.Run("a client that does not read delays nobody else's notice on a real socket", func(t *testing.T) {
+		onEachTransport(t, Options{}, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
+			s, dial := serve(Echo)
+			deaf := dial()
+			var flood sync.WaitGroup
+			flood.Go(func() {
+				for {
+					if _, err := deaf.Write(make([]byte, 64<<10)); err != nil {
+						return
+					}
 				}
+			})
+			others := make([]stream, 50)
+			for i := range others {
+				others[i] = dial()
+				echoed(t, others[i], "x")
 			}
+			s.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
+			began := time.Now()
+			for _, c := range others {
+				receives(t, c, "\nSHUTDOWN 60 x\n")
+				_ = c.CloseWrite()
+				receivesAll(t, c, "")
+			}
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("the others were told after %v", took)
+			}
+			_ = s.Close()
+			flood.Wait()
 		})
-		others := make([]*net.TCPConn, 50)
-		for i := range others {
-			others[i] = dialTCP(t, addr)
-			echoed(t, others[i], "x")
-		}
-		s.StartDrain(DrainOptions{Grace: time.Minute, Reason: "x"})
-		began := time.Now()
-		for _, c := range others {
-			receives(t, c, "\nSHUTDOWN 60 x\n")
-			_ = c.CloseWrite()
-			receivesAll(t, c, "")
-		}
-		if took := time.Since(began); took > 10*time.Second {
-			t.Errorf("the others were told after %v", took)
-		}
-		_ = s.Close()
-		flood.Wait()
 	})
 
 	t.Run("each client is told exactly once", inBubble(Echo, Options{Limits: Limits{MaxConns: 20}}, func(t *testing.T, r *rig) {
@@ -349,49 +351,53 @@ func TestDeadline(t *testing.T) {
 		}))
 
 	t.Run("clients that flood and never read are closed in time", func(t *testing.T) {
-		const grace, flooders = 300 * time.Millisecond, 8
-		s, addr := serveTCP(t, Echo, Options{})
-		var all sync.WaitGroup
-		for range flooders {
-			c := dialTCP(t, addr)
-			all.Go(func() {
-				for p := make([]byte, 64<<10); ; {
-					if _, err := c.Write(p); err != nil {
-						return
+		onEachTransport(t, Options{}, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
+			const grace, flooders = 300 * time.Millisecond, 8
+			s, dial := serve(Echo)
+			var all sync.WaitGroup
+			for range flooders {
+				c := dial()
+				all.Go(func() {
+					for p := make([]byte, 64<<10); ; {
+						if _, err := c.Write(p); err != nil {
+							return
+						}
 					}
-				}
-			})
-		}
-		awaitConns(t, s, flooders)
-		rep, took := drainIn(s, grace, "x")
-		if took < grace || took > grace+budget {
-			t.Errorf("drain took %v, want the grace period of %v and at most %v more", took, grace, budget)
-		}
-		if rep.AtDeadline != flooders || rep.Stuck != 0 {
-			t.Errorf("report %+v, want all closed at the deadline", rep)
-		}
-		all.Wait()
+				})
+			}
+			awaitConns(t, s, flooders)
+			rep, took := drainIn(s, grace, "x")
+			if took < grace || took > grace+budget {
+				t.Errorf("drain took %v, want the grace period of %v and at most %v more", took, grace, budget)
+			}
+			if rep.AtDeadline != flooders || rep.Stuck != 0 {
+				t.Errorf("report %+v, want all closed at the deadline", rep)
+			}
+			all.Wait()
+		})
 	})
 
 	// The handler reads nothing, so there is unread input when the server closes.
 	t.Run("clients see a FIN and no RST", func(t *testing.T) {
-		s, addr := serveTCP(t, untilDone, Options{})
-		var stayers []*net.TCPConn
-		for range 20 {
-			c := dialTCP(t, addr)
-			send(t, c, "never read")
-			stayers = append(stayers, c)
-		}
-		awaitConns(t, s, len(stayers))
-		var ended sync.WaitGroup
-		ended.Go(func() {
-			for _, c := range stayers {
-				receivesAll(t, c, "SHUTDOWN 1 x\n")
+		onEachTransport(t, Options{}, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
+			s, dial := serve(untilDone)
+			var stayers []stream
+			for range 20 {
+				c := dial()
+				send(t, c, "never read")
+				stayers = append(stayers, c)
 			}
+			awaitConns(t, s, len(stayers))
+			var ended sync.WaitGroup
+			ended.Go(func() {
+				for _, c := range stayers {
+					receivesAll(t, c, "SHUTDOWN 1 x\n")
+				}
+			})
+			rep, _ := drainIn(s, 100*time.Millisecond, "x")
+			ended.Wait()
+			wantEqual(t, "closed at the deadline", rep.AtDeadline, len(stayers))
 		})
-		rep, _ := drainIn(s, 100*time.Millisecond, "x")
-		ended.Wait()
-		wantEqual(t, "closed at the deadline", rep.AtDeadline, len(stayers))
 	})
 
 	t.Run("a handler that ignores its context is named and left behind", bubbled(func(t *testing.T) {
