@@ -296,14 +296,18 @@ func TestHandlerDeadlines(t *testing.T) {
 
 	t.Run("an expired write deadline does not stop notices", bubbled(func(t *testing.T) {
 		r := newRig(t, HandlerFunc(func(ctx context.Context, c *Conn) error {
-			_ = c.SetWriteDeadline(time.Now().Add(-time.Second))
+			_ = c.SetWriteDeadline(time.Now().Add(time.Second))
+			if _, err := c.Write([]byte("hi\n")); err != nil {
+				return err
+			}
 			return untilDone(ctx, c)
 		}), Options{})
 		c := r.dial(t)
+		pass(time.Minute)
 		if sent, failed, err := r.Notify(t.Context(), "hello"); sent != 1 || failed != 0 || err != nil {
 			t.Errorf("Notify: %d sent, %d failed, %v; want 1 sent", sent, failed, err)
 		}
-		c.has(t, "NOTICE hello\n")
+		c.has(t, "hi\nNOTICE hello\n")
 	}))
 
 	t.Run("a write deadline does not cut short a notice that is being sent", bubbled(func(t *testing.T) {
@@ -857,6 +861,23 @@ func TestWrap(t *testing.T) {
 		awaitConns(t, s, 0)
 		wantClosed(t, s, map[Reason]uint64{ReasonHandlerError: 1})
 	})
+
+	t.Run("a notice that waits for a handshake that fails is dropped", inBubble(HandlerFunc(func(ctx context.Context, c *Conn) error {
+		failed := errors.New("failed")
+		wantErr(t, "Wrap", c.Wrap(ctx, func(context.Context, net.Conn) (net.Conn, error) {
+			<-c.Draining()
+			return nil, failed
+		}), failed)
+		return untilDone(ctx, c)
+	}), Options{}, func(t *testing.T, r *rig) {
+		c := r.dial(t)
+		r.drain(time.Minute, "x")
+		pass(acceptorsStop)
+		c.has(t, "")
+		if sent, failed, err := r.Notify(t.Context(), "hello"); sent+failed != 0 || err != nil {
+			t.Errorf("Notify: %d sent, %d failed, %v; want neither", sent, failed, err)
+		}
+	}))
 
 	t.Run("a kill ends a handshake", func(t *testing.T) {
 		s, addr := serveTCP(t, startTLS(forServer, nothing, nothing), Options{})

@@ -254,21 +254,29 @@ func TestDrain(t *testing.T) {
 			})
 		}))
 
-	t.Run("OnShutdown functions are called and waited for", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
-		var called atomic.Int32
-		wait := func() {
-			time.Sleep(time.Second)
-			called.Add(1)
-		}
-		r.RegisterOnShutdown(wait)
-		pass(time.Minute)
-		wantEqual(t, "calls before a drain", called.Load(), int32(0))
-		r.drain(time.Hour, "x")
-		r.RegisterOnShutdown(wait) // called at once
-		<-r.Done()
-		wantEqual(t, "calls", called.Load(), int32(2))
-		wantEqual(t, "duration", report(t, r.Server).Took, time.Second)
-	}))
+	for name, late := range map[string]bool{"before it": false, "during it": true} {
+		t.Run("a function that is registered "+name+" is called and waited for", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+			c := r.dial(t)
+			var called atomic.Bool
+			wait := func() {
+				time.Sleep(time.Minute)
+				called.Store(true)
+			}
+			if !late {
+				r.RegisterOnShutdown(wait)
+			}
+			pass(time.Hour)
+			wantEqual(t, "called before the drain", called.Load(), false)
+			r.drain(time.Hour, "x")
+			if late {
+				r.RegisterOnShutdown(wait)
+			}
+			c.leave(t)
+			<-r.Done()
+			wantEqual(t, "called", called.Load(), true)
+			wantEqual(t, "duration", report(t, r.Server).Took, time.Minute)
+		}))
+	}
 
 	// Writes to a net.Pipe block until the client reads, and synctest cannot see through a sync.Mutex.
 	t.Run("it ends in a bubble with a net.Pipe whose client never reads", bubbled(func(t *testing.T) {

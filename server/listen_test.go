@@ -157,6 +157,18 @@ func TestTLSListener(t *testing.T) {
 		wantClosed(t, s, map[Reason]uint64{ReasonClientLeft: 1, ReasonDeadline: 1})
 	})
 
+	// crypto/tls cannot continue a handshake that was interrupted.
+	t.Run("a drain does not interrupt the handshake of an idle handler", func(t *testing.T) {
+		s, _, c := start(t, lineProtocol(false))
+		awaitConns(t, s, 1)
+		conn := s.snapshot()[0]
+		await(t, "the handler to read", func() bool { return conn.idle.Load() != idleMarked && Phase(conn.phase.Load()) == PhaseServing })
+		s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
+		next(t, s.Draining())
+		await(t, "the drain of the connection", func() bool { _, draining := conn.DrainDeadline(); return draining })
+		receivesAll(t, c, "SHUTDOWN 20 x\n")
+	})
+
 	// crypto/tls waits five seconds for its close_notify to be taken.
 	t.Run("a client that never reads cannot delay the end", func(t *testing.T) {
 		const grace = 100 * time.Millisecond

@@ -46,6 +46,26 @@ func TestServe(t *testing.T) {
 		wantState(t, r.Server, StateDraining, 2)
 	}))
 
+	t.Run("a client that was accepted when such an error came is served", bubbled(func(t *testing.T) {
+		fake := newFakeListener()
+		r := newRigOn(t, plainListener{fake}, fake, Echo, Options{})
+		other := newFakeListener()
+		serve(t, r.Server, other) // keeps the server running
+		synctest.Wait()
+		broken := errors.New("broken")
+		failed := false
+		fake.failWith(func() error {
+			if failed {
+				return nil
+			}
+			failed = true
+			return broken
+		})
+		c := r.dial(t)
+		wantErr(t, "Serve", <-r.served, broken)
+		c.echoes(t, "x")
+	}))
+
 	t.Run("returns net.ErrClosed when the owner closes the listener", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		other := &rig{Server: r.Server, ln: newFakeListener()}
 		served := serve(t, r.Server, other.ln)
