@@ -141,6 +141,14 @@ func slow(t testing.TB) {
 	}
 }
 
+// long skips a test that takes minutes, unless ECHOD_TEST_LONG=1 asks for it, as make check-long does.
+func long(t testing.TB) {
+	t.Helper()
+	if os.Getenv("ECHOD_TEST_LONG") != "1" {
+		t.Skip("long: make check-long runs it, or ECHOD_TEST_LONG=1")
+	}
+}
+
 // check ends the test on an error.
 func check(t testing.TB, err error) {
 	t.Helper()

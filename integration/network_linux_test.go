@@ -233,7 +233,6 @@ func (n *network) signalAt(e *echod, count int) (sent chan struct{}, begun *time
 }
 
 // expectToldAndEnd checks that the peer is told of the drain, and that the connection ends with a FIN.
-
 func (p *peer) expectToldAndEnd() error {
 	line, err := p.in.ReadString('\n')
 	if err != nil || !drainNotice.MatchString(line) {
@@ -416,4 +415,100 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 			t.Logf("refused after %s", time.Since(begun))
 		})
 	}
+}
+
+// A client that has vanished acknowledges nothing. One notice that waits for it is enough to find out.
+func TestStallTimeoutVanishedClient(t *testing.T) {
+	t.Parallel()
+	n := newNetwork(t, 2*time.Millisecond, 0)
+	e := n.start(t, "--stall-timeout", "1s")
+	vanished, err := n.connect(e.addr, patience)
+	check(t, err)
+	defer vanished.Close()
+	check(t, vanished.echo("hello\n"))
+	n.ackLost.Store(true)
+	sent := time.Now()
+	if got, err := e.control.Notify(within(t, patience), "hello"); err != nil || got.Sent != 1 {
+		t.Fatalf("notify: %+v, %v", got, err)
+	}
+	e.awaitOpen(0)
+	if took := time.Since(sent); took < time.Second || took > 3*time.Second {
+		t.Errorf("closed after %s", took)
+	}
+	e.expectAccounts(map[string]uint64{"stalled": 1})
+}
+
+// TestNothingStaysInFinWait1 ends the connections of clients that do not read. What waits for them would stay in the kernel
+// for minutes after the server has closed them.
+func TestNothingStaysInFinWait1(t *testing.T) {
+	t.Parallel()
+	slow(t)
+	const clients, most = 3, 10 * time.Second // the bound that the server sets
+	const closing = 1300 * time.Millisecond   // at most: the flush and the linger
+	for name, c := range map[string]struct {
+		end    func(t *testing.T, e *echod)
+		leaves bool // the kernel goes on with the connections after the server has closed them
+	}{
+		"of killed clients": {func(t *testing.T, e *echod) {
+			conns, err := e.control.Conns(within(t, patience), -1, 0)
+			check(t, err)
+			for _, c := range conns.Connections {
+				_, err := e.control.Kill(within(t, patience), c.ID)
+				check(t, err)
+			}
+			e.awaitOpen(0)
+		}, true},
+		"of clients that a drain closes": {func(_ *testing.T, e *echod) {
+			e.signal(syscall.SIGTERM)
+			e.wait(0)
+		}, true},
+		"of clients that are closed by force": {func(_ *testing.T, e *echod) {
+			e.signal(syscall.SIGTERM)
+			e.awaitLog("draining")
+			e.signal(syscall.SIGTERM)
+			e.wait(128 + int(syscall.SIGTERM))
+		}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNetwork(t, 2*time.Millisecond, 0)
+			e := n.start(t, "--grace", "100ms", "--stall-timeout", "0s")
+			each(t, clients, func(int) error {
+				p, err := n.connect(e.addr, patience)
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { _ = p.Close() })
+				err = p.SetWriteDeadline(time.Now().Add(500 * time.Millisecond)) // until both directions are full
+				p.flood()
+				return err
+			})
+			e.awaitBlocked(clients)
+			began := time.Now()
+			c.end(t, e)
+			left := n.inFinWait1(t)
+			if c.leaves != (left > 0) {
+				t.Errorf("%d connections in FIN-WAIT-1 right after the close", left)
+			}
+			poll(t, "the end of FIN-WAIT-1", func() bool { return n.inFinWait1(t) == 0 })
+			if took := time.Since(began); took > closing+most+time.Second {
+				t.Errorf("connections stayed in FIN-WAIT-1 for %s", took)
+			}
+		})
+	}
+}
+
+// inFinWait1 counts the server's connections in state FIN-WAIT-1, which is 4.
+func (n *network) inFinWait1(t *testing.T) (count int) {
+	t.Helper()
+	var table []byte
+	var err error
+	check(t, n.server.do(func() { table, err = os.ReadFile("/proc/thread-self/net/tcp") }))
+	check(t, err)
+	for line := range strings.Lines(string(table)) {
+		if fields := strings.Fields(line); len(fields) > 3 && fields[3] == "04" {
+			count++
+		}
+	}
+	return count
 }
