@@ -62,7 +62,7 @@ func TestG11DrainWithFewFiles(t *testing.T) {
 				slow(t)
 			}
 			t.Parallel()
-			e := startAs(t, fewFiles(t, files), "--grace", "1s", "--http", "127.0.0.1:0")
+			e := startAs(t, fewFiles(t, files), "--grace", "2s", "--http", "127.0.0.1:0")
 			web := e.web()
 			e.pause(control.PauseRequest{})
 			const clients, callers = 500, 50
@@ -75,6 +75,10 @@ func TestG11DrainWithFewFiles(t *testing.T) {
 				}
 			}
 			begun := e.signal(syscall.SIGTERM)
+			e.expectState("draining") // clients leave files to the control socket
+			if took := time.Since(begun); took > time.Second {
+				t.Errorf("the control socket answered after %s", took)
+			}
 			each(t, clients, func(i int) error {
 				defer peers[i].Close()
 				return peers[i].expectNoticeAndEnd(i%2 == 0)
