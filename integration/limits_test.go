@@ -75,7 +75,7 @@ func TestG11DrainWithFewFiles(t *testing.T) {
 				}
 			}
 			begun := e.signal(syscall.SIGTERM)
-			e.expectState("draining") // clients leave files to the control socket
+			e.awaitState("draining") // clients leave files to the control socket
 			if took := time.Since(begun); took > time.Second {
 				t.Errorf("the control socket answered after %s", took)
 			}
