@@ -234,6 +234,26 @@ func TestTLSCredentials(t *testing.T) {
 	}
 }
 
+// TestUnixProxy believes a local proxy, which may use the socket.
+func TestUnixProxy(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(shortDir(t), "echo")
+	e := start(t, "--listen", "unix://"+path, "--proxy-protocol", "unix")
+	c, err := net.Dial("unix", path)
+	check(t, err)
+	defer c.Close()
+	check(t, c.SetDeadline(time.Now().Add(patience)))
+	_, err = io.WriteString(c, headerV1+"hello\n")
+	check(t, err)
+	_, err = io.ReadFull(c, make([]byte, len("hello\n")))
+	check(t, err)
+	list, err := e.control.Conns(within(t, patience), -1, 0)
+	check(t, err)
+	if got := list.Connections[0].Remote; got != "203.0.113.9:5555" {
+		t.Errorf("listed as %s, want the client that the proxy names", got)
+	}
+}
+
 // TestUnixEcho serves a Unix socket: with its mode, its client by name, and no file left at the end.
 func TestUnixEcho(t *testing.T) {
 	t.Parallel()

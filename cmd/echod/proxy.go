@@ -26,9 +26,16 @@ func init() {
 	proxyproto.MaxV2HeaderSize = math.MaxUint16
 }
 
-// parseTrusted parses the address ranges of proxies. An IPv4-mapped range becomes an IPv4 range.
+// trustUnix is the range of all clients of Unix sockets.
+var trustUnix = netip.Prefix{}
+
+// parseTrusted parses the address ranges of proxies, and the word unix. An IPv4-mapped range becomes an IPv4 range.
 func parseTrusted(ranges []string) (trusted []netip.Prefix, err error) {
 	for _, text := range ranges {
+		if strings.TrimSpace(text) == "unix" {
+			trusted = append(trusted, trustUnix)
+			continue
+		}
 		prefix, err := parseRange(strings.TrimSpace(text))
 		if err != nil {
 			return nil, usagef("--proxy-protocol %q: want an address or a range such as 10.0.0.0/8: %w", text, err)
@@ -66,9 +73,7 @@ func parseRange(text string) (netip.Prefix, error) {
 // connections everything is data.
 func proxied(trusted []netip.Prefix) server.WrapConn {
 	return func(_ context.Context, nc net.Conn) (net.Conn, error) {
-		from, err := netip.ParseAddrPort(nc.RemoteAddr().String())
-		addr := from.Addr().Unmap().WithZone("") // as parseTrusted has them
-		if err != nil || !slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) }) {
+		if !trusts(trusted, nc.RemoteAddr()) {
 			return nc, nil
 		}
 		client, err := readProxyClient(nc)
@@ -81,6 +86,15 @@ func proxied(trusted []netip.Prefix) server.WrapConn {
 			return server.WithRemoteAddr(nc, client), nil
 		}
 	}
+}
+
+func trusts(trusted []netip.Prefix, remote net.Addr) bool {
+	if remote.Network() == "unix" {
+		return slices.Contains(trusted, trustUnix)
+	}
+	from, err := netip.ParseAddrPort(remote.String())
+	addr := from.Addr().Unmap().WithZone("") // as parseTrusted has them
+	return err == nil && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
 // readProxyClient reads a PROXY header, and returns the client's address; nil if the proxy does not say.

@@ -129,7 +129,7 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
 		"`time` after which a client that reads nothing while data waits\nfor it is closed; 0 is never")
 	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil,
-		"address `ranges` of proxies that send a PROXY protocol header,\nsuch as 10.0.0.0/8")
+		"address `ranges` of proxies that send a PROXY protocol header,\nsuch as 10.0.0.0/8; unix is all clients of Unix sockets")
 	flags.StringVar(&f.http, "http", "",
 		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
 			"read-only; a port alone is on 127.0.0.1")
