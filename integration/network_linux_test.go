@@ -113,7 +113,8 @@ func openTUN() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "tun"), nil
 }
 
-// do calls f with the calling thread in the namespace. Sockets that f opens and processes that it starts belong to it.
+// do calls f with the calling thread in the namespace. Sockets that f opens, and processes that it starts, belong to
+// the namespace.
 func (ns *namespace) do(f func()) error {
 	runtime.LockOSThread()
 	home, err := os.Open("/proc/thread-self/ns/net")
@@ -258,6 +259,7 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 			}
 			p, err := n.connect(e.addr, patience)
 			if errors.Is(err, syscall.ECONNREFUSED) { // its SYN came too late
+				<-signalled
 				if took := time.Since(*begun); took > 3*time.Second+roundTrip {
 					return fmt.Errorf("refused after %s", took)
 				}
@@ -438,8 +440,8 @@ func TestStallTimeoutVanishedClient(t *testing.T) {
 	e.expectAccounts(map[string]uint64{"stalled": 1})
 }
 
-// TestNothingStaysInFinWait1 ends the connections of clients that do not read. What waits for them would stay in the kernel
-// for minutes after the server has closed them.
+// TestNothingStaysInFinWait1 ends the connections of clients that do not read. What waits for them would stay in the
+// kernel for minutes after the server has closed them.
 func TestNothingStaysInFinWait1(t *testing.T) {
 	t.Parallel()
 	slow(t)

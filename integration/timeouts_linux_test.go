@@ -7,8 +7,8 @@ import (
 	"time"
 )
 
-// TestStallTimeoutSlowReaders reads slowly and steadily while data waits all the time. The client's kernel opens its receive
-// window in large steps, so that the server sees nothing for up to half a minute, or two.
+// TestStallTimeoutSlowReaders reads slowly and steadily while data waits all the time. The client's kernel opens its
+// receive window in large steps, so that the server sees nothing for up to half a minute, or two.
 func TestStallTimeoutSlowReaders(t *testing.T) {
 	t.Parallel()
 	long(t)
