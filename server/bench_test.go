@@ -189,6 +189,7 @@ func forEachCrowd(b *testing.B, sizes []int, f func(b *testing.B, n int)) {
 // and no goroutines. Nothing that is measured uses either.
 func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
 	b.Helper()
+	o.Notifier = DefaultLineNotifier()
 	s, err := New(h, o)
 	if err != nil {
 		b.Fatal(err)
