@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,7 +19,22 @@ func upgradable(t *testing.T, flags ...string) (e *echod, program string) {
 	flags = append([]string{"serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--control", socket}, flags...)
 	cmd := commandOf(append([]string{program}, flags...)...)
 	cmd.Env = environment()
-	return launch(t, cmd, socket), program
+	e = launch(t, cmd, socket)
+	t.Cleanup(func() { killAll(t, program) })
+	return e, program
+}
+
+// killAll ends the successors that a failed test leaves: the processes of this copy of the program.
+func killAll(t *testing.T, program string) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	check(t, err)
+	for _, link := range links {
+		if exe, err := os.Readlink(link); err == nil && strings.TrimSuffix(exe, " (deleted)") == program {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
 }
 
 func copyFile(t *testing.T, from, to string) {

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -66,6 +67,10 @@ func (p process) release() {
 
 // keeperPipe tells this process, when it has become the keeper, which process serves. The first upgrade makes it.
 var keeperPipe struct{ r, w *os.File }
+
+// inheritedReport is the pipe to the keeper that a successor has inherited. It is kept, because the finalizer of an
+// os.File closes the descriptor.
+var inheritedReport = sync.OnceValue(func() *os.File { return os.NewFile(fdReport, "report") })
 
 // isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
 func isKept() bool { return underSystemd() || os.Getenv(envReport) != "" }
@@ -167,12 +172,8 @@ func socketPair() (near *net.UnixConn, far *os.File, err error) {
 // reportPipe returns the descriptor to which the successor writes its pid. For the first upgrade without a supervisor
 // it makes this process the one that all later generations become children of.
 func reportPipe() (*os.File, error) {
-	if fd := os.Getenv(envReport); fd != "" {
-		n, err := strconv.Atoi(fd)
-		if err != nil {
-			return nil, err
-		}
-		return os.NewFile(uintptr(n), "report"), nil
+	if os.Getenv(envReport) != "" {
+		return inheritedReport(), nil
 	}
 	if keeperPipe.w == nil {
 		if !isKept() {
@@ -259,8 +260,7 @@ func reportOwnership() {
 	if os.Getenv(envLink) == "" {
 		return
 	}
-	report := os.NewFile(fdReport, "report")
-	_, _ = fmt.Fprintln(report, os.Getpid()) // without a keeper nobody reads it
+	_, _ = fmt.Fprintln(inheritedReport(), os.Getpid()) // without a keeper nobody reads it
 	gate := os.NewFile(fdGate, "gate")
 	_ = gate.SetReadDeadline(time.Now().Add(gateTimeout))
 	_, _ = io.Copy(io.Discard, gate)
