@@ -130,7 +130,7 @@ func TestTLSBehindHAProxy(t *testing.T) {
 			t.Parallel()
 			socket := filepath.Join(shortDir(t), "h")
 			config := filepath.Join(t.TempDir(), "haproxy.cfg")
-			check(t, os.WriteFile(config, []byte(fmt.Sprintf(`defaults
+			check(t, os.WriteFile(config, fmt.Appendf(nil, `defaults
     mode tcp
     timeout connect 5s
     timeout client 1m
@@ -138,7 +138,7 @@ func TestTLSBehindHAProxy(t *testing.T) {
 listen echo
     bind unix@%s %s
     server s1 %s %s
-`, socket, line.bind, e.addr, line.server)), 0o600))
+`, socket, line.bind, e.addr, line.server), 0o600))
 			startProgram(t, program, "-db", "-f", config)
 			var c *tls.Conn
 			poll(t, "HAProxy listens", func() bool {
