@@ -423,9 +423,16 @@ func (s *Server) tellAll() {
 			}
 		}
 	})
+	left := s.graceLeft() // the same for all, however long it takes to tell them
 	for c := range inTurns(conns, promptTurn) {
-		s.tell(c)
+		s.tell(c, left)
 	}
+}
+
+// graceLeft is the time until the deadline of the drain.
+func (s *Server) graceLeft() (left time.Duration) {
+	s.state.With(func(st *state) { left = time.Until(st.drain.deadline) })
+	return left
 }
 
 // tellIfDraining begins the drain of a connection that was admitted after the others had been told.
@@ -436,7 +443,7 @@ func (s *Server) tellIfDraining(c *Conn) {
 		c.told = c.told || tell
 	})
 	if tell {
-		s.tell(c)
+		s.tell(c, s.graceLeft())
 	}
 }
 
@@ -444,7 +451,7 @@ func (s *Server) tellIfDraining(c *Conn) {
 const tellAfterDeadline = 600 * time.Millisecond
 
 // tell sends the notice of the drain to a client, or counts it as failed when it is too late.
-func (s *Server) tell(c *Conn) {
+func (s *Server) tell(c *Conn, left time.Duration) {
 	var d DrainInfo
 	var late bool
 	s.state.With(func(st *state) {
@@ -468,7 +475,7 @@ func (s *Server) tell(c *Conn) {
 			}
 		})
 	}
-	notice := Notice{Kind: NoticeDrain, Reason: d.Reason, Deadline: d.Deadline, Left: time.Until(d.Deadline)}
+	notice := Notice{Kind: NoticeDrain, Reason: d.Reason, Deadline: d.Deadline, Left: left}
 	if late {
 		done(c.unsent(notice))
 		return

@@ -61,9 +61,10 @@ func (u *upgrader) actor(in <-chan os.Signal) (execute func() error, interrupt f
 			case <-u.srv.Done():
 				<-ending // the group's error is that of the first actor to return: not of this one
 				return nil
-			case <-in:
+			case sig := <-in:
 				if u.done.Load() {
-					continue // the successor gets the signal from the keeper
+					passOn(sig)
+					continue
 				}
 				if _, err := u.upgrade(context.Background(), 0); err != nil {
 					u.log.Error("upgrade failed", zap.Error(err))

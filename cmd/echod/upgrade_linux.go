@@ -9,7 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -17,7 +17,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -30,7 +29,6 @@ const (
 	envLink    = "ECHOD_INTERNAL_LINK"    // descriptor of the link to the predecessor
 	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that ends when the supervisor knows the successor
 	envReport  = "ECHOD_INTERNAL_REPORT"  // descriptor to which a successor writes its pid, for the keeper
-	envKeeper  = "ECHOD_INTERNAL_KEEPER"  // descriptor from which a keeper reads them
 )
 
 // A starter's descriptors. The successor gets the first three.
@@ -192,11 +190,8 @@ func reportPipe() (*os.File, error) {
 // internalRole does the work of a starter or a keeper if an upgrade started this process as one, and reports whether
 // it did. It must run first, because the command line and the environment are those of the server.
 func internalRole() (code int, done bool) {
-	switch {
-	case os.Getenv(envStarter) != "":
+	if os.Getenv(envStarter) != "" {
 		return runStarter(), true
-	case os.Getenv(envKeeper) != "":
-		return runKeeper(), true
 	}
 	return 0, false
 }
@@ -316,104 +311,56 @@ func passOn(sig os.Signal) {
 // notifyUpgrade registers for the signal that asks for an upgrade.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 
-// keepIfUpgraded turns this process into a keeper if it was the first one and has handed over: the program that
-// started the service must see the same process until the service ends. It execs, which frees the server's memory. It
-// passes on signals that came after the server stopped. Those that come during the exec stay pending for the keeper.
-func keepIfUpgraded(caught <-chan os.Signal) error {
-	pid := successorPID.Load()
-	if pid == 0 {
+// keepIfUpgraded makes this process the keeper if it was the first one and has handed over: the program that started the
+// service must see the same process until the service ends. It passes signals on to the process that serves, and returns
+// that one's exit code.
+func keepIfUpgraded(caught chan os.Signal) error {
+	serving := int(successorPID.Load())
+	if serving == 0 {
 		return nil
 	}
-	fd := int(keeperPipe.r.Fd())
-	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
-		return err
-	}
+	notifySignals(caught, syscall.SIGUSR1, syscall.SIGUSR2)
 	_ = keeperPipe.w.Close()
-	env := append(successorEnviron(), fmt.Sprintf("%s=%d,%d", envKeeper, fd, pid), "GOGC=10", "GOMAXPROCS=1")
-	runtime.LockOSThread() // exec keeps this thread's mask
-	if err := blockSignals(keeperSignals); err != nil {
-		return err
-	}
-	for {
-		select {
-		case sig := <-caught:
-			passOn(sig)
-			continue
-		case <-time.After(5 * time.Millisecond): // for the runtime to deliver what came before the block
-		}
-		return syscall.Exec("/proc/self/exe", os.Args, env)
-	}
-}
+	debug.SetGCPercent(10)
+	debug.FreeOSMemory()
 
-// blockSignals blocks signals in all threads, so that they stay pending. A program that is linked with C blocks them
-// in this thread only, so a signal may be lost during the exec. Releases are built without C.
-func blockSignals(signals []syscall.Signal) error {
-	var mask unix.Sigset_t
-	bits := uint64(unsafe.Sizeof(mask.Val[0]) * 8)
-	for _, sig := range signals {
-		mask.Val[uint64(sig-1)/bits] |= 1 << (uint64(sig-1) % bits)
-	}
-	_, _, errno := syscall.AllThreadsSyscall6(unix.SYS_RT_SIGPROCMASK, unix.SIG_BLOCK, uintptr(unsafe.Pointer(&mask)), 0, 8, 0, 0)
-	switch errno {
-	case 0:
-		return nil
-	case syscall.ENOTSUP:
-		return unix.PthreadSigmask(unix.SIG_BLOCK, &mask, nil)
-	default:
-		return errno
-	}
-}
-
-// keeperSignals are what a keeper passes on.
-var keeperSignals = []syscall.Signal{
-	syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2,
-}
-
-// runKeeper is the main function of a keeper, the first process of a service that was upgraded. It passes signals on
-// to the process that serves, and exits with its code.
-func runKeeper() int {
-	signals := make(chan os.Signal, 64)
-	for _, sig := range keeperSignals {
-		notifySignals(signals, sig) // not those that nohup ignores
-	}
-	fdText, pidText, _ := strings.Cut(os.Getenv(envKeeper), ",")
-	fd, err := strconv.Atoi(fdText)
-	if err != nil {
-		return exitFailed
-	}
-	serving, err := strconv.Atoi(pidText)
-	if err != nil {
-		return exitFailed
-	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
 	pids := make(chan int)
-	go readPIDs(ctx, os.NewFile(uintptr(fd), "pids"), pids)
+	go readPIDs(ctx, keeperPipe.r, pids)
 	exits := make(chan exit)
 	go waitChildren(ctx, exits)
 	codes := make(map[int]int) // of processes that have exited
-	for {
+	for exits != nil {
 		select {
-		case sig := <-signals:
-			_ = syscall.Kill(serving, sig.(syscall.Signal))
+		case sig := <-caught:
+			if s, ok := sig.(syscall.Signal); ok {
+				_ = syscall.Kill(serving, s)
+			}
 		case serving = <-pids:
 		case e, ok := <-exits:
-			if ok {
-				codes[e.pid] = e.code
-				continue
+			if !ok { // no child is left
+				exits = nil
+				break
 			}
-			// No child is left. The one that served last may have reported itself just before.
-			for {
-				select {
-				case serving = <-pids:
-					continue
-				default:
-				}
-				return codes[serving]
-			}
+			codes[e.pid] = e.code
 		}
 	}
+	for { // the one that served last may have reported itself just before
+		select {
+		case serving = <-pids:
+			continue
+		case <-time.After(lastReport):
+		}
+		if codes[serving] == 0 {
+			return nil
+		}
+		return &exitError{code: codes[serving]}
+	}
 }
+
+// lastReport is how long a keeper whose children have all exited waits for what they wrote.
+const lastReport = 10 * time.Millisecond
 
 // exit is a child that has exited.
 type exit struct{ pid, code int }

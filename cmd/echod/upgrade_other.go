@@ -35,4 +35,4 @@ func passOn(os.Signal) {}
 
 func notifyUpgrade(chan<- os.Signal) {}
 
-func keepIfUpgraded(<-chan os.Signal) error { return nil }
+func keepIfUpgraded(chan os.Signal) error { return nil }
