@@ -15,10 +15,17 @@ import (
 // has a known status, and a refusal is a problem.
 func FuzzRequest(f *testing.F) {
 	for _, seed := range [][3]string{
-		{"GET", "/v1/conns?limit=1&min_idle=1s", ""}, {"DELETE", "/v1/conns?all=true", ""}, {"POST", "/v1/notify", `{"text":"x"}`},
-		{"POST", "/v1/pause?while=idle", `{"ttl":"1s"}`}, {"DELETE", "/v1/holds/h1", ""}, {"DELETE", "/v1/conns/%31", ""},
-		{"PUT", "/v1/../v1/status", ""}, {"GET", "/v1/status?%zz", ""}, {"GET", "//v1//status?x=1&x=2", ""},
-		{"POST", "/v1/pause", "\x00\xff"}, {"GET", "/v1/wait?state=running&timeout=0s", ""},
+		{"GET", "/v1/conns?limit=1&min_idle=1s", ""},
+		{"DELETE", "/v1/conns?all=true", ""},
+		{"POST", "/v1/notify", `{"text":"x"}`},
+		{"POST", "/v1/pause?while=idle", `{"ttl":"1s"}`},
+		{"DELETE", "/v1/holds/h1", ""},
+		{"DELETE", "/v1/conns/%31", ""},
+		{"PUT", "/v1/../v1/status", ""},
+		{"GET", "/v1/status?%zz", ""},
+		{"GET", "//v1//status?x=1&x=2", ""},
+		{"POST", "/v1/pause", "\x00\xff"},
+		{"GET", "/v1/wait?state=running&timeout=0s", ""},
 	} {
 		f.Add(seed[0], seed[1], seed[2])
 	}
