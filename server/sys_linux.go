@@ -196,9 +196,10 @@ func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
 	_, isUnix := nc.(*net.UnixConn)
 	var err error
 	failed := raw.Control(func(fd uintptr) {
-		if isUnix {
-			q.waiting, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
-			q.acked = uint64(q.waiting)
+		// The ioctl comes first: mostly nothing waits, and TCP_INFO takes memory.
+		q.waiting, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+		q.acked = uint64(q.waiting)
+		if err != nil || isUnix || q.waiting == 0 {
 			return
 		}
 		var info *unix.TCPInfo
