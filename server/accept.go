@@ -121,24 +121,37 @@ func (a *acceptor) loop() error {
 // awaitMayAccept waits until the loop may accept. It returns false when the accept loop must end.
 func (a *acceptor) awaitMayAccept() bool {
 	for {
-		var clear, stop, frozen bool
-		look := func(st *state) { clear, stop, frozen = a.next(st) }
-		for {
-			a.srv.state.With(func(st *state) { look(st); a.quiet = frozen })
-			if clear || stop {
-				break
-			}
-			was := frozen
+		clear, stop, frozen := a.look()
+		for !clear && !stop {
 			if !frozen {
 				a.park()
 			}
-			a.srv.awaitFor(parkInterval, func(st *state) bool { look(st); return clear || stop || frozen != was })
+			a.awaitChange(frozen)
+			clear, stop, frozen = a.look()
 		}
 		if stop || a.srv.hasFile(0) || a.srv.hasFile(a.spareFiles()) {
 			return clear
 		}
 		a.backOff(errNoFiles) // another server in this process may have the files
 	}
+}
+
+// look asks next, and records for a handover whether the loop has stopped. It runs for each connection, and allocates
+// nothing.
+func (a *acceptor) look() (clear, stop, frozen bool) {
+	a.srv.state.With(func(st *state) {
+		clear, stop, frozen = a.next(st)
+		a.quiet = frozen
+	})
+	return clear, stop, frozen
+}
+
+// awaitChange waits until next has another answer than to wait, frozen or not as before, for parkInterval at most.
+func (a *acceptor) awaitChange(frozen bool) {
+	a.srv.awaitFor(parkInterval, func(st *state) bool {
+		clear, stop, now := a.next(st)
+		return clear || stop || now != frozen
+	})
 }
 
 var errNoFiles = errors.New("the limit on open files is reached")
