@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -250,12 +251,14 @@ func TestLoadAcrossAKill(t *testing.T) {
 	if v.Echoes.Lost == 0 || v.Echoes.Sent != v.Echoes.Returned+v.Echoes.Lost || v.Echoes.Corrupted != 0 {
 		t.Errorf("%+v: want some lost, and the rest returned", v.Echoes)
 	}
-	if v.Ends.Unannounced() != 16 || v.Reconnects != 16 {
-		t.Errorf("ends %+v, %d reconnects: want 16", v.Ends, v.Reconnects)
+	// While nobody listens on the port, a client can connect to itself: the port is one of those that clients get.
+	ended := v.Ends.Unannounced()
+	if ended < 16 || v.Reconnects != ended {
+		t.Errorf("ends %+v, %d reconnects: want as many, 16 or more", v.Ends, v.Reconnects)
 	}
 	said := strings.Join(v.Failed, "; ")
 	if !strings.Contains(said, "lost") ||
-		!strings.Contains(said, "16 connections ended without a notice: more than 3") {
+		!strings.Contains(said, fmt.Sprintf("%d connections ended without a notice: more than 3", ended)) {
 		t.Errorf("failed for %q", said)
 	}
 	if !strings.Contains(l.stderr.String(), said) {
