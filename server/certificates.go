@@ -244,7 +244,8 @@ func (s *Certificates) parse(files certificateFiles) (*loadedCertificates, error
 	if s.opts.ClientCAFile != "" {
 		loaded.config.ClientCAs = x509.NewCertPool()
 		if !loaded.config.ClientCAs.AppendCertsFromPEM(bytes.TrimSpace(files.clientCAs)) {
-			return nil, fmt.Errorf("loading certificates of authorities from %s: the file has none in PEM form", s.opts.ClientCAFile)
+			return nil, fmt.Errorf("loading certificates of authorities from %s: the file has none in PEM form",
+				s.opts.ClientCAFile)
 		}
 	}
 	return loaded, nil
@@ -269,7 +270,8 @@ func (s *Certificates) refuseExpired(loaded *loadedCertificates) error {
 	now, current := time.Now(), s.current.Load()
 	for i, info := range loaded.infos {
 		if info.NotAfter.Before(now) && current.infos[i].NotAfter.After(now) {
-			return fmt.Errorf("loading certificate %s: it expired at %s", info.CertFile, info.NotAfter.Format(time.RFC3339))
+			return fmt.Errorf("loading certificate %s: it expired at %s", info.CertFile,
+				info.NotAfter.Format(time.RFC3339))
 		}
 	}
 	return nil
@@ -292,7 +294,8 @@ func (s *Certificates) warnExpiry(st *certificatesState, now time.Time) {
 			}
 			st.warned[info.CertFile] = step
 			fields := []zap.Field{
-				zap.String("file", info.CertFile), zap.String("subject", info.Subject), zap.Time("expires", info.NotAfter),
+				zap.String("file", info.CertFile), zap.String("subject", info.Subject),
+				zap.Time("expires", info.NotAfter),
 			}
 			if left <= 0 {
 				s.log.Error("certificate has expired", fields...)

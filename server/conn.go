@@ -886,8 +886,9 @@ func (c *Conn) abort() {
 func (c *Conn) finish(why Reason) {
 	s := c.srv
 	closed := ClosedConn{
-		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Opened: c.srv.at(c.opened), Closed: time.Now(), Reason: why,
-		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified), Labels: c.Labels(), Err: c.handlerErr(),
+		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Opened: c.srv.at(c.opened),
+		Closed: time.Now(), Reason: why, BytesIn: c.BytesIn(), BytesOut: c.BytesOut(),
+		Notified: c.flags.has(flagNotified), Labels: c.Labels(), Err: c.handlerErr(),
 	}
 	var first bool
 	s.state.With(func(st *state) {

@@ -122,7 +122,8 @@ func (d *drain) count(why Reason) {
 		d.atDeadline++
 	case ReasonForced:
 		d.byForce++
-	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedDraining, ReasonRejectedHandshake, ReasonHandshakeFailed:
+	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedDraining, ReasonRejectedHandshake,
+		ReasonHandshakeFailed:
 		d.rejected++
 	case ReasonClientClosed, ReasonClientReset, ReasonClientLeft, ReasonHandlerDone:
 		d.left++
@@ -322,7 +323,8 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 	case forced:
 		s.log.Warn("closing all connections now", zap.String("reason", o.Reason))
 	case begun && o.Delay > 0:
-		s.log.Info("draining: still accepting until the delay is over", append(fields, zap.Duration("delay", o.Delay))...)
+		s.log.Info("draining: still accepting until the delay is over",
+			append(fields, zap.Duration("delay", o.Delay))...)
 	case begun:
 		s.log.Info("draining: no new connections, telling clients", fields...)
 	case shortened:
@@ -498,7 +500,8 @@ func (s *Server) awaitDeadline() {
 		if done || left <= 0 {
 			return
 		}
-		s.log.Info("draining", zap.Int("seconds_left", int((left+time.Second-1)/time.Second)), zap.Int("connections", open))
+		s.log.Info("draining", zap.Int("seconds_left", int((left+time.Second-1)/time.Second)),
+			zap.Int("connections", open))
 		s.awaitFor(left-nextCountdown(left), func(st *state) bool {
 			return st.finished() || st.drain.forced || !st.drain.deadline.Equal(deadline)
 		})
@@ -543,7 +546,8 @@ func (s *Server) closeRest(conns []*Conn, forced bool, deadline time.Time) (stuc
 
 	s.state.With(func(st *state) { conns = st.conns.all() })
 	for _, c := range conns {
-		s.log.Error("handler ignores its context and is left behind", zap.String("handler", handlerName(c.from.handler)),
+		s.log.Error("handler ignores its context and is left behind",
+			zap.String("handler", handlerName(c.from.handler)),
 			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
 			zap.Duration("open_for", time.Since(c.srv.at(c.opened)).Round(time.Millisecond)))
 		c.closeMessages()
@@ -572,7 +576,8 @@ func (s *Server) logReport() {
 	s.log.Info("drained", zap.String("reason", r.Reason), zap.Duration("took", r.Took.Round(time.Millisecond)),
 		zap.Int("notified", r.Notified), zap.Int("notices_failed", r.NoticeFailed),
 		zap.Int("left_by_themselves", r.Left), zap.Int("closed_at_deadline", r.AtDeadline), zap.Int("forced", r.Forced),
-		zap.Int("rejected", r.Rejected), zap.Int("closed_otherwise", r.Otherwise), zap.Int("handlers_left_behind", r.Stuck))
+		zap.Int("rejected", r.Rejected), zap.Int("closed_otherwise", r.Otherwise),
+		zap.Int("handlers_left_behind", r.Stuck))
 }
 
 // Work on all connections sleeps for a rest after each turn, so that clients need not wait for it. The scheduler

@@ -22,7 +22,8 @@ const (
 )
 
 var stateNames = [...]string{
-	StateStarting: "starting", StateRunning: "running", StatePaused: "paused", StateDraining: "draining", StateStopped: "stopped",
+	StateStarting: "starting", StateRunning: "running", StatePaused: "paused", StateDraining: "draining",
+	StateStopped: "stopped",
 }
 
 // String returns the state's name as logs, the control plane and metrics show it.
@@ -49,7 +50,8 @@ const (
 )
 
 var phaseNames = [...]string{
-	PhaseWaiting: "waiting", PhaseServing: "serving", PhaseRejecting: "rejecting", PhaseClosing: "closing", PhaseClosed: "closed",
+	PhaseWaiting: "waiting", PhaseServing: "serving", PhaseRejecting: "rejecting", PhaseClosing: "closing",
+	PhaseClosed: "closed",
 }
 
 // String returns the phase's name as the control plane shows it.
@@ -87,7 +89,8 @@ var reasonNames = [reasonEnd]string{
 	ReasonIdleTimeout: "idle-timeout", ReasonStalled: "stalled",
 	ReasonHandlerDone: "handler-done", ReasonHandlerError: "handler-error", ReasonHandlerPanic: "handler-panic",
 	ReasonKilled:         "killed",
-	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit", ReasonRejectedDraining: "rejected-draining",
+	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit",
+	ReasonRejectedDraining:  "rejected-draining",
 	ReasonRejectedHandshake: "rejected-unidentified",
 	ReasonDeadline:          "deadline", ReasonForced: "forced", ReasonLost: "lost",
 	ReasonHandshakeFailed: "handshake-failed",

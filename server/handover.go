@@ -202,7 +202,8 @@ func (c *Conn) awaitHandover(saved []byte) (handedOver bool, err error) {
 // park records that the handler is at its safe point. It reports false if the handover no longer waits for it.
 func (c *Conn) park(saved []byte) (parked bool) {
 	if len(saved) > maxHandlerState {
-		c.srv.log.Warn("handler state is too large to be handed over", zap.Uint64("conn", c.id), zap.Int("bytes", len(saved)))
+		c.srv.log.Warn("handler state is too large to be handed over", zap.Uint64("conn", c.id),
+			zap.Int("bytes", len(saved)))
 		return false
 	}
 	c.closing.With(func(cl *closingState) {
@@ -447,9 +448,11 @@ func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) ha
 		p.copied[c.id] = true
 	}
 	err := p.send(m, files...)
-	if left := slices.DeleteFunc(slices.Clone(conns), func(c *Conn) bool { return c.endReason() != 0 }); errors.Is(err, net.ErrClosed) &&
-		len(left) < len(conns) {
-		return p.sendConns(typ, left, record) // nothing was sent, because some have ended
+	if errors.Is(err, net.ErrClosed) {
+		left := slices.DeleteFunc(slices.Clone(conns), func(c *Conn) bool { return c.endReason() != 0 })
+		if len(left) < len(conns) {
+			return p.sendConns(typ, left, record) // nothing was sent, because some have ended
+		}
 	}
 	if err != nil {
 		return err
@@ -481,7 +484,8 @@ func (p *predecessor) whyBehind(c *Conn) string {
 // record describes a connection as it is now.
 func (p *predecessor) record(c *Conn) handoverConn {
 	r := handoverConn{
-		ID: c.id, Listener: slices.Index(p.acceptors, c.from), Opened: c.srv.at(c.opened), Active: c.srv.at(c.active.Load()),
+		ID: c.id, Listener: slices.Index(p.acceptors, c.from), Opened: c.srv.at(c.opened),
+		Active:  c.srv.at(c.active.Load()),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
 		Waiting: Phase(c.phase.Load()) == PhaseWaiting,
 	}
@@ -653,7 +657,8 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 		st.recordEnds = true
 		for c, why := range p.behind {
 			if st.conns.get(c.id) == c { // it is still open
-				m.Behind = append(m.Behind, handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
+				m.Behind = append(m.Behind,
+					handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
 			}
 		}
 		for _, b := range st.behind { // with this server's own predecessor

@@ -121,7 +121,8 @@ type handoverClosed struct {
 
 func recordClosed(c ClosedConn) handoverClosed {
 	r := handoverClosed{
-		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Opened: c.Opened, Closed: c.Closed, Reason: c.Reason.String(),
+		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Opened: c.Opened, Closed: c.Closed,
+		Reason:  c.Reason.String(),
 		BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified, Labels: c.Labels,
 	}
 	if c.Err != nil {
@@ -132,7 +133,8 @@ func recordClosed(c ClosedConn) handoverClosed {
 
 func (r handoverClosed) conn() ClosedConn {
 	c := ClosedConn{
-		ID: r.ID, Remote: wireAddr(r.Remote), Local: wireAddr(r.Local), Opened: r.Opened, Closed: r.Closed, Reason: parseReason(r.Reason),
+		ID: r.ID, Remote: wireAddr(r.Remote), Local: wireAddr(r.Local), Opened: r.Opened, Closed: r.Closed,
+		Reason:  parseReason(r.Reason),
 		BytesIn: r.BytesIn, BytesOut: r.BytesOut, Notified: r.Notified, Labels: r.Labels,
 	}
 	if r.Err != "" {

@@ -117,7 +117,10 @@ func newSource(ln net.Listener) source {
 	if d, ok := ln.(deadlineListener); ok {
 		return deadlineSource{d}
 	}
-	p := &pumpSource{ln: ln, accepted: make(chan acceptResult), interrupts: make(chan struct{}, 1), closing: make(chan struct{})}
+	p := &pumpSource{
+		ln: ln, accepted: make(chan acceptResult), interrupts: make(chan struct{}, 1),
+		closing: make(chan struct{}),
+	}
 	go p.pump()
 	return p
 }

@@ -106,7 +106,8 @@ func ParseLineNotifier(template string) (*LineNotifier, error) {
 	}
 	for _, p := range placeholder.FindAllString(text.String(), -1) {
 		if p != "{seconds}" && p != "{reason}" && p != "{deadline}" {
-			return nil, fmt.Errorf("notice %q: unknown placeholder %s: want {seconds}, {reason} or {deadline}", template, p)
+			return nil, fmt.Errorf("notice %q: unknown placeholder %s: want {seconds}, {reason} or {deadline}",
+				template, p)
 		}
 	}
 	return &LineNotifier{template: text.String()}, nil

@@ -108,7 +108,7 @@ const (
 	flushTimeout   = 1 * time.Second         // for writing what was read, when the server ends a connection
 	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after ours
 	lingerBytes    = 64 << 20                // discarded in that time, at most
-	abortAfter     = 1350 * time.Millisecond // after the deadline the remaining connections are closed under their handlers
+	abortAfter     = 1350 * time.Millisecond // after the deadline connections are closed under their handlers
 	abandonAfter   = 150 * time.Millisecond  // after that, handlers that ignore their context are left behind
 	orphanTimeout  = 10 * time.Second        // for the kernel to deliver what is unsent when a connection is closed
 	messageTimeout = 1 * time.Second         // for Notify's texts to be taken by the kernel

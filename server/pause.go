@@ -131,7 +131,8 @@ func (s *Server) release(h *Hold, cause error, by Caller) (existed bool) {
 }
 
 func (s *Server) logReleased(h HoldInfo, cause error, by Caller, left int) {
-	fields := slices.Concat(h.fields(), by.fields("released_by_"), []zap.Field{zap.NamedError("cause", cause), zap.Int("holds_left", left)})
+	fields := slices.Concat(h.fields(), by.fields("released_by_"),
+		[]zap.Field{zap.NamedError("cause", cause), zap.Int("holds_left", left)})
 	s.log.Info("hold released", fields...)
 }
 

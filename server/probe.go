@@ -28,7 +28,8 @@ func (s *Server) Probe(ctx context.Context) error {
 	select {
 	case r := <-found:
 		if r.overdue > drainOverdue {
-			return fmt.Errorf("%w: the drain has not ended %s after its deadline", ErrStuck, r.overdue.Round(time.Second))
+			return fmt.Errorf("%w: the drain has not ended %s after its deadline", ErrStuck,
+				r.overdue.Round(time.Second))
 		}
 		return s.awaitIterations(ctx, r.before)
 	case <-ctx.Done():

@@ -105,7 +105,10 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 		st.rejecting--
 	}
 	if st.recordEnds {
-		st.ends = append(st.ends, handoverEnd{ID: c.id, Reason: closed.Reason.String(), BytesIn: closed.BytesIn, BytesOut: closed.BytesOut})
+		st.ends = append(st.ends, handoverEnd{
+			ID: c.id, Reason: closed.Reason.String(), BytesIn: closed.BytesIn,
+			BytesOut: closed.BytesOut,
+		})
 	}
 	st.closed[closed.Reason]++
 	st.bytesIn += closed.BytesIn

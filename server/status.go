@@ -33,7 +33,7 @@ type Status struct {
 
 	Grace, DrainDelay time.Duration // of a drain that names none itself
 
-	NoticesSent, NoticesFailed uint64           // of drains and of Notify: those that the kernel took, and those that it did not
+	NoticesSent, NoticesFailed uint64           // of drains and of Notify: taken by the kernel, or not
 	Transitions                map[State]uint64 // how often each state was entered
 }
 
@@ -137,7 +137,8 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 // Info describes the connection as it is now.
 func (c *Conn) Info() ConnInfo {
 	return ConnInfo{
-		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()), Opened: c.srv.at(c.opened),
+		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()),
+		Opened:  c.srv.at(c.opened),
 		Idle:    max(0, time.Since(c.srv.at(c.active.Load()))),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified), Labels: c.Labels(),
 	}

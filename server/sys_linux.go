@@ -89,7 +89,8 @@ func (r *receiver) left() int {
 // writeFD uses send(2), which has a little less to do than write(2).
 func writeFD(fd uintptr, p []byte) (int, error) {
 	raceWrite()
-	return call(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, len(p))
+	return call(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p),
+		unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, len(p))
 }
 
 // rawCallBytes is how many bytes a system call may copy without telling the scheduler. It takes some microseconds.

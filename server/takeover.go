@@ -36,9 +36,11 @@ func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 	case m.Type != msgOffer:
 		err = fmt.Errorf("receiving the offer: got message %q", m.Type)
 	case m.Format != handoverFormat:
-		err = fmt.Errorf("%w: the predecessor, %s, has %d, and this program %d", ErrHandoverFormat, m.Program, m.Format, handoverFormat)
+		err = fmt.Errorf("%w: the predecessor, %s, has %d, and this program %d", ErrHandoverFormat, m.Program,
+			m.Format, handoverFormat)
 	case len(files) != len(m.Listeners)+len(m.Extra):
-		err = fmt.Errorf("receiving the offer: %d descriptors for %d listeners", len(files), len(m.Listeners)+len(m.Extra))
+		err = fmt.Errorf("receiving the offer: %d descriptors for %d listeners", len(files),
+			len(m.Listeners)+len(m.Extra))
 	}
 	o := &Offer{Program: m.Program, Data: m.Data, Extra: make(map[string]net.Listener), link: link}
 	for i, f := range files {
@@ -102,7 +104,8 @@ func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) e
 		o.Refuse(err)
 		return fmt.Errorf("taking over: %w", err)
 	}
-	s.log.Info("took over", zap.Int("connections", len(t.started)), zap.Int("behind", t.behind), zap.String("from", o.Program))
+	s.log.Info("took over", zap.Int("connections", len(t.started)), zap.Int("behind", t.behind),
+		zap.String("from", o.Program))
 	return nil
 }
 

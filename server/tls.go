@@ -244,7 +244,7 @@ const (
 	HandshakeNotTLS         HandshakeFailure = "not-tls"         // the client sent something else, such as plain text
 	HandshakeNoCertificate  HandshakeFailure = "no-certificate"  // the client sent no certificate, and must
 	HandshakeBadCertificate HandshakeFailure = "bad-certificate" // the client's certificate is not trusted
-	HandshakeRefused        HandshakeFailure = "refused"         // the client ended it, for example over our certificate
+	HandshakeRefused        HandshakeFailure = "refused"         // by the client, for example over our certificate
 	HandshakeIncompatible   HandshakeFailure = "incompatible"    // no common version, cipher suite or protocol
 	HandshakeAborted        HandshakeFailure = "aborted"         // the client closed or reset the connection in it
 	HandshakeOther          HandshakeFailure = "other"
@@ -292,7 +292,8 @@ func (e *HandshakeError) Unwrap() error { return e.Err }
 // explainHandshake makes a HandshakeError of an error of crypto/tls. It leaves alone the EOF and the reset of a client
 // that sent nothing, which is what a load balancer's health check may do.
 func explainHandshake(session *tls.Conn, err error) error {
-	if began := session.ConnectionState().Version != 0; !began && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+	if began := session.ConnectionState().Version != 0; !began &&
+		(errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
 		return err
 	}
 	return &HandshakeError{Failure: handshakeFailure(err), Err: err}
@@ -304,7 +305,10 @@ const (
 	opRemoteAlert     = "remote error"
 )
 
-var textsIncompatible = []string{"unsupported versions", "no cipher suite supported", "unsupported application protocols", "no ECDHE curve", "does not support"}
+var textsIncompatible = []string{
+	"unsupported versions", "no cipher suite supported", "unsupported application protocols",
+	"no ECDHE curve", "does not support",
+}
 
 func handshakeFailure(err error) HandshakeFailure {
 	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
@@ -321,7 +325,8 @@ func handshakeFailure(err error) HandshakeFailure {
 	}
 	text := err.Error()
 	switch {
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE):
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, syscall.ECONNRESET),
+		errors.Is(err, syscall.EPIPE):
 		return HandshakeAborted
 	case strings.Contains(text, textNoCertificate):
 		return HandshakeNoCertificate

@@ -263,7 +263,8 @@ func (c *Conn) write(p []byte) (written int, err error) {
 		c.wrote(p[:written], n)
 	}
 	if err != nil {
-		c.writeBroken = c.writeBroken || isTLS(c.nc) // crypto/tls cannot go on after an error, however little was written
+		// crypto/tls cannot go on after an error, however little was written.
+		c.writeBroken = c.writeBroken || isTLS(c.nc)
 		return written, c.explain(err)
 	}
 	return written, nil
