@@ -42,7 +42,8 @@ func (p *Plane) postReload(w *response, r *http.Request) error {
 	changed, err := p.certificates.Reload()
 	if err != nil {
 		return &Problem{
-			Type: ProblemCertificate, Title: "The certificates cannot be loaded", Status: http.StatusUnprocessableEntity,
+			Type: ProblemCertificate, Title: "The certificates cannot be loaded",
+			Status: http.StatusUnprocessableEntity,
 			Detail: err.Error() + "; the old ones stay in use",
 		}
 	}

@@ -142,7 +142,8 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 func postUpgrade(upgrade func(context.Context, time.Duration) (Upgraded, error)) endpoint {
 	return func(w *response, r *http.Request) error {
 		timeout := time.Duration(-1)
-		if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"timeout": duration(&timeout)})); err != nil {
+		if err := errors.Join(decodeQuery(r, nil),
+			decodeBody(w, r, fields{"timeout": duration(&timeout)})); err != nil {
 			return err
 		}
 		if timeout == 0 {

@@ -24,7 +24,7 @@ import (
 const (
 	quietTimeout = 5 * time.Second       // for an answer to begin, and between its parts
 	busyRetry    = 50 * time.Millisecond // between attempts to connect to a server whose queue is full
-	busyTimeout  = 4 * time.Second       // to get into the queue of a server whose queue is full; less than quietTimeout
+	busyTimeout  = 4 * time.Second       // to get into a server's full queue; less than quietTimeout
 	maxAnswer    = 64 << 20              // bytes
 	maxLine      = 1 << 20               // bytes of a line of a stream
 )

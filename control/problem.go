@@ -78,10 +78,16 @@ func (p *Plane) classify(err error) *Problem {
 		}
 	}
 	if errors.Is(err, server.ErrHandoverInProgress) {
-		return &Problem{Type: ProblemUpgrading, Title: "Another upgrade is in progress", Status: http.StatusConflict, Detail: err.Error()}
+		return &Problem{
+			Type: ProblemUpgrading, Title: "Another upgrade is in progress", Status: http.StatusConflict,
+			Detail: err.Error(),
+		}
 	}
 	if errors.Is(err, server.ErrTooManyHolds) {
-		return &Problem{Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable, Detail: err.Error()}
+		return &Problem{
+			Type: ProblemBusy, Title: "Too many holds", Status: http.StatusServiceUnavailable,
+			Detail: err.Error(),
+		}
 	}
 	if errors.Is(err, errCallerGone) {
 		return &Problem{

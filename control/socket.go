@@ -277,7 +277,10 @@ func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 		opts.Logger = zap.NewNop()
 	}
 	path := ln.Addr().String()
-	s := &socket{path: path, opts: opts, log: opts.Logger.With(zap.String("path", path)), watched: make(chan struct{}), ln: unixLn}
+	s := &socket{
+		path: path, opts: opts, log: opts.Logger.With(zap.String("path", path)),
+		watched: make(chan struct{}), ln: unixLn,
+	}
 	var err error
 	if s.file, err = os.Lstat(path); err != nil {
 		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, bare(err))

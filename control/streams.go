@@ -207,13 +207,15 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 	switch {
 	case errors.Is(err, errReplaced):
 		return &Problem{
-			Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable, Detail: err.Error(),
+			Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable,
+			Detail: err.Error(),
 		}
 	case err != nil:
 		return &Problem{
 			Type: ProblemTimeout, Title: "The wait timed out", Status: http.StatusRequestTimeout,
-			Detail: "the wait timed out: the server is " + seen.State + " with " + plural(seen.Connections, "connection"),
-			State:  seen.State,
+			Detail: "the wait timed out: the server is " + seen.State + " with " +
+				plural(seen.Connections, "connection"),
+			State: seen.State,
 		}
 	case !met:
 		st := p.srv.Status()
@@ -299,7 +301,9 @@ func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error
 }
 
 // awaitEnd is the goroutine that notices when the caller goes; response.close waits for it.
-func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc, ended chan<- struct{}) {
+func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc,
+	ended chan<- struct{},
+) {
 	defer close(ended)
 	if _, err := io.Copy(io.Discard, buffered); err == nil && mayHalfClose {
 		if own, ok := conn.(*callerConn); ok {

@@ -58,7 +58,8 @@ func lockOwn(f *os.File, path string) (locked bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if uid, ok := ownerOf(info); !ok || uid != os.Geteuid() || !info.Mode().IsRegular() || info.Mode().Perm()&0o077 != 0 {
+	if uid, ok := ownerOf(info); !ok || uid != os.Geteuid() || !info.Mode().IsRegular() ||
+		info.Mode().Perm()&0o077 != 0 {
 		return false, errors.New("not a private file")
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {

@@ -66,7 +66,8 @@ func (p *Plane) allowsHost(r *http.Request) bool {
 }
 
 func refuseHost(w http.ResponseWriter) error {
-	return answerText(w, http.StatusMisdirectedRequest, "this host name is not allowed: use an IP address, or allow the name")
+	return answerText(w, http.StatusMisdirectedRequest,
+		"this host name is not allowed: use an IP address, or allow the name")
 }
 
 var errProbeTimeout = errors.New("the probe timed out")

@@ -212,7 +212,10 @@ func wireDrain(d *server.DrainInfo) *Drain {
 	if d == nil {
 		return nil
 	}
-	out := &Drain{Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified, NoticeFailed: d.NoticeFailed}
+	out := &Drain{
+		Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified,
+		NoticeFailed: d.NoticeFailed,
+	}
 	if d.AcceptUntil.After(d.Since) {
 		out.AcceptingUntil = &d.AcceptUntil
 	}
