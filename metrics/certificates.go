@@ -34,7 +34,8 @@ func (c certificateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, info := range c.certs.Infos() {
 		if !seen[info.CertFile] {
 			seen[info.CertFile] = true
-			ch <- prometheus.MustNewConstMetric(c.notAfter, prometheus.GaugeValue, float64(info.NotAfter.Unix()), info.CertFile)
+			ch <- prometheus.MustNewConstMetric(c.notAfter, prometheus.GaugeValue, float64(info.NotAfter.Unix()),
+				info.CertFile)
 		}
 	}
 	loaded, failed := c.certs.Reloads()

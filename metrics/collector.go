@@ -35,23 +35,29 @@ func newCollector(status func() server.Status, opts Options) *Collector {
 		transitions: desc("state_transitions_total", "How often the server entered each state.", "state"),
 		holds:       desc("holds", "Holds in force. The server is paused while there is one."),
 		conns:       desc("connections", "Open connections, by phase.", "phase"),
-		connsLimit:  desc("connections_limit", "How many connections are served at once. Missing if there is no limit."),
-		accepted:    desc("connections_accepted_total", "Connections accepted, rejected ones included."),
-		closed:      desc("connections_closed_total", "Connections closed, by reason.", "reason"),
-		rejected:    desc("connections_rejected_total", "Connections rejected, by reason. They count as closed too.", "reason"),
-		bytes:       desc("bytes_total", "Bytes read from clients (in) and written to them (out).", "direction"),
-		notices:     desc("notices_total", "Notices to clients, by whether the kernel took them.", "result"),
-		queue:       desc("accept_queue_length", "Clients that wait in the kernel to be accepted.", "listener"),
-		queueLimit:  desc("accept_queue_limit", "How many clients can wait in the kernel.", "listener"),
-		drain:       desc("drain_duration_seconds", "How long the drain took, once it is over."),
+		connsLimit: desc("connections_limit",
+			"How many connections are served at once. Missing if there is no limit."),
+		accepted: desc("connections_accepted_total", "Connections accepted, rejected ones included."),
+		closed:   desc("connections_closed_total", "Connections closed, by reason.", "reason"),
+		rejected: desc("connections_rejected_total", "Connections rejected, by reason. They count as closed too.",
+			"reason"),
+		bytes:      desc("bytes_total", "Bytes read from clients (in) and written to them (out).", "direction"),
+		notices:    desc("notices_total", "Notices to clients, by whether the kernel took them.", "result"),
+		queue:      desc("accept_queue_length", "Clients that wait in the kernel to be accepted.", "listener"),
+		queueLimit: desc("accept_queue_limit", "How many clients can wait in the kernel.", "listener"),
+		drain:      desc("drain_duration_seconds", "How long the drain took, once it is over."),
 	}
 }
 
-var states = []server.State{server.StateStarting, server.StateRunning, server.StatePaused, server.StateDraining, server.StateStopped}
+var states = []server.State{
+	server.StateStarting, server.StateRunning, server.StatePaused, server.StateDraining,
+	server.StateStopped,
+}
 
 // rejections are the close reasons of rejected connections, by the value of the label.
 var rejections = map[string]server.Reason{
-	"paused": server.ReasonRejectedPaused, "limit": server.ReasonRejectedLimit, "draining": server.ReasonRejectedDraining,
+	"paused": server.ReasonRejectedPaused, "limit": server.ReasonRejectedLimit,
+	"draining":     server.ReasonRejectedDraining,
 	"unidentified": server.ReasonRejectedHandshake,
 }
 
@@ -138,8 +144,9 @@ type Durations struct{ prometheus.Histogram }
 // NewDurations returns a histogram without observations.
 func NewDurations(opts Options) Durations {
 	return Durations{prometheus.NewHistogram(prometheus.HistogramOpts{
-		Name: "echod_connection_duration_seconds", Help: "How long closed connections were open.", ConstLabels: opts.Labels,
-		Buckets: []float64{0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600}, // in seconds
+		Name: "echod_connection_duration_seconds", Help: "How long closed connections were open.",
+		ConstLabels: opts.Labels,
+		Buckets:     []float64{0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 24 * 3600, 7 * 24 * 3600}, // in seconds
 	})}
 }
 

@@ -39,7 +39,8 @@ func New(version string) *Metrics {
 			Name: "echod_signals_total", Help: "Signals received, by name.",
 		}, []string{"signal"}),
 		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "echod_control_requests_total", Help: "Requests answered on the control socket and over HTTP, by route, method and status code.",
+			Name: "echod_control_requests_total",
+			Help: "Requests answered on the control socket and over HTTP, by route, method and status code.",
 		}, []string{"route", "method", "code"}),
 		dropped: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "echod_log_entries_dropped_total", Help: "Log entries dropped, by cause: sampling or a slow reader.",
@@ -50,7 +51,8 @@ func New(version string) *Metrics {
 		durations: NewDurations(Options{}),
 	}
 	build := prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "echod_build_info", Help: "1, with the version as a label.", ConstLabels: prometheus.Labels{"version": version},
+		Name: "echod_build_info", Help: "1, with the version as a label.",
+		ConstLabels: prometheus.Labels{"version": version},
 	})
 	build.Set(1)
 	for _, why := range server.HandshakeFailures() { // zeros too, or a rate would miss the first of each
