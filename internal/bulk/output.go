@@ -70,7 +70,8 @@ func openForWriting(path string) (file *os.File, created bool, err error) {
 	}
 	const othersWrite = 0o022
 	if dir.Mode()&othersWrite != 0 {
-		return nil, false, fmt.Errorf("open %s: refused to follow a symbolic link in a directory that others can write to", path)
+		return nil, false, fmt.Errorf("open %s: refused to follow a symbolic link in a directory that others "+
+			"can write to", path)
 	}
 	file, err = os.OpenFile(path, os.O_WRONLY|os.O_CREATE, mode)
 	return file, false, err
