@@ -74,8 +74,8 @@ func newChecker(from origin, padding []byte, sizes Sizes, late time.Duration, t 
 	onNotice func(client.Notice),
 ) *checker {
 	return &checker{
-		from: from, template: from.template(), runPrefix: from.runPrefix(), padding: padding, maxSize: sizes.Max(), meanSize: sizes.Mean(),
-		late: late, tally: t, onNotice: onNotice,
+		from: from, template: from.template(), runPrefix: from.runPrefix(), padding: padding,
+		maxSize: sizes.Max(), meanSize: sizes.Mean(), late: late, tally: t, onNotice: onNotice,
 	}
 }
 

@@ -171,7 +171,8 @@ func ParseSizes(text string) (Sizes, error) {
 func (s Sizes) validate() error {
 	for _, r := range s.ranges {
 		if r.min < MinSize {
-			return fmt.Errorf("message size %d: at least %d bytes are needed for the sequence number and the checksum", r.min, MinSize)
+			return fmt.Errorf("message size %d: at least %d bytes are needed for the sequence number "+
+				"and the checksum", r.min, MinSize)
 		}
 		if r.max > MaxSize {
 			return fmt.Errorf("message size %d: at most %d bytes", r.max, MaxSize)

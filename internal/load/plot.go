@@ -51,7 +51,8 @@ type drawing struct{ strings.Builder }
 
 func newDrawing(height float64) *drawing {
 	d := &drawing{}
-	d.add(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %g %g" width="%g" height="%g" font-family="%s">`, plotWidth, height, plotWidth, height, fontFamily)
+	d.add(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %g %g" width="%g" height="%g" font-family="%s">`,
+		plotWidth, height, plotWidth, height, fontFamily)
 	d.add(`<rect width="%g" height="%g" fill="#ffffff"/>`, plotWidth, height)
 	return d
 }
@@ -64,7 +65,8 @@ func (d *drawing) text(x, y float64, anchor, colour string, size float64, s stri
 }
 
 func (d *drawing) sideways(y float64, s string) {
-	d.add(`<text x="22" y="%g" text-anchor="middle" fill="%s" font-size="12" transform="rotate(-90 22 %g)">%s</text>`, y, ink, y, s)
+	d.add(`<text x="22" y="%g" text-anchor="middle" fill="%s" font-size="12" transform="rotate(-90 22 %g)">%s</text>`,
+		y, ink, y, s)
 }
 
 func (d *drawing) line(x1, y1, x2, y2 float64, colour string) {

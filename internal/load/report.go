@@ -123,7 +123,8 @@ func (r *run) report(workers []*worker) *Report {
 	report := &Report{
 		Address: opts.Address, Started: r.began, Conns: opts.Conns,
 		Size: opts.Sizes.Mean(), Sizes: opts.Sizes.String(), Pipeline: opts.Pipeline,
-		Late: opts.Late.Seconds(), Churn: opts.Churn.Seconds(), Ramp: opts.Ramp.Seconds(), Timeout: opts.Timeout.Seconds(),
+		Late: opts.Late.Seconds(), Churn: opts.Churn.Seconds(), Ramp: opts.Ramp.Seconds(),
+		Timeout:   opts.Timeout.Seconds(),
 		DrainWait: opts.DrainWait.Seconds(), Reconnect: !opts.NoReconnect,
 		Planned: opts.Duration.Seconds(), Lasted: lasted.Seconds(), Took: took.Seconds(),
 		Counts: r.total, Errors: append([]string{}, r.errs...),
@@ -215,7 +216,8 @@ func (r *Report) Failures(limits Limits) []string {
 		}
 	}
 	if n := r.Connects.NoPort; n > 0 {
-		add("%d connects failed because this machine ran out of local ports, which is not the server's fault: %s", n, portAdvice)
+		add("%d connects failed because this machine ran out of local ports, which is not the server's fault: %s",
+			n, portAdvice)
 	}
 	return failures
 }
