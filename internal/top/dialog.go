@@ -118,7 +118,8 @@ func (m *model) askResume() dialog {
 		holds = append(holds, strings.TrimSpace(h.ID+" "+clip(text.Printable(h.Reason), maxReason, m.glyphs.ellipsis)))
 	}
 	return &confirmation{
-		fmt.Sprintf("Resume the server? This releases %s (%s). y/N", text.Count(len(holds), "hold"), firstFew(holds, 3)),
+		fmt.Sprintf("Resume the server? This releases %s (%s). y/N", text.Count(len(holds), "hold"),
+			firstFew(holds, 3)),
 		func(ctx context.Context, c *control.Client) (string, error) {
 			change, err := c.Resume(ctx)
 			if err != nil {

@@ -250,7 +250,8 @@ func fitting(width int, sorting column, ids int) (chosen []column, widths [nColu
 	for room < -1 { // the last column needs no gap
 		drop := -1
 		for i, c := range chosen {
-			if columns[c].dropRank > 0 && c != sorting && (drop < 0 || columns[c].dropRank > columns[chosen[drop]].dropRank) {
+			if columns[c].dropRank > 0 && c != sorting &&
+				(drop < 0 || columns[c].dropRank > columns[chosen[drop]].dropRank) {
 				drop = i
 			}
 		}
@@ -327,7 +328,8 @@ func (m *model) recent(rows int) []string {
 		}
 		if m.table.matches(c.Remote, c.Reason) {
 			lines = append(lines, line(strconv.FormatUint(c.ID, 10), text.Printable(c.Remote), text.Printable(c.Reason),
-				c.Closed.Local().Format(time.TimeOnly), span(seconds(c.DurationSeconds)), bytes(c.BytesIn), bytes(c.BytesOut)))
+				c.Closed.Local().Format(time.TimeOnly), span(seconds(c.DurationSeconds)), bytes(c.BytesIn),
+				bytes(c.BytesOut)))
 		}
 	}
 	return lines

@@ -228,7 +228,8 @@ func (m *model) listeners() string {
 	for _, l := range m.status.Listeners {
 		one := l.Address
 		if l.AcceptQueue != nil && l.AcceptQueueLimit != nil {
-			one += fmt.Sprintf(", %s of %d in the accept queue", humanize.Comma(int64(*l.AcceptQueue)), *l.AcceptQueueLimit)
+			one += fmt.Sprintf(", %s of %d in the accept queue", humanize.Comma(int64(*l.AcceptQueue)),
+				*l.AcceptQueueLimit)
 		}
 		all = append(all, one)
 	}
@@ -273,7 +274,8 @@ func (m *model) charts() []string {
 		if room < 6 {
 			return cell(label, half, false, "")
 		}
-		return cell(label+barStyle.Render(sparkline(m.rates.minute(s, room, until), m.glyphs.bars))+peak, half, false, "")
+		return cell(label+barStyle.Render(sparkline(m.rates.minute(s, room, until), m.glyphs.bars))+peak,
+			half, false, "")
 	}
 	each := func(n float64) string { return eventRate(n) + "/s" }
 	return []string{
