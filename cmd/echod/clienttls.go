@@ -51,7 +51,8 @@ func (t *clientTLS) config(warnings io.Writer) (*tls.Config, error) {
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.serverName, InsecureSkipVerify: t.insecure}
 	if t.insecure {
-		fmt.Fprintln(warnings, "echod: --tls-insecure: the server is not verified; anybody on the way can read and change what is sent")
+		fmt.Fprintln(warnings,
+			"echod: --tls-insecure: the server is not verified; anybody on the way can read and change what is sent")
 	}
 	if t.ca != "" {
 		pem, err := os.ReadFile(t.ca)

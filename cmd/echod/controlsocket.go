@@ -120,7 +120,10 @@ func clientSocket(notes io.Writer) (string, error) {
 		return "", denied
 	default:
 		looked := strings.Join(paths, ", ")
-		return "", &exitError{exitUnreachable, fmt.Errorf("no server found: looked at %s (--control names another socket)", looked)}
+		return "", &exitError{
+			exitUnreachable,
+			fmt.Errorf("no server found: looked at %s (--control names another socket)", looked),
+		}
 	}
 }
 

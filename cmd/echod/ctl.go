@@ -40,7 +40,8 @@ Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed ou
 succeeded but the pause ended before it did.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events, upgrade or shutdown")
+			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events, " +
+				"upgrade or shutdown")
 		},
 	}
 	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "`path` of the control socket")
@@ -50,7 +51,8 @@ succeeded but the pause ended before it did.`,
 	completesFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
-		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.reloadCommand(), ctl.shutdownCommand(), ctl.upgradeCommand(),
+		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.reloadCommand(),
+		ctl.shutdownCommand(), ctl.upgradeCommand(),
 	)
 	return cmd
 }
@@ -126,7 +128,8 @@ func showStatus(out io.Writer, st control.Status) error {
 		row("listening", "%s%s", l.Address, queue)
 	}
 	for _, c := range st.Certificates {
-		row("certificate", "%s, expires %s", cmp.Or(strings.Join(c.Names, " "), c.Subject), c.NotAfter.Local().Format(time.DateTime))
+		row("certificate", "%s, expires %s", cmp.Or(strings.Join(c.Names, " "), c.Subject),
+			c.NotAfter.Local().Format(time.DateTime))
 	}
 	row("connections", "%d open, %d accepted", st.Connections, st.Accepted)
 	if len(st.Closed) > 0 {
@@ -219,8 +222,9 @@ func (ctl *ctl) closedCommand() *cobra.Command {
 				}
 				return table(out, "ID\tREMOTE\tREASON\tCLOSED\tDURATION\tIN\tOUT\tNOTIFIED", func(row func(...any)) {
 					for _, c := range list.Connections {
-						row(c.ID, c.Remote, c.Reason, c.Closed.Local().Format(time.TimeOnly), seconds(c.DurationSeconds),
-							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified))
+						row(c.ID, c.Remote, c.Reason, c.Closed.Local().Format(time.TimeOnly),
+							seconds(c.DurationSeconds), humanize.Bytes(c.BytesIn),
+							humanize.Bytes(c.BytesOut), yesNo(c.Notified))
 					}
 				})
 			})
@@ -265,7 +269,8 @@ func describeEvent(e control.Event) string {
 	case e.Conn != nil:
 		what = fmt.Sprintf("opened    conn %d from %s", e.Conn.ID, e.Conn.Remote)
 	case e.Closed != nil:
-		what = fmt.Sprintf("closed    conn %d from %s: %s, %s in, %s out", e.Closed.ID, e.Closed.Remote, e.Closed.Reason,
+		what = fmt.Sprintf("closed    conn %d from %s: %s, %s in, %s out", e.Closed.ID, e.Closed.Remote,
+			e.Closed.Reason,
 			humanize.Bytes(e.Closed.BytesIn), humanize.Bytes(e.Closed.BytesOut))
 	case e.Hold != nil && e.Cause != "":
 		what = fmt.Sprintf("released  %s: %s", describeHold(*e.Hold), e.Cause)
@@ -371,7 +376,8 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 					if !change.Changed {
 						return printLine(out, "nothing to resume: the server is %s", change.State)
 					}
-					return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"), change.State)
+					return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"),
+						change.State)
 				}
 				for _, id := range holds {
 					change, err := c.ReleaseHold(ctx, id)

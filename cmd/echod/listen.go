@@ -43,7 +43,9 @@ func (s sockets) removeUnix() {
 // is only one control socket, so that a different --control is an error.
 //
 // The echo listeners are opened last: once a client can connect, nothing delays the start.
-func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger, echo echoOptions) (s sockets, err error) {
+func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger,
+	echo echoOptions,
+) (s sockets, err error) {
 	defer func() {
 		if err != nil {
 			s.close()
@@ -142,7 +144,8 @@ func (s *sockets) listenEcho(ctx context.Context, addresses []string, opts echoO
 		plain = strings.TrimPrefix(plain, "tcp://")
 		host, port, err := net.SplitHostPort(plain)
 		if err != nil || strings.Contains(plain, "://") {
-			return usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, %s:9998 or %s/path", address, tlsScheme, unixScheme)
+			return usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, "+
+				"%s:9998 or %s/path", address, tlsScheme, unixScheme)
 		}
 		if host == "::" && slices.Contains(addresses, "0.0.0.0:"+port) {
 			var lc net.ListenConfig

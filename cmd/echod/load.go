@@ -66,7 +66,8 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	o := &l.opts
 	f.SortFlags = false
 	f.StringVar(&o.Address, "address", "127.0.0.1:9999",
-		"`address` of the server: host:port, tls://host:port or\nunix:///path; connections are spread over all IP addresses\nof the host")
+		"`address` of the server: host:port, tls://host:port or\n"+
+			"unix:///path; connections are spread over all IP addresses\nof the host")
 	l.tls.add(f)
 	f.IntVar(&o.Conns, "conns", 1, "`number` of connections at a time")
 	f.Float64Var(&l.rate, "rate", 0,
@@ -74,17 +75,22 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&l.stages, "stages", "",
 		"`list` of rates and times, such as 100:30s,500:1m, instead of\n--rate and --duration")
 	f.StringVar(&l.size, "size", "64",
-		fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\nor both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
+		fmt.Sprintf("`bytes` of a message, at least %d: a number, a range (64-1024),\n"+
+			"or both with weights (64:90,1024-4096:9,65536:1)", load.MinSize))
 	f.DurationVar(&o.Duration, "duration", load.DefaultDuration, "`time` for which messages are sent")
 	f.StringVar(&l.think, "think", "",
-		"`time`, or range of times (50ms-200ms), that a connection waits\nafter an echo (default: none); not with --rate or --stages")
+		"`time`, or range of times (50ms-200ms), that a connection waits\n"+
+			"after an echo (default: none); not with --rate or --stages")
 	f.IntVar(&o.Pipeline, "pipeline", 0,
-		fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n--rate %d: messages due beyond that wait, and the wait\ncounts)", load.DefaultPipeline, load.DefaultOpenPipeline))
+		fmt.Sprintf("most `messages` in flight on a connection (default: %d; with\n"+
+			"--rate %d: messages due beyond that wait, and the wait\ncounts)",
+			load.DefaultPipeline, load.DefaultOpenPipeline))
 	f.DurationVar(&o.Ramp, "ramp", 0, "`time` over which connections are opened (default: all at once)")
 	f.DurationVar(&o.Churn, "churn", 0,
 		"`time`, plus or minus half, after which a connection is closed\nand replaced (default: never)")
 	f.BoolVar(&l.reconnect, "reconnect", true,
-		"replace connections that end or cannot be made, after a random\ntime of up to 2s; if false, only --churn\nreplaces them")
+		"replace connections that end or cannot be made, after a random\n"+
+			"time of up to 2s; if false, only --churn\nreplaces them")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo is late")
 	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait,
@@ -97,7 +103,8 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.StringVar(&l.files[percentilePlotFile], "plot-percentiles", "",
 		"`file` for an SVG picture of latency by percentile")
 	f.StringVar(&l.files[hdrFile], "hdr", "",
-		"`file` for the latencies: an HdrHistogram log with one interval\na second if its name ends in .hlog, else a table of percentiles")
+		"`file` for the latencies: an HdrHistogram log with one interval\n"+
+			"a second if its name ends in .hlog, else a table of percentiles")
 	f.StringVar(&l.files[csvFile], "csv", "", "`file` for the time series as CSV")
 	f.StringVar(&l.files[prometheusFile], "prometheus", "", "`file` for the report in Prometheus' text format")
 	f.DurationVar(&l.max.p99, "max-p99", 0, "fail if more than 1 % of the echoes take longer than this `time`")
@@ -151,7 +158,8 @@ type loader struct {
 func (l *loader) setLimits(flags *pflag.FlagSet) error {
 	for flag, limit := range map[string]int64{
 		"max-p99": int64(l.max.p99), "max-p999": int64(l.max.p999), "max-connect-p99": int64(l.max.connectP99),
-		"max-outage": int64(l.max.outage), "max-lost": l.max.lost, "max-refused": l.max.refused, "max-disconnects": l.max.disconnects,
+		"max-outage": int64(l.max.outage), "max-lost": l.max.lost, "max-refused": l.max.refused,
+		"max-disconnects": l.max.disconnects,
 	} {
 		if limit < 0 {
 			return usagef("--%s: must not be negative", flag)

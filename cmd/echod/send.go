@@ -196,7 +196,8 @@ func (s *sender) run(ctx context.Context, args []string) error {
 	}
 	for _, flag := range []string{
 		"no-header", "delimiter", "lazy-quotes", "allow-ragged", "comment", "encoding", "replace-invalid",
-		"block-size", "max-record", "verbatim", "header", "retries", "conns", "in-flight", "ordered", "rate", "strict", "output", "failed", "resume",
+		"block-size", "max-record", "verbatim", "header", "retries", "conns", "in-flight", "ordered", "rate",
+		"strict", "output", "failed", "resume",
 	} {
 		if s.flags.Changed(flag) {
 			return usagef("--%s: arguments are text, unless --lines, --csv or --raw says that they are files", flag)

@@ -105,7 +105,8 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
 		"`time` for the new program of an upgrade to start")
 	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
-		"`time` for which an upgrade serves connections that cannot be\nhanded over, before it drains them; 0 is --grace")
+		"`time` for which an upgrade serves connections that cannot be\n"+
+			"handed over, before it drains them; 0 is --grace")
 	flags.DurationVar(&f.stopTimeout, "stop-timeout", 0,
 		"`time` after which the supervisor kills a stopping server; the\n"+
 			"server warns at start if a drain can take longer; 0 is unknown")
@@ -129,7 +130,8 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
 		"`time` after which a client that reads nothing while data waits\nfor it is closed; 0 is never")
 	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil,
-		"address `ranges` of proxies that send a PROXY protocol header,\nsuch as 10.0.0.0/8; unix is all clients of Unix sockets")
+		"address `ranges` of proxies that send a PROXY protocol header,\n"+
+			"such as 10.0.0.0/8; unix is all clients of Unix sockets")
 	flags.StringVar(&f.http, "http", "",
 		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
 			"read-only; a port alone is on 127.0.0.1")
@@ -309,11 +311,16 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 		return handleSignals()
 	}, stopSignals)
 
-	up := &upgrader{srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, notify: tellSupervisor}
+	up := &upgrader{
+		srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets,
+		notify: tellSupervisor,
+	}
 	g.Add(up.actor(upgrades))
 
-	planeOpts := control.Options{Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request, Upgrade: up.upgrade}
-	planeOpts.Hosts = f.httpHosts
+	planeOpts := control.Options{
+		Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request,
+		Upgrade: up.upgrade, Hosts: f.httpHosts,
+	}
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)
 	}
@@ -382,7 +389,9 @@ func awaitListening(srv *server.Server, n int) {
 
 // openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its
 // connections.
-func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver, opts control.SocketOptions, log *zap.Logger, echo echoOptions) (sockets, error) {
+func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver,
+	opts control.SocketOptions, log *zap.Logger, echo echoOptions,
+) (sockets, error) {
 	if taken == nil {
 		return f.open(ctx, opts, log, echo)
 	}

@@ -66,13 +66,15 @@ func (f tlsFlags) load(listen []string, log *zap.Logger) (*server.Certificates, 
 	}
 	switch {
 	case !needed && (len(certs) > 0 || len(keys) > 0 || f.clientCA != "" || f.clientAuth != ""):
-		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen %shost:port", tlsScheme)
+		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen %shost:port",
+			tlsScheme)
 	case !needed:
 		return nil, nil
 	case len(certs) == 0:
 		return nil, usagef("--listen %s…: needs --tls-cert and --tls-key", tlsScheme)
 	case len(certs) != len(keys):
-		return nil, usagef("--tls-cert is given %d times, and --tls-key %d times: want one key for each certificate", len(certs), len(keys))
+		return nil, usagef("--tls-cert is given %d times, and --tls-key %d times: want one key for each certificate",
+			len(certs), len(keys))
 	}
 	config := &tls.Config{CipherSuites: authenticatedSuites()}
 	switch f.minVersion {

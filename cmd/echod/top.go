@@ -55,7 +55,8 @@ Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 			opts.Client, opts.Path, opts.Environment = c, c.Path(), os.Environ()
 			opts.NoColor = noColor || os.Getenv("NO_COLOR") != ""
 			opts.ASCII = !speaksUTF8()
-			return interruptible(cmd.Context(), func(ctx context.Context) error { return top.Run(ctx, opts) }, syscall.SIGHUP)
+			return interruptible(cmd.Context(), func(ctx context.Context) error { return top.Run(ctx, opts) },
+				syscall.SIGHUP)
 		},
 	}
 	cmd.Flags().StringVar(&path, "control", "", "`path` of the control socket")

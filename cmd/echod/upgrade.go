@@ -108,7 +108,8 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		extra[handedHTTP] = u.sockets.http
 	}
 	report, err := u.srv.HandOver(ctx, link, server.HandoverOptions{
-		Program: "echod " + version, Data: data, Extra: extra, Kill: successor.kill, Keep: cmp.Or(u.keep, u.srv.Status().Grace),
+		Program: "echod " + version, Data: data, Extra: extra, Kill: successor.kill,
+		Keep:      cmp.Or(u.keep, u.srv.Status().Grace),
 		Committed: func() { u.committed(successor) },
 	})
 	if err != nil {
@@ -147,7 +148,8 @@ func receiveOffer(ctx context.Context) (*takenOver, error) {
 	if err != nil || link == nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, defaultUpgradeTimeout, errors.New("no offer came from the predecessor"))
+	ctx, cancel := context.WithTimeoutCause(ctx, defaultUpgradeTimeout,
+		errors.New("no offer came from the predecessor"))
 	defer cancel()
 	offer, err := server.ReceiveOffer(ctx, link)
 	if err != nil {
@@ -199,12 +201,14 @@ Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 64 usage.
 				fmt.Fprintf(out, "upgraded to process %d: %s handed over, frozen for %s\n", done.PID,
 					text.Count(done.HandedOver, "connection"), seconds(done.FrozenSeconds))
 				for why, n := range done.Behind {
-					fmt.Fprintf(out, "%s stayed with the old process: %s\n", text.Count(n, "connection"), strings.TrimSpace(why))
+					fmt.Fprintf(out, "%s stayed with the old process: %s\n", text.Count(n, "connection"),
+						strings.TrimSpace(why))
 				}
 				return nil
 			})
 		},
 	}
-	cmd.Flags().DurationVar(&timeout, "timeout", 0, "`time` for the new program to get ready; 0 is the server's\n--upgrade-timeout")
+	cmd.Flags().DurationVar(&timeout, "timeout", 0,
+		"`time` for the new program to get ready; 0 is the server's\n--upgrade-timeout")
 	return cmd
 }
