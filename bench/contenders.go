@@ -40,7 +40,9 @@ func controlSocket(dir string) string { return filepath.Join(dir, "control.sock"
 
 var contenders = []contender{
 	{
-		Name: subject, About: "this project's server with everything on: control socket, connection table, counters, limits, idle and stall timeouts, notices, log",
+		Name: subject,
+		About: "this project's server with everything on: control socket, connection table, counters, limits, " +
+			"idle and stall timeouts, notices, log",
 		source: "../cmd/echod",
 		args: func(address, dir string) []string {
 			return []string{
@@ -49,16 +51,38 @@ var contenders = []contender{
 			}
 		},
 	},
-	{Name: floor, About: "an epoll loop in C with one thread: the cost of the kernel, and little else", source: "peers/floor/floor.c"},
-	{Name: "gnet", About: "event loops", source: "./peers/gnet", tags: "poll_opt", module: "github.com/panjf2000/gnet/v2"},
-	{Name: "netpoll", About: "event loops that pass requests to goroutines", source: "./peers/netpoll", module: "github.com/cloudwego/netpoll"},
-	{Name: "nbio", About: "event loops", source: "./peers/nbio", module: "github.com/lesismal/nbio"},
-	{Name: "evio", About: "event loops; it cannot disable Nagle's algorithm, which delays it in bulk", source: "./peers/evio", module: "github.com/tidwall/evio"},
-	{Name: "tcpserver", About: "a goroutine per connection, from a pool", source: "./peers/tcpserver", module: "github.com/maurice2k/tcpserver"},
-	{Name: net4KiB, About: "package net, a goroutine per connection, Read and Write with a buffer of 4 KiB", source: "./peers/net4k"},
-	{Name: netCopy, About: "package net, a goroutine per connection, io.Copy, which uses splice", source: "./peers/netcopy"},
 	{
-		Name: "fortio", About: "the tcp-echo of a load testing tool", source: "fortio.org/fortio", module: "fortio.org/fortio",
+		Name: floor, About: "an epoll loop in C with one thread: the cost of the kernel, and little else",
+		source: "peers/floor/floor.c",
+	},
+	{
+		Name: "gnet", About: "event loops", source: "./peers/gnet", tags: "poll_opt",
+		module: "github.com/panjf2000/gnet/v2",
+	},
+	{
+		Name: "netpoll", About: "event loops that pass requests to goroutines", source: "./peers/netpoll",
+		module: "github.com/cloudwego/netpoll",
+	},
+	{Name: "nbio", About: "event loops", source: "./peers/nbio", module: "github.com/lesismal/nbio"},
+	{
+		Name: "evio", About: "event loops; it cannot disable Nagle's algorithm, which delays it in bulk",
+		source: "./peers/evio", module: "github.com/tidwall/evio",
+	},
+	{
+		Name: "tcpserver", About: "a goroutine per connection, from a pool", source: "./peers/tcpserver",
+		module: "github.com/maurice2k/tcpserver",
+	},
+	{
+		Name: net4KiB, About: "package net, a goroutine per connection, Read and Write with a buffer of 4 KiB",
+		source: "./peers/net4k",
+	},
+	{
+		Name: netCopy, About: "package net, a goroutine per connection, io.Copy, which uses splice",
+		source: "./peers/netcopy",
+	},
+	{
+		Name: "fortio", About: "the tcp-echo of a load testing tool", source: "fortio.org/fortio",
+		module: "fortio.org/fortio",
 		args: func(address, _ string) []string {
 			return []string{"tcp-echo", "-quiet", "-tcp-port", address}
 		},
@@ -113,7 +137,8 @@ func build(ctx context.Context, dir string, c contender) (b built, err error) {
 				return b, err
 			}
 		}
-		if err := run(ctx, where, "go", "build", "-trimpath", "-buildvcs=false", "-tags", c.tags, "-o", binary, source); err != nil {
+		if err := run(ctx, where, "go", "build", "-trimpath", "-buildvcs=false", "-tags", c.tags, "-o", binary,
+			source); err != nil {
 			return b, err
 		}
 		switch {

@@ -374,6 +374,7 @@ func thisMachine() (m machine, err error) {
 	}
 	return machine{
 		CPU: cpu, CPUs: runtime.NumCPU(), Memory: info.Totalram * uint64(info.Unit),
-		Kernel: unix.ByteSliceToString(name.Sysname[:]) + " " + unix.ByteSliceToString(name.Release[:]), Go: runtime.Version(),
+		Kernel: unix.ByteSliceToString(name.Sysname[:]) + " " + unix.ByteSliceToString(name.Release[:]),
+		Go:     runtime.Version(),
 	}, nil
 }

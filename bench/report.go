@@ -55,9 +55,12 @@ func write(r *results, out string, summary io.Writer) error {
 
 func (r *results) render(w io.Writer) error {
 	t, err := template.New("report").Funcs(template.FuncMap{
-		"thousands": thousands, "inc": func(n int) int { return n + 1 }, "s": func(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) },
-		"mib": func(b uint64) string { return humanize.IBytes(b) }, "shapes": func() []shape { return shapes }, "messageShapes": func() []shape { return messageShapes },
-		"places": func() []string { return []string{pinnedName, unpinnedName} }, "disturbances": func() []disturbance { return disturbances },
+		"thousands": thousands, "inc": func(n int) int { return n + 1 },
+		"s":   func(d time.Duration) string { return fmt.Sprintf("%.2f", d.Seconds()) },
+		"mib": func(b uint64) string { return humanize.IBytes(b) }, "shapes": func() []shape { return shapes },
+		"messageShapes": func() []shape { return messageShapes },
+		"places":        func() []string { return []string{pinnedName, unpinnedName} },
+		"disturbances":  func() []disturbance { return disturbances },
 	}).Parse(reportTemplate)
 	if err != nil {
 		return err
@@ -67,7 +70,8 @@ func (r *results) render(w io.Writer) error {
 
 // summarize prints the main figures.
 func (r *results) summarize(w io.Writer, report string) error {
-	fmt.Fprintf(w, "CPU time of the server per echo in µs, pinned; connections per second; memory per idle connection in KiB\n\n")
+	fmt.Fprintf(w,
+		"CPU time of the server per echo in µs, pinned; connections per second; memory per idle connection in KiB\n\n")
 	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(tab, "\t")
 	for _, sh := range shapes {
@@ -96,7 +100,8 @@ func (r *results) summarize(w io.Writer, report string) error {
 	fmt.Fprintln(w)
 	if !r.Quick { // one short round is not enough
 		for _, g := range r.Goals() {
-			fmt.Fprintf(w, "%-9s %s: %s (%s)\n", map[bool]string{true: "reached", false: "MISSED"}[g.Reached], g.What, g.Measured, g.Bound)
+			fmt.Fprintf(w, "%-9s %s: %s (%s)\n", map[bool]string{true: "reached", false: "MISSED"}[g.Reached], g.What,
+				g.Measured, g.Bound)
 		}
 	}
 	_, err := fmt.Fprintf(w, "report: %s\n", report)
@@ -130,7 +135,8 @@ func (r *results) Table(place string, sh shape) (lines []line) {
 		lines = append(lines, line{
 			Name: name, Own: name == subject,
 			CPU: microseconds(run.CPUPerEcho()), Range: microseconds(least) + "–" + microseconds(most),
-			Floor: times(r.ratio(place, sh.Name, name, floor, cpu)), Rival: times(r.ratio(place, sh.Name, name, rival, cpu)),
+			Floor:     times(r.ratio(place, sh.Name, name, floor, cpu)),
+			Rival:     times(r.ratio(place, sh.Name, name, rival, cpu)),
 			PerSecond: thousands(int(run.PerSecond())),
 			P50:       milliseconds(p50(run)), P99: milliseconds(p99(run)), P999: milliseconds(p999(run)),
 			Loads: fmt.Sprintf("%.0f %%", 100*run.LoadCPU.Seconds()/run.Elapsed.Seconds()),

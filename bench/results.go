@@ -118,7 +118,8 @@ func median(values []float64) (m float64, ok bool) {
 // leastMemory returns the measurement of a contender with the least memory per connection.
 func (r *results) leastMemory(name string, conns int) (least memory, ok bool) {
 	for _, run := range r.Memory {
-		if run.Name == name && run.Memory.Conns == conns && run.Failed == "" && (!ok || run.Memory.perConn() < least.perConn()) {
+		if run.Name == name && run.Memory.Conns == conns && run.Failed == "" &&
+			(!ok || run.Memory.perConn() < least.perConn()) {
 			least, ok = run.Memory, true
 		}
 	}
@@ -235,17 +236,20 @@ func (r *results) Goals() (goals []goal) {
 	for _, sh := range rivalShapes {
 		rival := r.bestRival(pinnedName, sh.Name)
 		if times, ok := r.ratio(pinnedName, sh.Name, subject, rival, cpu); ok {
-			add(atMost(times, 1), "CPU time per echo, "+sh.Title, "at most that of the best of gnet, netpoll, nbio and net with io.Copy",
+			add(atMost(times, 1), "CPU time per echo, "+sh.Title,
+				"at most that of the best of gnet, netpoll, nbio and net with io.Copy",
 				"%.2f times that of %s", times, rival)
 		}
 	}
 	first := shapes[0]
 	if times, ok := r.ratio(pinnedName, first.Name, subject, floor, cpu); ok {
-		add(atMost(times, 1.4), "CPU time per echo, "+first.Title, "at most 1.4 times that of the floor", "%.2f times", times)
+		add(atMost(times, 1.4), "CPU time per echo, "+first.Title, "at most 1.4 times that of the floor",
+			"%.2f times", times)
 	}
 	const many = 15000
 	if m, ok := r.leastMemory(subject, many); ok {
-		add(atMost(m.perConn()/kib, 4), "memory per idle connection, of 15,000", "at most 4.0 KiB resident", "%.2f KiB", m.perConn()/kib)
+		add(atMost(m.perConn()/kib, 4), "memory per idle connection, of 15,000", "at most 4.0 KiB resident",
+			"%.2f KiB", m.perConn()/kib)
 	}
 	if len(r.Drains) > 0 {
 		var told, closed time.Duration
@@ -254,25 +258,30 @@ func (r *results) Goals() (goals []goal) {
 			told, closed, first = max(told, d.LastTold), max(closed, d.LastClosed), min(first, d.FirstClosed)
 		}
 		late := closed - grace
-		add(told <= time.Second/2, thousands(r.Crowd)+" clients told of a drain", "within 0.5 s of the signal", "%.2f s", told.Seconds())
-		add(late <= time.Second && first >= grace, thousands(r.Crowd)+" connections closed", "not before the deadline, and within 1 s after it",
+		add(told <= time.Second/2, thousands(r.Crowd)+" clients told of a drain", "within 0.5 s of the signal",
+			"%.2f s", told.Seconds())
+		add(late <= time.Second && first >= grace, thousands(r.Crowd)+" connections closed",
+			"not before the deadline, and within 1 s after it",
 			"%.2f s to %.2f s after it", (first - grace).Seconds(), late.Seconds())
 	}
 	if times, ok := r.ratio(pinnedName, churn, subject, net4KiB, perSecond); ok {
-		add(math.Round(100*times) >= 100, "connections opened, used once and closed, per second", "at least as many as with package net and a goroutine each",
+		add(math.Round(100*times) >= 100, "connections opened, used once and closed, per second",
+			"at least as many as with package net and a goroutine each",
 			"%.2f times as many", times)
 	}
 	for _, place := range []string{pinnedName, unpinnedName} {
 		with, ok := median(r.beside(place, first.Name, listing, p99))
 		without, _ := median(r.beside(place, first.Name, disturbances[0].Name, p99))
 		if ok && without > 0 {
-			add(atMost(with/without, 1.5), "p99 of the echo while "+thousands(r.Crowd)+" connections are listed every second, "+place,
+			add(atMost(with/without, 1.5), "p99 of the echo while "+thousands(r.Crowd)+
+				" connections are listed every second, "+place,
 				"at most 1.5 times that without", "%.2f times", with/without)
 		}
 	}
 	for _, d := range disturbances[1:] {
 		if held, ok := r.delay(d.Name); ok {
-			add(atMost(held, 10), "delay of other clients by "+d.Name+" to "+thousands(r.Crowd)+" connections", "at most 10 ms", "%.1f ms", held)
+			add(atMost(held, 10), "delay of other clients by "+d.Name+" to "+thousands(r.Crowd)+" connections",
+				"at most 10 ms", "%.1f ms", held)
 		}
 	}
 	return goals

@@ -101,7 +101,8 @@ func (s *suite) runShapes(ctx context.Context) error {
 						return context.Cause(ctx)
 					}
 					s.results.Runs = append(s.results.Runs, shapeRun{
-						Place: place.Name, Shape: shape.Name, Name: b.Name, Round: round, Result: r, Failed: reason(err),
+						Place: place.Name, Shape: shape.Name, Name: b.Name, Round: round, Result: r,
+						Failed: reason(err),
 					})
 					if err != nil {
 						s.say("  %s: %v", b.Name, err)
@@ -299,7 +300,8 @@ func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) (e
 			}
 			for i := range disturbances {
 				d := disturbances[(i+round)%len(disturbances)]
-				s.say("%s next to %s idle ones, %s, with %s, round %d", sh.Title, thousands(s.crowd), place.Name, d.Name, round+1)
+				s.say("%s next to %s idle ones, %s, with %s, round %d", sh.Title, thousands(s.crowd), place.Name,
+					d.Name, round+1)
 				run, err := s.disturbed(ctx, p, sh, place, d)
 				if err != nil {
 					return fmt.Errorf("with %s: %w", d.Name, err)
@@ -312,7 +314,9 @@ func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) (e
 }
 
 // disturbed measures with d once a second.
-func (s *suite) disturbed(ctx context.Context, p *process, sh shape, place placement, d disturbance) (run besideRun, err error) {
+func (s *suite) disturbed(ctx context.Context, p *process, sh shape, place placement,
+	d disturbance,
+) (run besideRun, err error) {
 	run = besideRun{Place: place.Name, Shape: sh.Name, Disturbance: d.Name}
 	d.Socket, d.Crowd = controlSocket(p.dir), s.crowd
 	operator, err := startLoad(ctx, jobDisturb, d, place.load)
@@ -383,7 +387,8 @@ func (d disturbance) once(client *http.Client) error {
 		return err
 	}
 	if told.Sent < d.Crowd {
-		return fmt.Errorf("%d clients were told and %d were not, want at least %d told", told.Sent, told.Failed, d.Crowd)
+		return fmt.Errorf("%d clients were told and %d were not, want at least %d told", told.Sent,
+			told.Failed, d.Crowd)
 	}
 	return nil
 }

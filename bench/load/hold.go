@@ -139,7 +139,8 @@ func (h *Held) Drain() (d Drained, err error) {
 			continue
 		}
 		if err != nil || n == 0 {
-			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open after a minute without events", open, len(r.streams)))
+			return d, errors.Join(err, fmt.Errorf("%d of %d connections are still open after a minute without events",
+				open, len(r.streams)))
 		}
 		for _, e := range events[:n] {
 			text, err := r.readText(int(e.Fd))

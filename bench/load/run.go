@@ -222,7 +222,8 @@ func (r *runner) finish() error {
 		}
 		now := r.now()
 		if now >= end {
-			return fmt.Errorf("on %d of %d connections the echo did not come within %v", waiting, len(r.streams), timeout)
+			return fmt.Errorf("on %d of %d connections the echo did not come within %v", waiting,
+				len(r.streams), timeout)
 		}
 		if err := r.until(min(now+10*time.Millisecond, end)); err != nil {
 			return err
