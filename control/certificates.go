@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"strings"
 	"time"
 
 	"echod/server"
@@ -63,6 +64,52 @@ func wireCertificates(c Certificates) []Certificate {
 		})
 	}
 	return out
+}
+
+// hasIdentity reports whether a name in the client's certificate matches pattern: its subject, as it is listed, the
+// subject's common name, or an alternative name. In the pattern, * stands for any text. Every client matches an empty one.
+func hasIdentity(c server.ConnInfo, pattern string) bool {
+	if pattern == "" {
+		return true
+	}
+	subject, ok := c.Labels[server.LabelSubject]
+	if !ok {
+		return false
+	}
+	if matchesPattern(subject, pattern) {
+		return true
+	}
+	for part := range strings.SplitSeq(subject, ",") {
+		if name, ok := strings.CutPrefix(part, "CN="); ok && matchesPattern(name, pattern) {
+			return true
+		}
+	}
+	for name := range strings.SplitSeq(c.Labels[server.LabelNames], ",") {
+		if name != "" && matchesPattern(name, pattern) {
+			return true
+		}
+	}
+	return false
+}
+
+// matchesPattern reports whether s is pattern, in which * stands for any text.
+func matchesPattern(s, pattern string) bool {
+	first, rest, found := strings.Cut(pattern, "*")
+	s, ok := strings.CutPrefix(s, first)
+	if !found || !ok {
+		return ok && s == ""
+	}
+	for {
+		var part string
+		part, rest, found = strings.Cut(rest, "*")
+		if !found {
+			return strings.HasSuffix(s, part)
+		}
+		_, s, ok = strings.Cut(s, part)
+		if !ok {
+			return false
+		}
+	}
 }
 
 // ReloadCertificates makes the server load its certificates again if their files have changed.

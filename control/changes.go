@@ -79,15 +79,14 @@ func (p *Plane) deleteConn(w *response, r *http.Request) error {
 }
 
 func (p *Plane) deleteConns(w *response, r *http.Request) error {
-	var all bool
-	minIdle := time.Duration(-1)
-	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle)}); err != nil {
+	all, minIdle, identity := false, time.Duration(-1), ""
+	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle), "identity": text(&identity)}); err != nil {
 		return err
 	}
-	if all == (minIdle >= 0) {
-		return invalid("all", "say which connections: either all=true or min_idle")
+	if all == (minIdle >= 0 || identity != "") {
+		return invalid("all", "say which connections: either all=true, or min_idle, identity or both")
 	}
-	n := p.srv.KillFunc(func(c server.ConnInfo) bool { return all || c.Idle >= minIdle })
+	n := p.srv.KillFunc(func(c server.ConnInfo) bool { return c.Idle >= minIdle && hasIdentity(c, identity) })
 	return p.answerChange(w, Change{Changed: n > 0, Killed: &n})
 }
 

@@ -100,7 +100,7 @@ func testKillOne(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		r.echoClient(t)
 		doomed := r.echoClient(t)
-		id := must[Conns](t)(r.client.Conns(t.Context(), -1, 0)).Connections[1].ID
+		id := must[Conns](t)(r.client.Conns(t.Context(), -1, ConnFilter{})).Connections[1].ID
 
 		change := must[Change](t)(r.client.Kill(t.Context(), id))
 		wantEqual(t, "kill", change, Change{Changed: true, State: "running", Killed: new(1)})
@@ -122,7 +122,7 @@ func testKillMany(t *testing.T) {
 		r.echoClient(t)
 		time.Sleep(time.Second)
 
-		change := must[Change](t)(r.client.KillIdle(t.Context(), 30*time.Second))
+		change := must[Change](t)(r.client.KillMatching(t.Context(), ConnFilter{MinIdle: 30 * time.Second}))
 		wantEqual(t, "kill of the idle", change, Change{Changed: true, State: "running", Killed: new(1)})
 		r.awaitConns(t, 2)
 		change = must[Change](t)(r.client.KillAll(t.Context()))

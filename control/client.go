@@ -159,14 +159,28 @@ func (c *Client) Status(ctx context.Context) (out Status, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/status", nil, nil, &out)
 }
 
-// Conns returns up to limit open connections (negative: all) that have been idle for at least minIdle.
-func (c *Client) Conns(ctx context.Context, limit int, minIdle time.Duration) (out Conns, err error) {
+// ConnFilter says which connections are meant. The zero value means all.
+type ConnFilter struct {
+	MinIdle  time.Duration // no byte has moved for at least this long
+	Identity string        // the client's certificate has this name; * stands for any text
+}
+
+func (f ConnFilter) query() url.Values {
 	query := url.Values{}
+	if f.MinIdle != 0 {
+		query.Set("min_idle", f.MinIdle.String())
+	}
+	if f.Identity != "" {
+		query.Set("identity", f.Identity)
+	}
+	return query
+}
+
+// Conns returns up to limit open connections (negative: all) that match the filter.
+func (c *Client) Conns(ctx context.Context, limit int, filter ConnFilter) (out Conns, err error) {
+	query := filter.query()
 	if limit >= 0 {
 		query.Set("limit", strconv.Itoa(limit))
-	}
-	if minIdle != 0 {
-		query.Set("min_idle", minIdle.String())
 	}
 	return out, c.call(ctx, http.MethodGet, "/v1/conns", query, nil, &out)
 }
@@ -190,9 +204,11 @@ func (c *Client) KillAll(ctx context.Context) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/conns", url.Values{"all": {"true"}}, nil, &out)
 }
 
-// KillIdle closes the connections that have been idle for at least minIdle.
-func (c *Client) KillIdle(ctx context.Context, minIdle time.Duration) (out Change, err error) {
-	return out, c.call(ctx, http.MethodDelete, "/v1/conns", url.Values{"min_idle": {minIdle.String()}}, nil, &out)
+// KillMatching closes the connections that match the filter.
+func (c *Client) KillMatching(ctx context.Context, filter ConnFilter) (out Change, err error) {
+	query := filter.query()
+	query.Set("min_idle", filter.MinIdle.String()) // the server refuses a request without any parameter
+	return out, c.call(ctx, http.MethodDelete, "/v1/conns", query, nil, &out)
 }
 
 // Pause pauses the server until the returned hold is released.

@@ -25,7 +25,10 @@ var calls = []struct {
 	call func(context.Context, *Client) error
 }{
 	{"Status", func(ctx context.Context, c *Client) error { _, err := c.Status(ctx); return err }},
-	{"Conns", func(ctx context.Context, c *Client) error { _, err := c.Conns(ctx, 5, time.Second); return err }},
+	{"Conns", func(ctx context.Context, c *Client) error {
+		_, err := c.Conns(ctx, 5, ConnFilter{MinIdle: time.Second})
+		return err
+	}},
 	{"Closed", func(ctx context.Context, c *Client) error { _, err := c.Closed(ctx, 5); return err }},
 	{"Pause", func(ctx context.Context, c *Client) error { _, err := c.Pause(ctx, PauseRequest{}); return err }},
 	{"ReleaseHold", func(ctx context.Context, c *Client) error { _, err := c.ReleaseHold(ctx, "h1"); return err }},
@@ -43,7 +46,10 @@ var calls = []struct {
 		return err
 	}},
 	{"Kill", func(ctx context.Context, c *Client) error { _, err := c.Kill(ctx, 1); return err }},
-	{"KillIdle", func(ctx context.Context, c *Client) error { _, err := c.KillIdle(ctx, time.Second); return err }},
+	{"KillMatching", func(ctx context.Context, c *Client) error {
+		_, err := c.KillMatching(ctx, ConnFilter{MinIdle: time.Second})
+		return err
+	}},
 	{"KillAll", func(ctx context.Context, c *Client) error { _, err := c.KillAll(ctx); return err }},
 	{"Shutdown", func(ctx context.Context, c *Client) error { _, err := c.Shutdown(ctx, ShutdownRequest{}); return err }},
 }
@@ -265,10 +271,13 @@ func testRequests(t *testing.T) {
 			want string
 			call func() error
 		}{
-			{`GET /v1/conns`, func() error { _, err := c.Conns(t.Context(), -1, 0); return err }},
-			{`GET /v1/conns?limit=0&min_idle=1.5s`, func() error { _, err := c.Conns(t.Context(), 0, 1500*time.Millisecond); return err }},
+			{`GET /v1/conns`, func() error { _, err := c.Conns(t.Context(), -1, ConnFilter{}); return err }},
+			{`GET /v1/conns?identity=%2A.example&limit=0&min_idle=1.5s`, func() error {
+				_, err := c.Conns(t.Context(), 0, ConnFilter{MinIdle: 1500 * time.Millisecond, Identity: "*.example"})
+				return err
+			}},
 			{`GET /v1/conns/closed`, func() error { _, err := c.Closed(t.Context(), -1); return err }},
-			{`DELETE /v1/conns?min_idle=0s`, func() error { _, err := c.KillIdle(t.Context(), 0); return err }},
+			{`DELETE /v1/conns?min_idle=0s`, func() error { _, err := c.KillMatching(t.Context(), ConnFilter{}); return err }},
 			{`DELETE /v1/conns?all=true`, func() error { _, err := c.KillAll(t.Context()); return err }},
 			{`DELETE /v1/conns/7`, func() error { _, err := c.Kill(t.Context(), 7); return err }},
 			{`DELETE /v1/holds/a%20b%3Fc`, func() error { _, err := c.ReleaseHold(t.Context(), "a b?c"); return err }},
@@ -346,7 +355,7 @@ func testSilentServer(t *testing.T) {
 				_, _ = io.WriteString(conn, string(b))
 			}
 		})
-		must[Conns](t)(c.Conns(t.Context(), -1, 0))
+		must[Conns](t)(c.Conns(t.Context(), -1, ConnFilter{}))
 	})
 }
 

@@ -19,8 +19,8 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 }
 
 func (p *Plane) getConns(w *response, r *http.Request) error {
-	limit, minIdle := -1, time.Duration(0)
-	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle)}); err != nil {
+	limit, minIdle, identity := -1, time.Duration(0), ""
+	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle), "identity": text(&identity)}); err != nil {
 		return err
 	}
 	list := newConnWriter(w)
@@ -28,7 +28,7 @@ func (p *Plane) getConns(w *response, r *http.Request) error {
 		if limit >= 0 && list.length >= limit {
 			break
 		}
-		if c.Idle >= minIdle && list.add(wireConn(c)) != nil {
+		if c.Idle >= minIdle && hasIdentity(c, identity) && list.add(wireConn(c)) != nil {
 			return nil // the caller has gone
 		}
 	}

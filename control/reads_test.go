@@ -57,7 +57,7 @@ func testConnList(t *testing.T) {
 			time.Sleep(10 * time.Second)
 		}
 		ids := func(limit int, minIdle time.Duration) (ids []uint64) {
-			for _, c := range must[Conns](t)(r.client.Conns(t.Context(), limit, minIdle)).Connections {
+			for _, c := range must[Conns](t)(r.client.Conns(t.Context(), limit, ConnFilter{MinIdle: minIdle})).Connections {
 				ids = append(ids, c.ID)
 			}
 			return ids
@@ -68,7 +68,7 @@ func testConnList(t *testing.T) {
 		wantEqual(t, "idle for 20 s", ids(-1, 20*time.Second), []uint64{1, 2})
 		wantEqual(t, "idle for 20 s, one at most", ids(1, 20*time.Second), []uint64{1})
 
-		first := must[Conns](t)(r.client.Conns(t.Context(), 1, 0)).Connections[0]
+		first := must[Conns](t)(r.client.Conns(t.Context(), 1, ConnFilter{})).Connections[0]
 		wantEqual(t, "the oldest", first, Conn{
 			ID: 1, Remote: "pipe", Local: "pipe", State: "serving", Opened: began, IdleSeconds: 30, BytesIn: 6, BytesOut: 6,
 		})

@@ -57,7 +57,7 @@ func TestIPv6(t *testing.T) {
 	e := start(t, "--listen", "[::1]:0", "--max-conns-per-ip", "1", "--grace", "20s")
 	p := e.served()
 	check(t, e.dial().expectRest("BUSY\n"))
-	conns, err := e.control.Conns(within(t, patience), 1, 0)
+	conns, err := e.control.Conns(within(t, patience), 1, control.ConnFilter{})
 	check(t, err)
 	if got := conns.Connections[0].Remote; got != p.LocalAddr().String() {
 		t.Errorf("the client is %s, want %s", got, p.LocalAddr())

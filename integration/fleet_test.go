@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"echod/control"
 )
 
 // freePorts returns n free ports.
@@ -255,7 +257,7 @@ func TestRollingRestart(t *testing.T) {
 	check(t, p.echo("hello\n"))
 	found := false
 	for _, node := range f.nodes {
-		list, err := node.control.Conns(t.Context(), -1, 0)
+		list, err := node.control.Conns(t.Context(), -1, control.ConnFilter{})
 		check(t, err)
 		for _, c := range list.Connections {
 			found = found || c.Remote == p.LocalAddr().String()

@@ -452,7 +452,7 @@ func TestNothingStaysInFinWait1(t *testing.T) {
 		leaves bool // the kernel goes on with the connections after the server has closed them
 	}{
 		"of killed clients": {func(t *testing.T, e *echod) {
-			conns, err := e.control.Conns(within(t, patience), -1, 0)
+			conns, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 			check(t, err)
 			for _, c := range conns.Connections {
 				_, err := e.control.Kill(within(t, patience), c.ID)

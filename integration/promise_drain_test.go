@@ -531,7 +531,7 @@ func (e *echod) expectTold(peers []*peer, begun time.Time, notice string) {
 func (e *echod) awaitBlocked(n int) {
 	e.t.Helper()
 	poll(e.t, fmt.Sprintf("%d connections that cannot be written to", n), func() bool {
-		conns, err := e.control.Conns(within(e.t, patience), -1, 50*time.Millisecond)
+		conns, err := e.control.Conns(within(e.t, patience), -1, control.ConnFilter{MinIdle: 50 * time.Millisecond})
 		check(e.t, err)
 		blocked := 0
 		for _, c := range conns.Connections {

@@ -17,7 +17,7 @@ import (
 // admitted lists the open connections that have passed the gate, by id.
 func (e *echod) admitted() (ids []uint64) {
 	e.t.Helper()
-	conns, err := e.control.Conns(within(e.t, patience), -1, 0)
+	conns, err := e.control.Conns(within(e.t, patience), -1, control.ConnFilter{})
 	check(e.t, err)
 	for _, c := range conns.Connections {
 		if c.State != "waiting" {
@@ -120,7 +120,7 @@ func TestG3ResumeServesTheQueue(t *testing.T) {
 	}
 	each(t, clients, func(i int) error { return peers[i].expect(fmt.Sprintf("sent by %d during the pause\n", i)) })
 
-	conns, err := e.control.Conns(within(t, patience), -1, 0)
+	conns, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 	check(t, err)
 	var got []string
 	for _, c := range conns.Connections { // in the order in which they were accepted

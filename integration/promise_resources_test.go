@@ -41,7 +41,7 @@ func TestG9NothingLeaks(t *testing.T) {
 	peers := used.crowd(200)
 	each(t, 100, func(i int) error { return peers[i].leave() })
 	each(t, 50, func(i int) error { return peers[100+i].vanish() })
-	conns, err := used.control.Conns(within(t, patience), -1, 0)
+	conns, err := used.control.Conns(within(t, patience), -1, control.ConnFilter{})
 	check(t, err)
 	for _, c := range conns.Connections[1:] {
 		_, _ = used.control.Kill(within(t, patience), c.ID) // an error for those that have just left

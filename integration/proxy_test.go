@@ -7,6 +7,8 @@ import (
 	"net"
 	"strings"
 	"testing"
+
+	"echod/control"
 )
 
 // Headers, written by hand from the PROXY protocol's specification. They name the client 203.0.113.9 or 2001:db8::9.
@@ -50,7 +52,7 @@ func TestProxyClientAddress(t *testing.T) {
 			if client == "" {
 				client = p.LocalAddr().String()
 			}
-			list, err := e.control.Conns(within(t, patience), -1, 0)
+			list, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 			check(t, err)
 			if len(list.Connections) != 1 || list.Connections[0].Remote != client {
 				t.Errorf("listed %+v, want one connection from %s", list.Connections, client)
@@ -166,7 +168,7 @@ func TestProxyHeaderFromUntrustedIsData(t *testing.T) {
 	e := start(t, "--proxy-protocol", "10.0.0.0/8,192.168.0.1")
 	p := e.dial()
 	check(t, p.echo(headerV1))
-	list, err := e.control.Conns(within(t, patience), -1, 0)
+	list, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 	check(t, err)
 	if want := p.LocalAddr().String(); len(list.Connections) != 1 || list.Connections[0].Remote != want {
 		t.Errorf("listed %+v, want one connection from %s", list.Connections, want)

@@ -16,11 +16,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
+
+	"echod/control"
 )
 
 var (
@@ -30,6 +33,13 @@ var (
 
 // certificate makes a certificate for localhost that signs itself, and writes it to cert.pem and key.pem in dir.
 func certificate(t testing.TB, dir, name string) (pool *x509.CertPool) {
+	t.Helper()
+	_, pool = keyPair(t, dir, name)
+	return pool
+}
+
+// keyPair is certificate. It also returns the certificate with its key.
+func keyPair(t testing.TB, dir, name string) (pair tls.Certificate, pool *x509.CertPool) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	check(t, err)
@@ -51,7 +61,7 @@ func certificate(t testing.TB, dir, name string) (pool *x509.CertPool) {
 	}
 	pool = x509.NewCertPool()
 	pool.AppendCertsFromPEM(cert)
-	return pool
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
 }
 
 // startTLS starts a server with TLS. It returns the directory of its certificate, and what its clients trust.
@@ -221,6 +231,42 @@ func TestTLSCertificatesAreReplacedUnderLoad(t *testing.T) {
 	}
 }
 
+// TestTLSIdentity selects clients by the names in their certificates.
+func TestTLSIdentity(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	clients := make(map[string]tls.Certificate)
+	var authorities []byte
+	for _, name := range []string{"worker 1", "worker 2", "other"} {
+		clients[name], _ = keyPair(t, dir, name)
+		authorities = append(authorities, readFile(t, filepath.Join(dir, "cert.pem"))...)
+	}
+	ca := filepath.Join(dir, "authorities.pem")
+	check(t, os.WriteFile(ca, authorities, 0o600))
+	e, _, roots := startTLS(t, "--tls-client-ca", ca)
+	for name, cert := range clients {
+		c, err := tls.Dial("tcp", e.addr, &tls.Config{RootCAs: roots, ServerName: "localhost", Certificates: []tls.Certificate{cert}})
+		check(t, err)
+		defer c.Close()
+		check(t, c.SetDeadline(time.Now().Add(patience)))
+		_, err = io.WriteString(c, name+"\n")
+		check(t, err)
+		_, err = io.ReadFull(c, make([]byte, len(name)+1))
+		check(t, err)
+	}
+	got := e.ctl("conns", "--identity", "worker*")
+	if lines := strings.Count(got.stdout, "CN=worker"); got.code != 0 || lines != 2 || strings.Contains(got.stdout, "other") {
+		t.Errorf("ctl conns: %+v, want both workers", got)
+	}
+	if got := e.ctl("kill", "--identity", "worker 1"); got.code != 0 || got.stdout != "killed 1 connection\n" {
+		t.Errorf("ctl kill: %+v, want one", got)
+	}
+	poll(t, "one worker to be gone", func() bool { return strings.Count(e.ctl("conns", "--identity", "*").stdout, "CN=") == 2 })
+	if got := e.ctl("conns", "--identity", "worker 1"); strings.Contains(got.stdout, "CN=") {
+		t.Errorf("ctl conns: %+v, want none", got)
+	}
+}
+
 // TestTLSCredentials proves what packages rely on: the certificate comes from systemd's credentials.
 func TestTLSCredentials(t *testing.T) {
 	t.Parallel()
@@ -247,7 +293,7 @@ func TestUnixProxy(t *testing.T) {
 	check(t, err)
 	_, err = io.ReadFull(c, make([]byte, len("hello\n")))
 	check(t, err)
-	list, err := e.control.Conns(within(t, patience), -1, 0)
+	list, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 	check(t, err)
 	if got := list.Connections[0].Remote; got != "203.0.113.9:5555" {
 		t.Errorf("listed as %s, want the client that the proxy names", got)
@@ -277,7 +323,7 @@ func TestUnixEcho(t *testing.T) {
 	got := make([]byte, len("hello\n"))
 	_, err = io.ReadFull(c, got)
 	check(t, err)
-	list, err := e.control.Conns(within(t, patience), -1, 0)
+	list, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})
 	check(t, err)
 	if want := fmt.Sprintf("uid=%d,pid=%d", os.Getuid(), os.Getpid()); list.Connections[0].Remote != want {
 		t.Errorf("listed as %s, want %s", list.Connections[0].Remote, want)

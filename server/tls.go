@@ -221,7 +221,10 @@ func (c *Conn) labelIdentity() {
 	for _, uri := range leaf.URIs {
 		names = append(names, uri.String())
 	}
-	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String())) // a label that labelText made is valid
+	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String()))         // a label that labelText made is valid
+	for len(strings.Join(names, ",")) > maxLabelLength && len(names) > 1 { // half a name could be another client's
+		names = names[:len(names)-1]
+	}
 	_ = c.SetLabel(LabelNames, labelText(strings.Join(names, ",")))
 }
 

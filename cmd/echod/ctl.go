@@ -20,6 +20,7 @@ import (
 
 	"echod/control"
 	"echod/internal/text"
+	"echod/server"
 )
 
 func newCtlCommand() *cobra.Command {
@@ -176,7 +177,7 @@ func describeCaller(uid, pid int) string {
 
 func (ctl *ctl) connsCommand() *cobra.Command {
 	var limit int
-	var minIdle time.Duration
+	var filter control.ConnFilter
 	cmd := &cobra.Command{
 		Use:   "conns",
 		Short: "List the open connections, oldest first",
@@ -186,22 +187,33 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 				return usagef("--limit %d: want a number, or -1 for all", limit)
 			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				list, err := c.Conns(ctx, limit, minIdle)
+				list, err := c.Conns(ctx, limit, filter)
 				if err != nil {
 					return err
 				}
-				return table(out, "ID\tREMOTE\tLOCAL\tSTATE\tOPEN\tIDLE\tIN\tOUT\tNOTIFIED", func(row func(...any)) {
+				header, identified := "ID\tREMOTE\tLOCAL\tSTATE\tOPEN\tIDLE\tIN\tOUT\tNOTIFIED", false
+				if slices.ContainsFunc(list.Connections, func(c control.Conn) bool { return c.Labels[server.LabelSubject] != "" }) {
+					header, identified = header+"\tIDENTITY", true
+				}
+				return table(out, header, func(row func(...any)) {
 					for _, c := range list.Connections {
-						row(c.ID, c.Remote, c.Local, c.State, span(time.Since(c.Opened)), seconds(c.IdleSeconds),
-							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified))
+						cells := []any{
+							c.ID, c.Remote, c.Local, c.State, span(time.Since(c.Opened)), seconds(c.IdleSeconds),
+							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified),
+						}
+						if identified {
+							cells = append(cells, text.Printable(cmp.Or(c.Labels[server.LabelSubject], "-")))
+						}
+						row(cells...)
 					}
 				})
 			})
 		},
 	}
 	cmd.Flags().IntVar(&limit, "limit", -1, "list at most this `number`; -1 is all")
-	cmd.Flags().DurationVar(&minIdle, "min-idle", 0,
+	cmd.Flags().DurationVar(&filter.MinIdle, "min-idle", 0,
 		"only connections without traffic for this `time`")
+	cmd.Flags().StringVar(&filter.Identity, "identity", "", "only "+identityUsage)
 	return cmd
 }
 
@@ -394,22 +406,26 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 	}
 }
 
+// identityUsage describes --identity.
+const identityUsage = "clients whose certificate has this `name`: the\n" +
+	"subject, its common name or an alternative name; * stands for\nany text"
+
 func (ctl *ctl) killCommand() *cobra.Command {
 	var all bool
-	var minIdle time.Duration
+	var filter control.ConnFilter
 	cmd := &cobra.Command{
-		Use:   "kill ID... | --min-idle TIME | --all",
+		Use:   "kill ID... | --min-idle TIME | --identity NAME | --all",
 		Short: "Close connections, after writing back what was read",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			idle := cmd.Flags().Changed("min-idle")
+			filtered := cmd.Flags().Changed("min-idle") || filter.Identity != ""
 			ways := 0
-			for _, given := range []bool{len(args) > 0, idle, all} {
+			for _, given := range []bool{len(args) > 0, filtered, all} {
 				if given {
 					ways++
 				}
 			}
 			if ways != 1 {
-				return usagef("want exactly one of: connection ids, --min-idle or --all")
+				return usagef("want exactly one of: connection ids, --min-idle or --identity, --all")
 			}
 			ids := make([]uint64, len(args))
 			for i, arg := range args {
@@ -424,8 +440,8 @@ func (ctl *ctl) killCommand() *cobra.Command {
 				case all:
 					change, err := c.KillAll(ctx)
 					return printKilled(out, change, err)
-				case idle:
-					change, err := c.KillIdle(ctx, minIdle)
+				case filtered:
+					change, err := c.KillMatching(ctx, filter)
 					return printKilled(out, change, err)
 				}
 				var errs []error
@@ -441,7 +457,8 @@ func (ctl *ctl) killCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "every connection")
-	cmd.Flags().DurationVar(&minIdle, "min-idle", 0, "connections without traffic for this `time`")
+	cmd.Flags().DurationVar(&filter.MinIdle, "min-idle", 0, "connections without traffic for this `time`")
+	cmd.Flags().StringVar(&filter.Identity, "identity", "", identityUsage)
 	return cmd
 }
 

@@ -155,7 +155,7 @@ func (f *feed) listOnce(ctx context.Context) (listMsg, error) {
 	ctx, cancel := withTimeout(ctx, listTimeout)
 	defer cancel()
 	msg := listMsg{began: time.Now()}
-	open, err := f.client.Conns(ctx, maxRows, 0)
+	open, err := f.client.Conns(ctx, maxRows, control.ConnFilter{})
 	if err != nil {
 		return msg, err
 	}
