@@ -51,12 +51,38 @@ func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener,
 	return s, nil
 }
 
-func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
-	opts.Name = cmp.Or(opts.Name, "control socket")
-	full, err := filepath.Abs(path)
+// Check reports what would keep Listen from opening a socket at path. It creates nothing. That a server uses the socket
+// already is no error.
+func Check(path string, opts SocketOptions) error {
+	full, err := socketPath(path)
+	if err == nil {
+		err = checkWritable(filepath.Dir(full))
+	}
+	if err == nil {
+		if info, statErr := os.Lstat(full); statErr == nil && info.Mode().Type() != fs.ModeSocket {
+			err = errNotSocket
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", cmp.Or(opts.Name, "control socket"), full, bare(err))
+	}
+	return nil
+}
+
+// socketPath returns the absolute path for a socket's path.
+func socketPath(path string) (full string, err error) {
+	full, err = filepath.Abs(path)
 	if err == nil && len(path) > maxSocketPath { // other clients could not connect to it
 		err = errPathTooLong(path)
 	}
+	return full, err
+}
+
+var errNotSocket = errors.New("a file that is not a socket is in the way: remove it, or choose another path")
+
+func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
+	opts.Name = cmp.Or(opts.Name, "control socket")
+	full, err := socketPath(path)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, err)
 	}
@@ -139,7 +165,7 @@ func removeDead(ctx context.Context, path string) error {
 	case err != nil:
 		return bare(err)
 	case info.Mode().Type() != fs.ModeSocket:
-		return errors.New("a file that is not a socket is in the way: remove it, or choose another path")
+		return errNotSocket
 	}
 	if err := checkDead(ctx, path); err != nil {
 		return err

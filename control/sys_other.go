@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"syscall"
 )
 
@@ -36,6 +37,12 @@ func shortPath(path string) (address string, done func(), err error) {
 		return "", nil, errPathTooLong(path)
 	}
 	return path, func() {}, nil
+}
+
+// checkWritable reports whether dir exists.
+func checkWritable(dir string) error {
+	_, err := os.Stat(dir)
+	return err
 }
 
 // wsaECONNREFUSED is Windows Sockets' connection refused.

@@ -127,6 +127,9 @@ func checkDirectory(dir string) error {
 	return nil
 }
 
+// checkWritable reports whether this process may make files in dir.
+func checkWritable(dir string) error { return unix.Access(dir, unix.W_OK|unix.X_OK) }
+
 func isRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
 
 // isBusy reports whether a connect failed because the socket's queue is full.

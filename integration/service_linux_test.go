@@ -376,7 +376,7 @@ func (s *systemd) testStartFailure(t *testing.T) {
 	if took := time.Since(began); took < 4*time.Second {
 		t.Errorf("two retries within %v", took)
 	}
-	if len(s.entries(t, "PRIORITY=3", `MESSAGE=echod: environment variable ECHOD_GRACE="soon": invalid value for --grace`)) == 0 {
+	if len(s.entries(t, "PRIORITY=3", `MESSAGE=echod: environment variable ECHOD_GRACE: invalid argument "soon" for "--grace" flag: time: invalid duration "soon"`)) == 0 {
 		t.Error("the journal does not have the reason with error priority")
 	}
 }

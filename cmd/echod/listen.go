@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -126,33 +127,55 @@ func inheritSockets() (s sockets, err error) {
 	return s, err
 }
 
+// echoAddress is an address of --listen.
+type echoAddress struct {
+	path     string // of a Unix socket
+	hostPort string
+	tls      bool
+}
+
+// parseEchoAddress parses an address of --listen. All errors are usage errors.
+func parseEchoAddress(address string) (a echoAddress, err error) {
+	if path, ok := strings.CutPrefix(address, unixScheme); ok {
+		if !filepath.IsAbs(path) {
+			return a, usagef("--listen %s: want an absolute path, as in unix:///run/echod/echo.sock", address)
+		}
+		return echoAddress{path: path}, nil
+	}
+	a.hostPort, a.tls = strings.CutPrefix(address, tlsScheme)
+	a.hostPort = strings.TrimPrefix(a.hostPort, "tcp://")
+	if _, _, err := net.SplitHostPort(a.hostPort); err != nil || strings.Contains(a.hostPort, "://") {
+		return a, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, %s:9998 or %s/path",
+			address, tlsScheme, unixScheme)
+	}
+	return a, nil
+}
+
 // listenEcho listens on all addresses. If 0.0.0.0 and [::] are given with the same port, the latter is for IPv6
 // only, and otherwise for both.
 func (s *sockets) listenEcho(ctx context.Context, addresses []string, opts echoOptions) error {
 	for _, address := range addresses {
-		if strings.HasPrefix(address, unixScheme) {
-			if err := s.listenUnix(ctx, address, opts.unix); err != nil {
+		a, err := parseEchoAddress(address)
+		if err != nil {
+			return err
+		}
+		if a.path != "" {
+			if err := s.listenUnix(ctx, a.path, opts.unix); err != nil {
 				return err
 			}
 			continue
 		}
 		listener := server.Listener{}
-		plain, isTLS := strings.CutPrefix(address, tlsScheme)
-		if isTLS {
+		if a.tls {
 			listener.TLSConfig = opts.certs.Config()
 		}
-		plain = strings.TrimPrefix(plain, "tcp://")
-		host, port, err := net.SplitHostPort(plain)
-		if err != nil || strings.Contains(plain, "://") {
-			return usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, "+
-				"%s:9998 or %s/path", address, tlsScheme, unixScheme)
-		}
+		host, port, _ := net.SplitHostPort(a.hostPort) // parseEchoAddress has checked it
 		if host == "::" && slices.Contains(addresses, "0.0.0.0:"+port) {
 			var lc net.ListenConfig
 			lc.SetMultipathTCP(false) // as server.Listen does
-			listener.Listener, err = lc.Listen(ctx, "tcp6", plain)
+			listener.Listener, err = lc.Listen(ctx, "tcp6", a.hostPort)
 		} else {
-			listener.Listener, err = server.Listen(ctx, plain)
+			listener.Listener, err = server.Listen(ctx, a.hostPort)
 		}
 		if err != nil {
 			return fmt.Errorf("--listen %s: %w", address, withoutAddress(err))
@@ -162,9 +185,9 @@ func (s *sockets) listenEcho(ctx context.Context, addresses []string, opts echoO
 	return nil
 }
 
-// listenHTTP listens for probes and Prometheus. A port alone is on the loopback interface; an address means
-// the same as for --listen.
-func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+// httpAddress returns the address of --http. A port alone is on the loopback interface; an address means the same as
+// for --listen.
+func httpAddress(address string) (hostPort string, err error) {
 	full := address
 	if !strings.Contains(address, ":") {
 		full = "127.0.0.1:" + address
@@ -174,7 +197,16 @@ func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Liste
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return nil, usagef("--http %q: want a port such as 9090, or an address such as :9090", address)
+		return "", usagef("--http %q: want a port such as 9090, or an address such as :9090", address)
+	}
+	return full, nil
+}
+
+// listenHTTP listens for probes and Prometheus.
+func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+	full, err := httpAddress(address)
+	if err != nil {
+		return nil, err
 	}
 	ln, err := server.Listen(ctx, full)
 	if err != nil {

@@ -10,7 +10,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -18,7 +17,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 func main() {
@@ -36,7 +34,7 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(context.Background())
-	return report(cmd, err)
+	return report(cmd, nameVariable(cmd, err))
 }
 
 // buildCommands are commands that only some builds have, see gendocs.go.
@@ -72,50 +70,12 @@ Without a command it serves, like 'echod serve'. To try it:
 	root.SilenceUsage = true
 	root.SuggestionsMinimumDistance = 2
 	root.CompletionOptions.DefaultShellCompDirective = nil // the other commands would inherit it
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
-		text, _, _ := strings.Cut(err.Error(), ": strconv.") // strconv's part repeats the value
-		return usageError{errors.New(text)}
-	})
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{flagError(err)} })
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return setFromEnvironment(cmd) }
 	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newTopCommand())
 	root.AddCommand(newSendCommand(), newLoadCommand(), newPingCommand(), newVersionCommand())
 	root.AddCommand(buildCommands...)
 	return root
-}
-
-// variable returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
-// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the
-// server's environment, and must not take its settings for theirs.
-func variable(cmd *cobra.Command, flag string) string {
-	path := strings.Fields(cmd.CommandPath())
-	name := "echod-"
-	if len(path) > 1 && path[1] != "serve" {
-		name += path[1] + "-"
-	}
-	return strings.ToUpper(strings.ReplaceAll(name+flag, "-", "_"))
-}
-
-// setFromEnvironment sets each flag that was not given from its environment variable, if that is not
-// empty. For a flag that may be repeated the variable holds a comma-separated list.
-func setFromEnvironment(cmd *cobra.Command) error {
-	var err error
-	cmd.Flags().VisitAll(func(f *pflag.Flag) {
-		name := variable(cmd, f.Name)
-		value := os.Getenv(name)
-		if err != nil || f.Changed || value == "" || f.Name == "help" {
-			return
-		}
-		if list, ok := f.Value.(pflag.SliceValue); ok {
-			err = list.Replace(strings.Split(value, ","))
-			f.Changed = true // Replace does not set it
-		} else if cmd.Flags().Set(f.Name, value) != nil {
-			err = fmt.Errorf("invalid value for --%s", f.Name)
-		}
-		if err != nil {
-			err = usagef("environment variable %s=%q: %w", name, value, err)
-		}
-	})
-	return err
 }
 
 // version is set by the linker.

@@ -61,6 +61,9 @@ type serveFlags struct {
 	upgradeTimeout time.Duration
 	upgradeKeep    time.Duration
 
+	checkOnly bool
+	envFile   string
+
 	listenGiven bool // listen is not the default
 }
 
@@ -75,7 +78,13 @@ func newServeCommand(use string) *cobra.Command {
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.listenGiven = cmd.Flags().Changed("listen")
-			return serve(cmd.Context(), f)
+			switch {
+			case f.checkOnly:
+				return checkCommand(cmd, f)
+			case f.envFile != "":
+				return usagef("--env-file: needs --check")
+			}
+			return serve(cmd, f)
 		},
 	}
 	flags := cmd.Flags()
@@ -144,8 +153,12 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.logFormat, "log-format", "",
 		"log `format`: console, json or journal (default: console on a\n"+
 			"terminal, journal under systemd, else json)")
+	flags.BoolVar(&f.checkOnly, "check", false,
+		"check flags, environment, files and addresses, and exit: 0 if the\nserver would start")
+	flags.StringVar(&f.envFile, "env-file", "",
+		"with --check: `file` of variables to check in place of the\nenvironment, such as /etc/default/echod")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	for _, flag := range []string{"control", "tls-cert", "tls-key", "tls-client-ca"} {
+	for _, flag := range []string{"control", "env-file", "tls-cert", "tls-key", "tls-client-ca"} {
 		completesFiles(cmd, flag)
 	}
 	completes(cmd, "tls-client-auth", "require", "optional")
@@ -240,8 +253,33 @@ func socketAccess(prefix, modeText, groupName string) (opts control.SocketOption
 	return opts, nil
 }
 
+// prepared is what serve needs to open its sockets.
+type prepared struct {
+	server  server.Options
+	control control.SocketOptions
+	echo    echoOptions
+}
+
+// prepare checks all flags but addresses, and loads the certificates.
+func (f serveFlags) prepare(log *zap.Logger) (p prepared, err error) {
+	if p.server, err = f.options(log); err != nil {
+		return p, err
+	}
+	if p.control, err = f.socketOptions(); err != nil {
+		return p, err
+	}
+	p.control.Logger = log
+	if p.echo.unix, err = socketAccess("unix", f.unixMode, f.unixGroup); err != nil {
+		return p, err
+	}
+	p.echo.unix.Name, p.echo.unix.Fixed, p.echo.unix.Logger = "echo socket", true, log
+	p.echo.certs, err = f.tls.load(f.listen, log)
+	return p, err
+}
+
 // serve runs the server until it has stopped.
-func serve(ctx context.Context, f serveFlags) (err error) {
+func serve(cmd *cobra.Command, f serveFlags) (err error) {
+	ctx := cmd.Context()
 	// Signals are caught before any socket opens: from the first client on, a signal starts a drain.
 	// Those that arrive before the run group starts wait in the channel.
 	caught := make(chan os.Signal, 16) // signal.Notify drops what does not fit
@@ -266,37 +304,26 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 		return err
 	}
 	defer sink.close()
-	opts, err := f.options(log)
+	p, err := f.prepare(log)
 	if err != nil {
 		return err
 	}
-	socketOpts, err := f.socketOptions()
-	if err != nil {
-		return err
-	}
-	socketOpts.Logger = log
-	unixOpts, err := socketAccess("unix", f.unixMode, f.unixGroup)
-	if err != nil {
-		return err
-	}
-	unixOpts.Name, unixOpts.Fixed, unixOpts.Logger = "echo socket", true, log
-	certs, err := f.tls.load(f.listen, log)
-	if err != nil {
-		return err
-	}
-	opts.OnClose = stats.OnClose
-	srv, err := server.New(server.Echo, opts)
+	p.server.OnClose = stats.OnClose
+	srv, err := server.New(server.Echo, p.server)
 	if err != nil {
 		return err
 	}
 	stats.Watch(srv)
-	sockets, err := f.openOrTakeOver(ctx, srv, taken, socketOpts, log, echoOptions{certs, unixOpts})
+	sockets, err := f.openOrTakeOver(ctx, srv, taken, p.control, log, p.echo)
 	if err != nil {
 		return err
 	}
 	tookOver := taken != nil
 	taken = nil // from now on an error is this process's own
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
+	if err := warnUnknownVariables(log, cmd); err != nil {
+		return err
+	}
 	f.warn(log)
 
 	var g run.Group
@@ -324,7 +351,7 @@ func serve(ctx context.Context, f serveFlags) (err error) {
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)
 	}
-	if certs != nil {
+	if certs := p.echo.certs; certs != nil {
 		planeOpts.Certificates = certs
 		stats.WatchCertificates(certs)
 		g.Add(watchActor(srv, certs))

@@ -130,11 +130,7 @@ func watchActor(srv *server.Server, certs *server.Certificates) (execute func() 
 const unixScheme = "unix://"
 
 // listenUnix opens an echo listener on a Unix socket.
-func (s *sockets) listenUnix(ctx context.Context, address string, opts control.SocketOptions) error {
-	path := strings.TrimPrefix(address, unixScheme)
-	if !filepath.IsAbs(path) {
-		return usagef("--listen %s: want an absolute path, as in unix:///run/echod/echo.sock", address)
-	}
+func (s *sockets) listenUnix(ctx context.Context, path string, opts control.SocketOptions) error {
 	ln, err := control.Listen(ctx, path, opts)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
