@@ -3,6 +3,7 @@ package control
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -240,7 +241,7 @@ type callerKey struct{}
 // it, the audit does not know the caller's uid and pid.
 func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	who := &caller{raw: c}
-	switch outer := c.(type) {
+	switch outer := belowTLS(c).(type) {
 	case probeConn:
 		who.probe = true
 	case *callerConn:
@@ -252,6 +253,14 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 		}
 	}
 	return context.WithValue(ctx, callerKey{}, who)
+}
+
+// belowTLS returns what carries a TLS session, or c itself.
+func belowTLS(c net.Conn) net.Conn {
+	if session, ok := c.(*tls.Conn); ok {
+		return session.NetConn()
+	}
+	return c
 }
 
 // peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil
@@ -281,7 +290,7 @@ func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
 // noteIdle is the http.Server's ConnState. A connection is idle once its answer has been written: when ServeHTTP
 // returns, a part of it is still in a buffer.
 func noteIdle(conn net.Conn, state http.ConnState) {
-	if c, ok := conn.(*callerConn); ok && state == http.StateIdle {
+	if c, ok := belowTLS(conn).(*callerConn); ok && state == http.StateIdle {
 		c.set(func() { c.serving = false })
 		c.asked.Store(false)
 	}

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -53,6 +54,8 @@ type Options struct {
 	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil: there are none.
 	Certificates Certificates
 
+	// TLSConfig makes a Plane made by NewWeb serve HTTPS. It must have a certificate. Nil: it serves HTTP.
+	TLSConfig *tls.Config
 	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
 	// there are no such paths.
 	Debug http.Handler
@@ -317,6 +320,9 @@ func (p *Plane) serve(l *callers) error {
 		defer p.mu.Unlock()
 		p.listeners = slices.DeleteFunc(p.listeners, func(other *callers) bool { return other == l })
 	}()
+	if p.http.TLSConfig != nil {
+		return p.http.ServeTLS(l, "", "")
+	}
 	return p.http.Serve(l)
 }
 

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -37,6 +39,9 @@ type CertificateOptions struct {
 	// Config is what all handshakes have in common, such as MinVersion and ClientAuth. Its Certificates, GetCertificate
 	// and GetConfigForClient are not used. Nil means crypto/tls's defaults.
 	Config *tls.Config
+	// TicketKeys are what Certificates.TicketKeys returned in another process, whose clients can then resume their
+	// sessions with this one. Nil: new keys.
+	TicketKeys []byte
 	// Logger receives what is loaded, what cannot be, and what expires soon. Nil logs nothing.
 	Logger *zap.Logger
 }
@@ -61,6 +66,7 @@ type loadedCertificates struct {
 
 // certificatesState is kept from one check of the files to the next.
 type certificatesState struct {
+	tickets  []ticketKey // the newest first
 	loaded   fingerprint // of the files in use
 	suspect  fingerprint // of files that could not be loaded at the last look
 	reported fingerprint // of files whose error was logged
@@ -85,6 +91,10 @@ func LoadCertificates(opts CertificateOptions) (*Certificates, error) {
 	}
 	s.base.GetCertificate = nil
 	s.base.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return s.current.Load().config, nil }
+	tickets, err := parseTicketKeys(opts.TicketKeys)
+	if err != nil {
+		return nil, err
+	}
 	files, err := s.read()
 	if err != nil {
 		return nil, err
@@ -95,7 +105,9 @@ func LoadCertificates(opts CertificateOptions) (*Certificates, error) {
 	}
 	s.current.Store(loaded)
 	s.state.With(func(st *certificatesState) {
+		st.tickets = tickets
 		st.loaded, st.warned = files.fingerprint(), make(map[string]time.Duration)
+		s.rotateTicketKeys(st, time.Now(), true)
 		s.warnExpiry(st, time.Now())
 	})
 	return s, nil
@@ -122,8 +134,8 @@ func (s *Certificates) Err() (err error) {
 // watchInterval is the time between two looks at the files.
 const watchInterval = time.Second
 
-// Watch loads the files when their contents have changed. It checks once a second. It returns the cause of ctx when
-// that ends. Files that cannot be loaded are logged, and the certificates in use stay. A certificate and its key are
+// Watch loads the files when their contents have changed, and changes the keys of session tickets once a day. It checks
+// once a second. It returns the cause of ctx when that ends. Files that cannot be loaded are logged, and the certificates in use stay. A certificate and its key are
 // seldom replaced at the same instant, so an error is reported only if the next check finds it too.
 func (s *Certificates) Watch(ctx context.Context) error {
 	tick := time.NewTicker(watchInterval)
@@ -141,6 +153,7 @@ func (s *Certificates) Watch(ctx context.Context) error {
 func (s *Certificates) lookAndWarn(now time.Time) {
 	s.state.With(func(st *certificatesState) {
 		_, _ = s.look(st, true) // logged
+		s.rotateTicketKeys(st, now, false)
 		s.warnExpiry(st, now)
 	})
 }
@@ -305,4 +318,62 @@ func (s *Certificates) warnExpiry(st *certificatesState, now time.Time) {
 			break
 		}
 	}
+}
+
+// ticketKey encrypts the session tickets of a day.
+type ticketKey struct {
+	Key     []byte    `json:"key"` // ticketKeySize bytes
+	Created time.Time `json:"created"`
+}
+
+// Bounds of ticket keys. The times are those of crypto/tls.
+const (
+	ticketKeySize = 32
+	ticketKeyUse  = 24 * time.Hour                // for which new tickets are encrypted with a key
+	ticketKeyLife = 7*24*time.Hour + ticketKeyUse // after which all of its tickets have expired
+	maxTicketKeys = int(ticketKeyLife/ticketKeyUse) + 1
+)
+
+// TicketKeys returns the keys of session tickets, for CertificateOptions.TicketKeys in the process that serves next. They
+// are secret: with them, recorded connections of TLS 1.2 clients that resumed a session can be decrypted.
+func (s *Certificates) TicketKeys() (keys []byte) {
+	s.state.With(func(st *certificatesState) { keys, _ = json.Marshal(st.tickets) }) // such a value can always be encoded
+	return keys
+}
+
+// parseTicketKeys returns what TicketKeys has encoded. Its errors do not show the keys.
+func parseTicketKeys(encoded []byte) (keys []ticketKey, err error) {
+	if encoded == nil {
+		return nil, nil
+	}
+	if json.Unmarshal(encoded, &keys) != nil || len(keys) > maxTicketKeys {
+		return nil, errors.New("reading the keys of session tickets: not what Certificates.TicketKeys returns")
+	}
+	for _, k := range keys {
+		if len(k.Key) != ticketKeySize {
+			return nil, fmt.Errorf("reading the keys of session tickets: a key of %d bytes: want %d", len(k.Key), ticketKeySize)
+		}
+	}
+	return keys, nil
+}
+
+// rotateTicketKeys makes a new key if the newest has been used for long enough, and forgets those whose tickets have
+// expired. With apply, it puts keys into effect that have not changed.
+func (s *Certificates) rotateTicketKeys(st *certificatesState, now time.Time, apply bool) {
+	if len(st.tickets) == 0 || now.Sub(st.tickets[0].Created) >= ticketKeyUse {
+		fresh := ticketKey{Key: make([]byte, ticketKeySize), Created: now}
+		_, _ = rand.Read(fresh.Key) // never fails
+		st.tickets = slices.Insert(st.tickets, 0, fresh)
+		apply = true
+	}
+	if !apply {
+		return
+	}
+	st.tickets = slices.DeleteFunc(st.tickets, func(k ticketKey) bool { return now.Sub(k.Created) >= ticketKeyLife })
+	var keys [][ticketKeySize]byte
+	for _, k := range st.tickets {
+		keys = append(keys, [ticketKeySize]byte(k.Key))
+	}
+	s.base.SetSessionTicketKeys(keys) // for the certificates that are loaded next
+	s.current.Load().config.SetSessionTicketKeys(keys)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -278,4 +279,89 @@ func TestG14NoHandshakeFailsWhileCertificatesAreReplaced(t *testing.T) {
 func newCertificateUntil(t *testing.T, name string, notAfter time.Time) tls.Certificate {
 	t.Helper()
 	return signCertificate(t, name, notAfter, nil)
+}
+
+// resumes connects to a server with config, and reports whether the session of an earlier connection was resumed.
+func resumes(t *testing.T, config *tls.Config, sessions tls.ClientSessionCache) bool {
+	t.Helper()
+	ln := listen(t)
+	near := dialTCP(t, ln.Addr())
+	far, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = ln.Close()
+	served := make(chan error, 1)
+	go func() {
+		session := tls.Server(far, config)
+		_, err := session.Write([]byte("x")) // the client takes a ticket with its first read
+		served <- errors.Join(err, session.Close())
+	}()
+	c := tls.Client(near, &tls.Config{InsecureSkipVerify: true, ServerName: "server", ClientSessionCache: sessions})
+	defer c.Close()
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-served; err != nil {
+		t.Fatal(err)
+	}
+	return c.ConnectionState().DidResume
+}
+
+func TestTicketKeys(t *testing.T) {
+	certFile, keyFile := writeCertificate(t, t.TempDir(), newCertificate(t, "server", nil))
+	load := func(t *testing.T, keys []byte) *Certificates {
+		t.Helper()
+		s, err := LoadCertificates(CertificateOptions{Pairs: []CertificatePair{{certFile, keyFile}}, TicketKeys: keys})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	rotate := func(s *Certificates, after time.Duration) {
+		s.state.With(func(st *certificatesState) { s.rotateTicketKeys(st, time.Now().Add(after), false) })
+	}
+	t.Run("are the same in another process that was given them", func(t *testing.T) {
+		sessions := tls.NewLRUClientSessionCache(1)
+		first := load(t, nil)
+		wantEqual(t, "resumed at first", resumes(t, first.Config(), sessions), false)
+		wantEqual(t, "resumed by the next process", resumes(t, load(t, first.TicketKeys()).Config(), sessions), true)
+		wantEqual(t, "resumed by a stranger", resumes(t, load(t, nil).Config(), sessions), false)
+	})
+	t.Run("are kept when certificates are replaced", func(t *testing.T) {
+		d := newCertificateDir(t, newCertificate(t, "server", nil))
+		sessions := tls.NewLRUClientSessionCache(1)
+		resumes(t, d.store.Config(), sessions)
+		d.replace(t, newCertificate(t, "server", nil))
+		if changed, err := d.store.Reload(); !changed || err != nil {
+			t.Fatal(changed, err)
+		}
+		wantEqual(t, "resumed", resumes(t, d.store.Config(), sessions), true)
+	})
+	t.Run("change once a day, and open tickets for a week more", func(t *testing.T) {
+		s := load(t, nil)
+		old := string(s.TicketKeys())
+		rotate(s, ticketKeyUse-time.Hour)
+		wantEqual(t, "keys before a day is over", string(s.TicketKeys()), old)
+		rotate(s, ticketKeyUse+time.Hour)
+		keys, err := parseTicketKeys(s.TicketKeys())
+		if err != nil || len(keys) != 2 {
+			t.Fatalf("after a day there are %d keys, %v; want 2", len(keys), err)
+		}
+		sessions := tls.NewLRUClientSessionCache(1)
+		resumes(t, load(t, []byte(old)).Config(), sessions)
+		wantEqual(t, "resumed with a ticket of yesterday", resumes(t, s.Config(), sessions), true)
+		rotate(s, ticketKeyLife+time.Hour)
+		resumes(t, load(t, []byte(old)).Config(), sessions)
+		wantEqual(t, "resumed with an expired key", resumes(t, s.Config(), sessions), false)
+	})
+	t.Run("are refused if they are damaged, and not shown", func(t *testing.T) {
+		const secret = "c2VjcmV0"
+		for _, damaged := range []string{"", "x", `[{"key":"` + secret + `"}]`, "[" + strings.Repeat(`{},`, maxTicketKeys) + "{}]"} {
+			_, err := LoadCertificates(CertificateOptions{Pairs: []CertificatePair{{certFile, keyFile}}, TicketKeys: []byte(damaged)})
+			if err == nil || strings.Contains(err.Error(), secret) || strings.Contains(err.Error(), "secret") {
+				t.Errorf("%q: error %v", damaged, err)
+			}
+		}
+	})
 }

@@ -20,7 +20,7 @@ import (
 // check finds out whether a server would start with these flags, and starts none: it accepts no client and creates no
 // file. What is in use by the running server is no error.
 func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
-	p, err := f.prepare(log)
+	p, err := f.prepare(nil, log)
 	if err != nil {
 		return err
 	}
@@ -34,7 +34,7 @@ func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 		}
 	}
 	if f.http != "" {
-		full, err := httpAddress(f.http)
+		full, _, err := httpAddress(f.http)
 		if err != nil {
 			return err
 		}

@@ -185,26 +185,27 @@ func (s *sockets) listenEcho(ctx context.Context, addresses []string, opts echoO
 	return nil
 }
 
-// httpAddress returns the address of --http. A port alone is on the loopback interface; an address means the same as
-// for --listen.
-func httpAddress(address string) (hostPort string, err error) {
-	full := address
-	if !strings.Contains(address, ":") {
-		full = "127.0.0.1:" + address
+// httpAddress returns the address of --http, and whether it is served over TLS. A port alone is on the loopback
+// interface; an address means the same as for --listen.
+func httpAddress(address string) (hostPort string, isTLS bool, err error) {
+	full, isTLS := strings.CutPrefix(address, tlsScheme)
+	full = strings.TrimPrefix(full, "tcp://")
+	if !strings.Contains(full, ":") {
+		full = "127.0.0.1:" + full
 	}
 	_, port, err := net.SplitHostPort(full)
 	if err == nil {
 		_, err = strconv.ParseUint(port, 10, 16)
 	}
 	if err != nil {
-		return "", usagef("--http %q: want a port such as 9090, or an address such as :9090", address)
+		return "", false, usagef("--http %q: want a port such as 9090, or an address such as :9090 or %s:9090", address, tlsScheme)
 	}
-	return full, nil
+	return full, isTLS, nil
 }
 
 // listenHTTP listens for probes and Prometheus.
 func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
-	full, err := httpAddress(address)
+	full, isTLS, err := httpAddress(address)
 	if err != nil {
 		return nil, err
 	}
@@ -212,7 +213,7 @@ func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Liste
 	if err != nil {
 		return nil, fmt.Errorf("--http %s: %w", address, withoutAddress(err))
 	}
-	log.Info("http open", zap.Stringer("address", ln.Addr()))
+	log.Info("http open", zap.Stringer("address", ln.Addr()), zap.Bool("tls", isTLS))
 	return ln, nil
 }
 

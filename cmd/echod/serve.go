@@ -9,6 +9,7 @@ import (
 	"os/user"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -143,7 +144,8 @@ func newServeCommand(use string) *cobra.Command {
 			"such as 10.0.0.0/8; unix is all clients of Unix sockets")
 	flags.StringVar(&f.http, "http", "",
 		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
-			"read-only; a port alone is on 127.0.0.1")
+			"read-only; a port alone is on 127.0.0.1; tls://:9090 is HTTPS,\n"+
+			"with the certificates of --tls-cert")
 	flags.StringSliceVar(&f.httpHosts, "http-host", nil,
 		"host `names` by which callers may address --http, besides IP\n"+
 			"addresses, localhost and this machine's name")
@@ -260,8 +262,8 @@ type prepared struct {
 	echo    echoOptions
 }
 
-// prepare checks all flags but addresses, and loads the certificates.
-func (f serveFlags) prepare(log *zap.Logger) (p prepared, err error) {
+// prepare checks all flags but addresses, and loads the certificates. ticketKeys are the predecessor's.
+func (f serveFlags) prepare(ticketKeys []byte, log *zap.Logger) (p prepared, err error) {
 	if p.server, err = f.options(log); err != nil {
 		return p, err
 	}
@@ -273,7 +275,7 @@ func (f serveFlags) prepare(log *zap.Logger) (p prepared, err error) {
 		return p, err
 	}
 	p.echo.unix.Name, p.echo.unix.Fixed, p.echo.unix.Logger = "echo socket", true, log
-	p.echo.certs, err = f.tls.load(f.listen, log)
+	p.echo.certs, err = f.tls.load(append([]string{f.http}, f.listen...), ticketKeys, log)
 	return p, err
 }
 
@@ -304,7 +306,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		return err
 	}
 	defer sink.close()
-	p, err := f.prepare(log)
+	p, err := f.prepare(taken.ticketKeys(), log)
 	if err != nil {
 		return err
 	}
@@ -339,7 +341,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	}, stopSignals)
 
 	up := &upgrader{
-		srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets,
+		srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, certs: p.echo.certs,
 		notify: tellSupervisor,
 	}
 	g.Add(up.actor(upgrades))
@@ -376,6 +378,9 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		probes = append(probes, plane.Probe)
 	}
 	if sockets.http != nil {
+		if strings.HasPrefix(f.http, tlsScheme) {
+			planeOpts.TLSConfig = withoutClientAuth(p.echo.certs.Config())
+		}
 		web := control.NewWeb(srv, planeOpts)
 		up.leave = append(up.leave, web.Leave)
 		g.Add(web.Actor(sockets.http))

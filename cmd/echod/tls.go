@@ -48,16 +48,13 @@ const (
 	credentialKey  = "tls.key"
 )
 
-// tlsScheme marks addresses of --listen that are served over TLS.
+// tlsScheme marks addresses that are served over TLS.
 const tlsScheme = "tls://"
 
-// load loads the certificates; they are nil if no address needs them. All errors but those of the files are usage
+// load loads the certificates; they are nil if none of the addresses needs them. ticketKeys are the predecessor's. All errors but those of the files are usage
 // errors.
-func (f tlsFlags) load(listen []string, log *zap.Logger) (*server.Certificates, error) {
-	needed := false
-	for _, address := range listen {
-		needed = needed || strings.HasPrefix(address, tlsScheme)
-	}
+func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (*server.Certificates, error) {
+	needed := slices.ContainsFunc(addresses, func(address string) bool { return strings.HasPrefix(address, tlsScheme) })
 	certs, keys := f.certs, f.keys
 	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); needed && len(certs) == 0 && len(keys) == 0 && dir != "" {
 		if _, err := os.Stat(filepath.Join(dir, credentialCert)); !errors.Is(err, fs.ErrNotExist) {
@@ -66,12 +63,12 @@ func (f tlsFlags) load(listen []string, log *zap.Logger) (*server.Certificates, 
 	}
 	switch {
 	case !needed && (len(certs) > 0 || len(keys) > 0 || f.clientCA != "" || f.clientAuth != ""):
-		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen %shost:port",
+		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen or --http %shost:port",
 			tlsScheme)
 	case !needed:
 		return nil, nil
 	case len(certs) == 0:
-		return nil, usagef("--listen %s…: needs --tls-cert and --tls-key", tlsScheme)
+		return nil, usagef("%s… needs --tls-cert and --tls-key", tlsScheme)
 	case len(certs) != len(keys):
 		return nil, usagef("--tls-cert is given %d times, and --tls-key %d times: want one key for each certificate",
 			len(certs), len(keys))
@@ -95,7 +92,7 @@ func (f tlsFlags) load(listen []string, log *zap.Logger) (*server.Certificates, 
 	case f.clientCA != "":
 		config.ClientAuth = tls.RequireAndVerifyClientCert
 	}
-	opts := server.CertificateOptions{ClientCAFile: f.clientCA, Config: config, Logger: log}
+	opts := server.CertificateOptions{ClientCAFile: f.clientCA, Config: config, TicketKeys: ticketKeys, Logger: log}
 	for i := range certs {
 		opts.Pairs = append(opts.Pairs, server.CertificatePair{CertFile: certs[i], KeyFile: keys[i]})
 	}
@@ -111,6 +108,20 @@ func authenticatedSuites() (ids []uint16) {
 		}
 	}
 	return ids
+}
+
+// withoutClientAuth returns a configuration that asks for no certificate of the client: probes have none.
+func withoutClientAuth(config *tls.Config) *tls.Config {
+	return &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		current, err := config.GetConfigForClient(hello)
+		if err != nil {
+			return nil, err
+		}
+		current = current.Clone()
+		current.ClientAuth = tls.NoClientCert
+		current.SessionTicketsDisabled = true
+		return current, nil
+	}}
 }
 
 // watchActor returns the run.Group pair that reloads certificates until it is interrupted. It never ends the group.

@@ -16,7 +16,7 @@ func TestTLSFlags(t *testing.T) {
 		flags  tlsFlags
 		want   string
 	}{
-		"a certificate without a listener":       {[]string{":9999"}, tlsFlags{certs: []string{"c"}, keys: []string{"k"}}, "need --listen tls://"},
+		"a certificate without a listener":       {[]string{":9999"}, tlsFlags{certs: []string{"c"}, keys: []string{"k"}}, "need --listen or --http tls://"},
 		"a listener without a certificate":       {withTLS, tlsFlags{}, "needs --tls-cert and --tls-key"},
 		"fewer keys than certificates":           {withTLS, tlsFlags{certs: []string{"a", "b"}, keys: []string{"k"}}, "one key for each certificate"},
 		"an old version":                         {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, minVersion: "1.1"}, `--tls-min-version "1.1"`},
@@ -25,13 +25,13 @@ func TestTLSFlags(t *testing.T) {
 		"a file that does not exist":             {withTLS, tlsFlags{certs: []string{"none.pem"}, keys: []string{"k"}, minVersion: "1.2"}, "none.pem"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := tt.flags.load(tt.listen, zap.NewNop()); err == nil || !strings.Contains(err.Error(), tt.want) {
+			if _, err := tt.flags.load(tt.listen, nil, zap.NewNop()); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error %v, want one that says %q", err, tt.want)
 			}
 		})
 	}
 	t.Run("no TLS address needs no certificate", func(t *testing.T) {
-		if certs, err := (tlsFlags{}).load([]string{":9999"}, zap.NewNop()); certs != nil || err != nil {
+		if certs, err := (tlsFlags{}).load([]string{":9999"}, nil, zap.NewNop()); certs != nil || err != nil {
 			t.Errorf("got %v, %v; want neither", certs, err)
 		}
 	})

@@ -38,6 +38,8 @@ type handedData struct {
 	Version string   `json:"version"`
 	PID     int      `json:"pid"`
 	TLS     []string `json:"tls,omitempty"` // addresses of the listeners with TLS
+
+	TicketKeys []byte `json:"ticket_keys,omitempty"` // secret
 }
 
 // upgrader is the predecessor's side of upgrades.
@@ -47,6 +49,7 @@ type upgrader struct {
 	timeout time.Duration // for the successor to be ready
 	keep    time.Duration // for which connections that stay behind are served before they are drained
 	sockets sockets
+	certs   *server.Certificates    // nil without TLS
 	leave   []func()                // stop using the listeners that were passed on
 	notify  func(successor process) // tells the supervisor, before the successor does
 	done    atomic.Bool             // another process serves now
@@ -96,7 +99,11 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		return done, fmt.Errorf("starting the successor: %w", err)
 	}
 	u.log.Info("upgrading", zap.Int("successor", successor.pid))
-	data, err := json.Marshal(handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)})
+	handed := handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
+	if u.certs != nil {
+		handed.TicketKeys = u.certs.TicketKeys()
+	}
+	data, err := json.Marshal(handed)
 	if err != nil {
 		return done, err
 	}
@@ -162,6 +169,14 @@ func receiveOffer(ctx context.Context) (*takenOver, error) {
 		return nil, err
 	}
 	return t, nil
+}
+
+// ticketKeys returns the keys of session tickets that were handed over. t may be nil.
+func (t *takenOver) ticketKeys() []byte {
+	if t == nil {
+		return nil
+	}
+	return t.from.TicketKeys
 }
 
 // sockets returns the listeners that were passed on, in place of those that the flags ask for.
