@@ -212,8 +212,13 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 		if isNew {
 			st.addConn(c)
 		}
+		oldest = st.endSlowHandshake(&s.opts.Limits)
 		if a.prepares() {
-			oldest = st.beginHandshake(c, s.opts.Limits.MaxHandshakes)
+			if most := s.opts.Limits.MaxHandshakes; oldest == nil && len(st.handshakes) >= most {
+				oldest = st.removeHandshake(0)
+			}
+			st.tasks++
+			st.handshakes = append(st.handshakes, handshake{c: c, began: time.Now()})
 			return
 		}
 		st.publishOpened(c)
@@ -222,10 +227,10 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 	if isNew {
 		s.connState(c, PhaseWaiting)
 	}
+	if oldest != nil {
+		oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
+	}
 	if a.prepares() {
-		if oldest != nil {
-			oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
-		}
 		go c.handshake()
 		return
 	}
@@ -268,21 +273,9 @@ func (s *Server) proceed(c *Conn, d decision, why Reason) {
 	}
 }
 
-// beginHandshake counts a connection in its handshake. If the number has reached most, it returns the oldest one,
-// which the caller must end.
-func (st *state) beginHandshake(c *Conn, most int) (oldest *Conn) {
-	st.tasks++
-	if len(st.handshakes) >= most {
-		oldest = st.handshakes[0]
-		st.handshakes = slices.Delete(st.handshakes, 0, 1)
-	}
-	st.handshakes = append(st.handshakes, c)
-	return oldest
-}
-
 var (
 	errHandshakeTimeout = errors.New("the handshake took too long")
-	errHandshakeCrowded = errors.New("the handshake was ended for a newer one: Limits.MaxHandshakes is reached")
+	errHandshakeCrowded = errors.New("the handshake was ended for a newer client: a limit on connections is reached")
 )
 
 // handshake is the goroutine of a connection that is prepared: it calls WrapConn, performs the TLS handshake, and
@@ -294,9 +287,7 @@ func (c *Conn) handshake() {
 
 	var waiting bool
 	s.state.With(func(st *state) {
-		if i := slices.Index(st.handshakes, c); i >= 0 {
-			st.handshakes = slices.Delete(st.handshakes, i, i+1)
-		}
+		st.removeHandshake(st.indexHandshake(c))
 		st.publishOpened(c)
 	})
 	d, why := s.awaitAdmission(c, &waiting)
@@ -327,6 +318,9 @@ func (c *Conn) prepare() (err error) {
 	}
 	if c.from.tls != nil {
 		c.flags.set(flagTLSBegun)
+		if oldest := c.srv.boundHandshakesOf(c); oldest != nil {
+			oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
+		}
 		if err := c.replaceStream(ctx, c.from.tls); err != nil {
 			return err
 		}

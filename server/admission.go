@@ -3,7 +3,9 @@ package server
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"sync/atomic"
+	"time"
 )
 
 // decision is what admission decides for an accepted connection.
@@ -100,8 +102,80 @@ func (s *Server) mayAccept(st *state) bool {
 	case len(st.holds) > 0:
 		return false
 	default:
-		return st.admitted < s.opts.Limits.MaxConns || s.opts.Limits.AtLimit == LimitReject
+		return !st.placesTaken(&s.opts.Limits) || st.hasSlowHandshake(&s.opts.Limits)
 	}
+}
+
+// A handshake is a connection in WrapConn or in its TLS handshake. While clients wait at the limit, it takes one of the
+// MaxConns places.
+type handshake struct {
+	c      *Conn
+	began  time.Time
+	client clientKey // of a TLS handshake, if the connections of each client are bounded
+}
+
+// slowHandshake is for how long a handshake keeps its place while other clients wait for one. A good client needs a few
+// round trips.
+const slowHandshake = time.Second
+
+// placesTaken reports whether new clients have to wait. With LimitReject nobody waits: a client gets the next place
+// when its handshake is over, or is told that there is none.
+func (st *state) placesTaken(limits *Limits) bool {
+	return limits.AtLimit == LimitQueue && st.admitted+len(st.handshakes) >= limits.MaxConns
+}
+
+// hasSlowHandshake reports whether a client that waits for a place can have that of a slow handshake.
+func (st *state) hasSlowHandshake(limits *Limits) bool {
+	return st.placesTaken(limits) && st.admitted < limits.MaxConns && time.Since(st.handshakes[0].began) >= slowHandshake
+}
+
+// endSlowHandshake returns the connection with the slowest handshake, which the caller must end, if a new client needs
+// its place. In a drain nobody waits for a place.
+func (st *state) endSlowHandshake(limits *Limits) *Conn {
+	if st.notAccepting() || !st.hasSlowHandshake(limits) {
+		return nil
+	}
+	return st.removeHandshake(0)
+}
+
+// removeHandshake removes handshake i, and returns its connection; nil if there is none.
+func (st *state) removeHandshake(i int) *Conn {
+	if i < 0 {
+		return nil
+	}
+	c := st.handshakes[i].c
+	st.handshakes = slices.Delete(st.handshakes, i, i+1)
+	return c
+}
+
+func (st *state) indexHandshake(c *Conn) int {
+	return slices.IndexFunc(st.handshakes, func(h handshake) bool { return h.c == c })
+}
+
+// boundHandshakesOf counts the TLS handshakes of c's client. If there are more than that client may have connections,
+// it returns the oldest, which the caller must end. So one client cannot have all handshakes.
+func (s *Server) boundHandshakesOf(c *Conn) (oldest *Conn) {
+	key, most := c.clientKey()
+	if most == 0 {
+		return nil
+	}
+	s.state.With(func(st *state) {
+		if i := st.indexHandshake(c); i >= 0 {
+			st.handshakes[i].client = key
+		}
+		first, n := -1, 0
+		for i, h := range st.handshakes {
+			if h.client == key {
+				if n++; first < 0 {
+					first = i
+				}
+			}
+		}
+		if n > most {
+			oldest = st.removeHandshake(first)
+		}
+	})
+	return oldest
 }
 
 // pauseRejects reports whether a hold in mode PauseReject exists. With several holds the stricter mode wins.

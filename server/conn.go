@@ -334,10 +334,10 @@ func (c *Conn) SetNotifier(n Notifier) {
 
 // Wrap replaces the stream in the middle of the connection by what wrap makes of it, such as a TLS session for
 // STARTTLS. While wrap runs, the server sends nothing to the client; afterwards its notices go through the new stream.
+// So the answer in the clear that TLS may begin is written in wrap: a notice could follow one that was written earlier.
 // Call it on the goroutine that reads, when nothing that belongs to the new stream has been read yet. An error of wrap
 // leaves the connection silent and the old stream in place; the handler should return. Wrap is bounded by ctx only, not
-// by Timeouts.Handshake. The connection's addresses do
-// not change.
+// by Timeouts.Handshake. The connection's addresses do not change.
 func (c *Conn) Wrap(ctx context.Context, wrap WrapConn) error {
 	c.writeLock.Lock()
 	defer c.unlockWrite()

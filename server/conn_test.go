@@ -785,11 +785,14 @@ func startTLS(config *tls.Config, before, after func(*Conn)) Handler {
 		if _, err := c.Read(make([]byte, len("STARTTLS\n"))); err != nil {
 			return err
 		}
-		if _, err := io.WriteString(c, "OK\n"); err != nil {
-			return err
-		}
 		before(c)
-		if err := c.Wrap(ctx, TLS(config)); err != nil {
+		err := c.Wrap(ctx, func(ctx context.Context, nc net.Conn) (net.Conn, error) {
+			if _, err := io.WriteString(nc, "OK\n"); err != nil { // in wrap, so that no notice follows it in the clear
+				return nil, err
+			}
+			return TLS(config)(ctx, nc)
+		})
+		if err != nil {
 			return err
 		}
 		after(c)

@@ -68,11 +68,16 @@ type Options struct {
 type Limits struct {
 	// MaxConns is how many connections are served at once. Zero means as many as the process's limit on open files
 	// allows, less ReservedFiles; a larger number is lowered to that. Off means no limit, also not by open files.
+	//
+	// With LimitQueue a connection in its handshake (WrapConn, TLS) counts too. While clients wait for a place, one whose
+	// handshake has taken more than a second is closed for the next client. With LimitReject it does not count: the client
+	// is served or rejected when its handshake is over.
 	MaxConns int
 	// AtLimit is what happens to clients beyond MaxConns.
 	AtLimit LimitMode
 	// MaxConnsPerIP is how many connections are served at once from one client address. More are rejected, whatever
-	// AtLimit says, so that one client cannot block the accept queue. Zero and Off mean no limit.
+	// AtLimit says, so that one client cannot block the accept queue. A client may also have no more TLS handshakes at
+	// once than that: its oldest is ended for a new one. Zero and Off mean no limit.
 	MaxConnsPerIP int
 	// MaxConnsPerUID is the same for one user id on Unix sockets, where the system tells it. Zero and Off mean no limit.
 	MaxConnsPerUID int

@@ -18,7 +18,7 @@ type state struct {
 	lastID     uint64
 	admitted   int               // of conns, those being served or closing after that
 	rejecting  int               // of conns, those that are rejected and linger
-	handshakes []*Conn           // of conns, those in WrapConn, oldest first
+	handshakes []handshake       // of conns, those in WrapConn or in a TLS handshake, oldest first
 	perClient  map[clientKey]int // of admitted
 
 	accepted          uint64

@@ -523,6 +523,32 @@ func TestG14SlowTLSHandshakesDelayNobody(t *testing.T) {
 	}
 }
 
+// At the limit, too, slow clients keep a good one out for a second at most. One address has no more handshakes than it may
+// have connections.
+func TestG14SlowTLSHandshakesAtALimit(t *testing.T) {
+	forServer, forClient := tlsConfigs(t)
+	for name, tt := range map[string]struct {
+		limits Limits
+		open   int // of the slow clients
+	}{
+		"places":                  {Limits{MaxConns: 8}, 8},
+		"connections of a client": {Limits{MaxConnsPerIP: 4}, 4},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, _ := newServer(t, Echo, Options{Limits: tt.limits})
+			ln := listen(t)
+			serveListener(t, s, Listener{Listener: ln, TLSConfig: forServer})
+			for range 8 {
+				newSlowClient(t, ln.Addr(), forClient)
+			}
+			awaitConns(t, s, tt.open)
+			c := dialTLS(t, ln.Addr(), forClient)
+			send(t, c, "hello")
+			receives(t, c, "hello")
+		})
+	}
+}
+
 // slowClient is a TLS client that has sent half of its first message. It continues when complete is closed.
 type slowClient struct {
 	*tls.Conn
