@@ -199,10 +199,10 @@ func ExampleConn_Wrap() {
 		if line != "STARTTLS\n" || in.Buffered() > 0 { // what came with the command is not protected by TLS
 			return fmt.Errorf("unexpected command %q", line)
 		}
-		if _, err := io.WriteString(c, "go ahead\n"); err != nil {
-			return err
-		}
 		err = c.Wrap(ctx, func(ctx context.Context, nc net.Conn) (net.Conn, error) {
+			if _, err := io.WriteString(nc, "go ahead\n"); err != nil { // here, so that no notice comes between
+				return nil, err
+			}
 			session := tls.Server(nc, forServer)
 			return session, session.HandshakeContext(ctx)
 		})
