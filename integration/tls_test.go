@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -264,6 +265,35 @@ func TestTLSIdentity(t *testing.T) {
 	poll(t, "one worker to be gone", func() bool { return strings.Count(e.ctl("conns", "--identity", "*").stdout, "CN=") == 2 })
 	if got := e.ctl("conns", "--identity", "worker 1"); strings.Contains(got.stdout, "CN=") {
 		t.Errorf("ctl conns: %+v, want none", got)
+	}
+}
+
+// TestTLSClients reports the handshakes of echod's own clients.
+func TestTLSClients(t *testing.T) {
+	t.Parallel()
+	e, dir, _ := startTLS(t)
+	own := func(args ...string) result {
+		args = append([]string{built(t, echodBinary)}, append(args, "--tls", "--tls-server-name", "localhost")...)
+		return run(t, commandOf(args...))
+	}
+	ca := filepath.Join(dir, "cert.pem")
+	got := own("load", "--address", e.addr, "--tls-ca", ca, "--conns", "2", "--churn", "20ms", "--duration", "300ms")
+	for _, want := range []string{`(?m)^handshakes +\d+ made, [1-9]\d* resumed, 0 failed$`, `(?m)^ +handshake( +[\d.]+ [µm]?s){6}$`, "All messages came back"} {
+		if got.code != 0 || !regexp.MustCompile(want).MatchString(got.stdout) {
+			t.Errorf("load: %+v; want %s", got, want)
+		}
+	}
+	got = own("load", "--address", e.addr, "--tls-ca", ca, "--tls-resume=false", "--churn", "20ms", "--duration", "200ms")
+	if want := regexp.MustCompile(`made, 0 resumed, 0 failed`); got.code != 0 || !want.MatchString(got.stdout) {
+		t.Errorf("load without resumption: %+v; want %s", got, want)
+	}
+	got = own("load", "--address", e.addr, "--duration", "100ms", "--reconnect=false")
+	if want := regexp.MustCompile(`0 made, 0 resumed, 1 failed(.|\n)* 0 lost(.|\n)*TLS handshake: failed to verify`); got.code != 1 || !want.MatchString(got.stdout) {
+		t.Errorf("load that does not trust the server: %+v; want %s", got, want)
+	}
+	got = own("ping", e.addr, "--tls-ca", ca)
+	if want := regexp.MustCompile(`connect=\S+ [µm]?s tls=\S+ [µm]?s echo=`); got.code != 0 || !want.MatchString(got.stdout) {
+		t.Errorf("ping: %+v; want %s", got, want)
 	}
 }
 

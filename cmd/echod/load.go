@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,7 +33,8 @@ func newLoadCommand() *cobra.Command {
 Every message has a number and a checksum. The report tells apart messages that were
 lost, late, corrupted, duplicated, out of order or misdelivered. Any server that echoes
 (RFC 862) will do. The notices of echod are understood: after SHUTDOWN a connection waits
-for its echoes, half-closes, reads to the end and connects again.
+for its echoes, half-closes, reads to the end and connects again. Over TLS the report
+shows how long handshakes took, how many resumed a session, and how many failed.
 
 With --rate or --stages, messages are sent when they are due, whether or not the server
 keeps up (open model). Latency counts from then, so a server that stalls for a second
@@ -69,6 +72,8 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 		"`address` of the server: host:port, tls://host:port or\n"+
 			"unix:///path; connections are spread over all IP addresses\nof the host")
 	l.tls.add(f)
+	f.BoolVar(&l.resume, "tls-resume", true,
+		"resume TLS sessions when connections are replaced; if false,\nevery handshake is a full one")
 	f.IntVar(&o.Conns, "conns", 1, "`number` of connections at a time")
 	f.Float64Var(&l.rate, "rate", 0,
 		"`messages` per second, over all connections (default: each\nconnection sends when it has its echo)")
@@ -144,6 +149,7 @@ type loader struct {
 	stages, size, think string
 	compare             string
 	tls                 clientTLS
+	resume              bool
 	files               [loadFileCount]string
 
 	max struct {
@@ -272,6 +278,10 @@ func (l *loader) load(ctx context.Context) error {
 	}
 	if l.opts.TLS, err = l.tls.config(l.err); err != nil {
 		return err
+	}
+	if l.resume {
+		l.opts.TLS = cmp.Or(l.opts.TLS, &tls.Config{MinVersion: tls.VersionTLS12})
+		l.opts.TLS.ClientSessionCache = tls.NewLRUClientSessionCache(0)
 	}
 	files, err := l.openFiles()
 	if err != nil {

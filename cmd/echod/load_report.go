@@ -81,6 +81,9 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 	},
 		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway,
 			"turned away")...)...)
+	if r.Handshake.Count+c.NoHandshake > 0 {
+		row("handshakes", n(r.Handshake.Count, "made"), n(c.Resumed, "resumed"), n(c.NoHandshake, "failed"))
+	}
 	row("echoes", append([]string{
 		n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"),
 		n(e.Lost, "lost"), n(e.Corrupted, "corrupted"),
@@ -120,7 +123,10 @@ func writeLoadLatencies(b *strings.Builder, r *load.Report) {
 	for _, line := range []struct {
 		name string
 		load.Latency
-	}{{"connect", r.Connect}, {"echo", r.Echo}} {
+	}{{"connect", r.Connect}, {"handshake", r.Handshake}, {"echo", r.Echo}} {
+		if line.name == "handshake" && line.Count == 0 {
+			continue // no TLS
+		}
 		fmt.Fprintf(w, "%s\t", line.name)
 		for _, v := range []float64{line.P50, line.P90, line.P99, line.P999, line.P9999, line.Max} {
 			fmt.Fprintf(w, "%s\t", latency(v))

@@ -68,7 +68,7 @@ func TestLoadReport(t *testing.T) {
 			Counts: load.Counts{
 				Connects: load.Connects{
 					Tried: n, Made: n, Refused: n, Reset: n, TimedOut: n, NoPort: n,
-					Failed: n, TurnedAway: n,
+					Failed: n, TurnedAway: n, NoHandshake: n, Resumed: n,
 				},
 				Echoes: load.Echoes{
 					Sent: 1000 * n, Returned: 1000 * n, Late: n, Reordered: n, Duplicated: n, Lost: n,

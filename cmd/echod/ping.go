@@ -31,10 +31,11 @@ func newPingCommand() *cobra.Command {
 		Short: "Connect, send a message and wait for its echo",
 		Long: `Connect, send a message and wait for its echo, and say how long each step took.
 
-Each ping resolves the name and makes a connection of its own, as a new client would. A
-server that is paused, full or shutting down says so, and the ping fails with that
-reason. A server that is paused without saying so accepts no connections: the ping
-connects, and no echo comes. Ctrl-C ends the pings, with a summary.
+Each ping resolves the name and makes a connection of its own, as a new client would.
+Over TLS, tls= is the part of connect= that the handshake took. A server that is paused,
+full or shutting down says so, and the ping fails with that reason. A server that is
+paused without saying so accepts no connections: the ping connects, and no echo comes.
+Ctrl-C ends the pings, with a summary.
 
 --json prints an object for each ping, and one for the summary. "result" is one of ok,
 dns, refused, reset, timeout, no-echo, paused, busy, shutdown, closed, wrong-echo, error.
@@ -120,8 +121,9 @@ type pingResult struct {
 	Bytes   int      `json:"bytes"`
 	Result  string   `json:"result"`
 	Error   string   `json:"error,omitempty"`
-	DNS     *float64 `json:"dns_seconds,omitempty"` // nil for an IP address
-	Connect *float64 `json:"connect_seconds,omitempty"`
+	DNS     *float64 `json:"dns_seconds,omitempty"`     // nil for an IP address
+	Connect *float64 `json:"connect_seconds,omitempty"` // with the TLS handshake
+	TLS     *float64 `json:"tls_seconds,omitempty"`     // the handshake alone; nil without TLS
 	Echo    *float64 `json:"echo_seconds,omitempty"`
 
 	err error
@@ -263,7 +265,7 @@ func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
 		r.DNS = new(time.Since(began).Seconds())
 	}
 	began = time.Now()
-	dial := func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, hosts, &r.Remote) }
+	dial := func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, hosts, &r) }
 	var told *client.NoticeError // the server's last word, even if it does not close
 	onNotice := func(n client.Notice) {
 		if n.Ends() {
@@ -318,18 +320,18 @@ func (p *pinger) resolve(ctx context.Context) ([]netip.Addr, error) {
 	return hosts, err
 }
 
-// dial connects to the first address that answers, and stores it in remote. Each one
-// gets its share of the time.
-func (p *pinger) dial(ctx context.Context, hosts []netip.Addr, remote *string) (net.Conn, error) {
+// dial connects to the first address that answers, and stores in r which one that is, and
+// how long the TLS handshake took. Each address gets its share of the time.
+func (p *pinger) dial(ctx context.Context, hosts []netip.Addr, r *pingResult) (net.Conn, error) {
 	if p.host == "" {
 		return client.DialConn(ctx, p.address, nil)
 	}
 	var first error
 	for i, host := range hosts {
 		address := net.JoinHostPort(host.Unmap().String(), p.port)
-		conn, err := p.dialOne(ctx, address, len(hosts)-i)
+		conn, err := p.dialOne(ctx, address, len(hosts)-i, r)
 		if err == nil {
-			*remote = address
+			r.Remote = address
 			return conn, nil
 		}
 		if first == nil {
@@ -340,21 +342,32 @@ func (p *pinger) dial(ctx context.Context, hosts []netip.Addr, remote *string) (
 }
 
 // dialOne connects to one address, within its share of the time.
-func (p *pinger) dialOne(ctx context.Context, address string, of int) (net.Conn, error) {
+func (p *pinger) dialOne(ctx context.Context, address string, of int, r *pingResult) (net.Conn, error) {
 	if deadline, ok := ctx.Deadline(); ok && of > 1 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(of), errPingTimeout)
 		defer cancel()
 	}
-	if !p.target.TLS {
-		return client.DialConn(ctx, address, nil)
+	conn, err := client.DialConn(ctx, address, nil)
+	if err != nil || !p.target.TLS {
+		return conn, err
 	}
 	config := &tls.Config{}
 	if p.tls != nil {
 		config = p.tls.Clone()
 	}
 	config.ServerName = cmp.Or(config.ServerName, p.host)
-	return client.DialConn(ctx, "tls://"+address, config)
+	began := time.Now()
+	session := tls.Client(conn, config)
+	if err := session.HandshakeContext(ctx); err != nil {
+		_ = conn.Close()
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return nil, err
+	}
+	r.TLS = new(time.Since(began).Seconds())
+	return session, nil
 }
 
 var errPingTimeout = errors.New("timed out")
@@ -427,12 +440,15 @@ func (p *pinger) print(r pingResult) error {
 	if r.err != nil {
 		_, err = fmt.Fprintf(p.out, "from %s: seq=%d: %s\n", from, r.Seq, text.Printable(r.Error))
 	} else {
-		dns := ""
+		dns, handshake := "", ""
 		if r.DNS != nil {
 			dns = " dns=" + latency(*r.DNS)
 		}
-		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s echo=%s\n", r.Bytes, from, r.Seq,
-			dns, latency(*r.Connect), latency(*r.Echo))
+		if r.TLS != nil {
+			handshake = " tls=" + latency(*r.TLS)
+		}
+		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s%s echo=%s\n", r.Bytes, from, r.Seq,
+			dns, latency(*r.Connect), handshake, latency(*r.Echo))
 	}
 	if err != nil {
 		return fmt.Errorf("writing: %w", err)
@@ -457,6 +473,7 @@ type pingSummary struct {
 	Took     float64        `json:"took_seconds"`
 	DNS      *pingSpread    `json:"dns,omitempty"` // nil if no ping got that far
 	Connect  *pingSpread    `json:"connect,omitempty"`
+	TLS      *pingSpread    `json:"tls,omitempty"`
 	Echo     *pingSpread    `json:"echo,omitempty"`
 }
 
@@ -497,6 +514,7 @@ func (p *pinger) summarize(took time.Duration) error {
 		Type: "summary", Address: p.address, Sent: len(p.results), Results: map[string]int{}, Took: took.Seconds(),
 		DNS:     spreadOf(p.results, func(r pingResult) *float64 { return r.DNS }),
 		Connect: spreadOf(p.results, func(r pingResult) *float64 { return r.Connect }),
+		TLS:     spreadOf(p.results, func(r pingResult) *float64 { return r.TLS }),
 		Echo:    spreadOf(p.results, func(r pingResult) *float64 { return r.Echo }),
 	}
 	for _, r := range p.results {
@@ -521,7 +539,7 @@ func (p *pinger) summarize(took time.Duration) error {
 	for _, step := range []struct {
 		name string
 		*pingSpread
-	}{{"dns", s.DNS}, {"connect", s.Connect}, {"echo", s.Echo}} {
+	}{{"dns", s.DNS}, {"connect", s.Connect}, {"tls", s.TLS}, {"echo", s.Echo}} {
 		if step.pingSpread != nil {
 			_, err = fmt.Fprintf(p.out, "%7s min/avg/max/mdev = %s\n", step.name, step.pingSpread)
 		}

@@ -57,6 +57,9 @@ func ReadReport(in io.Reader) (*Report, error) {
 	return r, nil
 }
 
+// handshakeFigure is a figure of runs over TLS.
+const handshakeFigure = "handshake_p99_seconds"
+
 // figures returns what a comparison shows of a report, as After.
 func figures(r *Report) []Figure {
 	return []Figure{
@@ -67,6 +70,7 @@ func figures(r *Report) []Figure {
 		{Name: "echo_p999_seconds", After: r.Echo.P999},
 		{Name: "echo_max_seconds", After: r.Echo.Max},
 		{Name: "connect_p99_seconds", After: r.Connect.P99},
+		{Name: handshakeFigure, After: r.Handshake.P99},
 		{Name: "without_service_max_seconds", After: r.Outage.Max},
 		{Name: "lost", After: float64(r.Echoes.Lost)},
 		{Name: "corrupted", After: float64(r.Echoes.Corrupted)},
@@ -99,6 +103,9 @@ func (r *Report) Compare(before *Report) *Comparison {
 	was := figures(before)
 	for i, f := range figures(r) {
 		f.Before = was[i].After
+		if f.Name == handshakeFigure && f.Before == 0 && f.After == 0 {
+			continue // no TLS
+		}
 		if f.Before != 0 {
 			f.Change = new(f.After/f.Before - 1)
 		}

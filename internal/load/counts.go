@@ -7,7 +7,7 @@ import (
 )
 
 // Connects counts attempts to connect. Tried is the sum of the others except
-// TurnedAway, which is part of Made.
+// TurnedAway and Resumed, which are parts of Made.
 type Connects struct {
 	Tried      int64 `json:"tried"`
 	Made       int64 `json:"made"`
@@ -17,11 +17,14 @@ type Connects struct {
 	NoPort     int64 `json:"no_local_port"` // this machine had no local port left: not the server's fault
 	Failed     int64 `json:"failed"`        // for any other reason
 	TurnedAway int64 `json:"turned_away"`   // by a notice, before any echo
+
+	NoHandshake int64 `json:"handshake_failed"` // the TLS handshake failed, or was not over in time
+	Resumed     int64 `json:"resumed"`          // TLS sessions of earlier connections
 }
 
 // Missed returns how many attempts the server, or the way to it, has failed.
 func (c Connects) Missed() int64 {
-	return c.Refused + c.Reset + c.TimedOut + c.Failed + c.TurnedAway
+	return c.Refused + c.Reset + c.TimedOut + c.Failed + c.TurnedAway + c.NoHandshake
 }
 
 // Echoes counts messages. Sent is the sum of Returned, Lost, Corrupted and TurnedAway.
@@ -85,6 +88,8 @@ func (c *Counts) add(o *Counts) {
 	c.Connects.NoPort += o.Connects.NoPort
 	c.Connects.Failed += o.Connects.Failed
 	c.Connects.TurnedAway += o.Connects.TurnedAway
+	c.Connects.NoHandshake += o.Connects.NoHandshake
+	c.Connects.Resumed += o.Connects.Resumed
 	c.Echoes.Sent += o.Echoes.Sent
 	c.Echoes.Returned += o.Echoes.Returned
 	c.Echoes.Late += o.Echoes.Late

@@ -86,7 +86,7 @@ func TestCountsAdd(t *testing.T) {
 				func(c *Counts) int64 { return c.Connects.Missed() },
 				[]string{
 					"Connects.Refused", "Connects.Reset", "Connects.TimedOut", "Connects.Failed",
-					"Connects.TurnedAway",
+					"Connects.TurnedAway", "Connects.NoHandshake",
 				},
 			},
 			{

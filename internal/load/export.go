@@ -101,7 +101,8 @@ func (c reportCollector) Collect(ch chan<- prometheus.Metric) {
 		name, help string
 		Latency
 	}{
-		{"connect_latency_seconds", "Time from the attempt to the connection.", c.Connect},
+		{"connect_latency_seconds", "Time from the attempt to the connection, with its TLS handshake.", c.Connect},
+		{"handshake_latency_seconds", "Time of the TLS handshake.", c.Handshake},
 		{"echo_latency_seconds", "Time from when a message was due to its echo.", c.Echo},
 	} {
 		desc := prometheus.NewDesc("echod_load_"+l.name, l.help, nil, nil)

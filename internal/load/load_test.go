@@ -95,6 +95,42 @@ func TestFaultsAreToldApart(t *testing.T) {
 	}
 }
 
+func TestHandshakes(t *testing.T) {
+	web := httptest.NewTLSServer(nil) // for its certificate
+	defer web.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(web.Certificate())
+	config := &tls.Config{Certificates: web.TLS.Certificates}
+	address := "tls://" + serveTCP(t, func(conn net.Conn) { faults{}.serve(tls.Server(conn, config)) })
+	t.Run("are measured apart, and resume sessions", func(t *testing.T) {
+		r := mustRun(t, Options{
+			Address: address, TLS: &tls.Config{RootCAs: roots, ClientSessionCache: tls.NewLRUClientSessionCache(0)},
+			Duration: 300 * time.Millisecond, Churn: 20 * time.Millisecond,
+		})
+		c := r.Connects
+		if c.Resumed == 0 || c.Resumed >= c.Made || r.Handshake.Count != c.Made || c.NoHandshake != 0 || r.Handshake.Mean > r.Connect.Mean {
+			t.Errorf("connects %+v, handshakes %+v, connects %+v", c, r.Handshake, r.Connect)
+		}
+	})
+	for name, tt := range map[string]struct {
+		opts Options
+		text string
+	}{
+		"that fail are no losses":                {Options{Address: address}, "TLS handshake: failed to verify certificate"},
+		"that are not over in time fail as well": {Options{Address: "tls://" + serveTCP(t, silent), Timeout: 50 * time.Millisecond}, "TLS handshake: connect timed out"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tt.opts.Conns, tt.opts.Duration, tt.opts.NoReconnect = 3, 200*time.Millisecond, true
+			r := mustRun(t, tt.opts)
+			expect(t, "connects", r.Connects, Connects{Tried: 3, NoHandshake: 3})
+			expect(t, "echoes", r.Echoes, Echoes{})
+			if len(r.Errors) != 1 || !strings.HasPrefix(r.Errors[0], tt.text) {
+				t.Errorf("errors %q, want one that begins with %q", r.Errors, tt.text)
+			}
+		})
+	}
+}
+
 func TestOpenModel(t *testing.T) {
 	inBubble(t, "messages are sent when they are due", func(t *testing.T) {
 		start := time.Now()
@@ -737,7 +773,7 @@ func TestOwnLimits(t *testing.T) {
 		u := connectedUser(nil, Options{})
 		u.worker.poll = fullPoller{}
 		near, _ := pipes()
-		u.connected(dialed{u, near, nil, 0}, 0)
+		u.connected(dialed{user: u, conn: near}, 0)
 		if !outOfFiles(u.worker.failed) {
 			t.Errorf("the worker continues: %v", u.worker.failed)
 		}
@@ -764,11 +800,11 @@ func TestSeveralAddresses(t *testing.T) {
 			r.targets = append(r.targets, &target{network: "tcp", address: address})
 		}
 		for n := range 6 {
-			conn, err := r.dial(t.Context(), n)
+			d, err := r.dial(t.Context(), n)
 			if err != nil {
 				t.Fatal(err)
 			}
-			_ = conn.Close()
+			_ = d.conn.Close()
 		}
 		// the third one passes its connects to the first
 		for i, want := range []TargetCount{{Made: 4}, {Made: 2}, {Failed: 2}} {
@@ -783,11 +819,11 @@ func TestSeveralAddresses(t *testing.T) {
 		r := &run{targets: []*target{hangs, {network: "tcp", address: serveTCP(t, silent)}}}
 		ctx, cancel := context.WithTimeoutCause(t.Context(), 2*time.Second, errDialTimeout)
 		defer cancel()
-		conn, err := r.dial(ctx, 0)
+		d, err := r.dial(ctx, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		_ = conn.Close()
+		_ = d.conn.Close()
 	})
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -107,16 +108,17 @@ func openFiles() int {
 
 // dial connects to the server. It starts with target n, and tries the others if that
 // fails.
-func (r *run) dial(ctx context.Context, n int) (net.Conn, error) {
+func (r *run) dial(ctx context.Context, n int) (dialed, error) {
 	if r.opts.Dial != nil {
-		return r.opts.Dial(ctx, r.opts.Address)
+		conn, err := r.opts.Dial(ctx, r.opts.Address)
+		return dialed{conn: conn}, err
 	}
 	var first error
 	for i := range r.targets {
 		t := r.targets[(n+i)%len(r.targets)]
-		conn, err := t.dial(ctx, len(r.targets)-i)
+		d, err := t.dial(ctx, len(r.targets)-i)
 		if err == nil {
-			return conn, nil
+			return d, nil
 		}
 		if first == nil {
 			first = err
@@ -125,28 +127,47 @@ func (r *run) dial(ctx context.Context, n int) (net.Conn, error) {
 			break
 		}
 	}
-	return nil, first
+	return dialed{}, first
 }
 
 // dial connects to the target. It leaves time for the others if it is one of several.
-func (t *target) dial(ctx context.Context, of int) (net.Conn, error) {
+func (t *target) dial(ctx context.Context, of int) (dialed, error) {
 	if deadline, ok := ctx.Deadline(); ok && of > 1 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, time.Until(deadline)/time.Duration(of), errDialTimeout)
 		defer cancel()
 	}
-	conn, err := t.dialConn(ctx)
+	d, err := t.dialConn(ctx)
 	if err != nil {
 		t.failed.Add(1)
-		return nil, err
+		return d, err
 	}
 	t.made.Add(1)
-	return conn, nil
+	return d, nil
 }
 
-func (t *target) dialConn(ctx context.Context) (net.Conn, error) {
-	if t.tls != nil {
-		return (&tls.Dialer{Config: t.tls}).DialContext(ctx, t.network, t.address)
+func (t *target) dialConn(ctx context.Context) (d dialed, err error) {
+	d.conn, err = new(net.Dialer).DialContext(ctx, t.network, t.address)
+	if err != nil || t.tls == nil {
+		return d, err
 	}
-	return new(net.Dialer).DialContext(ctx, t.network, t.address)
+	began := time.Now()
+	session := tls.Client(d.conn, t.tls)
+	if err := session.HandshakeContext(ctx); err != nil {
+		_ = d.conn.Close()
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return d, &handshakeError{err}
+	}
+	return dialed{conn: session, handshake: time.Since(began), resumed: session.ConnectionState().DidResume}, nil
 }
+
+// A handshakeError says why a TLS handshake failed.
+type handshakeError struct{ err error }
+
+func (e *handshakeError) Error() string {
+	return "TLS handshake: " + strings.TrimPrefix(withoutAddress(e.err), "tls: ")
+}
+
+func (e *handshakeError) Unwrap() error { return e.err }

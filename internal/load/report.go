@@ -45,9 +45,11 @@ type Report struct {
 	PerSecond        float64 `json:"echoes_per_second"`
 
 	Outage  Outage  `json:"without_service"`
-	Connect Latency `json:"connect_latency"` // from the attempt to the connection
+	Connect Latency `json:"connect_latency"` // from the attempt to the connection, with its TLS handshake
 	Echo    Latency `json:"echo_latency"`    // from when a message was due to its last byte
 	Series  []Point `json:"series"`
+
+	Handshake Latency `json:"handshake_latency"` // of TLS; without TLS the count is zero
 
 	histograms *interval
 }
@@ -131,6 +133,7 @@ func (r *run) report(workers []*worker) *Report {
 		OfferedPerSecond: perSecond(due, lasted), PerSecond: perSecond(r.total.Echoes.Returned, took),
 		Outage:  outage,
 		Connect: latencyOf(r.latencies.total.connect), Echo: latencyOf(r.latencies.total.echo),
+		Handshake:  latencyOf(r.latencies.total.handshake),
 		Series:     series(r.points, r.step, lasted, time.Since(r.began), r.schedule.rate),
 		histograms: r.latencies.total,
 	}

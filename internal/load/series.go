@@ -102,18 +102,20 @@ func series(points []point, step, lasted, end time.Duration, offered func(time.D
 }
 
 // An interval holds the latencies of one second.
-type interval struct{ echo, connect *hdrhistogram.Histogram }
+type interval struct{ echo, connect, handshake *hdrhistogram.Histogram }
 
-func newInterval() *interval { return &interval{newHistogram(), newHistogram()} }
+func newInterval() *interval { return &interval{newHistogram(), newHistogram(), newHistogram()} }
 
 func (v *interval) merge(o *interval) {
 	v.echo.Merge(o.echo)
 	v.connect.Merge(o.connect)
+	v.handshake.Merge(o.handshake)
 }
 
 func (v *interval) reset() {
 	v.echo.Reset()
 	v.connect.Reset()
+	v.handshake.Reset()
 }
 
 // latencyLog collects the intervals of all workers. It sums them up and, if it has a
@@ -177,8 +179,8 @@ func (l *latencyLog) writeUntil(second int, end time.Duration) {
 		for _, tagged := range []struct {
 			tag string
 			h   *hdrhistogram.Histogram
-		}{{"echo", v.echo}, {"connect", v.connect}} {
-			if tagged.tag == "connect" && tagged.h.TotalCount() == 0 {
+		}{{"echo", v.echo}, {"connect", v.connect}, {"handshake", v.handshake}} {
+			if tagged.tag != "echo" && tagged.h.TotalCount() == 0 {
 				continue
 			}
 			tagged.h.SetTag(tagged.tag)

@@ -150,11 +150,12 @@ func (u *user) connect() {
 		defer stop(nil)
 		ctx, cancel := context.WithTimeoutCause(ctx, w.run.opts.Timeout, errDialTimeout)
 		defer cancel()
-		conn, err := w.run.dial(ctx, n)
-		if err != nil && ctx.Err() != nil {
+		d, err := w.run.dial(ctx, n)
+		if _, failed := errors.AsType[*handshakeError](err); err != nil && ctx.Err() != nil && !failed {
 			err = context.Cause(ctx)
 		}
-		w.deliver(dialed{u, conn, err, w.now()})
+		d.user, d.err, d.at = u, err, w.now()
+		w.deliver(d)
 	})
 }
 
@@ -173,6 +174,12 @@ func (u *user) connected(d dialed, now time.Duration) {
 	t.Connects.Tried++
 	t.Connects.Made++
 	record(t.second.connect, d.at-u.dialedAt)
+	if d.handshake > 0 {
+		record(t.second.handshake, d.handshake)
+	}
+	if d.resumed {
+		t.Connects.Resumed++
+	}
 	if u.hadConn {
 		t.Reconnects++
 	}
@@ -208,11 +215,14 @@ func (u *user) connectFailed(err error) {
 	t := u.worker.tally
 	t.Connects.Tried++
 	u.worker.run.noteError(err)
+	_, isHandshake := errors.AsType[*handshakeError](err)
 	switch timeout, _ := errors.AsType[net.Error](err); {
 	// without any connection, the address is wrong
 	case errors.Is(err, syscall.EADDRNOTAVAIL) && u.worker.run.conns.Load() > 0:
 		t.Connects.NoPort++
 		return // not an outage of the server
+	case isHandshake:
+		t.Connects.NoHandshake++
 	case errors.Is(err, syscall.ECONNREFUSED):
 		t.Connects.Refused++
 	case errors.Is(err, syscall.ECONNRESET):

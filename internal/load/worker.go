@@ -24,6 +24,9 @@ type dialed struct {
 	conn net.Conn
 	err  error
 	at   time.Duration
+
+	handshake time.Duration // that TLS took; zero without TLS
+	resumed   bool          // a TLS session
 }
 
 // A worker serves a share of the users, on one goroutine.
