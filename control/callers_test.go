@@ -19,6 +19,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -658,7 +659,7 @@ func TestAudit(t *testing.T) {
 			r.do(t, http.MethodGet, "/v1/status", "") // on the same connection, so that the line above has been written
 
 			req, _ := http.NewRequest(request.method, "http://echod"+request.target, nil)
-			want := map[string]any{"method": request.method, "path": printable(req.URL.Path), "uid": who["uid"], "pid": who["pid"]}
+			want := map[string]any{"method": request.method, "path": text.Printable(req.URL.Path), "uid": who["uid"], "pid": who["pid"]}
 			if request.problem != "" {
 				want["status"], want["error"] = int64(request.status), request.problem
 			}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -23,7 +22,7 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 	who := callerFrom(r.Context())
 	opts := server.PauseOptions{By: who.identity()}
 	ttl := time.Duration(-1)
-	err := decodeBody(w, r, fields{"reason": text(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode)})
+	err := decodeBody(w, r, fields{"reason": line(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode)})
 	switch {
 	case err != nil:
 		return err
@@ -92,7 +91,7 @@ func (p *Plane) deleteConns(w *response, r *http.Request) error {
 
 func (p *Plane) postNotify(w *response, r *http.Request) error {
 	var message string
-	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": text(&message)})); err != nil {
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": line(&message)})); err != nil {
 		return err
 	}
 	if message == "" {
@@ -110,7 +109,7 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	reason, grace, now := "", time.Duration(-1), false
 	err := errors.Join(
 		decodeQuery(r, nil),
-		decodeBody(w, r, fields{"grace": duration(&grace), "reason": text(&reason), "now": boolean(&now)}))
+		decodeBody(w, r, fields{"grace": duration(&grace), "reason": line(&reason), "now": boolean(&now)}))
 	switch {
 	case err != nil:
 		return err
@@ -161,11 +160,4 @@ func postUpgrade(upgrade func(context.Context, time.Duration) (Upgraded, error))
 func (p *Plane) answerChange(w http.ResponseWriter, c Change) error {
 	c.State = p.srv.Status().State.String()
 	return answerJSON(w, http.StatusOK, c)
-}
-
-func plural(n int, noun string) string {
-	if n == 1 {
-		return "1 " + noun
-	}
-	return fmt.Sprintf("%d %ss", n, noun)
 }

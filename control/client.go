@@ -18,6 +18,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"echod/internal/text"
 )
 
 // Bounds on what a Client accepts from a server that hangs or misbehaves.
@@ -409,7 +411,7 @@ func (c *Client) send(
 	defer resp.Body.Close()
 	var problem Problem
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxBody)).Decode(&problem); err != nil || problem.Type == "" {
-		return nil, fmt.Errorf("control socket %s answers %s", c.path, printable(shorten(resp.Status)))
+		return nil, fmt.Errorf("control socket %s answers %s", c.path, text.Printable(shorten(resp.Status)))
 	}
 	return nil, &problem
 }

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -38,8 +39,8 @@ const (
 // Options configures a Plane. The zero value is usable.
 type Options struct {
 	Version string // of the program, shown in the status
-	// Logger logs every request that may change something, with the uid and pid of its caller, which a sampler
-	// should let pass. Nil logs nothing.
+	// Logger logs every request that may change something, with the uid and pid of its caller if they are known.
+	// Do not sample these lines: a flood could hide one. Nil logs nothing.
 	Logger *zap.Logger
 	// Metrics answers GET /metrics. Nil: there is no such path.
 	Metrics http.Handler
@@ -260,13 +261,13 @@ func (p *Plane) auditRequest(answer *response, r *http.Request, err error) {
 	}
 	answer.logged = true
 	fields := []zap.Field{
-		zap.String("method", printable(shorten(r.Method))),
-		zap.String("path", printable(shorten(r.URL.Path))),
+		zap.String("method", text.Printable(shorten(r.Method))),
+		zap.String("path", text.Printable(shorten(r.URL.Path))),
 	}
 	fields = append(fields, callerFrom(r.Context()).fields()...)
 	if err != nil {
 		problem := p.problemOf(err)
-		fields = append(fields, zap.Int("status", problem.Status), zap.String("error", printable(problem.Error())))
+		fields = append(fields, zap.Int("status", problem.Status), zap.String("error", text.Printable(problem.Error())))
 	}
 	p.log.Info("control request", fields...)
 }

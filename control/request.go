@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -13,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 	"unicode/utf8"
 
 	"echod/server"
@@ -136,8 +134,8 @@ func (f fields) known() string {
 	return "want " + strings.Join(slices.Sorted(maps.Keys(f)), ", ")
 }
 
-// text takes a string of one line. It reaches clients, logs and terminals.
-func text(to *string) decoder {
+// line takes a string of one line. It reaches clients, logs and terminals.
+func line(to *string) decoder {
 	return func(raw json.RawMessage) error {
 		if err := unmarshal(raw, to, "a string"); err != nil {
 			return err
@@ -232,31 +230,4 @@ func atMost(n int, s string) string {
 		return s
 	}
 	return strings.ToValidUTF8(s[:n], "") + "…"
-}
-
-// printable returns s with everything escaped that could change how a terminal shows the text around it: control
-// characters (newlines too), bidirectional controls, Unicode's line and paragraph separators, and bytes that
-// are not valid UTF-8.
-func printable(s string) string {
-	unsafe := func(r rune) bool {
-		return unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) || r == '\u2028' || r == '\u2029'
-	}
-	if utf8.ValidString(s) && !strings.ContainsFunc(s, unsafe) {
-		return s
-	}
-	var out strings.Builder
-	for s != "" {
-		r, size := utf8.DecodeRuneInString(s)
-		switch {
-		case r == utf8.RuneError && size == 1:
-			fmt.Fprintf(&out, `\x%02x`, s[0])
-		case unsafe(r):
-			quoted := strconv.QuoteRuneToASCII(r)
-			out.WriteString(quoted[1 : len(quoted)-1])
-		default:
-			out.WriteRune(r)
-		}
-		s = s[size:]
-	}
-	return out.String()
 }

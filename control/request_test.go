@@ -28,7 +28,7 @@ type decoded struct {
 
 func (d *decoded) fields() fields {
 	return fields{
-		"text": text(&d.Text), "duration": duration(&d.Duration), "count": count(&d.Count), "bool": boolean(&d.Bool),
+		"text": line(&d.Text), "duration": duration(&d.Duration), "count": count(&d.Count), "bool": boolean(&d.Bool),
 		"mode": pauseMode(&d.Mode), "state": state(&d.State), "word": exactly("please", &d.Word),
 	}
 }
@@ -217,22 +217,6 @@ func TestStandardDecoderIsLax(t *testing.T) {
 		if _, err := decodeText(body); err == nil {
 			t.Errorf("%s: decoded without an error", body)
 		}
-	}
-}
-
-func TestPrintable(t *testing.T) {
-	for text, want := range map[string]string{
-		"":                      "",
-		"plain, ünïcode, 日本 ☃ ": "plain, ünïcode, 日本 ☃ ",
-		"two\nlines\t":          `two\nlines\t`,
-		"\x1b[31mred\x7f":       `\x1b[31mred\x7f`,
-		"C1 \u009b31m":          `C1 \u009b31m`,
-		"\u202egnp.exe\u2066":   `\u202egnp.exe\u2066`,
-		"a\u2028b\u2029c":       `a\u2028b\u2029c`,
-		"\xff\x9b":              `\xff\x9b`,
-		"�":                     "�",
-	} {
-		wantEqual(t, text, printable(text), want)
 	}
 }
 

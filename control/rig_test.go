@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -151,7 +152,7 @@ func (r *rig) await(t *testing.T, state server.State) {
 // awaitConns waits for n connections to be open.
 func (r *rig) awaitConns(t *testing.T, n int) {
 	t.Helper()
-	r.awaitStatus(t, plural(n, "connection"), func(_ server.State, open int) bool { return open == n })
+	r.awaitStatus(t, text.Count(n, "connection"), func(_ server.State, open int) bool { return open == n })
 }
 
 func (r *rig) awaitStatus(t *testing.T, what string, match func(server.State, int) bool) {
@@ -160,7 +161,7 @@ func (r *rig) awaitStatus(t *testing.T, what string, match func(server.State, in
 	defer cancel()
 	if err := r.srv.AwaitStatus(ctx, match); err != nil {
 		st := r.srv.Status()
-		t.Fatalf("the server is %s with %s: want %s", st.State, plural(st.Connections, "connection"), what)
+		t.Fatalf("the server is %s with %s: want %s", st.State, text.Count(st.Connections, "connection"), what)
 	}
 }
 

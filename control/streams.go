@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -214,7 +215,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 		return &Problem{
 			Type: ProblemTimeout, Title: "The wait timed out", Status: http.StatusRequestTimeout,
 			Detail: "the wait timed out: the server is " + seen.State + " with " +
-				plural(seen.Connections, "connection"),
+				text.Count(seen.Connections, "connection"),
 			State: seen.State,
 		}
 	case !met:

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -86,7 +87,7 @@ func (p *Plane) getLive(w *response, r *http.Request) error {
 
 func (p *Plane) getReady(w *response, _ *http.Request) error {
 	st := p.srv.Status()
-	open := plural(st.Connections, "connection")
+	open := text.Count(st.Connections, "connection")
 	switch {
 	case st.State != server.StateRunning:
 		return answerText(w, http.StatusServiceUnavailable, notReady(st))
@@ -101,29 +102,29 @@ func (p *Plane) getReady(w *response, _ *http.Request) error {
 
 // notReady says why a server that is not running is not ready.
 func notReady(st server.Status) string {
-	text := "not ready: " + st.State.String()
+	line := "not ready: " + st.State.String()
 	switch {
 	case st.Drain != nil:
-		text += fmt.Sprintf(" (%s), until %s", st.Drain.Reason, st.Drain.Deadline.Format(time.RFC3339))
+		line += fmt.Sprintf(" (%s), until %s", st.Drain.Reason, st.Drain.Deadline.Format(time.RFC3339))
 	case len(st.Holds) > 0:
 		const most = 10
 		var holds []string
 		for _, h := range st.Holds[:min(len(st.Holds), most)] {
 			holds = append(holds, fmt.Sprintf("%s %q", h.ID, h.Reason))
 		}
-		text += " by " + strings.Join(holds, ", ")
+		line += " by " + strings.Join(holds, ", ")
 		if more := len(st.Holds) - most; more > 0 {
-			text += fmt.Sprintf(" and %d more", more)
+			line += fmt.Sprintf(" and %d more", more)
 		}
 	}
-	return text
+	return line
 }
 
-// answerText answers with a line of text.
-func answerText(w http.ResponseWriter, status int, text string) error {
+// answerText answers with a line.
+func answerText(w http.ResponseWriter, status int, line string) error {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	_, _ = fmt.Fprintln(w, printable(text)) // an error means that the caller has gone
+	_, _ = fmt.Fprintln(w, text.Printable(line)) // an error means that the caller has gone
 	return nil
 }

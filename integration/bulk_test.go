@@ -229,7 +229,7 @@ func TestSendErrors(t *testing.T) {
 		"nothing in flight":    {[]string{"--lines", "--in-flight", "0", table}, 2, "--in-flight 0: want a number from 1"},
 		"no number":            {[]string{"--lines", "--rate", "NaN", table}, 2, "--rate NaN: want a number"},
 		"too long":             {[]string{"--lines", "--max-record", "2B", "--failed", dir + "/f", table}, 1, "too long: more than 2 bytes (--max-record allows more); not kept in " + dir + "/f"},
-		"escape sequences":     {[]string{"--lines", dir + "/a\x1b]0;b\n"}, 1, "a\ufffd]0;b\ufffd: no such file"},
+		"escape sequences":     {[]string{"--lines", dir + "/a\x1b]0;b\n"}, 1, `a\x1b]0;b\n: no such file`},
 		"other columns":        {[]string{"--csv", "--failed", dir + "/f", table, other}, 1, "b.csv: its columns differ from those of the input before"},
 		"an output that fails": {[]string{"--lines", "--output", "/dev/full", table}, 1, "writing the echoes: "},
 		"a broken state":       {[]string{"--lines", "--resume", plain, table}, 1, "x.gz is not the state of an earlier run"},

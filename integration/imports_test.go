@@ -21,7 +21,7 @@ import (
 )
 
 // TestImports pins the layout: imports run from cmd to internal, control, metrics and client, and from control and
-// metrics to server. A program that embeds server gets three small modules besides the standard library.
+// metrics to server. control also imports internal/text, which imports nothing of ours. A program that embeds server gets three small modules besides the standard library.
 func TestImports(t *testing.T) {
 	t.Parallel()
 	module := modulePath(t)
@@ -35,7 +35,8 @@ func TestImports(t *testing.T) {
 		{"client", "../client", []string{"client"}, []string{"golang.org/x/sync"}},
 		{"load", "../internal/load", []string{"client", "internal/load"}, nil},
 		{"records", "../internal/records", []string{"internal/records"}, []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "golang.org/x/text"}},
-		{"control", "../control/...", []string{"control", "server"}, nil},
+		{"control", "../control/...", []string{"control", "internal/text", "server"}, nil},
+		{"text", "../internal/text", []string{"internal/text"}, []string{"github.com/dustin/go-humanize"}},
 		{"metrics", "../metrics/...", []string{"metrics", "server"}, nil},
 		{"cmd", "../cmd/...", []string{"client", "cmd", "control", "internal", "metrics", "server"}, nil},
 	}

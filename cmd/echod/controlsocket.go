@@ -112,7 +112,7 @@ func clientSocket(notes io.Writer) (string, error) {
 	switch {
 	case len(found) > 1:
 		fmt.Fprintf(notes, "echod: using %s; servers also answer at %s (--control chooses)\n",
-			found[0], strings.Join(found[1:], ", "))
+			text.Printable(found[0]), text.Printable(strings.Join(found[1:], ", ")))
 		return found[0], nil
 	case len(found) == 1:
 		return found[0], nil

@@ -27,6 +27,7 @@ func TestCtlOutputIsPrintable(t *testing.T) {
 		"POST /v1/resume":       `{"changed":true,"state":"` + evil + `","released":1}`,
 		"DELETE /v1/holds/{id}": `{"changed":true,"state":"` + evil + `","released":1}`,
 		"POST /v1/notify":       `{"sent":1}`,
+		"POST /v1/upgrade":      `{"pid":1,"handed_over":1,"behind":{"` + evil + `":1}}`,
 		"DELETE /v1/conns":      `{"changed":true,"state":"` + evil + `","killed":1}`,
 		"POST /v1/shutdown":     `{"changed":true,"state":"` + evil + `"}`,
 		"GET /v1/events":        `{"type":"` + evil + `"}` + "\n" + `{"type":"opened","conn":` + conn + `}` + "\n" + `{"type":"released","cause":"` + evil + `","hold":` + hold + "}\n",
@@ -63,7 +64,7 @@ func TestCtlOutputIsPrintable(t *testing.T) {
 		<-served
 	}()
 	for _, args := range []string{
-		"status", "conns", "closed", "events", "wait --state paused", "pause", "resume", "resume h1", "notify x", "kill --all", "kill 1", "shutdown",
+		"status", "conns", "closed", "events", "wait --state paused", "pause", "resume", "resume h1", "notify x", "kill --all", "kill 1", "shutdown", "upgrade",
 	} {
 		var out bytes.Buffer
 		code := execute(append(append([]string{"ctl"}, strings.Fields(args)...), "--control", path), nil, &out, &out)

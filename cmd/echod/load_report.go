@@ -32,8 +32,11 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 	if len(failures) == 0 {
 		fmt.Fprintln(&b, loadConclusion(r))
 	}
-	if _, err := io.WriteString(out, b.String()); err != nil {
-		return fmt.Errorf("writing the report: %w", err)
+	// Addresses, and a report to compare with, come from elsewhere.
+	for line := range strings.Lines(b.String()) {
+		if err := printLine(out, "%s", strings.TrimSuffix(line, "\n")); err != nil {
+			return fmt.Errorf("writing the report: %w", err)
+		}
 	}
 	return nil
 }

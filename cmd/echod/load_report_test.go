@@ -121,7 +121,7 @@ func TestLoadReport(t *testing.T) {
 	})
 	t.Run("a comparison shows both runs, and what differs", func(t *testing.T) {
 		before := &load.Report{
-			PerSecond: 1000, Conns: 5, Sizes: "64",
+			PerSecond: 1000, Conns: 5, Sizes: "64\x1b[2J", // a file may hold anything
 			Echo: load.Latency{P99: 0.001, P999: 0.001},
 		}
 		now := &load.Report{
@@ -136,6 +136,7 @@ func TestLoadReport(t *testing.T) {
 		for _, want := range []string{
 			"echoes/s 1,000 1,500 +50.0 %", "echo p99 1.00 ms 2.00 ms +100.0 %",
 			"echo p99.9 1.00 ms 1.50 s x 1500", "lost 0 3 -", "corrupted 0 0 same", "conns: 6, was 5",
+			`was 64\x1b[2J`,
 		} {
 			if !strings.Contains(got, want) {
 				t.Errorf("lacks %q:\n%s", want, b.String())

@@ -11,8 +11,12 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/buffer"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/term"
+
+	"echod/internal/text"
+	"echod/server"
 )
 
 // Of the entries with the same message, the first logPerSecond of each second are logged, and every logThereafter-th
@@ -61,10 +65,7 @@ func newLogger(level, format string, onDropped func(cause string, entries int64)
 		config.EncodeDuration = zapcore.StringDurationEncoder
 		encoder = zapcore.NewJSONEncoder(config)
 	case "console":
-		config := zap.NewDevelopmentEncoderConfig()
-		config.EncodeTime = zapcore.TimeEncoderOfLayout("15:04:05.000")
-		config.ConsoleSeparator = "  "
-		encoder = zapcore.NewConsoleEncoder(config)
+		encoder = newConsoleEncoder()
 	case "journal":
 		if !journalEnabled() {
 			return nil, nil, errors.New("--log-format journal: cannot reach the systemd journal")
@@ -85,12 +86,36 @@ func newLogger(level, format string, onDropped func(cause string, entries int64)
 	return zap.New(sampled(core, sink)), sink.start(), nil
 }
 
-// samplingCore samples the entries of a core, except those that an operator relies on: the audit of the control
-// socket, and connections that the server cut off.
+func newConsoleEncoder() zapcore.Encoder {
+	config := zap.NewDevelopmentEncoderConfig()
+	config.EncodeTime = zapcore.TimeEncoderOfLayout("15:04:05.000")
+	config.ConsoleSeparator = "  "
+	return printableEncoder{zapcore.NewConsoleEncoder(config)}
+}
+
+// printableEncoder makes each entry one line that is safe for a terminal. The console encoder escapes less than that:
+// messages may have newlines, and fields C1 control characters and direction marks.
+type printableEncoder struct{ zapcore.Encoder }
+
+func (e printableEncoder) Clone() zapcore.Encoder { return printableEncoder{e.Encoder.Clone()} }
+
+func (e printableEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*buffer.Buffer, error) {
+	encoded, err := e.Encoder.EncodeEntry(entry, fields)
+	if err != nil {
+		return nil, err
+	}
+	line := text.Printable(strings.TrimSuffix(encoded.String(), zapcore.DefaultLineEnding))
+	encoded.Reset()
+	encoded.AppendString(line + zapcore.DefaultLineEnding)
+	return encoded, nil
+}
+
+// samplingCore samples the entries about single connections, of which clients can cause any number. Connections that
+// the server cut off are all logged. So is everything else, above all what operators did: nobody can hide that
+// behind a flood.
 type samplingCore struct {
 	zapcore.Core
 	sampler zapcore.Core // samples what it passes on to Core
-	all     bool         // a field added by With asks for every entry
 }
 
 func sampled(core zapcore.Core, sink *logSink) zapcore.Core {
@@ -104,7 +129,7 @@ func sampled(core zapcore.Core, sink *logSink) zapcore.Core {
 }
 
 func (c samplingCore) With(fields []zapcore.Field) zapcore.Core {
-	return samplingCore{c.Core.With(fields), c.sampler.With(fields), c.all || neverSampled(fields)}
+	return samplingCore{c.Core.With(fields), c.sampler.With(fields)}
 }
 
 func (c samplingCore) Check(entry zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
@@ -115,7 +140,7 @@ func (c samplingCore) Check(entry zapcore.Entry, ce *zapcore.CheckedEntry) *zapc
 }
 
 func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
-	if c.all || neverSampled(fields) {
+	if !isPerConn(fields) || cutOff(fields) {
 		return c.Core.Write(entry, fields)
 	}
 	if ce := c.sampler.Check(entry, nil); ce != nil {
@@ -124,12 +149,17 @@ func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 	return nil
 }
 
-// neverSampled reports whether fields belong to an audit line, which has the uid of a control client, or
-// to a connection that the server cut off.
-func neverSampled(fields []zapcore.Field) bool {
+// cutOff reports whether fields say that the server ended the connection.
+func cutOff(fields []zapcore.Field) bool {
 	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
-		return strings.HasSuffix(f.Key, "uid") || f.Key == "reason" && (f.String == "deadline" || f.String == "forced")
+		reason, ok := f.Interface.(server.Reason)
+		return ok && (reason == server.ReasonDeadline || reason == server.ReasonForced)
 	})
+}
+
+// isPerConn reports whether fields belong to an entry about one connection.
+func isPerConn(fields []zapcore.Field) bool {
+	return slices.ContainsFunc(fields, func(f zapcore.Field) bool { return f.Key == "conn" })
 }
 
 const (

@@ -6,17 +6,24 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/journal"
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+
+	"echod/control"
+	"echod/server"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -109,21 +116,25 @@ func TestSampling(t *testing.T) {
 		var lines bytes.Buffer
 		log := zap.New(sampled(textCore(&lines), sink))
 		const flood = logPerSecond + 250
-		for range flood {
-			log.Info("connection closed", zap.String("reason", "client-closed"))
+		closed := func(reason server.Reason) {
+			log.Info("connection closed", zap.Uint64("conn", 1), zap.Stringer("reason", reason))
 		}
 		for range flood {
-			log.Info("connection closed", zap.String("reason", "deadline"))
-			log.Info("connection closed", zap.String("reason", "forced"))
-			log.Info("request", zap.Int("uid", 1000))
-			log.Info("paused", zap.Int("placed_by_uid", 1000))
-			log.With(zap.Int("uid", 1000)).Info("request by With")
+			closed(server.ReasonClientClosed)
+		}
+		for range flood {
+			closed(server.ReasonDeadline)
+			closed(server.ReasonForced)
+			log.Info("control request", zap.Int("uid", 1000))
+			log.Info("control request of an unknown caller")
+			log.Info("paused", zap.String("hold", "h1"))
+			log.With(zap.String("path", "/run")).Info("control request by With")
 		}
 		kept := strings.Count(lines.String(), "client-closed")
 		if want := logPerSecond + 250/logThereafter; kept != want {
 			t.Errorf("kept %d ordinary entries, want %d", kept, want)
 		}
-		for _, all := range []string{"deadline", "forced", "request {", "paused", "request by With"} {
+		for _, all := range []string{"deadline", "forced", "request {", "unknown caller", "paused", "request by With"} {
 			if n := strings.Count(lines.String(), all); n != flood {
 				t.Errorf("%d entries with %q, want all %d", n, all, flood)
 			}
@@ -137,6 +148,51 @@ func TestSampling(t *testing.T) {
 			t.Errorf("counted %v, want %d", dropped, flood-kept)
 		}
 	})
+}
+
+// TestAuditIsNotSampled floods a control plane whose callers are unknown, because the system does not tell who they
+// are.
+func TestAuditIsNotSampled(t *testing.T) {
+	var lines, reports bytes.Buffer
+	sink, _ := newTestSink(&reports)
+	log := zap.New(sampled(textCore(&lines), sink))
+	srv, err := server.New(server.Echo, server.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	plane := control.New(srv, control.Options{Logger: log})
+	const flood = logPerSecond + 250
+	for i := range flood {
+		request := httptest.NewRequest(http.MethodPost, fmt.Sprintf("/v1/junk/%d", i), nil)
+		plane.ServeHTTP(httptest.NewRecorder(), request)
+	}
+	sink.close()
+	<-sink.done
+	if n := strings.Count(lines.String(), "control request"); n != flood {
+		t.Errorf("%d requests are in the audit, want all %d", n, flood)
+	}
+	if strings.Contains(lines.String(), "uid") {
+		t.Error("the callers are known: want unknown ones")
+	}
+	if reports.Len() > 0 {
+		t.Errorf("the log reports %q", reports.String())
+	}
+}
+
+// TestConsoleLinesArePrintable logs what a client could send in the console format.
+func TestConsoleLinesArePrintable(t *testing.T) {
+	var out bytes.Buffer
+	log := zap.New(zapcore.NewCore(newConsoleEncoder(), zapcore.AddSync(&out), zap.DebugLevel))
+	const evil = "\x1b[2J\u009b31m\u202e\nforged\x9b"
+	log.With(zap.String("with", evil)).Info(evil, zap.String("text", evil), zap.Error(errors.New(evil)),
+		zap.Any("labels", map[string]string{"user": evil}))
+	line, ok := strings.CutSuffix(out.String(), "\n")
+	if !ok || strings.ContainsFunc(line, unicode.IsControl) || strings.ContainsRune(line, '\u202e') || !utf8.ValidString(line) {
+		t.Errorf("logged %q", out.String())
+	}
+	if n := strings.Count(line, `\u009b31m\u202e\nforged`); n != 5 {
+		t.Errorf("logged %q: want the text five times, escaped", line)
+	}
 }
 
 func TestJournal(t *testing.T) {

@@ -438,7 +438,7 @@ func (p *pinger) print(r pingResult) error {
 	}
 	var err error
 	if r.err != nil {
-		_, err = fmt.Fprintf(p.out, "from %s: seq=%d: %s\n", from, r.Seq, text.Printable(r.Error))
+		err = printLine(p.out, "from %s: seq=%d: %s", from, r.Seq, r.Error)
 	} else {
 		dns, handshake := "", ""
 		if r.DNS != nil {
@@ -447,7 +447,7 @@ func (p *pinger) print(r pingResult) error {
 		if r.TLS != nil {
 			handshake = " tls=" + latency(*r.TLS)
 		}
-		_, err = fmt.Fprintf(p.out, "%d bytes from %s: seq=%d%s connect=%s%s echo=%s\n", r.Bytes, from, r.Seq,
+		err = printLine(p.out, "%d bytes from %s: seq=%d%s connect=%s%s echo=%s", r.Bytes, from, r.Seq,
 			dns, latency(*r.Connect), handshake, latency(*r.Echo))
 	}
 	if err != nil {
@@ -528,8 +528,8 @@ func (p *pinger) summarize(took time.Duration) error {
 	if s.Returned > 0 {
 		lost = min(lost, 99.9) // not rounded to 100
 	}
-	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost", p.address,
-		s.Sent, s.Returned, lost)
+	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost",
+		text.Printable(p.address), s.Sent, s.Returned, lost)
 	for _, result := range slices.Sorted(maps.Keys(s.Results)) {
 		if result != pingOK {
 			fmt.Fprintf(p.out, ", %d %s", s.Results[result], result)

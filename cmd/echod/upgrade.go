@@ -213,13 +213,13 @@ Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 64 usage.
 				if err != nil {
 					return err
 				}
-				fmt.Fprintf(out, "upgraded to process %d: %s handed over, frozen for %s\n", done.PID,
+				err = printLine(out, "upgraded to process %d: %s handed over, frozen for %s", done.PID,
 					text.Count(done.HandedOver, "connection"), seconds(done.FrozenSeconds))
 				for why, n := range done.Behind {
-					fmt.Fprintf(out, "%s stayed with the old process: %s\n", text.Count(n, "connection"),
-						strings.TrimSpace(why))
+					err = errors.Join(err, printLine(out, "%s stayed with the old process: %s",
+						text.Count(n, "connection"), strings.TrimSpace(why)))
 				}
-				return nil
+				return err
 			})
 		},
 	}

@@ -2,26 +2,45 @@
 package text
 
 import (
+	"fmt"
+	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/dustin/go-humanize"
 )
 
-// Printable makes the text of others safe for a terminal. Control characters, escape sequences, direction
-// marks and invalid UTF-8 could move the cursor or hide other text: each such character becomes U+FFFD,
-// and a tab a space.
+// Printable makes text from elsewhere safe for a terminal and for a line of a log: it returns one line that shows
+// every character of s. Control characters, newlines, escape sequences, direction marks, invisible characters and
+// invalid UTF-8 could move the cursor, hide text or add lines. They become Go's escapes, such as \x1b and \u202e; a
+// tab becomes a space. Everything that echod prints for people goes through it.
 func Printable(s string) string {
-	return strings.Map(func(r rune) rune {
+	if !strings.ContainsFunc(s, isUnsafe) {
+		return s
+	}
+	var out strings.Builder
+	for s != "" {
+		r, size := utf8.DecodeRuneInString(s)
 		switch {
+		case r == utf8.RuneError && size == 1:
+			fmt.Fprintf(&out, `\x%02x`, s[0])
 		case r == '\t':
-			return ' '
-		case !unicode.IsPrint(r):
-			return unicode.ReplacementChar
+			out.WriteByte(' ')
+		case isUnsafe(r) && r != utf8.RuneError:
+			quoted := strconv.QuoteRuneToASCII(r)
+			out.WriteString(quoted[1 : len(quoted)-1])
 		default:
-			return r
+			out.WriteRune(r)
 		}
-	}, s)
+		s = s[size:]
+	}
+	return out.String()
+}
+
+// isUnsafe reports whether Printable may have to change r. U+FFFD may stand for an invalid byte.
+func isUnsafe(r rune) bool {
+	return r == utf8.RuneError || !unicode.IsPrint(r) && !unicode.Is(unicode.Zs, r)
 }
 
 // Count formats a number with its noun, such as 1 hold or 2,000 holds.

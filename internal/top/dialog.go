@@ -115,7 +115,7 @@ func (m *model) askResume() dialog {
 	}
 	var holds []string
 	for _, h := range m.status.Holds {
-		holds = append(holds, strings.TrimSpace(h.ID+" "+clip(text.Printable(h.Reason), maxReason, m.glyphs.ellipsis)))
+		holds = append(holds, strings.TrimSpace(text.Printable(h.ID)+" "+clip(text.Printable(h.Reason), maxReason, m.glyphs.ellipsis)))
 	}
 	return &confirmation{
 		fmt.Sprintf("Resume the server? This releases %s (%s). y/N", text.Count(len(holds), "hold"),

@@ -418,7 +418,7 @@ func TestNotes(t *testing.T) {
 	r.Update(doneMsg{err: &control.Problem{Title: "The server is draining", Detail: "the server is draining until noon"}})
 	r.expect(`^the server refused: the server is draining until noon$`)
 	r.Update(doneMsg{err: errors.New("no answer within 10s\n\x1b[2Jboo")})
-	r.expect(`^no answer within 10s��\[2Jboo$`)
+	r.expect(`^no answer within 10s\\n\\x1b\[2Jboo$`)
 	r.Update(troubleMsg{"reading events", &control.Problem{Detail: "too many streams"}})
 	r.expect(`^reading events: too many streams$`)
 	for range 11 {

@@ -19,16 +19,16 @@ func TestTextOfOthersIsPrintable(t *testing.T) {
 	r.lists(c)
 	r.happens(closedEvent(control.ClosedConn{ID: 2, Remote: c.Remote, Reason: "client-closed", Closed: r.at}))
 	st := aStatus()
-	st.Holds = []control.Hold{{ID: "h1", Reason: "disk\x1b[2J\u202e"}}
+	st.Holds = []control.Hold{{ID: "h1\u202e", Reason: "disk\x1b[2J\u202e"}}
 	r.answers(st)
-	r.expect(`evil�\[2J�:1`)
+	r.expect(`evil\\x1b\[2J\\u202e:1`)
 	for _, keys := range []string{"u", "n", "tab"} {
 		r.presses(keys)
 		if screen := r.View().Content; strings.Contains(screen, "\x1b[2J") || strings.Contains(screen, "\u202e") {
 			t.Errorf("after %s the screen shows %q", keys, screen)
 		}
 		if keys == "u" {
-			r.expect(`h1 disk�\[2J�`)
+			r.expect(`h1\\u202e disk\\x1b\[2J\\u202e`)
 		}
 	}
 }
