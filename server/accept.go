@@ -514,6 +514,7 @@ func (a *acceptor) deregister() (last bool) {
 	a.srv.state.With(func(st *state) {
 		if i := slices.Index(st.acceptors, a); i >= 0 {
 			st.acceptors = slices.Delete(st.acceptors, i, i+1)
+			st.served = append(st.served[max(0, len(st.served)+1-maxListenersNoted):], a.ln.Listener)
 		}
 		last = len(st.acceptors) == 0
 	})

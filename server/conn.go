@@ -146,7 +146,7 @@ func (c *Conn) BytesIn() uint64 { return c.bytesIn.Load() }
 func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 
 // LocalAddr is the server's address on this connection.
-func (c *Conn) LocalAddr() net.Addr { return c.sock.LocalAddr() }
+func (c *Conn) LocalAddr() net.Addr { return knownAddr(c.sock.LocalAddr()) }
 
 // RemoteAddr is the client's address: that of the connection which WrapConn returned. For the client of a Unix socket,
 // which has no address, it is its Credentials where the system tells them.
@@ -157,7 +157,7 @@ func (c *Conn) RemoteAddr() (addr net.Addr) {
 		}
 	})
 	if addr == nil {
-		return c.sock.RemoteAddr()
+		return knownAddr(c.sock.RemoteAddr())
 	}
 	return addr
 }

@@ -57,7 +57,7 @@ var (
 	ErrNoHold = errors.New("no such hold")
 	// ErrNoConn means that no open connection has the given id.
 	ErrNoConn = errors.New("no such connection")
-	// ErrNoListener means that the server does not serve the given listener.
+	// ErrNoListener means that the server no longer serves the given listener.
 	ErrNoListener = errors.New("no such listener")
 	// ErrStuck is what Probe returns when the server no longer does its work and will not recover by itself.
 	ErrStuck = errors.New("the server is stuck")

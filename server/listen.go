@@ -32,6 +32,23 @@ type Listener struct {
 	EmptyQueue bool
 }
 
+// Addr is the listener's address. It is never nil, though that of the net.Listener may be.
+func (l Listener) Addr() net.Addr { return knownAddr(l.Listener.Addr()) }
+
+// knownAddr returns addr, or one to show if there is none: listeners and connections of other packages may have no
+// address.
+func knownAddr(addr net.Addr) net.Addr {
+	if addr == nil {
+		return unknownAddr{}
+	}
+	return addr
+}
+
+type unknownAddr struct{}
+
+func (unknownAddr) Network() string { return "unknown" }
+func (unknownAddr) String() string  { return "unknown" }
+
 // ListenConfig opens listeners for a server. The zero value is ready to use.
 type ListenConfig struct {
 	// Backlog is the length of the accept queue. Zero means the system's maximum. It needs a unix system.

@@ -122,6 +122,10 @@ func (s *Server) ServeListener(l Listener) error {
 		}
 		st.acceptors = append(st.acceptors, a)
 		st.tasks++
+		if i := slices.Index(st.toClose, l.Listener); i >= 0 {
+			st.toClose = slices.Delete(st.toClose, i, i+1)
+			a.closing = true
+		}
 	})
 	if sweep {
 		go s.sweep()
@@ -164,16 +168,23 @@ func (s *Server) takeAdopted(l Listener) (a *acceptor) {
 }
 
 // CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve
-// returns. Other listeners and all connections are not affected. It returns at once. The error is ErrNoListener if
-// the server does not serve ln: because it failed, or because ServeListener, on another goroutine, has not begun.
-// Then close ln itself.
-func (s *Server) CloseListener(ln net.Listener) error {
-	err := ErrNoListener
+// returns. Other listeners and all connections are not affected. It returns at once. It may be called before
+// ServeListener, for example if that is called on another goroutine: ServeListener then does the same as soon as it
+// begins. The error is ErrNoListener if ServeListener has ended for ln, or the server has stopped.
+func (s *Server) CloseListener(ln net.Listener) (err error) {
 	s.state.With(func(st *state) {
-		if i := slices.IndexFunc(st.acceptors, func(a *acceptor) bool { return a.ln.Listener == ln }); i >= 0 {
-			err = nil
+		i := slices.IndexFunc(st.acceptors, func(a *acceptor) bool { return a.ln.Listener == ln })
+		switch {
+		case i >= 0:
 			st.acceptors[i].interrupt()
 			st.acceptors[i].closing = true
+		case s.log == nil, st.phase == StateStopped, slices.Contains(st.served, ln):
+			err = ErrNoListener
+		case slices.Contains(st.toClose, ln):
+		case len(st.toClose) == maxListenersNoted:
+			err = ErrNoListener
+		default:
+			st.toClose = append(st.toClose, ln)
 		}
 	})
 	return err

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"testing"
@@ -218,6 +219,31 @@ func TestCloseListener(t *testing.T) {
 		c.echoes(t, "y")
 	}))
 
+	t.Run("before ServeListener, the queue is served all the same", bubbled(func(t *testing.T) {
+		s, _ := newServer(t, Echo, Options{})
+		early := &rig{Server: s, ln: newFakeListener()}
+		queued := early.dial(t)
+		for range 2 {
+			wantErr(t, "CloseListener", s.CloseListener(early.ln), nil)
+		}
+		wantErr(t, "Serve", <-serve(t, s, early.ln), net.ErrClosed)
+		queued.echoes(t, "x")
+		if !early.ln.isClosed() {
+			t.Error("the listener is open")
+		}
+		wantErr(t, "CloseListener after Serve", s.CloseListener(early.ln), ErrNoListener)
+		next := &rig{Server: s, ln: newFakeListener()}
+		serve(t, s, next.ln)
+		next.dial(t).echoes(t, "y")
+		for i := range maxListenersNoted + 1 {
+			want := error(nil)
+			if i == maxListenersNoted {
+				want = ErrNoListener
+			}
+			wantErr(t, "CloseListener of one that is never served", s.CloseListener(newFakeListener()), want)
+		}
+	}))
+
 	t.Run("works for a listener without deadlines", bubbled(func(t *testing.T) {
 		fake := newFakeListener()
 		ln := plainListener{fake}
@@ -236,6 +262,45 @@ func TestCloseListener(t *testing.T) {
 		served.has(t, "SHUTDOWN 5 x\n")
 		queued.has(t, "SHUTDOWN 5 x\n")
 	}))
+}
+
+// namelessListener and its connections have no addresses.
+type (
+	namelessListener struct{ *fakeListener }
+	namelessConn     struct{ net.Conn }
+)
+
+func (l namelessListener) Addr() net.Addr { return nil }
+
+func (l namelessListener) Accept() (net.Conn, error) {
+	nc, err := l.fakeListener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return namelessConn{nc}, nil
+}
+
+func (namelessConn) LocalAddr() net.Addr  { return nil }
+func (namelessConn) RemoteAddr() net.Addr { return nil }
+
+func TestListenerWithoutAddress(t *testing.T) {
+	for _, inherited := range []bool{false, true} {
+		t.Run(fmt.Sprintf("inherited %t", inherited), bubbled(func(t *testing.T) {
+			s, _ := newServer(t, Echo, Options{Limits: Limits{MaxConnsPerIP: 1}})
+			fake := newFakeListener()
+			served := serveListener(t, s, Listener{Listener: namelessListener{fake}, Inherited: inherited})
+			c := (&rig{Server: s, ln: fake}).dial(t)
+			c.echoes(t, "x")
+			wantEqual(t, "address", s.Status().Listeners[0].Address.String(), "unknown")
+			for info := range s.Conns() {
+				wantEqual(t, "remote", info.Remote.String(), "unknown")
+				wantEqual(t, "local", info.Local.String(), "unknown")
+			}
+			wantErr(t, "Probe", s.Probe(t.Context()), nil)
+			s.StartDrain(DrainOptions{Grace: time.Second})
+			wantErr(t, "Serve", <-served, ErrServerClosed)
+		}))
+	}
 }
 
 func TestZeroServer(t *testing.T) {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"net"
 	"time"
 )
 
@@ -29,10 +30,12 @@ type state struct {
 	noticesSent, noticesFailed uint64
 	transitions                [StateStopped + 1]uint64 // how often each state was entered
 
-	adopted   []*acceptor // from TakeOver, until ServeListener is called for them
-	acceptors []*acceptor // those that may still let new connections in
-	tasks     int         // goroutines that accept, or that work for a connection
-	sweeping  bool        // the sweeper was started
+	adopted   []*acceptor    // from TakeOver, until ServeListener is called for them
+	acceptors []*acceptor    // those that may still let new connections in
+	toClose   []net.Listener // given to CloseListener before ServeListener; at most maxListenersNoted
+	served    []net.Listener // the last for which ServeListener has ended; at most maxListenersNoted
+	tasks     int            // goroutines that accept, or that work for a connection
+	sweeping  bool           // the sweeper was started
 
 	handover   *handover                 // in progress; nil otherwise
 	frozen     bool                      // nothing is accepted, admitted or changed
@@ -47,6 +50,9 @@ type state struct {
 	onShutdown  []func()
 	subscribers []*Subscription
 }
+
+// maxListenersNoted bounds what is remembered about listeners that are not served now.
+const maxListenersNoted = 64
 
 // recentConns is how many closed connections are remembered.
 const recentConns = 1024

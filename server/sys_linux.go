@@ -120,7 +120,7 @@ func call(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (i
 // SYN; handshakes in progress complete. The filter looks at the flags in the TCP header (RFC 9293, 3.1: byte 13); see
 // socket(7), SO_ATTACH_FILTER. For a Unix socket the kernel refuses clients after shutdown(2).
 func stopHandshakes(ln net.Listener) error {
-	if ln.Addr().Network() == "unix" {
+	if knownAddr(ln.Addr()).Network() == "unix" {
 		return control(ln, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
 	}
 	const (
@@ -226,7 +226,7 @@ func setInt(sc syscall.Conn, level, option, value int) {
 
 // readSocketOptions reads the settings of an inherited listener, which package net replaces on accepted connections.
 func readSocketOptions(ln net.Listener) (o socketOptions) {
-	if ln.Addr().Network() == "unix" {
+	if knownAddr(ln.Addr()).Network() == "unix" {
 		return o
 	}
 	err := control(ln, func(fd int) error {
