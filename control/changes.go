@@ -79,7 +79,7 @@ func (p *Plane) deleteConn(w *response, r *http.Request) error {
 
 func (p *Plane) deleteConns(w *response, r *http.Request) error {
 	all, minIdle, identity := false, time.Duration(-1), ""
-	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle), "identity": text(&identity)}); err != nil {
+	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle), "identity": line(&identity)}); err != nil {
 		return err
 	}
 	if all == (minIdle >= 0 || identity != "") {

@@ -20,7 +20,7 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 
 func (p *Plane) getConns(w *response, r *http.Request) error {
 	limit, minIdle, identity := -1, time.Duration(0), ""
-	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle), "identity": text(&identity)}); err != nil {
+	if err := decodeQuery(r, fields{"limit": count(&limit), "min_idle": duration(&minIdle), "identity": line(&identity)}); err != nil {
 		return err
 	}
 	list := newConnWriter(w)
