@@ -81,6 +81,7 @@ type Plane struct {
 	http         *http.Server
 	certificates Certificates        // nil if there are none
 	readOnly     bool                // nothing here changes anything
+	https        bool                // http.TLSConfig was given; net/http sets it later too, for HTTP/2
 	hosts        map[string]struct{} // names that the Host header may have; nil: any
 	linger       time.Duration       // for requests in progress once the server has stopped
 
@@ -321,7 +322,7 @@ func (p *Plane) serve(l *callers) error {
 		defer p.mu.Unlock()
 		p.listeners = slices.DeleteFunc(p.listeners, func(other *callers) bool { return other == l })
 	}()
-	if p.http.TLSConfig != nil {
+	if p.https {
 		return p.http.ServeTLS(l, "", "")
 	}
 	return p.http.Serve(l)

@@ -34,7 +34,7 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
 	p.http.SetKeepAlivesEnabled(false) // no connection outlives its answer
-	p.http.TLSConfig = opts.TLSConfig
+	p.http.TLSConfig, p.https = opts.TLSConfig, opts.TLSConfig != nil
 	p.http.Protocols = new(http.Protocols)
 	p.http.Protocols.SetHTTP1(true) // HTTP/2 is for connections with many requests
 	p.hosts = map[string]struct{}{"localhost": {}, "echod": {}}
