@@ -74,7 +74,7 @@ func Run(ctx, stop context.Context, opts Options) (Summary, error) {
 	if stop.Err() != nil && errors.Is(err, context.Cause(stop)) || err == nil && !r.readAll {
 		err = ErrStopped
 	}
-	if flushErr := r.flush(); err == nil { // otherwise it is the same, or follows from it
+	if flushErr := r.flush(); err == nil { // otherwise err is the cause of flushErr, or the same
 		err = flushErr
 	}
 	err = errors.Join(err, opts.Failed.close(), opts.Out.close())
@@ -125,7 +125,7 @@ func (r *run) stream(ctx context.Context, opts client.StreamOptions) error {
 func (r *run) handle(result client.Result[key]) error {
 	k := result.Key
 	r.tally.resent.Add(int64(max(result.Sent-1, 0)))
-	later := r.opts.State != nil // another run sends what is not done
+	later := r.opts.State != nil // a later run sends what is not done
 	var err error
 	switch {
 	case k.malformed != nil:
@@ -198,11 +198,11 @@ func (r *run) explainMalformed(e *records.Error) error {
 // MaxRecordLimit is the largest value of --max-record, in bytes.
 const MaxRecordLimit = 16 << 20
 
-// withHint adds the option that would accept the input to the error of a record or of a
-// header, if there is one.
+// withHint adds a hint to the error of a record or of a header: the option that would
+// accept the input, if there is one.
 func (r *run) withHint(err error) error {
 	opts := r.opts.Records
-	notClosed := strings.Contains(err.Error(), "not closed") // more would be swallowed
+	notClosed := strings.Contains(err.Error(), "not closed") // with the option, more would be read into the quotes
 	hint := ""
 	switch {
 	case errors.Is(err, records.ErrTooLong) && opts.MaxRecord < MaxRecordLimit:
@@ -266,7 +266,7 @@ func (r *run) retry(name string, reason error, wait time.Duration) {
 		wait.Round(100*time.Millisecond)))
 }
 
-// Describe says a notice in words.
+// Describe describes a notice in words.
 func Describe(n client.Notice) string {
 	switch n.Kind {
 	case client.NoticeShutdown:

@@ -16,13 +16,13 @@ type key struct {
 	input        int // index of the input
 	number, line int64
 	malformed    *records.Error // nil: there is data
-	unended      bool           // what is written after it must begin a line
+	unended      bool           // it has no newline: what is written after it must begin a new line
 	end          int64          // offset in the input, as records.Source.Consumed
 	start        start          // where a later run can begin in order to send it again
 	digest       digest         // of the records up to it
 }
 
-// An inputError is that of one input, which does not end the run.
+// An inputError is an error of one input. It does not end the run.
 type inputError struct{ error }
 
 func (e inputError) Unwrap() error { return e.error }

@@ -108,9 +108,9 @@ func (o *Output) saved() *savedOutput {
 
 func (o *Output) name() string { return o.file.Name() }
 
-// seek finds where to write. A file that an earlier run wrote has everything that is
-// done, and maybe more, which is sent again. If that run wrote to no file, a later one
-// appends to it.
+// seek finds where to write. The file of an earlier run has all records that are done,
+// and maybe more, which are sent again. If the earlier run wrote to no file, this run
+// appends to the file.
 func (o *Output) seek(was *savedOutput, continues bool) error {
 	switch {
 	case o == nil || !o.regular || continues && was == nil:
@@ -219,8 +219,7 @@ func (f *FailedFile) Unchanged() bool {
 	return f != nil && f.to.cut && !f.to.created
 }
 
-// add adds a record that was sent, of an input with that header, which is nil unless
-// there is one.
+// add adds a record that was sent. header is that of its input; nil if there is none.
 func (f *FailedFile) add(header []string, data []byte) error {
 	if f == nil {
 		return nil
@@ -245,7 +244,7 @@ func (f *FailedFile) addMalformed(header []string, e *records.Error) error {
 }
 
 // write writes a record, and the header before the first. All but blocks are lines, in
-// UTF-8. A byte order mark says so, since it takes precedence over --encoding.
+// UTF-8. The file begins with a byte order mark, since that takes precedence over --encoding.
 func (f *FailedFile) write(header []string, raw []byte) error {
 	if first := f.to.length == 0 && f.w.Buffered() == 0; first {
 		if f.opts.Encoding != "" {

@@ -238,7 +238,7 @@ func (t *tally) position() (end, size int64, known bool) {
 	return end, size, known
 }
 
-// position returns how much of an input is done, and its size.
+// position returns how much of one input is done, and its size.
 func (in *inputTally) position() (end, size int64, known bool) {
 	size, known = max(in.size, 0), in.size >= 0
 	if source := in.source.Load(); source != nil {

@@ -254,7 +254,7 @@ func (s *State) remove() error {
 }
 
 // An inputCheck checks that an input begins with the records that an earlier run read.
-// Until then what that run did not finish is pending.
+// Until the check has passed, the records that the earlier run did not finish are pending.
 type inputCheck struct {
 	enabled bool
 	before  int64         // records that the earlier run read
@@ -336,7 +336,7 @@ func readingOf(o records.Options) reading {
 	return r
 }
 
-// progress is how far the written files have come, and what failed.
+// progress describes what was written to the files, and what failed.
 type progress struct {
 	Output    *savedOutput `json:"output,omitempty"`
 	MidLine   bool         `json:"mid_line,omitempty"` // the output's last line has no newline

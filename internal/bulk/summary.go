@@ -81,7 +81,7 @@ func (in *inputTally) finished(k key) {
 	in.closed.Add(1)
 }
 
-// isDone reports whether nothing more will come of the input.
+// isDone reports whether every record of the input has come back or failed.
 func (in *inputTally) isDone() bool {
 	return (in.read.Load() || in.bad.Load()) && in.closed.Load() == in.taken.Load()
 }
@@ -112,7 +112,7 @@ func (t *tally) done() (n int) {
 	return n
 }
 
-// place names a record as its errors do.
+// place names a record in the form that errors have.
 func (t *tally) place(k key) string {
 	name := t.inputs[k.input].source.Load().Name()
 	if k.line > 0 {
@@ -143,7 +143,7 @@ func (t *tally) isNewReason(text string) bool {
 	return !again
 }
 
-// Summary says what became of all records that were read.
+// Summary counts what happened to the records that were read.
 type Summary struct {
 	Came       int64 // back, byte for byte
 	Bytes      int64 // of these

@@ -35,13 +35,13 @@ type checker struct {
 	runPrefix []byte
 	padding   []byte
 	maxSize   int           // of a message, in bytes
-	meanSize  int           //
+	meanSize  int           // of messages, in bytes
 	late      time.Duration // a message that takes longer is late
 	tally     *tally        // of the worker that owns the connection
 	onNotice  func(client.Notice)
 
-	// Messages [base, next) are outstanding: begun, not returned, and so was no
-	// message after them. flights[first:] describes them.
+	// Messages [base, next) are outstanding: they were begun, and neither they nor a
+	// later message have returned. flights[first:] describes them.
 	base, next uint64
 	flights    []flight
 	first      int
@@ -56,8 +56,8 @@ type checker struct {
 	missing   map[uint64]time.Duration
 	forgotten int64
 
-	// broken is the number of broken messages since the last message that came in order, estimated from the number of
-	// broken bytes. corrupted is how many messages of this connection have been counted as corrupted.
+	// broken estimates, from the number of broken bytes, how many broken messages arrived since the last message
+	// that came in order. corrupted is how many messages of this connection have been counted as corrupted.
 	broken, corrupted int64
 
 	lines lines
@@ -273,8 +273,8 @@ func (c *checker) miss() {
 	c.pop()
 }
 
-// countBroken counts the broken messages since the last message that came in order. As many as are missing there
-// count as corrupted, the others as unexpected.
+// countBroken counts the broken messages since the last message that came in order. If messages are missing there,
+// each of them counts as corrupted once. Further broken messages count as unexpected.
 func (c *checker) countBroken(missing int64) {
 	corrupted := min(c.broken, missing)
 	c.corrupted += corrupted
@@ -289,7 +289,7 @@ func (c *checker) outstanding() int { return int(c.next - c.base) }
 // outstandingBytes returns how many bytes the messages in flight have.
 func (c *checker) outstandingBytes() int64 { return c.end - c.start }
 
-// overdue returns how many of the messages in flight are late. The caller knows that the first known ones are.
+// overdue returns how many of the messages in flight are late. The caller has found that the first known ones are.
 func (c *checker) overdue(known int, now time.Duration) int {
 	n := min(known, c.outstanding())
 	for _, f := range c.flights[c.first+n:] {
@@ -319,7 +319,7 @@ func (c *checker) finish() int64 {
 	c.endLines()
 	c.countBroken(int64(c.outstanding()))
 	unreturned := int64(c.outstanding()) + int64(len(c.missing)) + c.forgotten
-	if more := c.corrupted - unreturned; more > 0 { // some counted as corrupted arrived later
+	if more := c.corrupted - unreturned; more > 0 { // messages that were counted as corrupted arrived intact later
 		c.tally.Echoes.Corrupted -= more
 		c.tally.Echoes.Unexpected += more
 		return 0
@@ -492,7 +492,7 @@ func (c *checker) endLines() {
 	switch {
 	case l.holding && l.interrupted:
 		rest += len(l.held) + 1
-	case l.holding && len(l.held) > 0 && c.isPrefix(l.held): // then a part of a notice follows
+	case l.holding && len(l.held) > 0 && c.isPrefix(l.held): // the line is the beginning of a notice
 		rest = 0
 	default:
 		c.release()

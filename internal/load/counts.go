@@ -22,7 +22,7 @@ type Connects struct {
 	Resumed     int64 `json:"resumed"`          // TLS sessions of earlier connections
 }
 
-// Missed returns how many attempts the server, or the way to it, has failed.
+// Missed returns how many attempts failed because of the server or the network.
 func (c Connects) Missed() int64 {
 	return c.Refused + c.Reset + c.TimedOut + c.Failed + c.TurnedAway + c.NoHandshake
 }
@@ -36,7 +36,7 @@ type Echoes struct {
 	Duplicated int64 `json:"duplicated"`  // came back once more
 	Lost       int64 `json:"lost"`        // never came back
 	Corrupted  int64 `json:"corrupted"`   // came back broken
-	Unexpected int64 `json:"unexpected"`  // broken or never sent, where no message is missing
+	Unexpected int64 `json:"unexpected"`  // broken or never sent, and no message is missing in their place
 	Foreign    int64 `json:"foreign"`     // came back on a connection that had not sent them
 	TurnedAway int64 `json:"turned_away"` // sent on a connection that was turned away
 	Unsent     int64 `json:"unsent"`      // due, but no connection could take them
@@ -75,7 +75,7 @@ type Counts struct {
 	Ends     Ends     `json:"ends"`
 
 	// Reconnects counts connections that replaced one that had ended. A connection
-	// that was turned away by a notice counts as none.
+	// that a notice turned away does not count.
 	Reconnects int64 `json:"reconnects"`
 }
 
@@ -120,7 +120,7 @@ func (c *Counts) open() int64 {
 	return c.Connects.Made - e.Left - e.Noticed - e.Closed - e.Reset - e.Failed
 }
 
-// maxLatency is the largest latency that a histogram holds. Longer ones count as it.
+// maxLatency is the largest latency that a histogram holds. Longer ones count as this one.
 const maxLatency = time.Hour
 
 // newHistogram returns a histogram in nanoseconds with three significant digits,

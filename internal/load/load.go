@@ -10,10 +10,10 @@
 //   - returned: intact. It is late if it took longer than Options.Late, and reordered
 //     if a message that was sent later came first.
 //   - duplicated: intact, but it had already come back.
-//   - corrupted: bytes that are no message, or a message that was never sent, in the
-//     place of a missing one. That one does not count as lost as well. Consecutive
-//     broken bytes count as the number of messages that have their length.
-//   - unexpected: the same where no message is missing.
+//   - corrupted: in the place of a missing message came bytes that are no message, or a
+//     message that was never sent. The missing message then does not count as lost.
+//     Consecutive broken bytes count as several messages, by their length.
+//   - unexpected: such bytes or such a message came where no message is missing.
 //   - foreign: intact, but sent on another connection or by another run.
 //   - lost: nothing came in its place before the connection ended, or before the
 //     run stopped waiting (Options.DrainWait).
@@ -128,12 +128,12 @@ type Options struct {
 	Late      time.Duration // an echo that takes longer is late; zero means 1 s
 	DrainWait time.Duration // at the end, for what is in flight and for connects; zero means 5 s
 
-	// Threads is how many workers there are. Zero means one for four processors, at
-	// least one.
+	// Threads is the number of workers. Zero means one for every four processors, and
+	// at least one.
 	Threads int
 
 	// SkipDrain ends the wait at the end of the run when it is closed. Nil means that
-	// only DrainWait does.
+	// only DrainWait ends it.
 	SkipDrain <-chan struct{}
 
 	// OnProgress, if not nil, is called by Run's goroutine about every 200 ms.

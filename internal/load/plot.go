@@ -107,7 +107,7 @@ func escaped(s string) string {
 	return b.String()
 }
 
-// heading writes what was done and what came of it.
+// heading writes the settings of the run and its main results.
 func (d *drawing) heading(r *Report) {
 	load := "closed model, " + grouped(float64(r.Pipeline)) + " in flight per connection"
 	switch {
@@ -310,7 +310,7 @@ func (t *timeline) latencies() {
 	}
 }
 
-// unbroken splits points where nothing came back.
+// unbroken splits points into runs without gaps. A gap is where nothing came back.
 func unbroken(points []Point) [][]Point {
 	var parts [][]Point
 	continues := false
@@ -406,9 +406,9 @@ type curve struct {
 	points              [][2]float64
 }
 
-// WritePercentilePlot draws the latencies of the run by percentile as SVG. The axis
-// gives each further nine the same room. If before is not nil, its latencies are drawn
-// dashed.
+// WritePercentilePlot draws the latencies of the run by percentile as SVG. On the
+// axis the distances from 90 % to 99 % and from 99 % to 99.9 % are equal, and so on. If before is not
+// nil, its latencies are drawn dashed.
 func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 	d := newDrawing(percentileHeight)
 	d.heading(r)
@@ -438,7 +438,7 @@ func (r *Report) WritePercentilePlot(w io.Writer, before *Report) error {
 	scale := newLogScale(least, most, percentileTop, percentileEnd)
 	scale.grid(d)
 	ticks := []float64{0, 0.5}
-	for n := 1.0; n < nines-0.15; n++ { // no label under that of the maximum
+	for n := 1.0; n < nines-0.15; n++ { // the label of the maximum would cover it
 		ticks = append(ticks, 1-math.Pow(10, -n))
 	}
 	for _, fraction := range ticks {

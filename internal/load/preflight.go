@@ -17,7 +17,7 @@ import (
 	"echod/client"
 )
 
-// A target is one of the addresses that the server's name stands for.
+// A target is one of the server's IP addresses.
 type target struct {
 	network, address string
 	tls              *tls.Config  // nil for none
@@ -73,7 +73,7 @@ func (r *run) prepare(ctx context.Context) error {
 	return nil
 }
 
-// checkPorts returns an error if this machine has too few local ports. Each is good for
+// checkPorts returns an error if this machine has too few local ports. Each serves
 // one connection to each address. Zero ports means that the number is not known.
 func checkPorts(ports, addresses, conns int) error {
 	if ports == 0 || conns <= ports*addresses {

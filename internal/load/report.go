@@ -12,7 +12,7 @@ import (
 // A Report is the result of a run. Times are in seconds.
 type Report struct {
 	Address   string          `json:"address"`
-	Addresses []TargetCount   `json:"addresses,omitempty"` // what it stands for; none with Options.Dial
+	Addresses []TargetCount   `json:"addresses,omitempty"` // the IP addresses of Address; none with Options.Dial
 	Started   time.Time       `json:"started"`
 	Conns     int             `json:"conns"`
 	Size      int             `json:"size"`  // the mean
@@ -60,7 +60,7 @@ type ReportedStage struct {
 	Seconds float64 `json:"seconds"`
 }
 
-// A TargetCount is what became of the connects to one address.
+// A TargetCount counts the connects to one address.
 type TargetCount struct {
 	Address string `json:"address"`
 	Made    int64  `json:"made"`
@@ -75,7 +75,7 @@ type TargetCount struct {
 // Options.Late although something was sent, there is an outage since then, until the
 // next echo.
 type Outage struct {
-	Clients int     `json:"clients"`        // that had one
+	Clients int     `json:"clients"`        // that had an outage
 	Median  float64 `json:"median_seconds"` // over all clients, of the sum of their outages
 	Max     float64 `json:"max_seconds"`
 }

@@ -161,7 +161,7 @@ func (s *schedule) rate(at time.Duration) float64 {
 	return rate
 }
 
-// thinkers are the users that think, ordered by when they send again.
+// thinkers are the users that wait for their think time, ordered by when it ends.
 type thinkers []*user
 
 func (t thinkers) Len() int           { return len(t) }
@@ -183,8 +183,8 @@ func (t *thinkers) think(u *user, until time.Duration) {
 	}
 }
 
-// next removes and returns a user that has thought for long enough. If there is none
-// it returns nil and when the next one will have.
+// next removes and returns a user that has thought for long enough. If there is none,
+// it returns nil and when the next user will have thought long enough.
 func (t *thinkers) next(now time.Duration) (*user, time.Duration) {
 	if len(*t) == 0 {
 		return nil, never

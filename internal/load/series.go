@@ -25,7 +25,7 @@ type Point struct {
 	Reconnects  int64   `json:"reconnects"`
 }
 
-// A point is a Point in the making.
+// A point collects what becomes a Point.
 type point struct {
 	Counts
 	latencies *hdrhistogram.Histogram // nil if nothing came back

@@ -54,14 +54,14 @@ type epoll struct {
 	events [256]unix.EpollEvent
 	batch  []*user
 
-	exclusive bool // it need not give its processor to other goroutines while it waits
+	exclusive bool // it may keep its processor while it waits; see rawSyscall
 	pace      pace
 	ticks     int  // a timerfd that fires at each tick of pace, or -1
-	ticking   bool // it is set
+	ticking   bool // ticks is set
 	receiver  receiver
 }
 
-// What an event is about, if not a user.
+// What an event is about if it is not about a user.
 const (
 	aboutWake = -1 - iota
 	aboutTimer
@@ -89,7 +89,7 @@ func newEpoll(exclusive bool, pc pace) (_ *epoll, err error) {
 		}
 	}
 	for about, fd := range map[int32]int{aboutWake: p.event, aboutTimer: p.timer} {
-		// Edge-triggered, so they need not be read.
+		// These are edge-triggered, so nobody has to read them.
 		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd,
 			&unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
 			return nil, fmt.Errorf("watching a timer: %w", err)
@@ -117,7 +117,7 @@ func (p *epoll) add(conn net.Conn, u *user) (socket, error) {
 	if dupErr != nil {
 		return nil, os.NewSyscallError("fcntl", dupErr)
 	}
-	// without it, what is read counts as just arrived
+	// without a timestamp, what is read counts as just arrived
 	_ = unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_TIMESTAMPNS, 1)
 	if err := s.control(unix.EPOLL_CTL_ADD, unix.EPOLLIN|unix.EPOLLRDHUP); err != nil {
 		unix.Close(s.fd)

@@ -18,7 +18,7 @@ const (
 	maxUnwritten = 256 << 10
 
 	// maxLate bounds how much may be in flight on a connection, in bytes, if part of it
-	// is late. At least twice the pipeline may be.
+	// is late. Twice the pipeline is always allowed.
 	maxLate = 4 << 20
 )
 
@@ -67,8 +67,8 @@ type user struct {
 	notice   *client.Notice
 	rejected bool // by a notice, before any echo
 
-	// The open model: messages [taken, due) of its schedule are due and were not
-	// taken. Those in again are due, too: they must be sent again.
+	// The open model: messages [taken, due) of the schedule are due, and no connection
+	// has taken them. Those in again are due too, because they must be sent again.
 	taken, due int64
 	again      []time.Duration
 	listed     bool // in worker.due
@@ -96,7 +96,7 @@ func (o *outageClock) lose(since time.Duration) {
 	}
 }
 
-// served notes an echo. It ends an outage if the connection may stay.
+// served notes an echo. It ends the outage, unless the client has to leave the connection.
 func (o *outageClock) served(now time.Duration, stays bool) {
 	o.lastEcho = now
 	if o.out && stays {
@@ -400,7 +400,7 @@ func (u *user) write(now time.Duration) {
 	}
 }
 
-// leave stops sending. Messages that were not written go over the next connection.
+// leave stops sending. Messages that were not written are sent on the next connection.
 func (u *user) leave(reason leaveReason, now time.Duration) {
 	u.reason, u.phase, u.wakeAt = reason, leaving, now+u.worker.run.opts.DrainWait
 	u.retractUnwritten()

@@ -151,7 +151,7 @@ func (w *worker) takeInbox() []dialed {
 }
 
 // sendDue sends the messages of the open model that have become due. It returns when
-// the next one will.
+// the next one is due.
 func (w *worker) sendDue(now time.Duration) time.Duration {
 	if !w.run.opts.open() || w.draining {
 		return never
@@ -163,7 +163,7 @@ func (w *worker) sendDue(now time.Duration) time.Duration {
 			w.flushDue(now)
 			return due
 		}
-		if w.message >= u.due { // otherwise the user is still to start
+		if w.message >= u.due { // otherwise the user has not started yet
 			u.due = w.message + 1
 			w.dueSum++
 			if !u.listed {
@@ -187,8 +187,8 @@ func (w *worker) flushDue(now time.Duration) {
 	w.due = w.due[:0]
 }
 
-// wakeThinkers lets users send that have thought for long enough. It returns when the
-// next one will have.
+// wakeThinkers lets users send whose think time has ended. It returns when the next
+// think time ends.
 func (w *worker) wakeThinkers(now time.Duration) time.Duration {
 	for {
 		u, at := w.thinkers.next(now)

@@ -22,7 +22,7 @@ type rows struct {
 	w        *window
 	opts     Options
 	delim    []byte
-	comment  []byte // nil: none
+	comment  []byte // lines that begin with it are skipped; nil: none
 	special  [256]bool
 	replaced *atomic.Int64
 
@@ -300,7 +300,7 @@ func (r *rows) unquoted(i int) (next int, done bool, err error) {
 }
 
 // separator returns the length of the delimiter, or of the end of the row, at offset i.
-// It is 0 if there is neither, and for the end of the text, which is done too.
+// It is 0 if there is neither. At the end of the text it is 0 and done is true.
 func (r *rows) separator(i int) (size int, done bool) {
 	if r.has(i, len(r.delim)) && bytes.HasPrefix(r.w.data()[i:], r.delim) {
 		return len(r.delim), false
@@ -395,7 +395,7 @@ func (r *rows) closing(open int) (int, error) {
 func (r *rows) neverCloses(open, i int) error {
 	d := r.w.data()
 	for i > open+1 && d[i-1] == '"' {
-		i-- // the run may continue
+		i-- // the next read may add quotes to the run
 	}
 	r.noClose = max(r.noClose, r.position+int64(i))
 	return r.failLine(open, open, fmt.Errorf("%w: not closed", csv.ErrQuote))
@@ -455,7 +455,7 @@ func columnName(name string, i int) string {
 	return name
 }
 
-// uniqueNames makes names unique by numbers. The first of a name keeps it.
+// uniqueNames makes names unique by appending numbers. The first of several equal names stays as it is.
 type uniqueNames struct {
 	taken map[string]bool
 	last  map[string]int // the number that was given to a name last
@@ -522,7 +522,7 @@ func (o *object) row(line int64, text []byte, ends []int) []byte {
 func appendString(b, s []byte) []byte {
 	const hex = "0123456789abcdef"
 	b = append(b, '"')
-	from := 0 // of what is not appended yet
+	from := 0 // s[from:i] is not appended yet
 	for i := 0; i < len(s); {
 		c := s[i]
 		if c >= utf8.RuneSelf {

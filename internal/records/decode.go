@@ -20,7 +20,7 @@ import (
 // line and column.
 const undecoded = 0xff
 
-// byteOrderMarks lists byte order marks and their encodings. A mark comes before those that are a prefix of it.
+// byteOrderMarks lists byte order marks and their encodings. A longer mark comes before one that is its prefix.
 var byteOrderMarks = []struct{ mark, encoding string }{
 	{"\xff\xfe\x00\x00", "utf-32le"},
 	{"\x00\x00\xfe\xff", "utf-32be"},
@@ -52,7 +52,7 @@ func sniffMark(r *bufio.Reader) (mark, encoding string) {
 }
 
 // decode returns a reader of the text of r as UTF-8, and whether that differs from
-// what r holds. Without a mark and a named encoding it does not.
+// what r holds. It is the same if there is neither a mark nor a named encoding.
 func decode(r io.Reader, opts Options) (text io.Reader, decoded bool, err error) {
 	in, ok := r.(*bufio.Reader)
 	if !ok {
@@ -110,7 +110,7 @@ func decoderOf(name string) (transform.Transformer, error) {
 		return &utfDecoder{order: binary.BigEndian, size: 4}, nil
 	}
 	for _, name := range []string{name, strings.Replace(strings.ToLower(name), "latin-", "latin", 1)} {
-		// IANA's ISO-8859-1 is itself; the index of HTML takes it for windows-1252.
+		// Ask IANA's index first: HTML's index takes ISO-8859-1 for windows-1252.
 		if e, err := ianaindex.IANA.Encoding(name); err == nil && e != nil {
 			return marking(e), nil
 		}
@@ -127,7 +127,7 @@ func marking(e encoding.Encoding) transform.Transformer {
 }
 
 // markUndecoded replaces U+FFFD, with which the decoders of x/text say that something
-// cannot be decoded, and which hardly any encoding but those of Unicode contains.
+// cannot be decoded. Hardly any encoding except Unicode's contains that character itself.
 type markUndecoded struct{ transform.NopResetter }
 
 func (markUndecoded) Transform(dst, src []byte, atEOF bool) (nDst, nSrc int, err error) {
@@ -154,8 +154,8 @@ func (markUndecoded) Transform(dst, src []byte, atEOF bool) (nDst, nSrc int, err
 	return nDst, nSrc, nil
 }
 
-// utfDecoder decodes UTF-16 and UTF-32. Unlike those of x/text it tells U+FFFD in the
-// source from what cannot be decoded.
+// utfDecoder decodes UTF-16 and UTF-32. Unlike the decoders of x/text it distinguishes
+// U+FFFD in the source from what cannot be decoded.
 type utfDecoder struct {
 	transform.NopResetter
 	order binary.ByteOrder
@@ -182,7 +182,7 @@ func (d *utfDecoder) Transform(dst, src []byte, atEOF bool) (nDst, nSrc int, err
 }
 
 // rune returns the character that src begins with, or -1 if it cannot be decoded, and its
-// length. It is complete unless more of src could change it.
+// length. complete is false if more of src could change the result.
 func (d *utfDecoder) rune(src []byte) (r rune, n int, complete bool) {
 	if len(src) < d.size {
 		return -1, len(src), false

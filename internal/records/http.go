@@ -27,7 +27,7 @@ const (
 	defaultRetries = 5
 	minRetryDelay  = 500 * time.Millisecond
 	maxRetryDelay  = 15 * time.Second
-	maxRetryAfter  = 5 * time.Minute // a server that asks for more is given up
+	maxRetryAfter  = 5 * time.Minute // a download is given up if the server asks for a longer wait
 )
 
 // HTTPOptions configures how URLs are read. The zero value is usable.
@@ -57,7 +57,7 @@ var (
 	errChanged = errors.New("it changed while it was read")
 )
 
-// openURL requests a URL. Of the URL, errors contain what publicName returns.
+// openURL requests a URL. Errors contain publicName's form of the URL.
 func openURL(ctx context.Context, rawURL string, opts Options) (*input, error) {
 	u, err := url.Parse(rawURL)
 	if err != nil || u.Host == "" {
@@ -96,8 +96,8 @@ type download struct {
 
 	validator string // of the first response
 	size      int64  // -1 means unknown
-	base      int64  // where the download began
-	got       int64  // how far it came
+	base      int64  // offset at which the download began
+	got       int64  // offset up to which it has come
 	sum       hash.Hash
 	tries     int // requests in a row without a byte
 
@@ -106,7 +106,7 @@ type download struct {
 	cancel context.CancelCauseFunc
 	reqCtx context.Context
 	stall  *time.Timer // cancels; stopped while nothing is expected
-	failed error       // of body, after what came with it
+	failed error       // why body failed; returned after the bytes that came before
 }
 
 func newDownload(ctx context.Context, u *url.URL, opts HTTPOptions) *download {
@@ -129,7 +129,7 @@ func newDownload(ctx context.Context, u *url.URL, opts HTTPOptions) *download {
 }
 
 // checkRedirect follows no redirect from https to http. It sends no Referer, which would
-// contain the query, and the user's headers to the user's host only.
+// contain the query. It sends the user's headers only to the host that the user named.
 func (d *download) checkRedirect(req *http.Request, via []*http.Request) error {
 	if len(via) >= maxRedirects {
 		return fmt.Errorf("stopped after %d redirects", maxRedirects)
@@ -188,8 +188,8 @@ func (d *download) open() error {
 	}
 }
 
-// retryable reports whether another request may succeed after err. Before the first
-// byte, a server that cannot be reached is not waited for.
+// retryable reports whether another request may succeed after err. If no byte has come yet
+// and the server cannot be reached, it is false: the address may be wrong.
 func (d *download) retryable(err error) bool {
 	if d.ctx.Err() != nil || errors.Is(err, errChanged) {
 		return false
@@ -211,7 +211,7 @@ func (d *download) retryable(err error) bool {
 }
 
 // wait waits before another request, as long as the server asks, or a random time that
-// grows. It returns err, with what was tried, when there is to be none.
+// grows. If there is to be no other request, it returns err and how many were made.
 func (d *download) wait(err error) error {
 	retries := cmp.Or(d.opts.Retries, defaultRetries)
 	if d.tries >= retries {

@@ -70,7 +70,7 @@ var (
 	ErrNUL      = errors.New("NUL bytes, as in UTF-16 without a byte order mark")
 )
 
-// Format says what a record is.
+// A Format says how the input is split into records.
 type Format int
 
 // The formats.

@@ -32,12 +32,12 @@ const (
 type container struct {
 	magic string
 	name  string
-	read  bool   // it is unpacked
-	hint  string // what to do, where it is not
+	read  bool   // this package unpacks it
+	hint  string // what the user can do if it does not
 }
 
-// containers are recognised by what they begin with. In the second of zstd, which
-// begins a frame to be skipped, the lower half of the first byte may be anything.
+// containers are recognised by their first bytes. The second entry of zstd is a frame
+// to be skipped: the lower four bits of its first byte may be anything.
 var containers = []container{
 	{magic: "\x1f\x8b", name: "gzip", read: true},
 	{magic: "\x28\xb5\x2f\xfd", name: "zstd", read: true},
@@ -127,7 +127,7 @@ func unpack(in *input, format Format) (r io.Reader, unpacked bool, err error) {
 	}
 	if format != Raw {
 		content := bufio.NewReader(u.r)
-		_, _ = content.Peek(512) // an error comes again
+		_, _ = content.Peek(512) // the next read returns the same error
 		if isTar(content) {
 			return nil, false, errTar
 		}
@@ -194,7 +194,7 @@ func (u *unpacker) explain(err error) error {
 	at := u.in.consumed.Load() - int64(u.packed.Buffered())
 	switch {
 	case u.in.err != nil && u.in.err != io.EOF:
-		return u.in.err // what came before it is not damaged
+		return u.in.err // the input failed; the packed data may be intact
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
 		return fmt.Errorf("%s data ends too early, after %d bytes", u.kind, at)
 	case errors.Is(err, zstd.ErrWindowSizeExceeded):
@@ -270,7 +270,7 @@ func checkXZ(r *bufio.Reader) error {
 	}
 	block = block[streamHeader:]
 	at := 2
-	for _, optional := range []byte{0x40, 0x80} { // sizes, as numbers of variable length
+	for _, optional := range []byte{0x40, 0x80} { // the optional sizes are numbers of variable length
 		if block[1]&optional != 0 {
 			for at < size-1 && block[at] >= 0x80 {
 				at++
@@ -334,7 +334,7 @@ func (z zipInput) ReadAt(p []byte, off int64) (int, error) {
 		return 0, z.in.ctx.Err()
 	}
 	n, err := z.r.ReadAt(p, off)
-	if off+int64(len(p)) < z.in.size { // and not the directory
+	if off+int64(len(p)) < z.in.size { // the directory at the end does not count
 		z.in.consumed.Store(max(z.in.consumed.Load(), off+int64(n)))
 	}
 	return n, err
