@@ -13,7 +13,7 @@ func TestLoadMemory(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	cmd := exec.Command(built(t, leanBinary), "load", "--address", e.addr, "--conns", "64", "--size", "1000000",
-		"--duration", "1s", "--late", "1m", "--drain-wait", "1m", "--max-lost", "0")
+		"--duration", "300ms", "--late", "1m", "--drain-wait", "1m", "--max-lost", "0")
 	cmd.Env = environment()
 	var output bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &output, &output

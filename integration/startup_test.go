@@ -17,7 +17,7 @@ import (
 func TestG15SignalDuringStart(t *testing.T) {
 	t.Parallel()
 	for name, sig := range map[string]syscall.Signal{"SIGTERM": syscall.SIGTERM, "SIGINT": syscall.SIGINT, "SIGHUP": syscall.SIGHUP} {
-		for range 5 {
+		for range 3 {
 			e := startUnawaited(t, "--grace", "20s")
 			p, err := connectSoon(e.addr)
 			for end := time.Now().Add(patience); err != nil && time.Now().Before(end); p, err = connectSoon(e.addr) {

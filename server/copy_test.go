@@ -194,7 +194,7 @@ func TestEcho(t *testing.T) {
 			_, dial := serve(Echo)
 			var clients sync.WaitGroup
 			defer clients.Wait()
-			for range 300 {
+			for range 100 {
 				nc := dial()
 				clients.Go(func() {
 					sent := randomBytes(rand.New(rand.NewPCG(rand.Uint64(), 0)), 1+rand.IntN(9000), true)

@@ -100,7 +100,7 @@ func TestG12Handover(t *testing.T) {
 }
 
 func testHandoverStreams(t *testing.T) {
-	const clients, handovers = 10, 20
+	const clients, handovers = 10, 12
 	g, addr := firstGeneration(t, Echo, Options{})
 	var streams sync.WaitGroup
 	stop := make(chan struct{})
@@ -137,7 +137,8 @@ func testHandoverStreams(t *testing.T) {
 // echo, and checks that the same come back.
 func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64) {
 	_ = c.SetDeadline(time.Time{})
-	random := rand.New(rand.NewPCG(seed, 1))
+	content := rand.NewChaCha8([32]byte{byte(seed)})
+	random := rand.New(content)
 	const ahead = 512 << 10
 	var echoed atomic.Int64
 	progress := make(chan struct{}, 1)
@@ -158,9 +159,7 @@ func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64
 				continue
 			}
 			p := make([]byte, 1+random.IntN(1<<(1+random.IntN(18))))
-			for i := range p {
-				p[i] = byte(random.Uint32())
-			}
+			_, _ = content.Read(p) // never fails
 			if _, err := c.Write(p); err != nil {
 				t.Errorf("client %d: %v", seed, err)
 				return
@@ -191,10 +190,8 @@ func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64
 func testHandoverHalfClosed(t *testing.T) {
 	g, addr := firstGeneration(t, Echo, Options{})
 	c := dialTCP(t, addr)
-	want := make([]byte, 32<<20) // more than the socket buffers take
-	for i := range want {
-		want[i] = byte(rand.Uint32())
-	}
+	want := make([]byte, 32<<20)                  // more than socket buffers take
+	_, _ = rand.NewChaCha8([32]byte{}).Read(want) // never fails
 	sent := make(chan error, 1)
 	go func() {
 		_, err := c.Write(want)
@@ -353,7 +350,7 @@ func testHandoverRollback(t *testing.T) {
 func testHandoverNotice(t *testing.T) {
 	g, addr := firstGeneration(t, Echo, Options{Notifier: NotifierFunc(func(n Notice) []byte {
 		if n.Kind == NoticeMessage {
-			return bytes.Repeat([]byte("m"), 32<<20) // more than the socket buffers take
+			return bytes.Repeat([]byte("m"), 32<<20) // more than socket buffers take
 		}
 		return nil
 	})})
