@@ -206,14 +206,3 @@ func (s *Server) isDraining() (yes bool) {
 	s.state.With(func(st *state) { yes = st.drain != nil })
 	return yes
 }
-
-// clock is the time since the server was made, in nanoseconds, and never zero. Unlike the wall clock it cannot be set,
-// which would make every connection look idle.
-func (s *Server) clock() int64 { return int64(time.Since(s.started)) + 1 }
-
-// at is the inverse of clock.
-func (s *Server) at(clock int64) time.Time { return s.started.Add(time.Duration(clock - 1)) }
-
-// startTask counts a goroutine that works for an open connection. It calls endTask last, and the drain waits for it.
-func (s *Server) startTask() { s.state.With(func(st *state) { st.tasks++ }) }
-func (s *Server) endTask()   { s.state.With(func(st *state) { st.tasks-- }) }
