@@ -20,6 +20,7 @@
 //   - Each actor runs on a goroutine of the run group, which starts it, interrupts it and waits for it.
 //   - A Plane has one goroutine per connection, started by net/http, for at most MaxCallers connections and
 //     for each probe of its own. Shutdown waits for them until its context ends, and then closes them.
+//   - Each listener of a Plane made by NewWeb has one that takes samples for the status page. Serve stops it and waits.
 //   - Each long-lived request (wait, events, pause while connected) has one more, which waits for the caller to go.
 //     The request closes the connection and waits for it.
 //   - A socket from Listen has one that watches its file. Close stops it and waits for it.

@@ -84,6 +84,7 @@ type Plane struct {
 	https        bool                // http.TLSConfig was given; net/http sets it later too, for HTTP/2
 	hosts        map[string]struct{} // names that the Host header may have; nil: any
 	linger       time.Duration       // for requests in progress once the server has stopped
+	history      *history            // nil if there is no status page
 
 	left       atomic.Bool // Leave was called
 	streams    streams
@@ -176,7 +177,7 @@ func (p *Plane) handle(tables ...[]route) {
 		methods[route.pattern][route.method] = route.answer
 	}
 	for pattern, byMethod := range methods {
-		label := strings.NewReplacer("{id}", "*", "{rest...}", "*").Replace(pattern)
+		label := strings.NewReplacer("{id}", "*", "{rest...}", "*", "{$}", "").Replace(pattern)
 		p.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			answer := w.(*response)
 			answer.route = label
@@ -322,6 +323,13 @@ func (p *Plane) serve(l *callers) error {
 		defer p.mu.Unlock()
 		p.listeners = slices.DeleteFunc(p.listeners, func(other *callers) bool { return other == l })
 	}()
+	if p.history != nil {
+		ctx, stop := context.WithCancelCause(context.Background())
+		var sampling sync.WaitGroup
+		sampling.Go(func() { p.history.run(ctx) })
+		defer sampling.Wait()
+		defer stop(http.ErrServerClosed)
+	}
 	if p.https {
 		return p.http.ServeTLS(l, "", "")
 	}

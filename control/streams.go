@@ -154,7 +154,16 @@ func (s *streams) count() int {
 
 // send writes v as a line. An error means that the caller has gone, or takes too long to read.
 func (s *stream) send(p *Plane, v any) error {
-	if err := json.NewEncoder(s.response).Encode(v); err != nil {
+	line, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return s.sendBytes(p, append(line, '\n'))
+}
+
+// sendBytes writes a part of the answer. An error means that the caller has gone, or takes too long to read.
+func (s *stream) sendBytes(p *Plane, part []byte) error {
+	if _, err := s.response.Write(part); err != nil {
 		return err
 	}
 	s.who.touch()

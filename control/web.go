@@ -21,18 +21,20 @@ const probeTimeout = 3 * time.Second
 // NewWeb returns a Plane that changes nothing, for probes, Prometheus and people. It may be reachable by
 // more than the control socket.
 //
+//	/           a page for people, with the state, limits, traffic and connections; it updates itself
 //	/livez      200 while the accept loops run, also when paused or draining; else 503
 //	/readyz     200 while new clients are served, or wait at the connection limit; else 503
 //	/v1/status  as on the control socket
 //	/metrics    Options.Metrics
 //	/debug/     Options.Debug
 //
-// The first two say why in a line of text, and answer to every host name, since load balancers choose one of their own.
+// The probes say why in a line of text, and answer to every host name, since load balancers choose one of their own.
 // The others answer 421 to names that are not in Options.Hosts, so that a web page whose name was rebound to this
 // address cannot read them.
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
+	p.history = &history{srv: srv}
 	p.http.SetKeepAlivesEnabled(false) // no connection outlives its answer
 	p.http.TLSConfig, p.https = opts.TLSConfig, opts.TLSConfig != nil
 	p.http.Protocols = new(http.Protocols)
@@ -49,7 +51,7 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 	if opts.Debug != nil {
 		routes = append(routes, route{http.MethodGet, "/debug/{rest...}", fromHandler(opts.Debug)})
 	}
-	p.handle(routes, metricsRoutes(opts.Metrics))
+	p.handle(routes, p.pageRoutes(), metricsRoutes(opts.Metrics))
 	return p
 }
 
