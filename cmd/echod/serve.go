@@ -143,9 +143,9 @@ func newServeCommand(use string) *cobra.Command {
 		"address `ranges` of proxies that send a PROXY protocol header,\n"+
 			"such as 10.0.0.0/8; unix is all clients of Unix sockets")
 	flags.StringVar(&f.http, "http", "",
-		"`address` for /livez, /readyz, /metrics and /v1/status, all\n"+
-			"read-only; a port alone is on 127.0.0.1; tls://:9090 is HTTPS,\n"+
-			"with the certificates of --tls-cert")
+		"`address` for a status page at /, and for /livez, /readyz,\n"+
+			"/metrics and /v1/status, all read-only; a port alone is on\n"+
+			"127.0.0.1; tls://:9090 is HTTPS, with the certificates of\n--tls-cert")
 	flags.StringSliceVar(&f.httpHosts, "http-host", nil,
 		"host `names` by which callers may address --http, besides IP\n"+
 			"addresses, localhost and this machine's name")
@@ -156,7 +156,7 @@ func newServeCommand(use string) *cobra.Command {
 		"log `format`: console, json or journal (default: console on a\n"+
 			"terminal, journal under systemd, else json)")
 	flags.BoolVar(&f.checkOnly, "check", false,
-		"check flags, environment, files and addresses, and exit: 0 if the\nserver would start")
+		"check flags, environment, files and addresses, and exit:\n0 if the server would start")
 	flags.StringVar(&f.envFile, "env-file", "",
 		"with --check: `file` of variables to check in place of the\nenvironment, such as /etc/default/echod")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
