@@ -321,7 +321,8 @@ func (c *Conn) prepare() (err error) {
 		if oldest := c.srv.boundHandshakesOf(c); oldest != nil {
 			oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
 		}
-		if err := c.replaceStream(ctx, c.from.tls); err != nil {
+		// Without a Done channel crypto/tls needs no goroutine. The connection's deadline and end interrupt the handshake.
+		if err := c.replaceStream(context.WithoutCancel(ctx), c.from.tls); err != nil {
 			return err
 		}
 		c.labelIdentity()

@@ -47,7 +47,10 @@ func wouldBlock(error) bool { return false }
 
 func discardPending(syscall.RawConn) {}
 
-func awaitReadable(syscall.RawConn) {}
+type readWaiter struct{}
+
+func newReadWaiter(syscall.RawConn) *readWaiter { return &readWaiter{} }
+func (*readWaiter) wait()                       {}
 
 func peerGone(net.Conn) bool { return false }
 

@@ -83,18 +83,34 @@ func peerGone(nc net.Conn) (gone bool) {
 	return gone
 }
 
-// awaitReadable waits until the socket has input, the end of the stream or an error to read, or until its read
-// deadline.
-func awaitReadable(raw syscall.RawConn) {
-	looked := false
-	_ = raw.Read(func(fd uintptr) bool {
-		if looked {
-			return true // the poller said so
-		}
-		looked = true
-		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return !wouldBlock(err)
-	})
+// A readWaiter waits for input of a socket. A wait allocates nothing.
+type readWaiter struct {
+	raw    syscall.RawConn
+	visit  func(fd uintptr) bool // look, bound once
+	looked bool
+	poll   [1]unix.PollFd
+}
+
+func newReadWaiter(raw syscall.RawConn) *readWaiter {
+	w := &readWaiter{raw: raw}
+	w.visit = w.look
+	return w
+}
+
+// wait waits until the socket has input, the end of the stream or an error to read, or until its read deadline.
+func (w *readWaiter) wait() {
+	w.looked = false
+	_ = w.raw.Read(w.visit) // the next read of the session returns the error
+}
+
+func (w *readWaiter) look(fd uintptr) bool {
+	if w.looked {
+		return true // the poller said so
+	}
+	w.looked = true
+	w.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	n, err := unix.Poll(w.poll[:], 0)
+	return n != 0 || err != nil
 }
 
 // keepUrgentInline makes urgent data a part of the stream, in its place, for a TCP socket and the connections that it

@@ -138,26 +138,34 @@ func isTLS(nc net.Conn) bool {
 func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, error) {
 	defer cp.finish()
 	c := cp.src
-	raw := rawConn(transport.Conn)
+	var waiter *readWaiter
+	if raw := rawConn(transport.Conn); raw != nil {
+		waiter = newReadWaiter(raw)
+	}
+	starved := false // the session has received nothing that it has not returned
 	for {
+		var n int
+		var err error
 		if cp.buf == nil {
 			cp.buf = takeBuffer(cp.size)
 		}
-		n, starved := cp.readBuffered(0, session, transport)
-		var err error
+		if !starved {
+			n, starved = cp.readBuffered(0, session, transport)
+		}
 		if n == 0 {
-			if starved && raw != nil {
+			if starved && waiter != nil {
 				if c.idle.Load() != idleNo {
 					if err := c.refuseIdleRead(); err != nil {
 						return cp.written, err
 					}
 				}
 				cp.release()
-				awaitReadable(raw)
+				waiter.wait()
 				cp.buf = takeBuffer(cp.size)
 			}
+			starved = false
 			if n, err = c.Read(cp.buf.bytes); err == nil {
-				n, _ = cp.readBuffered(n, session, transport)
+				n, starved = cp.readBuffered(n, session, transport)
 			}
 		}
 		if n > 0 {
