@@ -134,7 +134,7 @@ func (s *Certificates) Err() (err error) {
 // watchInterval is the time between two looks at the files.
 const watchInterval = time.Second
 
-// Watch loads the files when their contents have changed, and changes the keys of session tickets once a day. It checks
+// Watch loads the files when their contents have changed, and changes the keys of session tickets twice a day. It checks
 // once a second. It returns the cause of ctx when that ends. Files that cannot be loaded are logged, and the certificates in use stay. A certificate and its key are
 // seldom replaced at the same instant, so an error is reported only if the next check finds it too.
 func (s *Certificates) Watch(ctx context.Context) error {
@@ -320,17 +320,18 @@ func (s *Certificates) warnExpiry(st *certificatesState, now time.Time) {
 	}
 }
 
-// ticketKey encrypts the session tickets of a day.
+// ticketKey encrypts the session tickets of half a day.
 type ticketKey struct {
 	Key     []byte    `json:"key"` // ticketKeySize bytes
 	Created time.Time `json:"created"`
 }
 
-// Bounds of ticket keys. The times are those of crypto/tls.
+// Bounds of ticket keys. A ticket is valid for a day at most, although crypto/tls promises clients a week: whoever gets
+// hold of a key can decrypt no more than that.
 const (
 	ticketKeySize = 32
-	ticketKeyUse  = 24 * time.Hour                // for which new tickets are encrypted with a key
-	ticketKeyLife = 7*24*time.Hour + ticketKeyUse // after which all of its tickets have expired
+	ticketKeyUse  = 12 * time.Hour   // for which new tickets are encrypted with a key
+	ticketKeyLife = 2 * ticketKeyUse // for which a key decrypts tickets
 	maxTicketKeys = int(ticketKeyLife/ticketKeyUse) + 1
 )
 
@@ -346,7 +347,7 @@ func parseTicketKeys(encoded []byte) (keys []ticketKey, err error) {
 	if encoded == nil {
 		return nil, nil
 	}
-	if json.Unmarshal(encoded, &keys) != nil || len(keys) > maxTicketKeys {
+	if json.Unmarshal(encoded, &keys) != nil {
 		return nil, errors.New("reading the keys of session tickets: not what Certificates.TicketKeys returns")
 	}
 	for _, k := range keys {
@@ -354,11 +355,11 @@ func parseTicketKeys(encoded []byte) (keys []ticketKey, err error) {
 			return nil, fmt.Errorf("reading the keys of session tickets: a key of %d bytes: want %d", len(k.Key), ticketKeySize)
 		}
 	}
-	return keys, nil
+	return keys[:min(len(keys), maxTicketKeys)], nil // another version may keep more
 }
 
-// rotateTicketKeys makes a new key if the newest has been used for long enough, and forgets those whose tickets have
-// expired. With apply, it puts keys into effect that have not changed.
+// rotateTicketKeys makes a new key if the newest has been used for long enough, and forgets those that are too
+// old. With apply, it puts keys into effect that have not changed.
 func (s *Certificates) rotateTicketKeys(st *certificatesState, now time.Time, apply bool) {
 	if len(st.tickets) == 0 || now.Sub(st.tickets[0].Created) >= ticketKeyUse {
 		fresh := ticketKey{Key: make([]byte, ticketKeySize), Created: now}
