@@ -27,6 +27,7 @@ type echod struct {
 	addr    string   // the first of them
 	log     *journal
 	control *control.Client
+	connect func() (*peer, error) // connects a client to addr
 
 	exited chan struct{}
 	gone   time.Time // when it exited; valid once exited is closed
@@ -78,6 +79,7 @@ func launch(t testing.TB, cmd *exec.Cmd, socket string) *echod {
 		e.addrs = append(e.addrs, e.awaitNth(i+1, "listening").str("address"))
 	}
 	e.addr = e.addrs[0]
+	e.connect = func() (*peer, error) { return connect(e.addr) }
 	return e
 }
 

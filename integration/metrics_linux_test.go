@@ -74,7 +74,7 @@ func (e *echod) dialFrom(ip string) *peer {
 	nc, err := dialer.DialContext(e.t.Context(), "tcp", e.addr)
 	check(e.t, err)
 	e.t.Cleanup(func() { _ = nc.Close() })
-	return &peer{TCPConn: nc.(*net.TCPConn)}
+	return &peer{peerConn: nc.(*net.TCPConn)}
 }
 
 func TestMetrics(t *testing.T) {

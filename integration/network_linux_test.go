@@ -208,7 +208,7 @@ func (n *network) connect(addr string, timeout time.Duration) (p *peer, err erro
 	failed := n.client.do(func() {
 		var nc net.Conn
 		if nc, err = net.DialTimeout("tcp", addr, timeout); err == nil {
-			p = &peer{TCPConn: nc.(*net.TCPConn), in: bufio.NewReader(nc)}
+			p = &peer{peerConn: nc.(*net.TCPConn), in: bufio.NewReader(nc)}
 			err = p.SetDeadline(time.Now().Add(patience))
 		}
 	})

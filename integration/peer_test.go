@@ -5,28 +5,135 @@ package integration
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"strings"
+	"testing"
 	"time"
 )
 
-// peer is a TCP client of a test. Its methods return errors, so that many clients can run concurrently.
+// peer is a client of a test. Its methods return errors, so that many clients can run concurrently.
 type peer struct {
-	*net.TCPConn
+	peerConn
 	in *bufio.Reader
 }
 
-// connect connects a peer whose reads and writes have a deadline.
-func connect(addr string) (*peer, error) {
+// peerConn is a *net.TCPConn, a *net.UnixConn or a *tlsPeer.
+type peerConn interface {
+	net.Conn
+	CloseWrite() error
+}
+
+// connect connects a peer over TCP whose reads and writes have a deadline.
+func connect(addr string) (*peer, error) { return connectOver("tcp", addr) }
+
+func connectOver(network, addr string) (*peer, error) {
+	nc, err := net.DialTimeout(network, addr, patience)
+	if err != nil {
+		return nil, err
+	}
+	return newPeer(nc.(peerConn))
+}
+
+func newPeer(nc peerConn) (*peer, error) {
+	return &peer{peerConn: nc, in: bufio.NewReader(nc)}, nc.SetDeadline(time.Now().Add(patience))
+}
+
+// tlsPeer is a TLS client. A FIN without close_notify is an error. As with TCP, the first write does not wait for the
+// server: it does the handshake in a goroutine, which ends with the connection.
+type tlsPeer struct {
+	*tls.Conn
+	tcp   *net.TCPConn
+	first chan error // of the first write; nil before it
+	err   error      // of the first write, once it is over
+}
+
+func connectTLS(addr string, roots *x509.CertPool) (*peer, error) {
 	nc, err := net.DialTimeout("tcp", addr, patience)
 	if err != nil {
 		return nil, err
 	}
-	p := &peer{TCPConn: nc.(*net.TCPConn)}
-	p.in = bufio.NewReader(p.TCPConn)
-	return p, p.SetDeadline(time.Now().Add(patience))
+	session := tls.Client(finIsError{nc}, &tls.Config{RootCAs: roots, ServerName: "localhost"})
+	return newPeer(&tlsPeer{Conn: session, tcp: nc.(*net.TCPConn)})
+}
+
+// finIsError makes an error of a FIN, so that a TLS client sees io.EOF only after a close_notify.
+type finIsError struct{ net.Conn }
+
+// Read reads from the connection.
+func (c finIsError) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err == io.EOF {
+		err = errors.New("a FIN without close_notify")
+	}
+	return n, err
+}
+
+// Write writes b.
+func (p *tlsPeer) Write(b []byte) (int, error) {
+	if p.first == nil {
+		p.first = make(chan error, 1)
+		b = bytes.Clone(b)
+		go func() {
+			_, err := p.Conn.Write(b)
+			p.first <- err
+			close(p.first)
+		}()
+		return len(b), nil
+	}
+	if err := p.awaitFirst(); err != nil {
+		return 0, err
+	}
+	return p.Conn.Write(b)
+}
+
+// CloseWrite sends close_notify.
+func (p *tlsPeer) CloseWrite() error {
+	if err := p.awaitFirst(); err != nil {
+		return err
+	}
+	if err := p.Handshake(); err != nil {
+		return err
+	}
+	return p.Conn.CloseWrite()
+}
+
+func (p *tlsPeer) awaitFirst() error {
+	if p.first != nil && p.err == nil {
+		p.err = <-p.first // nil once it is closed
+	}
+	return p.err
+}
+
+// overEach runs a subtest with a server that clients reach over TCP, and the slow tests with TLS and with a Unix socket.
+func overEach(t *testing.T, f func(t *testing.T, start func(flags ...string) *echod)) {
+	t.Helper()
+	for name, start := range map[string]func(t testing.TB, flags ...string) *echod{
+		"over TCP": start,
+		"over TLS": func(t testing.TB, flags ...string) *echod {
+			e, _, _ := startTLS(t, flags...)
+			return e
+		},
+		"over a Unix socket": func(t testing.TB, flags ...string) *echod {
+			path := filepath.Join(shortDir(t), "echo")
+			e := start(t, append(flags, "--listen", "unix://"+path)...)
+			e.connect = func() (*peer, error) { return connectOver("unix", path) }
+			return e
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name != "over TCP" {
+				slow(t)
+			}
+			t.Parallel()
+			f(t, func(flags ...string) *echod { return start(t, flags...) })
+		})
+	}
 }
 
 // connectSoon is connect with a short timeout, for servers that may have stopped listening: at the start of a drain the
@@ -36,14 +143,13 @@ func connectSoon(addr string) (*peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	_ = nc.SetDeadline(time.Now().Add(patience))
-	return &peer{TCPConn: nc.(*net.TCPConn), in: bufio.NewReader(nc)}, nil
+	return newPeer(nc.(peerConn))
 }
 
 // dial connects a peer to the server's first listener.
 func (e *echod) dial() *peer {
 	e.t.Helper()
-	p, err := connect(e.addr)
+	p, err := e.connect()
 	check(e.t, err)
 	e.t.Cleanup(func() { _ = p.Close() })
 	return p
@@ -69,7 +175,7 @@ func (e *echod) crowd(n int) []*peer {
 }
 
 func (p *peer) send(text string) error {
-	_, err := io.WriteString(p.TCPConn, text)
+	_, err := io.WriteString(p.peerConn, text)
 	return err
 }
 
@@ -117,15 +223,23 @@ func (p *peer) leave() error {
 	return p.expectRest("")
 }
 
+// tcp returns the peer's TCP connection.
+func (p *peer) tcp() *net.TCPConn {
+	if session, ok := p.peerConn.(*tlsPeer); ok {
+		return session.tcp
+	}
+	return p.peerConn.(*net.TCPConn)
+}
+
 // vanish closes the connection with an RST.
 func (p *peer) vanish() error {
-	_ = p.SetLinger(0)
+	_ = p.tcp().SetLinger(0)
 	return p.Close()
 }
 
 // flood writes without reading until a write fails.
 func (p *peer) flood() {
-	_ = p.SetReadBuffer(4 << 10)
+	_ = p.tcp().SetReadBuffer(4 << 10)
 	block := bytes.Repeat([]byte("flood\n"), 8<<10)
 	for {
 		if _, err := p.Write(block); err != nil {

@@ -75,36 +75,7 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 
 	t.Run("clients that a pause keeps in the accept queue", func(t *testing.T) {
 		t.Parallel()
-		e := start(t, "--grace", "20s")
-		old := e.served()
-		e.pause(control.PauseRequest{})
-		const clients, notice = 50, "SHUTDOWN 20 SIGTERM\n"
-		peers := make([]*peer, clients)
-		for i := range peers {
-			peers[i] = e.dial()
-			check(t, peers[i].send("first\n"))
-		}
-		e.signal(syscall.SIGTERM)
-		check(t, old.expect(notice))
-		each(t, clients, func(i int) error {
-			p := peers[i]
-			got := make([]byte, len("first\n"+notice))
-			if _, err := io.ReadFull(p.in, got); err != nil {
-				return fmt.Errorf("after %q: %w", got, err)
-			}
-			if echoed, err := onlyOnce(string(got), notice); err != nil || echoed != "first\n" {
-				return fmt.Errorf("got %q, %w", got, err)
-			}
-			if err := p.echo("served during the grace period\n"); err != nil {
-				return err
-			}
-			return p.leave()
-		})
-		check(t, old.leave())
-		e.wait(0)
-		if sum := e.awaitLog("drained"); sum.num("notified") != clients+1 || sum.num("left_by_themselves") != clients+1 {
-			t.Errorf("the summary is %s", sum.text)
-		}
+		overEach(t, testDrainOfPausedClients)
 	})
 
 	t.Run("after the last listener has stopped accepting", func(t *testing.T) {
@@ -149,6 +120,40 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 	})
 
 	t.Run("fifteen thousand clients", testDrainOfFifteenThousand)
+}
+
+// Clients in the accept queue are served, told once, and have the whole grace period.
+func testDrainOfPausedClients(t *testing.T, start func(flags ...string) *echod) {
+	e := start("--grace", "20s")
+	old := e.served()
+	e.pause(control.PauseRequest{})
+	const clients, notice = 50, "SHUTDOWN 20 SIGTERM\n"
+	peers := make([]*peer, clients)
+	for i := range peers {
+		peers[i] = e.dial()
+		check(t, peers[i].send("first\n"))
+	}
+	e.signal(syscall.SIGTERM)
+	check(t, old.expect(notice))
+	each(t, clients, func(i int) error {
+		p := peers[i]
+		got := make([]byte, len("first\n"+notice))
+		if _, err := io.ReadFull(p.in, got); err != nil {
+			return fmt.Errorf("after %q: %w", got, err)
+		}
+		if echoed, err := onlyOnce(string(got), notice); err != nil || echoed != "first\n" {
+			return fmt.Errorf("got %q, %w", got, err)
+		}
+		if err := p.echo("served during the grace period\n"); err != nil {
+			return err
+		}
+		return p.leave()
+	})
+	check(t, old.leave())
+	e.wait(0)
+	if sum := e.awaitLog("drained"); sum.num("notified") != clients+1 || sum.num("left_by_themselves") != clients+1 {
+		t.Errorf("the summary is %s", sum.text)
+	}
 }
 
 // testDrainOfFifteenThousand: half of the clients leave when told. The others have the whole grace period, and then
@@ -218,34 +223,7 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 
 	t.Run("clients that stream random bytes", func(t *testing.T) {
 		t.Parallel()
-		e := start(t, "--grace", "20s")
-		const clients, warm = 100, 16 << 10
-		streams := make([]*stream, clients)
-		ready := make(chan struct{}, clients)
-		for i := range streams {
-			p := e.dial()
-			streams[i] = &stream{peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 20 SIGTERM\n"), told: make(chan struct{}), progress: make(chan struct{}, 1)}
-		}
-		signalled := make(chan struct{})
-		go func() {
-			defer close(signalled)
-			for range clients {
-				<-ready
-			}
-			_ = e.cmd.Process.Signal(syscall.SIGTERM)
-		}()
-		each(t, clients, func(i int) error { return streams[i].run(warm, func() { ready <- struct{}{} }) })
-		<-signalled
-		e.wait(0)
-		total := 0
-		for _, s := range streams {
-			total += s.sent
-		}
-		sum := e.awaitLog("drained")
-		if sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
-			t.Errorf("the summary is %s", sum.text)
-		}
-		t.Logf("%d bytes of %d clients came back", total, clients)
+		overEach(t, testDrainOfStreams)
 	})
 
 	// Not even a client that keeps sending until it reads the FIN sees a reset.
@@ -285,7 +263,7 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 		t.Parallel()
 		e := start(t)
 		p := e.dial()
-		check(t, p.SetReadBuffer(16<<10))
+		check(t, p.tcp().SetReadBuffer(16<<10))
 		const size = 128 << 10
 		data := string(randomBytes(1, size))
 		check(t, p.send(data))
@@ -305,6 +283,37 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 		e.awaitOpen(0)
 		e.expectAccounts(map[string]uint64{"killed": 1})
 	})
+}
+
+func testDrainOfStreams(t *testing.T, start func(flags ...string) *echod) {
+	e := start("--grace", "20s")
+	const clients, warm = 200, 16 << 10
+	streams := make([]*stream, clients)
+	ready := make(chan struct{}, clients)
+	for i := range streams {
+		p := e.dial()
+		streams[i] = &stream{peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 20 SIGTERM\n"), told: make(chan struct{}), progress: make(chan struct{}, 1)}
+	}
+	signalled := make(chan struct{})
+	go func() {
+		defer close(signalled)
+		for range clients {
+			<-ready
+		}
+		_ = e.cmd.Process.Signal(syscall.SIGTERM)
+	}()
+	each(t, clients, func(i int) error { return streams[i].run(warm, func() { ready <- struct{}{} }) })
+	<-signalled
+	e.wait(0)
+	total := 0
+	for _, s := range streams {
+		total += s.sent
+	}
+	sum := e.awaitLog("drained")
+	if sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
+		t.Errorf("the summary is %s", sum.text)
+	}
+	t.Logf("%d bytes of %d clients came back", total, clients)
 }
 
 // stream is a client that sends random bytes until the notice comes, half-closes, and reads all of them back.

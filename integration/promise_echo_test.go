@@ -13,7 +13,11 @@ import (
 
 func TestG1EchoIsExact(t *testing.T) {
 	t.Parallel()
-	e := start(t)
+	overEach(t, testEchoIsExact)
+}
+
+func testEchoIsExact(t *testing.T, start func(flags ...string) *echod) {
+	e := start()
 
 	var every [256]byte
 	for i := range every {
@@ -50,10 +54,10 @@ func TestG1EchoIsExact(t *testing.T) {
 	})
 
 	t.Run("many clients each get their own bytes in order", func(t *testing.T) {
-		e := start(t)
+		e := start()
 		const clients, size = 16, 512 << 10
 		each(t, clients, func(i int) error {
-			p, err := connect(e.addr)
+			p, err := e.connect()
 			if err != nil {
 				return err
 			}

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"fmt"
+	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -101,7 +102,11 @@ func TestG2PauseAdmitsNobody(t *testing.T) {
 // TestG3ResumeServesTheQueue checks that no waiting client is reset, and that the accept queue's order is kept.
 func TestG3ResumeServesTheQueue(t *testing.T) {
 	t.Parallel()
-	e := start(t)
+	overEach(t, testResumeServesTheQueue)
+}
+
+func testResumeServesTheQueue(t *testing.T, start func(flags ...string) *echod) {
+	e := start()
 	e.pause(control.PauseRequest{})
 	const clients = 50
 	peers := make([]*peer, clients)
@@ -126,7 +131,8 @@ func TestG3ResumeServesTheQueue(t *testing.T) {
 	for _, c := range conns.Connections { // in the order in which they were accepted
 		got = append(got, c.Remote)
 	}
-	if !slices.Equal(got, want) {
+	// Clients of a Unix socket have no address, and TLS handshakes are not over in the order in which they began.
+	if _, plain := peers[0].peerConn.(*net.TCPConn); plain && !slices.Equal(got, want) {
 		t.Errorf("served in the order\n%s\nwant the order in which they connected\n%s", strings.Join(got, " "), strings.Join(want, " "))
 	}
 	each(t, clients, func(i int) error { return peers[i].leave() })

@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -72,7 +73,9 @@ func startTLS(t testing.TB, flags ...string) (e *echod, dir string, roots *x509.
 	roots = certificate(t, dir, "first")
 	flags = append(flags, "--listen", "tls://127.0.0.1:0",
 		"--tls-cert", filepath.Join(dir, "cert.pem"), "--tls-key", filepath.Join(dir, "key.pem"))
-	return start(t, flags...), dir, roots
+	e = start(t, flags...)
+	e.connect = func() (*peer, error) { return connectTLS(e.addr, roots) }
+	return e, dir, roots
 }
 
 // A client in Python shows what it reads, and ends at close_notify; an end without one is an error.
@@ -169,6 +172,37 @@ listen echo
 				t.Errorf("got %q, %v", got, err)
 			}
 		})
+	}
+}
+
+// TestTLSScan lets testssl.sh look for weaknesses. It takes two minutes.
+func TestTLSScan(t *testing.T) {
+	long(t)
+	t.Parallel()
+	e, dir, _ := startTLS(t)
+	_, port := e.hostPort()
+	report := filepath.Join(dir, "report.json")
+	cmd := commandOf(require(t, "testssl", "testssl.sh"), "--quiet", "--color", "0", "--warnings", "off", "--ip", "one",
+		"--add-ca", filepath.Join(dir, "cert.pem"), "--jsonfile", report, "localhost:"+port)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Logf("testssl.sh: %v\n%s", err, out) // its status counts findings
+	}
+	var findings []struct{ ID, Severity, Finding string }
+	check(t, json.Unmarshal([]byte(readFile(t, report)), &findings))
+	fine := 0
+	for _, f := range findings {
+		switch {
+		case f.Severity == "OK":
+			fine++
+		case f.Severity == "INFO", f.Severity == "DEBUG":
+		case strings.HasPrefix(f.ID, "cert"), f.ID == "DNS_CAArecord": // the test's own certificate
+		case f.ID == "TLS_session_ticket": // crypto/tls announces a week; Certificates forgets its keys after a day
+		default:
+			t.Errorf("%s: %s: %s", f.Severity, f.ID, f.Finding)
+		}
+	}
+	if fine < 20 {
+		t.Errorf("testssl.sh found only %d things in order: it has not done all checks", fine)
 	}
 }
 
