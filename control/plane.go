@@ -373,10 +373,12 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 	return execute, interrupt
 }
 
-// Leave stops answering new callers, because another process serves the listeners now. The files of Unix sockets stay.
-// Requests in progress are still answered.
+// Leave stops answering callers, because another process serves the listeners now. The files of Unix sockets stay.
+// Requests in progress are still answered. Connections that callers keep open are closed: their next requests belong to
+// the other process.
 func (p *Plane) Leave() {
 	p.left.Store(true)
+	p.http.SetKeepAlivesEnabled(false)
 	p.mu.Lock()
 	listeners := slices.Clone(p.listeners)
 	p.mu.Unlock()

@@ -260,6 +260,33 @@ func (c *echoClient) CloseWrite(t *testing.T) error {
 	return half.CloseWrite()
 }
 
+// After an upgrade a caller that keeps its connection open would ask a process that no longer owns the connections.
+func TestLeaveClosesConnectionsThatAreKeptOpen(t *testing.T) {
+	r := newRig(t, server.Options{})
+	idle, busy := r.rawConn(t), r.rawConn(t)
+	get := func(conn net.Conn, target string) *http.Response {
+		answer, err := http.ReadResponse(ask(t, conn, "GET "+target+" HTTP/1.1\r\nHost: echod\r\n\r\n"), nil)
+		if err != nil {
+			t.Fatalf("%s: %v", target, err)
+		}
+		_, _ = io.Copy(io.Discard, answer.Body)
+		return answer
+	}
+	wantEqual(t, "status before", get(idle, "/v1/status").StatusCode, http.StatusOK)
+	answer := ask(t, busy, "GET /v1/wait?connections=1 HTTP/1.1\r\nHost: echod\r\n\r\n")
+	r.awaitStreams(t, 1)
+	r.plane.Leave()
+	_ = idle.SetReadDeadline(time.Now().Add(idleTimeout / 3)) // the plane closes idle connections after idleTimeout anyway
+	if n, err := idle.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the idle connection read %d bytes, %v; want an end", n, err)
+	}
+	r.echoClient(t)
+	got, err := http.ReadResponse(answer, nil)
+	if err != nil || got.StatusCode != http.StatusOK {
+		t.Errorf("the request in progress was answered %v, %v", got, err)
+	}
+}
+
 func TestServeAndShutdown(t *testing.T) {
 	start := func(t *testing.T) (*server.Server, *Plane, *pipeListener, <-chan error) {
 		srv, err := server.New(server.Echo, server.Options{Notifier: server.DefaultLineNotifier()})
