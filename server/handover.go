@@ -657,8 +657,10 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 		st.recordEnds = true
 		for c, why := range p.behind {
 			if st.conns.get(c.id) == c { // it is still open
-				m.Behind = append(m.Behind,
-					handoverBehind{ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why})
+				m.Behind = append(m.Behind, handoverBehind{
+					ID: c.id, Remote: c.RemoteAddr().String(), Opened: c.srv.at(c.opened), Why: why,
+					BytesIn: c.BytesIn(), BytesOut: c.BytesOut(),
+				})
 			}
 		}
 		for _, b := range st.behind { // with this server's own predecessor

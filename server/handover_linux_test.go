@@ -94,6 +94,7 @@ func TestG12Handover(t *testing.T) {
 	t.Run("streams go on byte for byte", testHandoverStreams)
 	t.Run("half-closed clients and full windows", testHandoverHalfClosed)
 	t.Run("holds, queue and counters go along", testHandoverPaused)
+	t.Run("counters, ids, lines and times to live go on", testHandoverContinues)
 	t.Run("what cannot be resumed stays behind and is counted", testHandoverBehind)
 	t.Run("a successor that fails at any step changes nothing", testHandoverRollback)
 	t.Run("a notice that waits for its client goes along", testHandoverNotice)
@@ -253,6 +254,39 @@ func testHandoverPaused(t *testing.T) {
 	next.served.Wait()
 }
 
+func testHandoverContinues(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	gone, stays := dialTCP(t, addr), dialTCP(t, addr)
+	echoed(t, gone, "a client that has gone\n")
+	_ = gone.Close()
+	awaitConns(t, g.Server, 1)
+	echoed(t, stays, "in the middle of a line")
+	if _, err := g.Pause(PauseOptions{Reason: "backup", TTL: 300 * time.Millisecond}); err != nil {
+		t.Fatal(err)
+	}
+	before := g.Status()
+	next, _ := g.takeOver(t, Echo, Options{})
+	after := next.Status()
+	wantEqual(t, "bytes", []uint64{after.BytesIn, after.BytesOut}, []uint64{before.BytesIn, before.BytesOut})
+	wantEqual(t, "closed", after.Closed, before.Closed)
+
+	late := dialTCP(t, addr)
+	echoed(t, late, "served when the hold has ended\n")
+	wantState(t, next.Server, StateRunning, 2)
+	var ids []uint64
+	for info := range next.Conns() {
+		ids = append(ids, info.ID)
+	}
+	wantEqual(t, "ids", ids, []uint64{2, 3})
+	if sent, failed, err := next.Notify(t.Context(), "x"); sent != 2 || failed != 0 || err != nil {
+		t.Errorf("notified %d, failed %d, %v", sent, failed, err)
+	}
+	receives(t, stays, "\nNOTICE x\n")
+	receives(t, late, "NOTICE x\n")
+	_ = next.Close()
+	next.served.Wait()
+}
+
 func testHandoverBehind(t *testing.T) {
 	plain := HandlerFunc(func(_ context.Context, c *Conn) error {
 		_, err := io.Copy(c, c)
@@ -268,13 +302,19 @@ func testHandoverBehind(t *testing.T) {
 	if st.Connections != 1 || st.Behind != 1 || st.Accepted != 1 {
 		t.Errorf("the successor counts %d open, %d of them behind, %d accepted", st.Connections, st.Behind, st.Accepted)
 	}
+	if st.BytesIn != 1 || st.BytesOut != 1 { // counters never go back
+		t.Errorf("the successor counts %d bytes in and %d out, of a connection that had 1 and 1", st.BytesIn, st.BytesOut)
+	}
 	receives(t, c, "\nSHUTDOWN 5 upgrade\n")
 	send(t, c, "y")
 	receives(t, c, "y")
 	_ = c.CloseWrite()
 	receivesAll(t, c, "")
-	_ = next.AwaitStatus(t.Context(), func(_ State, open int) bool { return open == 0 })
+	awaitConns(t, next.Server, 0)
 	wantClosed(t, next.Server, map[Reason]uint64{ReasonClientLeft: 1})
+	st = next.Status()
+	wantEqual(t, "bytes in", st.BytesIn, uint64(len("xy")))
+	wantEqual(t, "bytes out", st.BytesOut, uint64(len("x"+"\nSHUTDOWN 5 upgrade\n"+"y")))
 	_ = next.Close()
 	next.served.Wait()
 	g.served.Wait()

@@ -94,6 +94,10 @@ type handoverBehind struct {
 	Remote string    `json:"remote"`
 	Opened time.Time `json:"opened"`
 	Why    string    `json:"why"`
+
+	// When it was handed over. The successor counts them until it learns the final figures.
+	BytesIn  uint64 `json:"bytes_in,omitempty"`
+	BytesOut uint64 `json:"bytes_out,omitempty"`
 }
 
 // handoverEnd is the end of one that stayed behind.

@@ -93,6 +93,10 @@ func (s *Server) Status() Status {
 			}
 		}
 		status.BytesIn, status.BytesOut = st.bytesIn, st.bytesOut
+		for _, b := range st.behind {
+			status.BytesIn += b.BytesIn
+			status.BytesOut += b.BytesOut
+		}
 		status.NoticesSent, status.NoticesFailed = st.noticesSent, st.noticesFailed
 		for phase, n := range st.transitions {
 			if n > 0 {

@@ -390,6 +390,10 @@ func (s *Server) endBehind() {
 	s.state.With(func(st *state) {
 		lost = len(st.behind)
 		st.closed[ReasonLost] += uint64(lost)
+		for _, b := range st.behind {
+			st.bytesIn += b.BytesIn
+			st.bytesOut += b.BytesOut
+		}
 		clear(st.behind)
 	})
 	if lost > 0 {
