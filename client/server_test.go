@@ -30,6 +30,14 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
+// within returns a context that ends a call that hangs, long before the time limit of the package.
+func within(t *testing.T) context.Context {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	t.Cleanup(cancel)
+	return ctx
+}
+
 var errRefused = errors.New("connection refused")
 
 // A behaviour is how a scripted server treats one connection. The server closes

@@ -17,7 +17,7 @@ func TestStreamReconnects(t *testing.T) {
 	t.Run("what did not come back is sent again", func(t *testing.T) {
 		address := listen(t, dies(10), dies(0), dies(500), dies(1), echoes)
 		opts := StreamOptions{Conns: 2, Ordered: true, Reconnect: &Backoff{Min: time.Millisecond}}
-		o := collect(t, Stream(t.Context(), address, numbered(3000), opts))
+		o := collect(t, Stream(within(t), address, numbered(3000), opts))
 		o.wantAll(t, 3000)
 		if !o.inOrder() {
 			t.Error("results are not in the order of the items")
@@ -35,7 +35,7 @@ func TestStreamReconnects(t *testing.T) {
 	t.Run("after a notice nothing is sent twice", func(t *testing.T) {
 		var notices, reconnects atomic.Int64
 		address := listen(t, announces(30), announces(30), echoes)
-		o := collect(t, Stream(t.Context(), address, numbered(2000), StreamOptions{
+		o := collect(t, Stream(within(t), address, numbered(2000), StreamOptions{
 			Conns: 1, Reconnect: &Backoff{Min: time.Millisecond},
 			OnNotice:    func(Notice) { notices.Add(1) },
 			OnReconnect: func(error) { reconnects.Add(1) },
@@ -57,7 +57,7 @@ func TestStreamReconnects(t *testing.T) {
 			_, _ = conn.Write(all)
 			<-t.Context().Done()
 		}
-		collect(t, Stream(t.Context(), listen(t, stays, echoes), numbered(1000), StreamOptions{
+		collect(t, Stream(within(t), listen(t, stays, echoes), numbered(1000), StreamOptions{
 			Conns: 1, Reconnect: &Backoff{Min: time.Millisecond}, StallTimeout: -1,
 		})).wantAll(t, 1000)
 	})
@@ -177,7 +177,7 @@ func TestStreamItemFails(t *testing.T) {
 			})
 		}
 		opts := StreamOptions{Reconnect: &Backoff{Min: time.Millisecond}}
-		o := collect(t, Stream(t.Context(), listen(t, corrupts), numbered(300), opts))
+		o := collect(t, Stream(within(t), listen(t, corrupts), numbered(300), opts))
 		if o.err != nil || len(o.keys) != 300 || len(o.errs) != 3 {
 			t.Errorf("%d results, errors %v, last error: %v", len(o.keys), o.errs, o.err)
 		}
@@ -197,7 +197,7 @@ func TestStreamItemFails(t *testing.T) {
 				return true
 			})
 		}
-		o := collect(t, Stream(t.Context(), listen(t, rejects5), numbered(5000), StreamOptions{
+		o := collect(t, Stream(within(t), listen(t, rejects5), numbered(5000), StreamOptions{
 			Conns: 2, InFlight: 10, Attempts: 3, Reconnect: &Backoff{Min: time.Microsecond, Max: time.Millisecond},
 		}))
 		if o.err != nil || len(o.keys) != 5000 || len(o.errs) != 1 || o.errs[5] == nil {

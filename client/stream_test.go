@@ -156,7 +156,7 @@ func TestStreamOrder(t *testing.T) {
 	})
 	t.Run("small limits do not break the order", func(t *testing.T) {
 		opts := StreamOptions{Conns: 7, InFlight: 50, InFlightBytes: 200, Ordered: true}
-		o := collect(t, Stream(t.Context(), listen(t, echoes), numbered(5000), opts))
+		o := collect(t, Stream(within(t), listen(t, echoes), numbered(5000), opts))
 		o.wantAll(t, 5000)
 		if !o.inOrder() {
 			t.Error("results are not in the order of the items")
@@ -173,7 +173,7 @@ func TestStreamOrder(t *testing.T) {
 		}
 		i := 0
 		opts := StreamOptions{Conns: 3, InFlightBytes: 1 << 20, Ordered: true}
-		for r, err := range Stream(t.Context(), listen(t, echoes), source, opts) {
+		for r, err := range Stream(within(t), listen(t, echoes), source, opts) {
 			if err != nil || r.Err != nil || r.Key != i || len(r.Data) != sizes[i] {
 				t.Fatalf("result %d is of item %d, %d bytes, %v, %v", i, r.Key, len(r.Data), r.Err, err)
 			}
@@ -371,7 +371,7 @@ func TestStreamClosesItsConnections(t *testing.T) {
 		return closeCounter{conn.(*net.TCPConn), sync.OnceFunc(func() { closed.Add(1) })}, nil
 	}
 	opts := StreamOptions{Conns: 3, Dial: dial, Reconnect: &Backoff{Min: time.Millisecond}}
-	collect(t, Stream(t.Context(), address, numbered(2000), opts)).wantAll(t, 2000)
+	collect(t, Stream(within(t), address, numbered(2000), opts)).wantAll(t, 2000)
 	if made.Load() < 3 || made.Load() != closed.Load() {
 		t.Errorf("%d connections were made, %d closed", made.Load(), closed.Load())
 	}

@@ -237,7 +237,7 @@ type answered struct {
 // do makes a request with net/http, without our client.
 func (r *rig) do(t *testing.T, method, target, body string) answered {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, "http://echod"+target, strings.NewReader(body))
+	req, err := http.NewRequestWithContext(within(t, patience), method, "http://echod"+target, strings.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"echod/control"
 )
@@ -128,6 +129,7 @@ func TestG4DrainServesTheQueueOfAnInheritedSocket(t *testing.T) {
 		check(t, p.leave())
 	}
 	e.wait(0)
+	check(t, ln.SetDeadline(time.Now().Add(patience)))
 	served, err := ln.Accept()
 	check(t, err)
 	defer served.Close()

@@ -59,6 +59,7 @@ func TestAccept(t *testing.T) {
 			0, 5 * ms, 15 * ms, 35 * ms, 75 * ms, 155 * ms, 315 * ms, 635 * ms, 1275 * ms,
 			2275 * ms, 3275 * ms, 4275 * ms, 5275 * ms,
 		})
+		r.dial(t).echoes(t, "y\n")
 		wantEqual(t, "warnings", len(r.messages("cannot accept, retrying")), 1)
 		wantEqual(t, "messages of the recovery", len(r.messages("accepting again")), 1)
 	}))

@@ -254,6 +254,19 @@ func TestDrain(t *testing.T) {
 			})
 		}))
 
+	t.Run("the report counts each connection once, however it ended", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+		leaver := r.dial(t)
+		r.dial(t) // is killed
+		r.dial(t) // stays
+		r.drain(time.Minute, "x")
+		pass(acceptorsStop)
+		leaver.leave(t)
+		_ = r.Kill(2)
+		<-r.Done()
+		rep := report(t, r.Server)
+		wantEqual(t, "left, closed at the deadline, otherwise", []int{rep.Left, rep.AtDeadline, rep.Otherwise}, []int{1, 1, 1})
+	}))
+
 	for name, late := range map[string]bool{"before it": false, "during it": true} {
 		t.Run("a function that is registered "+name+" is called and waited for", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 			c := r.dial(t)

@@ -1,8 +1,10 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -120,6 +122,26 @@ func TestKill(t *testing.T) {
 			wantErr(t, "Kill", r.Kill(id), ErrNoConn)
 		}
 	}))
+
+	t.Run("a client that is still sending gets back what was read, and then a FIN", func(t *testing.T) {
+		s, addr := serveTCP(t, Echo, Options{})
+		c := dialTCP(t, addr)
+		want := bytes.Repeat([]byte("sent before the kill\n"), 5_000)
+		send(t, c, string(want))
+		await(t, "the echo to be on its way", func() bool { return s.Status().BytesOut == uint64(len(want)) })
+		if err := s.Kill(1); err != nil {
+			t.Fatal(err)
+		}
+		send(t, c, strings.Repeat("sent after the kill\n", 200_000)) // a close that does not wait for it sends a reset
+		_ = c.CloseWrite()
+		got, err := io.ReadAll(c)
+		if err != nil || len(got) < len(want) {
+			t.Errorf("read %d bytes of %d that were echoed, and %v", len(got), len(want), err)
+		}
+		awaitConns(t, s, 0)
+		wantClosed(t, s, map[Reason]uint64{ReasonKilled: 1})
+		wantEqual(t, "bytes out", s.Status().BytesOut, uint64(len(got)))
+	})
 
 	t.Run("KillFunc kills those that match", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		idle, busy := r.dial(t), r.dial(t)

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"io"
 	"testing"
 	"time"
 )
@@ -51,6 +52,18 @@ func TestIdleTimeout(t *testing.T) {
 	}), idle(time.Minute), func(t *testing.T, r *rig) {
 		r.dial(t)
 		pass(time.Hour)
+		wantState(t, r.Server, StateRunning, 1)
+	}))
+
+	t.Run("a handler that only reads is not idle", inBubble(HandlerFunc(func(_ context.Context, c *Conn) error {
+		_, err := io.Copy(io.Discard, struct{ io.Reader }{c})
+		return err
+	}), idle(time.Minute), func(t *testing.T, r *rig) {
+		c := r.dial(t)
+		for range 10 {
+			pass(50 * time.Second)
+			c.send(t, "x")
+		}
 		wantState(t, r.Server, StateRunning, 1)
 	}))
 

@@ -6,13 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"pgregory.net/rapid"
 
 	"echod/client"
 	"echod/internal/records"
@@ -55,6 +59,50 @@ func TestStateKnowsWhatIsDone(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// TestStateModel continues a run again and again, each time from what the last one has saved.
+func TestStateModel(t *testing.T) {
+	const total = 6
+	input, path := file(t, "in", "1\n2\n3\n4\n5\n6\n"), filepath.Join(t.TempDir(), "state")
+	rapid.Check(t, func(t *rapid.T) {
+		_ = os.Remove(path)
+		saved := make(map[int64]bool) // records that are done, as of the last save
+		for run := range rapid.IntRange(2, 5).Draw(t, "runs") {
+			s, err := OpenState(path, []string{input}, records.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for number := range int64(total + 1) {
+				if got := s.has(key{number: number + 1}); got != saved[number+1] {
+					t.Fatalf("run %d: record %d is done: %v, want %v", run, number+1, got, saved[number+1])
+				}
+			}
+			now, next := maps.Clone(saved), int64(1)
+			var taken []int64
+			for range rapid.IntRange(0, 12).Draw(t, "steps") {
+				for saved[next] { // a run takes what is not done, in order
+					next++
+				}
+				switch what := rapid.SampledFrom([]string{"take", "take", "done", "save"}).Draw(t, "what"); {
+				case what == "take" && next <= total:
+					s.take(key{number: next})
+					taken = append(taken, next)
+					next++
+				case what == "done" && len(taken) > 0:
+					i := rapid.IntRange(0, len(taken)-1).Draw(t, "which")
+					s.done([]key{{number: taken[i]}}, progress{})
+					now[taken[i]] = true
+					taken = slices.Delete(taken, i, i+1)
+				case what == "save":
+					if err := s.save(); err != nil {
+						t.Fatal(err)
+					}
+					saved = maps.Clone(now)
+				}
+			}
+		}
+	})
 }
 
 // A state can be continued only with the same inputs, read in the same way.
