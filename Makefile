@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long lint fuzz bench bench-quick dist install module clean help
+.PHONY: build run test check check-long lint fuzz faults soak bench bench-quick dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -9,7 +9,7 @@ VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/nul
 build: ## build bin/echod
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)' -o bin/echod ./cmd/echod
 
-bin/echod: go.mod go.sum $(shell find . -name '*.go' ! -name '*_test.go' ! -path './bench/*' ! -path './examples/*' ! -path './integration/*')
+bin/echod: go.mod go.sum $(shell find . -name '*.go' ! -name '*_test.go' ! -path './bench/*' ! -path './examples/*' ! -path './integration/*' ! -path './testing/*')
 	@$(MAKE) --no-print-directory build
 
 run: build ## build and run bin/echod; ARGS='--listen :7' are its arguments
@@ -21,7 +21,7 @@ test: ## run the quick tests, under the race detector if there is a C compiler
 check: ## run the slow tests, and check coverage, the other modules and the packages: up to 25 minutes
 	scripts/check.sh
 
-check-long: ## run the tests that take longer, before a release: fuzzing, hostile clients, long loads
+check-long: ## run what takes longer, before a release: fuzzing, hostile clients, long loads, soak, faults
 	scripts/check-long.sh
 
 lint: ## check formatting, scripts, vet, staticcheck, dead code, vulnerabilities (VULNDB=DIR: a local database)
@@ -29,6 +29,13 @@ lint: ## check formatting, scripts, vet, staticcheck, dead code, vulnerabilities
 
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	scripts/fuzz.sh $(FUZZTIME)
+
+faults: ## plant each fault of testing/faults in a copy, and report which the tests catch: half an hour
+	scripts/faults.sh
+
+TIME = 10m
+soak: ## run the real program under clients, operators and faults for TIME (10m), and report
+	scripts/soak.sh '$(TIME)'
 
 bench: ## compare echod with other echo servers, for half an hour on a quiet machine; writes docs/benchmarks.md
 	scripts/bench.sh

@@ -58,7 +58,7 @@ func TestImports(t *testing.T) {
 // TestOnlyCmdReadsFlagsEnvironmentAndSignals reads the source files of all platforms, not only those built on this one.
 func TestOnlyCmdReadsFlagsEnvironmentAndSignals(t *testing.T) {
 	t.Parallel()
-	elsewhere := []string{"../bench", "../cmd/echod", "../examples", "../integration", "../tools"}
+	elsewhere := []string{"../bench", "../cmd/echod", "../examples", "../integration", "../testing", "../tools"}
 	scanned := 0
 	err := filepath.WalkDir("..", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil {
@@ -198,7 +198,7 @@ func TestModuleRename(t *testing.T) {
 	}
 	inCopy("go", "vet", "./...")
 	inCopy("go", "test", "-run", "^TestImports$", "./integration")
-	for _, module := range []string{"bench", "examples"} {
+	for _, module := range []string{"bench", "examples", "testing"} {
 		if _, err := os.Stat(filepath.Join(dir, module, "go.mod")); err == nil {
 			inCopy("go", "-C", module, "vet", "./...")
 		}

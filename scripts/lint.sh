@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 vulndb=${VULNDB:+file://$(cd "$VULNDB" && pwd)}
 
-modules='. examples'
+modules='. examples testing'
 [ "$(uname)" != Linux ] || modules="$modules bench" # bench runs on Linux only
 
 # The development tools have a module of their own: their dependencies never reach users.
@@ -39,12 +39,19 @@ else
 	echo 'skipped: shellcheck is not installed'
 fi
 
+echo '== faults: all patches apply'
+scripts/faults.sh --check
+
 for module in $modules; do
 	cd "$root/$module"
 	echo "== $module: go mod tidy, vet, fix, staticcheck, deadcode"
 	go mod tidy -diff
 	systems=$(go env GOOS)
-	[ "$module" = bench ] || systems='linux darwin freebsd windows'
+	case $module in
+	bench) ;;
+	testing) systems='linux darwin freebsd' ;; # it sends signals
+	*) systems='linux darwin freebsd windows' ;;
+	esac
 	for os in $systems; do
 		CGO_ENABLED=0 GOOS=$os go vet ./...
 	done

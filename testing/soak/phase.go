@@ -1,0 +1,396 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log"
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/Shopify/toxiproxy/v2"
+	"github.com/rs/zerolog"
+)
+
+// A phase soaks one build.
+type phase struct {
+	*server
+	settings settings
+	name     string
+	seed     uint64
+	rng      *rand.Rand // the operator's
+	ways     []transport
+	proxies  []*toxiproxy.Proxy
+	watch    *watcher
+
+	resting atomic.Pointer[chan struct{}] // closed while the clients rest
+	began   time.Time
+	took    time.Duration
+
+	mu        sync.Mutex
+	faults    map[string]int // by kind
+	excuses   []excuse
+	outcomes  map[outcomeKind]int64
+	byWay     map[string]int64
+	cuts      []outcome
+	bytes     int64
+	refused   int64
+	kills     int // connections that the operator has killed
+	excused   int // clients that were cut off by something that cuts clients off
+	behind    int // of these, by a kill
+	lost      int // without
+	violation []string
+	unnamed   int // violations beyond those that are listed
+}
+
+// An excuse is a time in which some clients may be cut off, or refused.
+type excuse struct {
+	from, until time.Time // until is zero while it lasts
+	why         string
+	cuts        bool // clients that are connected may be cut off
+	kills       int  // only so many
+}
+
+func newPhase(s settings, name, program string, seed uint64) (*phase, error) {
+	srv, err := newServer(program, s.out, s.files)
+	if err != nil {
+		return nil, err
+	}
+	p := &phase{
+		server: srv, settings: s, name: name, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)),
+		faults: make(map[string]int), outcomes: make(map[outcomeKind]int64), byWay: make(map[string]int64),
+	}
+	p.watch = newWatcher(p)
+	p.awake()
+	return p, nil
+}
+
+// connectTimeout bounds a connect. While the server is at its limit, it takes as long as the limit lasts.
+const connectTimeout = patience
+
+func (p *phase) makeWays() error {
+	dial := func(network, address string) func() (net.Conn, error) {
+		return func() (net.Conn, error) { return net.DialTimeout(network, address, connectTimeout) }
+	}
+	p.ways = []transport{
+		{name: "tcp", dial: dial("tcp", p.tcp)},
+		{name: "unix", dial: dial("unix", p.unix)},
+		{name: "tls", dial: func() (net.Conn, error) { return dialTLS(p.tls, p.clientTLS) }},
+	}
+	api := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
+	for name, toxics := range map[string][]string{
+		"slow network": {
+			`{"type":"latency","stream":"downstream","attributes":{"latency":40,"jitter":20}}`,
+			`{"type":"latency","stream":"upstream","attributes":{"latency":40}}`,
+		},
+		"thin network":      {`{"type":"bandwidth","stream":"downstream","attributes":{"rate":200}}`},
+		"chopping network":  {`{"type":"slicer","stream":"upstream","attributes":{"average_size":64,"size_variation":32,"delay":100}}`},
+		"resetting network": {`{"type":"reset_peer","stream":"upstream","attributes":{"timeout":1500}}`},
+		"silent network":    {`{"type":"timeout","stream":"downstream","attributes":{"timeout":2000}}`},
+		"cutting network":   {`{"type":"limit_data","stream":"downstream","attributes":{"bytes":20000}}`},
+	} {
+		proxy := toxiproxy.NewProxy(api, name, "127.0.0.1:0", p.tcp)
+		if err := proxy.Start(); err != nil {
+			return fmt.Errorf("starting a proxy: %w", err)
+		}
+		p.proxies = append(p.proxies, proxy)
+		for _, toxic := range toxics {
+			if _, err := proxy.Toxics.AddToxicJson(strings.NewReader(toxic)); err != nil {
+				return fmt.Errorf("toxic %s: %w", toxic, err)
+			}
+		}
+		p.ways = append(p.ways, transport{name: name, dial: dial("tcp", proxy.Listen), proxied: true})
+	}
+	return nil
+}
+
+// breaks reports whether a way breaks connections. Its clients are checked for bytes that were not sent, and no more.
+func (t transport) breaks() bool {
+	switch t.name {
+	case "resetting network", "silent network", "cutting network":
+		return true
+	}
+	return false
+}
+
+// run soaks for d.
+func (p *phase) run(ctx context.Context, d time.Duration) {
+	p.began = time.Now()
+	defer func() { p.took = time.Since(p.began) }()
+	defer p.server.close()
+	if err := errors.Join(p.makeWays(), p.start()); err != nil {
+		p.violate("%v", err)
+		return
+	}
+	ctx, stop := context.WithTimeout(ctx, d)
+	defer stop()
+	var tasks, watching sync.WaitGroup
+	watchCtx, stopWatching := context.WithCancel(context.Background())
+	watching.Go(func() { p.watch.run(watchCtx) })
+	watching.Go(func() { p.watch.followEvents(watchCtx) })
+	p.watch.rest(ctx) // the first figures, of a server that nobody uses
+	for i := range p.settings.clients {
+		tasks.Go(func() { p.client(ctx, uint64(i)) })
+	}
+	for i := range p.settings.rude {
+		tasks.Go(func() { p.rudeClient(ctx, uint64(i)) })
+	}
+	tasks.Go(func() { p.rudeCaller(ctx) })
+	p.operate(ctx, d)
+	stop()
+	p.sleepAll()
+	tasks.Wait()
+	p.finish()
+	stopWatching()
+	watching.Wait()
+	for _, proxy := range p.proxies {
+		proxy.Stop()
+	}
+}
+
+// finish ends the server with a drain that has nobody to tell.
+func (p *phase) finish() {
+	p.watch.rest(context.Background())
+	p.watch.expectNoMoreEvents.Store(true)
+	done := p.excuse("the last drain", true)
+	_ = p.signal(15)
+	code, err := p.wait(grace + 30*time.Second)
+	done()
+	if err != nil || code != 0 {
+		p.violate("the last drain: exit code %d, %v", code, err)
+	}
+	if left := p.processes(); len(left) > 0 {
+		p.violate("%d processes are left after the end", len(left))
+	}
+	p.checkLog()
+	p.judgeCuts()
+}
+
+// sleepAll tells the clients to leave, and awake lets new ones come.
+func (p *phase) sleepAll() { close(*p.resting.Load()) }
+
+func (p *phase) awake() { p.resting.Store(new(make(chan struct{}))) }
+
+// client has sessions, one after another.
+func (p *phase) client(ctx context.Context, n uint64) {
+	rng := rand.New(rand.NewPCG(p.seed, 100+n))
+	for ctx.Err() == nil {
+		rest := *p.resting.Load()
+		select {
+		case <-rest:
+			pause(ctx, 50*time.Millisecond)
+			continue
+		default:
+		}
+		way := p.ways[rng.IntN(len(p.ways))]
+		began := time.Now()
+		nc, err := way.dial()
+		if err != nil {
+			p.couldNotConnect(way, began, err)
+			pause(ctx, time.Duration(100+rng.IntN(400))*time.Millisecond)
+			continue
+		}
+		s := newSession(nc, way, rng)
+		o := s.run(rng, rest)
+		p.count(s, o)
+		wait := 50
+		if o.kind == refused {
+			wait = 500
+		}
+		pause(ctx, time.Duration(rng.IntN(wait))*time.Millisecond)
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	select {
+	case <-ctx.Done():
+	case <-time.After(d):
+	}
+}
+
+func (p *phase) couldNotConnect(way transport, began time.Time, err error) {
+	p.mu.Lock()
+	p.refused++
+	p.mu.Unlock()
+	if !way.proxied {
+		p.later(outcome{
+			kind: cut, connecting: true, at: time.Now(),
+			detail: fmt.Sprintf("%s: cannot connect: %v, after %s", way.name, err, time.Since(began).Round(time.Millisecond)),
+		})
+	}
+}
+
+func (p *phase) count(s *session, o outcome) {
+	p.mu.Lock()
+	p.outcomes[o.kind]++
+	p.byWay[s.from.name]++
+	p.bytes += s.got.Load()
+	p.mu.Unlock()
+	switch {
+	case o.kind == corrupted:
+		p.violate("%s", o.detail)
+	case o.kind == refused || o.kind == cut || o.kind == stuck:
+		if !s.from.breaks() {
+			p.later(o)
+		}
+	}
+}
+
+// later judges an end when it is known which faults there were at the time.
+func (p *phase) later(o outcome) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cuts = append(p.cuts, o)
+}
+
+// excuse begins a time in which clients may be refused, and, if cuts is true, cut off.
+func (p *phase) excuse(why string, cuts bool) (end func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := len(p.excuses)
+	p.excuses = append(p.excuses, excuse{from: time.Now(), why: why, cuts: cuts})
+	return func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.excuses[i].until = time.Now()
+	}
+}
+
+// killed excuses n clients from now on.
+func (p *phase) killed(n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.kills += n
+	now := time.Now()
+	p.excuses = append(p.excuses, excuse{from: now.Add(-time.Second), until: now.Add(time.Second), why: "kill", cuts: true, kills: n})
+}
+
+// slack is how long after a fault a client may notice it.
+const slack = 5 * time.Second
+
+// judgeCuts looks for clients that were cut off, or refused, without a reason.
+func (p *phase) judgeCuts() {
+	p.mu.Lock()
+	cuts, excuses := p.cuts, p.excuses
+	p.mu.Unlock()
+	for _, o := range cuts {
+		excused := false
+		for i := range excuses {
+			e := &excuses[i]
+			if o.at.Before(e.from) || !e.until.IsZero() && o.at.After(e.until.Add(slack)) || !e.cuts && !o.connecting {
+				continue
+			}
+			if e.why == "kill" {
+				if o.connecting || e.kills == 0 {
+					continue
+				}
+				e.kills--
+				p.behind++
+			}
+			excused = true
+			break
+		}
+		if excused {
+			p.excused++
+			continue
+		}
+		p.lost++
+		p.violate("without a reason: %s, at %s", o.detail, o.at.Format(time.StampMilli))
+	}
+}
+
+const maxViolations = 50
+
+func (p *phase) violate(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.violation) >= maxViolations {
+		p.unnamed++
+		return
+	}
+	log.Printf("VIOLATION: %s", text)
+	p.violation = append(p.violation, text)
+}
+
+// rudeClient keeps to nothing.
+func (p *phase) rudeClient(ctx context.Context, n uint64) {
+	rng := rand.New(rand.NewPCG(p.seed, 10_000+n))
+	for ctx.Err() == nil {
+		select {
+		case <-*p.resting.Load():
+			pause(ctx, 50*time.Millisecond)
+			continue
+		default:
+		}
+		address := p.tcp
+		if rng.IntN(3) == 0 {
+			address = p.tls
+		}
+		nc, err := net.DialTimeout("tcp", address, time.Second)
+		if err != nil {
+			pause(ctx, 200*time.Millisecond)
+			continue
+		}
+		_ = nc.SetDeadline(time.Now().Add(time.Duration(rng.IntN(4000)) * time.Millisecond))
+		what := rng.IntN(5)
+		p.note([]string{"flood, read nothing", "reset", "silent", "TLS garbage", "half a message, then reset"}[what])
+		switch what {
+		case 0:
+			block := make([]byte, 64<<10)
+			for err == nil {
+				_, err = nc.Write(block)
+			}
+		case 1:
+			_, _ = nc.Write(pattern[:1000])
+			_ = nc.(*net.TCPConn).SetLinger(0)
+		case 2:
+			_, _ = nc.Read(make([]byte, 1))
+		case 3:
+			hello := tls.Client(nc, &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12})
+			_ = hello.Handshake()
+			_, _ = nc.Write(pattern[:300])
+		default:
+			_, _ = nc.Write(pattern[:1+rng.IntN(100_000)])
+			_, _ = nc.Read(make([]byte, 100))
+			_ = nc.(*net.TCPConn).SetLinger(0)
+		}
+		_ = nc.Close()
+	}
+}
+
+// rudeCaller bothers the control socket and the HTTP listener.
+func (p *phase) rudeCaller(ctx context.Context) {
+	rng := rand.New(rand.NewPCG(p.seed, 20_000))
+	for ctx.Err() == nil {
+		pause(ctx, time.Duration(100+rng.IntN(400))*time.Millisecond)
+		network, address := "unix", p.socket
+		if rng.IntN(2) == 0 {
+			network, address = "tcp", p.http
+		}
+		nc, err := net.DialTimeout(network, address, time.Second)
+		if err != nil {
+			continue
+		}
+		_ = nc.SetDeadline(time.Now().Add(300 * time.Millisecond))
+		_, _ = nc.Write([]byte([]string{
+			"GET /v1/status HTTP/1.1\r\nHost: x\r\n", "POST /v1/pause HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n{",
+			"DELETE /v1/conns?all=yes HTTP/1.1\r\nHost: x\r\n\r\n", "\x00\x01\x02", "GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n",
+		}[rng.IntN(5)]))
+		_, _ = nc.Read(make([]byte, 100))
+		_ = nc.Close()
+		p.note("rude caller")
+	}
+}
+
+// note counts a fault.
+func (p *phase) note(kind string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.faults[kind]++
+}
