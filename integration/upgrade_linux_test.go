@@ -41,6 +41,9 @@ func copyFile(t *testing.T, from, to string) {
 	t.Helper()
 	data, err := os.ReadFile(from)
 	check(t, err)
+	// A process that another test forks in this moment would have the file open for writing, and it could not be run.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	check(t, os.WriteFile(to+".new", data, 0o755))
 	check(t, os.Rename(to+".new", to)) // a running program cannot be written to
 }
@@ -93,6 +96,26 @@ func TestG12Upgrade(t *testing.T) {
 		if _, err := os.Stat(e.socket); err == nil {
 			t.Error("the control socket is still there")
 		}
+	})
+
+	t.Run("a signal reaches the process that serves, while those before it still drain", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "20s", "--proxy-protocol", "127.0.0.1")
+		silent := e.dial() // it never sends its PROXY header, so it stays with the first process
+		p := e.dial()
+		check(t, p.send("PROXY UNKNOWN\r\nhello\n"))
+		check(t, p.expect("hello\n"))
+		e.awaitOpen(2)
+		for range 2 {
+			if got := e.ctl("upgrade"); got.code != 0 {
+				t.Fatal(got.stderr)
+			}
+		}
+		e.signal(syscall.SIGTERM)
+		check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+		check(t, p.leave())
+		check(t, silent.Close())
+		e.wait(0)
 	})
 
 	for name, replace := range map[string]func(t *testing.T, program string){

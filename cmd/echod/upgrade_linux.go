@@ -289,14 +289,37 @@ func tellSupervisor(successor process) {
 	}
 }
 
-// successorPID is the process that serves now, after an upgrade of this one; 0 before.
+// successorPID is a process that serves, or that passes signals on to the one that does; 0 before an upgrade of this one.
+// In the first process it follows later upgrades, while its own server still drains, too.
 var successorPID atomic.Int64
 
-// becomeKeeperOf makes this process the keeper, if there is none: it passes signals on from now on, and execs the
-// keeper when its server has stopped.
+// generations is closed when all processes that could take over have exited. It is nil unless this is the first process.
+var generations chan struct{}
+
+// becomeKeeperOf makes this process pass signals on. The first process, if no supervisor is the parent of its
+// successors, becomes the keeper when its server has stopped.
 func becomeKeeperOf(p process) {
+	if underSystemd() {
+		return
+	}
 	if !isKept() {
-		successorPID.Store(int64(p.pid))
+		generations = make(chan struct{})
+	}
+	successorPID.Store(int64(p.pid))
+	if generations != nil {
+		go followGenerations(keeperPipe.r, generations)
+	}
+}
+
+// followGenerations is the goroutine that reads the pids of the processes that take over. It ends when all of them, and
+// this process, have closed their end of the pipe; keepIfUpgraded waits for it.
+func followGenerations(r io.Reader, ended chan<- struct{}) {
+	defer close(ended)
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		if pid, err := strconv.ParseInt(lines.Text(), 10, 64); err == nil {
+			successorPID.Store(pid)
+		}
 	}
 }
 
@@ -315,8 +338,7 @@ func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 // service must see the same process until the service ends. It passes signals on to the process that serves, and returns
 // that one's exit code.
 func keepIfUpgraded(caught chan os.Signal) error {
-	serving := int(successorPID.Load())
-	if serving == 0 {
+	if successorPID.Load() == 0 || generations == nil {
 		return nil
 	}
 	notifySignals(caught, syscall.SIGUSR1, syscall.SIGUSR2)
@@ -326,60 +348,36 @@ func keepIfUpgraded(caught chan os.Signal) error {
 
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
-	pids := make(chan int)
-	go readPIDs(ctx, keeperPipe.r, pids)
 	exits := make(chan exit)
 	go waitChildren(ctx, exits)
-	codes := make(map[int]int) // of processes that have exited
+	codes := make(map[int64]int) // of processes that have exited
 	for exits != nil {
 		select {
 		case sig := <-caught:
-			if s, ok := sig.(syscall.Signal); ok {
-				_ = syscall.Kill(serving, s)
-			}
-		case serving = <-pids:
+			passOn(sig)
 		case e, ok := <-exits:
 			if !ok { // no child is left
 				exits = nil
 				break
 			}
-			codes[e.pid] = e.code
+			codes[int64(e.pid)] = e.code
 		}
 	}
-	for { // the one that served last may have reported itself just before
-		select {
-		case serving = <-pids:
-			continue
-		case <-time.After(lastReport):
-		}
-		if codes[serving] == 0 {
-			return nil
-		}
-		return &exitError{code: codes[serving]}
+	select {
+	case <-generations: // the one that served last may have reported itself just before
+	case <-time.After(lastReport):
 	}
+	if code := codes[successorPID.Load()]; code != 0 {
+		return &exitError{code: code}
+	}
+	return nil
 }
 
-// lastReport is how long a keeper whose children have all exited waits for what they wrote.
-const lastReport = 10 * time.Millisecond
+// lastReport bounds how long a keeper whose children have all exited waits for what they wrote.
+const lastReport = time.Second
 
 // exit is a child that has exited.
 type exit struct{ pid, code int }
-
-// readPIDs reads the pids of the processes that take over.
-func readPIDs(ctx context.Context, r io.Reader, pids chan<- int) {
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		pid, err := strconv.Atoi(lines.Text())
-		if err != nil {
-			continue
-		}
-		select {
-		case pids <- pid:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
 
 // waitChildren reaps children until there is none, and then closes exits.
 func waitChildren(ctx context.Context, exits chan<- exit) {
