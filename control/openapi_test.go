@@ -517,9 +517,24 @@ func testDocumentLabels(t *testing.T) {
 	wantEqual(t, "who released the hold", released.ReleasedBy, &Caller{UID: 1, PID: 2})
 }
 
-// TestStrictness sends to every route in the table a parameter, and a body, that it does not have.
+// TestStrictness sends to every route in the table a parameter, a body, and a method, that it does not have.
 func TestStrictness(t *testing.T) {
 	r := newRig(t, server.Options{})
+	allowed := make(map[string][]string)
+	for _, route := range r.plane.routes {
+		allowed[route.pattern] = append(allowed[route.pattern], route.method)
+	}
+	for pattern, methods := range allowed {
+		slices.Sort(methods)
+		for _, method := range []string{http.MethodGet, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions} {
+			if slices.Contains(methods, method) {
+				continue
+			}
+			got := r.do(t, method, strings.ReplaceAll(pattern, "{id}", "h1"), "")
+			wantEqual(t, method+" "+pattern+": status", got.status, http.StatusMethodNotAllowed)
+			wantEqual(t, method+" "+pattern+": Allow", got.header.Get("Allow"), strings.Join(methods, ", "))
+		}
+	}
 	for _, route := range r.plane.routes {
 		if route.pattern == "/metrics" {
 			continue // its handler is not ours

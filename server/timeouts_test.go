@@ -99,9 +99,9 @@ func TestIdleTimeout(t *testing.T) {
 				t.Errorf("the connection ended as %v before its time", why)
 			}
 			echoed(t, c, "z")
-			await(t, "acknowledgements, which the client's kernel may delay", func() bool {
+			await(t, "the end of the write, and acknowledgements, which the client's kernel may delay", func() bool {
 				q, ok := sendQueue(conn.sock)
-				return !ok || q.waiting == 0
+				return conn.blocked.Load() == 0 && (!ok || q.waiting == 0)
 			})
 			s.inspect(conn, lastEcho.Add(idle))
 			if why := conn.endReason(); why != 0 {
