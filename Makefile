@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long lint fuzz faults soak bench bench-quick dist install module clean help
+.PHONY: build run test check check-long lint fuzz faults soak bench bench-quick bench-rollouts dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -43,6 +43,9 @@ bench: ## compare echod with other echo servers, for half an hour on a quiet mac
 bench-quick: ## the same in two minutes, into bench/out
 	scripts/bench.sh -quick
 
+bench-rollouts: ## compare what clients see in a rollout with nginx, HAProxy and others; writes docs/comparison.md
+	scripts/bench-rollouts.sh
+
 # dist reads DIST (directory), SYSTEMS, PACKAGES and MAINTAINER ('Name <address>') from the environment.
 export DIST SYSTEMS PACKAGES MAINTAINER
 dist: ## build binaries, SBOMs, .deb and .rpm packages into dist/
@@ -61,4 +64,4 @@ clean: ## remove what the other targets have made
 	rm -rf bin coverage bench/out dist
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

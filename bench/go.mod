@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/HdrHistogram/hdrhistogram-go v1.4.0
+	github.com/cloudflare/tableflip v1.2.3
 	github.com/cloudwego/netpoll v0.7.2
 	github.com/lesismal/nbio v1.6.9
 	github.com/maurice2k/tcpserver v1.2.0

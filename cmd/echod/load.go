@@ -96,6 +96,8 @@ func (l *loader) addFlags(f *pflag.FlagSet) {
 	f.BoolVar(&l.reconnect, "reconnect", true,
 		"replace connections that end or cannot be made, after a random\n"+
 			"time of up to 2s; if false, only --churn\nreplaces them")
+	f.BoolVar(&o.IgnoreNotices, "ignore-notices", false,
+		"go on after a notice, as clients do that do not know notices")
 	f.DurationVar(&o.Timeout, "timeout", load.DefaultTimeout, "`time` for a connect")
 	f.DurationVar(&o.Late, "late", load.DefaultLate, "`time` after which an echo is late")
 	f.DurationVar(&o.DrainWait, "drain-wait", load.DefaultDrainWait,

@@ -121,6 +121,10 @@ type Options struct {
 	Ramp  time.Duration // spreads the first connects evenly; zero means all at once
 	Churn time.Duration // replaces a connection after this time, plus or minus half; zero means never
 
+	// IgnoreNotices makes clients go on after a notice, as clients do that do not know notices. Notices are still told
+	// apart from echoes, and counted.
+	IgnoreNotices bool
+
 	NoReconnect bool           // do not replace connections that end or cannot be made
 	Backoff     client.Backoff // before a connection is replaced; Retries is ignored; zero Max means 2 s
 

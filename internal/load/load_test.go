@@ -386,6 +386,18 @@ func TestNotices(t *testing.T) {
 		expect(t, "echoes", r.Echoes, Echoes{Sent: 20, Returned: 20})
 		expect(t, "notices", r.Notices, Notices{Shutdown: 1, Heeded: 1})
 	})
+	inBubble(t, "a client that ignores notices goes on until the server closes", func(t *testing.T) {
+		closes := func(conn net.Conn) {
+			s := faults{5: noticeInside("SHUTDOWN 5 SIGTERM\n"), 50: func(*faultyConn, []byte) { _ = conn.Close() }}
+			s.serve(conn)
+		}
+		r := runInMemory(t, Options{
+			Dial: inMemory(t, closes, faults{}.serve), Stages: at(100, time.Second), IgnoreNotices: true,
+		})
+		expect(t, "notices", r.Notices, Notices{Shutdown: 1})
+		expect(t, "ends", r.Ends, Ends{Left: 1, Closed: 1})
+		expect(t, "echoes", r.Echoes, Echoes{Sent: 100, Returned: 99, Lost: 1})
+	})
 	t.Run("a connection that is reset after a notice was not left in order", func(t *testing.T) {
 		resets := func(conn net.Conn) {
 			defer conn.Close()

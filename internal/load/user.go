@@ -310,7 +310,9 @@ func (u *user) onNotice(n client.Notice) {
 		t.Notices.Messages++
 	}
 	if n.Ends() {
-		u.notice = &n
+		if !u.worker.run.opts.IgnoreNotices {
+			u.notice = &n
+		}
 		if !u.echoed && n.Grace == 0 && !u.rejected {
 			u.rejected = true
 			t.Connects.TurnedAway++
