@@ -17,6 +17,7 @@ type server struct {
 	program string // in binaries
 	about   string // how it is configured, and by which advice
 	proxy   bool   // it stands before an echo server that nobody touches
+	master  bool   // its first process stays through a reload, and only manages workers
 	start   func(*site) error
 }
 
@@ -65,12 +66,12 @@ var (
 		about: "The same with a listener that the parent process keeps, as systemd does for `echod.socket`.",
 	}
 	nginx = &server{
-		name: "nginx stream", program: "nginx", proxy: true, start: startNginx(""),
+		name: "nginx stream", program: "nginx", proxy: true, master: true, start: startNginx(""),
 		about: "A stream proxy before an echo server that nobody touches. Default settings: an old worker stays until its " +
-			"last client leaves. A restart is what Debian's unit does: SIGQUIT, and SIGTERM after 5 s.",
+			"last client leaves. A restart is what Debian's unit does: SIGQUIT, after 5 s SIGTERM, and a new start.",
 	}
 	nginxBounded = &server{
-		name: "nginx stream, worker_shutdown_timeout 5s", program: "nginx", proxy: true,
+		name: "nginx stream, worker_shutdown_timeout 5s", program: "nginx", proxy: true, master: true,
 		start: startNginx("worker_shutdown_timeout 5s;"),
 		about: "The same with the directive that its documentation offers for old workers that do not end.",
 	}
@@ -144,8 +145,14 @@ var cases = []rollout{
 		why: "After the timeout the old worker closes its connections. Nothing tells the clients before.",
 	},
 	{
-		server: nginx, what: "restart", act: restart(syscall.SIGQUIT, grace),
-		why: "SIGQUIT closes the listener and waits for clients; nothing listens until the new start.",
+		server: nginx, what: "restart", act: func(s *site) error {
+			if err := s.signal(syscall.SIGQUIT, 0); err != nil {
+				return err
+			}
+			wait(s.ctx, grace)
+			return restart(syscall.SIGTERM, grace)(s)
+		},
+		why: "SIGQUIT closes the listener and waits for clients, which are not told. SIGTERM then ends their connections.",
 	},
 	{
 		server: haproxy, what: "reload", act: signalled(syscall.SIGUSR2),
@@ -196,7 +203,7 @@ var cases = []rollout{
 		},
 		why: "`disable frontend` stops listening, so new clients are refused.",
 	},
-	{server: echod, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The kernel resets all connections."},
+	{server: echod, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The kernel ends all connections at once: with a reset where data was unread, otherwise in order."},
 	{server: nginx, what: "kill and start", act: killAll, why: "The same."},
 	{server: haproxy, what: "kill and start", act: killAll, why: "The same."},
 	{server: netDrain, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The same."},
@@ -286,7 +293,7 @@ func startEchodActivated(s *site) error {
 	}
 	cmd := exec.Command("/bin/sh", "-c", `LISTEN_PID=$$ exec "$0" "$@"`, s.bin["echod"], "serve", "--control", s.path("c"),
 		"--grace", grace.String())
-	cmd.Env = append(os.Environ(), "LISTEN_FDS=1")
+	cmd.Env = append(os.Environ(), "LISTEN_FDS=1", "LISTEN_FDNAMES=echo")
 	cmd.ExtraFiles = []*os.File{ln}
 	p, err := s.spawn(cmd)
 	if err != nil {

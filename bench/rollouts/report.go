@@ -2,11 +2,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/json"
 	"fmt"
-	"image/color"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,10 +15,6 @@ import (
 	"strings"
 	"text/template"
 	"time"
-
-	"gonum.org/v1/plot"
-	"gonum.org/v1/plot/plotter"
-	"gonum.org/v1/plot/vg"
 )
 
 // report is everything that was measured.
@@ -103,11 +99,14 @@ func (r *report) save(path string) error {
 var pageText string
 
 var page = template.Must(template.New("comparison.md").Funcs(template.FuncMap{
-	"old": func(o outcome) string {
-		if o.OldGone < 0 {
+	"old": func(r row) string {
+		switch {
+		case strings.HasPrefix(r.Case, "pause"):
+			return ""
+		case r.Outcome.OldGone < 0:
 			return "not within the run"
 		}
-		return seconds(o.OldGone)
+		return seconds(r.Outcome.OldGone)
 	},
 	"gap": func(o outcome) string {
 		if o.Gap == 0 {
@@ -150,50 +149,90 @@ func (r *report) Part(words ...string) (rows []row) {
 	return rows
 }
 
-// draw draws how the connections ended in a rollout, the best on top.
+//go:embed comparison.svg.tmpl
+var pictureText string
+
+var picture = template.Must(template.New("comparison.svg").Parse(pictureText))
+
+// The picture's bars: what a connection can come to, from best to worst.
+var endings = []struct {
+	name, color string
+	of          func(o outcome) int64
+}{
+	{"stayed open", "#4477aa", func(o outcome) int64 { return clients - leftWhenTold(o) - o.Closed - o.Reset }},
+	{"told, and left in order", "#44aa99", leftWhenTold},
+	{"closed", "#ddaa33", func(o outcome) int64 { return o.Closed }},
+	{"reset", "#bb3344", func(o outcome) int64 { return o.Reset }},
+}
+
+// leftWhenTold returns how many clients left after a notice, rather than to be closed.
+func leftWhenTold(o outcome) int64 { return max(0, min(o.Told, clients)-o.Closed-o.Reset) }
+
+// draw draws how the connections ended in each rollout, the best on top.
 func (r *report) draw(path string) error {
 	rows := r.Part("upgrade", "restart", "reload", "lame")
-	bad := func(o outcome) int64 { return 1000*o.Reset + 100*o.Closed + 10*o.Refused + o.Told }
-	slices.SortStableFunc(rows, func(a, b row) int { return int(bad(b.Outcome) - bad(a.Outcome)) })
-	p := plot.New()
-	p.Title.Text = fmt.Sprintf("What became of %d connections in a rollout", clients)
-	p.X.Label.Text = "connections"
-	p.X.Max = clients
-	p.Legend.Top = true
-	p.Legend.Left = false
-	var names []string
-	told, closed, reset := make(plotter.Values, len(rows)), make(plotter.Values, len(rows)), make(plotter.Values, len(rows))
+	slices.SortStableFunc(rows, func(a, b row) int {
+		for _, ending := range endings {
+			if order := cmp.Compare(ending.of(b.Outcome), ending.of(a.Outcome)); order != 0 {
+				return order
+			}
+		}
+		return cmp.Compare(a.Outcome.Lost+a.Outcome.Refused, b.Outcome.Lost+b.Outcome.Refused)
+	})
+	const left, width, top, step = 400.0, 300.0, 74, 24
+	type (
+		part struct {
+			X, Width float64
+			Color    string
+		}
+		bar struct {
+			Name, Note string
+			Y, Text    int
+			Parts      []part
+		}
+		key struct {
+			Name, Color string
+			X, Text     int
+		}
+	)
+	view := struct {
+		Clients, Height int
+		Legend          []key
+		Bars            []bar
+	}{Clients: clients, Height: top + step*len(rows) + 10}
+	for i, ending := range endings {
+		x := 20 + []int{0, 110, 290, 370}[i]
+		view.Legend = append(view.Legend, key{ending.name, ending.color, x, x + 18})
+	}
 	for i, row := range rows {
-		name := row.Server + ", " + row.Case
+		b := bar{Name: row.Server + ", " + row.Case, Y: top + i*step, Text: top + i*step + 12}
 		if row.Clients != "" {
-			name += " (" + row.Clients + ")"
+			b.Name += " (" + row.Clients + ")"
 		}
-		names = append(names, name)
-		told[i] = float64(max(0, min(row.Outcome.Told, clients)-row.Outcome.Closed-row.Outcome.Reset))
-		closed[i], reset[i] = float64(row.Outcome.Closed), float64(row.Outcome.Reset)
+		x := left
+		for _, ending := range endings {
+			if n := ending.of(row.Outcome); n > 0 {
+				w := float64(n) * width / clients
+				b.Parts = append(b.Parts, part{x, w, ending.color})
+				x += w
+			}
+		}
+		var notes []string
+		if n := row.Outcome.Refused; n > 0 {
+			notes = append(notes, fmt.Sprintf("%d refused", n))
+		}
+		if n := row.Outcome.Lost; n > 0 {
+			notes = append(notes, fmt.Sprintf("%d lost", n))
+		}
+		if row.Outcome.OldGone < 0 {
+			notes = append(notes, "old code stays")
+		}
+		b.Note = strings.Join(notes, ", ")
+		view.Bars = append(view.Bars, b)
 	}
-	var below *plotter.BarChart
-	for _, bars := range []struct {
-		name   string
-		values plotter.Values
-		color  color.Color
-	}{
-		{"told, then left in order", told, color.RGBA{0x44, 0xaa, 0x99, 0xff}},
-		{"closed", closed, color.RGBA{0xdd, 0xaa, 0x33, 0xff}},
-		{"reset", reset, color.RGBA{0xbb, 0x33, 0x44, 0xff}},
-	} {
-		chart, err := plotter.NewBarChart(bars.values, vg.Points(11))
-		if err != nil {
-			return err
-		}
-		chart.Horizontal, chart.Color, chart.LineStyle.Width = true, bars.color, 0
-		if below != nil {
-			chart.StackOn(below)
-		}
-		below = chart
-		p.Add(chart)
-		p.Legend.Add(bars.name, chart)
+	var svg bytes.Buffer
+	if err := picture.Execute(&svg, view); err != nil {
+		return err
 	}
-	p.NominalY(names...)
-	return p.Save(vg.Points(720), vg.Points(float64(60+20*len(rows))), path)
+	return os.WriteFile(path, svg.Bytes(), 0o644)
 }

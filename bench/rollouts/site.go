@@ -269,10 +269,9 @@ func runCase(ctx context.Context, c rollout, bin binaries, dir string) (outcome,
 	if c.run != nil {
 		return c.run(s)
 	}
-	old := s.pids()
-	if c.server.proxy {
-		old = slices.DeleteFunc(old, func(pid int) bool { return pid == s.procs[0].cmd.Process.Pid })
-	}
+	old := slices.DeleteFunc(s.pids(), func(pid int) bool {
+		return c.server.proxy && pid == s.procs[0].cmd.Process.Pid || c.server.master && pid == s.server.cmd.Process.Pid
+	})
 
 	args := []string{
 		"load", "--json", "--conns", strconv.Itoa(clients), "--rate", strconv.Itoa(rate), "--duration", lasts.String(),
@@ -314,7 +313,7 @@ func runCase(ctx context.Context, c rollout, bin binaries, dir string) (outcome,
 		o.Failed = err.Error()
 	}
 	o.OldGone = -1
-	for done := false; !done; {
+	for done := c.churn != 0; !done; { // a pause has no old code
 		if !s.serves(old) {
 			o.OldGone = time.Since(acted).Seconds()
 			break
@@ -329,6 +328,9 @@ func runCase(ctx context.Context, c rollout, bin binaries, dir string) (outcome,
 	case <-loaded:
 	case <-time.After(lasts + patience):
 		return outcome{}, errors.New("the load does not end")
+	}
+	if acted.Add(time.Duration(o.OldGone * float64(time.Second))).After(began.Add(lasts - 100*time.Millisecond)) {
+		o.OldGone = -1 // the clients went first
 	}
 	var r loadReport
 	if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
