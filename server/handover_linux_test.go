@@ -256,11 +256,12 @@ func testHandoverPaused(t *testing.T) {
 
 func testHandoverContinues(t *testing.T) {
 	g, addr := firstGeneration(t, Echo, Options{})
-	gone, stays := dialTCP(t, addr), dialTCP(t, addr)
+	gone, stays, between := dialTCP(t, addr), dialTCP(t, addr), dialTCP(t, addr)
 	echoed(t, gone, "a client that has gone\n")
 	_ = gone.Close()
-	awaitConns(t, g.Server, 1)
+	awaitConns(t, g.Server, 2)
 	echoed(t, stays, "in the middle of a line")
+	echoed(t, between, "between two lines\n")
 	if _, err := g.Pause(PauseOptions{Reason: "backup", TTL: 300 * time.Millisecond}); err != nil {
 		t.Fatal(err)
 	}
@@ -272,16 +273,17 @@ func testHandoverContinues(t *testing.T) {
 
 	late := dialTCP(t, addr)
 	echoed(t, late, "served when the hold has ended\n")
-	wantState(t, next.Server, StateRunning, 2)
+	wantState(t, next.Server, StateRunning, 3)
 	var ids []uint64
 	for info := range next.Conns() {
 		ids = append(ids, info.ID)
 	}
-	wantEqual(t, "ids", ids, []uint64{2, 3})
-	if sent, failed, err := next.Notify(t.Context(), "x"); sent != 2 || failed != 0 || err != nil {
+	wantEqual(t, "ids", ids, []uint64{2, 3, 4})
+	if sent, failed, err := next.Notify(t.Context(), "x"); sent != 3 || failed != 0 || err != nil {
 		t.Errorf("notified %d, failed %d, %v", sent, failed, err)
 	}
 	receives(t, stays, "\nNOTICE x\n")
+	receives(t, between, "NOTICE x\n")
 	receives(t, late, "NOTICE x\n")
 	_ = next.Close()
 	next.served.Wait()
