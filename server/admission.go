@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"math"
 	"net/netip"
 	"slices"
 	"sync/atomic"
@@ -49,6 +50,9 @@ func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
 // maxRejecting is how many rejected connections may linger at once. More are closed without lingering, so that a flood
 // of them leaves files for the others.
 func (s *Server) maxRejecting(st *state) int {
+	if s.files == 0 { // files are not limited
+		return math.MaxInt
+	}
 	return max(1, s.opts.Limits.spareFiles(), (s.files-st.admitted)/2)
 }
 

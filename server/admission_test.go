@@ -203,3 +203,29 @@ func TestWaitingConnection(t *testing.T) {
 		wantEqual(t, "handlers left behind", report(t, r.Server).Stuck, 0)
 	}))
 }
+
+func TestFloodOfRejections(t *testing.T) {
+	for _, limit := range []int{Off, 1000} {
+		t.Run(fmt.Sprintf("all are told, with at most %d connections", limit), inBubble(Echo, Options{Limits: Limits{MaxConns: limit}},
+			func(t *testing.T, r *rig) {
+				r.pause(t, PauseOptions{Mode: PauseReject})
+				var clients []*client
+				for range 20 {
+					clients = append(clients, r.dial(t))
+				}
+				for _, c := range clients {
+					c.ends(t, "PAUSED\n")
+				}
+			}))
+	}
+	t.Run("those that do not linger are told, also on what is no socket", inBubble(Echo,
+		Options{Limits: Limits{MaxConns: 1, ReservedFiles: 3}}, func(t *testing.T, r *rig) {
+			r.files = 5 // so that two may linger
+			r.pause(t, PauseOptions{Mode: PauseReject})
+			clients := []*client{r.dial(t), r.dial(t), r.dial(t)}
+			wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedPaused: 1})
+			for _, c := range clients {
+				c.ends(t, "PAUSED\n")
+			}
+		}))
+}

@@ -792,7 +792,7 @@ func (c *Conn) rejectNow(why Reason) {
 		discardPending(raw)
 	}
 	c.writeLock.Lock()
-	if text := c.rejection(why); isTLS(c.nc) {
+	if text := c.rejection(why); rawConn(c.nc) == nil { // TLS, for example
 		_, _ = c.write(text) // into an empty send buffer, so that it does not wait
 	} else {
 		_, _ = c.tryWrite(text)

@@ -336,9 +336,14 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 // nothingLeft reports whether a server that was handed over has no connection left to drain.
 func (st *state) nothingLeft() bool { return st.handedOver && st.finished() }
 
-// finished reports whether nothing is left to wait for: no connection of this server, and after a handover none of its
-// predecessor's, whose ends it passes on.
-func (st *state) finished() bool { return st.tasks == 0 && (!st.handedOver || len(st.behind) == 0) }
+// finished reports whether nothing is left to wait for: no connection of this server, and no listener that was taken over
+// and is not served yet. After a handover it is no connection of its predecessor, whose ends it passes on.
+func (st *state) finished() bool {
+	if st.handedOver {
+		return st.tasks == 0 && len(st.behind) == 0
+	}
+	return st.tasks == 0 && len(st.adopted) == 0
+}
 
 // stopAccepting ends accepting, and with it every pause. A pause does not end earlier, in the drain's delay, because
 // it protects work that is still in progress.
@@ -352,6 +357,10 @@ func (st *state) stopAccepting() {
 
 // acceptorsStop bounds how long notices wait for the accept loops to stop letting new connections in.
 const acceptorsStop = 250 * time.Millisecond
+
+// behindAfter is how long after the deadline a server that was handed over passes on how connections of its own
+// predecessor ended.
+const behindAfter = 2 * time.Second
 
 // runDrain carries the drain out, from its beginning to the stop.
 func (s *Server) runDrain() {
@@ -369,6 +378,10 @@ func (s *Server) runDrain() {
 		conns, forced, deadline = st.conns.all(), st.drain.forced, st.drain.deadline
 	})
 	stuck := s.closeRest(conns, forced, deadline)
+	// Its own predecessor, which began to drain earlier, still reports how the connections end that stayed there.
+	s.awaitFor(time.Until(deadline.Add(behindAfter)), func(st *state) bool {
+		return !st.handedOver || st.drain.forced || len(st.behind) == 0
+	})
 	s.stopSweeper()
 	s.state.With(func(st *state) {
 		st.drain.stuck = stuck

@@ -745,7 +745,7 @@ func (p *predecessor) complete(final finalState) {
 	_ = p.link.SetDeadline(time.Time{})
 	var deferred []deferredDrain
 	s.state.With(func(st *state) {
-		st.handedOver, st.committing, st.frozen = true, false, false
+		st.handedOver, st.committing = true, false
 		for _, c := range final.conns {
 			st.forget(c)
 		}
@@ -772,6 +772,7 @@ func (p *predecessor) complete(final finalState) {
 	o.Delay = cmp.Or(p.o.Keep, Off)
 	o.Reason = cmp.Or(o.Reason, "upgrade")
 	s.StartDrain(o)
+	s.state.With(func(st *state) { st.frozen = false }) // not earlier, or a pause would be placed here and not there
 	for _, d := range deferred {
 		m := handoverMessage{Type: msgDrain, Drain: &d.o, Force: d.mode == drainForce}
 		m.Drain.Grace = cmp.Or(max(0, time.Until(d.deadline(time.Now()))), Off)

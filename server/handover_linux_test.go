@@ -98,6 +98,7 @@ func TestG12Handover(t *testing.T) {
 	t.Run("what cannot be resumed stays behind and is counted", testHandoverBehind)
 	t.Run("a successor that fails at any step changes nothing", testHandoverRollback)
 	t.Run("a notice that waits for its client goes along", testHandoverNotice)
+	t.Run("a pause at the commit is not placed on the predecessor", testHandoverPauseAtCommit)
 }
 
 func testHandoverStreams(t *testing.T) {
@@ -320,6 +321,49 @@ func testHandoverBehind(t *testing.T) {
 	_ = next.Close()
 	next.served.Wait()
 	g.served.Wait()
+}
+
+func testHandoverPauseAtCommit(t *testing.T) {
+	g, _ := firstGeneration(t, Echo, Options{})
+	near, far := linkPair(t)
+	next := &generation{}
+	taken := make(chan error, 1)
+	go func() {
+		offer, err := ReceiveOffer(context.Background(), far)
+		if err == nil {
+			next.Server, _ = newServer(t, Echo, Options{})
+			err = next.TakeOver(context.Background(), offer, offer.Listeners)
+		}
+		if err == nil {
+			next.served.Go(func() { _ = next.ServeListener(offer.Listeners[0]) })
+		}
+		taken <- err
+	}()
+	paused := make(chan error, 1)
+	_, err := g.HandOver(context.Background(), near, HandoverOptions{
+		Kill:          func() {},
+		FreezeTimeout: 20 * time.Second,
+		Committed: func() {
+			go func() {
+				_, err := g.Pause(PauseOptions{})
+				paused <- err
+			}()
+			select { // it has to wait; without that it would return at once
+			case err := <-paused:
+				paused <- err
+			case <-time.After(50 * time.Millisecond):
+			}
+		},
+	})
+	if err := errors.Join(err, <-taken); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := errors.AsType[*DrainingError](<-paused); !ok {
+		t.Error("the pause was placed on a server that was handed over")
+	}
+	g.served.Wait()
+	_ = next.Close()
+	next.served.Wait()
 }
 
 // failingLink fails after so many messages were received.

@@ -374,7 +374,7 @@ func (s *Server) endedBehind(ends []handoverEnd) {
 				continue
 			}
 			delete(st.behind, e.ID)
-			if st.handedOver {
+			if st.recordEnds { // this server's successor, or the one that it is being handed over to, counts it as open
 				st.ends = append(st.ends, e)
 			}
 			st.closed[parseReason(e.Reason)]++
