@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long lint fuzz faults soak bench bench-quick bench-rollouts dist install module clean help
+.PHONY: build run test check check-long lint fuzz simulate faults soak bench bench-quick bench-rollouts dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -29,6 +29,10 @@ lint: ## check formatting, scripts, vet, staticcheck, dead code, vulnerabilities
 
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	scripts/fuzz.sh $(FUZZTIME)
+
+simulate: ## run random histories against a model: SEEDS (1000) in memory, SOCKETS (24) on loopback, or the one of SEED
+	SEEDS='$(SEEDS)' SOCKETS='$(SOCKETS)' SEED='$(SEED)' SOCKETSEED='$(SOCKETSEED)' HISTORY='$(HISTORY)' SAVE='$(SAVE)' \
+		scripts/simulate.sh
 
 faults: ## plant each fault of testing/faults in a copy, and report which the tests catch: half an hour
 	scripts/faults.sh

@@ -12,6 +12,9 @@ step() {
 # The slow tests. The quick ones among them run again, which takes about a minute.
 step env ECHOD_TEST_SLOW=1 TIMEOUT=20m scripts/test.sh ./integration/...
 
+# Fresh seeds, and the histories that have failed once.
+step env SEEDS=500 scripts/simulate.sh
+
 # Coverage by the packages' own tests.
 least=80
 mkdir -p coverage

@@ -1,0 +1,329 @@
+package simulate
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// clientConn is what a client needs of its connection.
+type clientConn interface {
+	net.Conn
+	CloseWrite() error
+	Reset()
+}
+
+// trace is what one client did and saw. The model judges it.
+type trace struct {
+	plan clientPlan
+
+	mu   sync.Mutex
+	cond *sync.Cond
+
+	conn      clientConn // nil until connected
+	connected time.Time  // zero: the connection was refused
+	sent      int        // bytes that the network took
+	offered   int        // bytes that it was asked to take
+	sending   bool       // a write is in progress
+	finished  time.Time  // half-closed
+	closed    time.Time  // closed, or reset, before the server ended the stream
+	wasReset  bool       // by this client
+	got       []byte
+	gotAt     time.Time     // the last byte
+	sentAt    time.Time     // the network took the last byte
+	moved     time.Time     // a byte moved in either direction
+	longest   time.Duration // without one, from the connect to moved
+	end       error         // io.EOF, or why reading failed
+	endAt     time.Time
+	told      time.Time // saw the notice of the drain
+	shutSince time.Time // not zero while it does not read
+	idled     bool      // it has not read for a while at least once
+	left      bool      // everything of it has ended
+	served    int       // bytes that the service had echoed when it returned its state
+}
+
+// content is what client id sends from byte n on: lines of lower-case letters. No line begins like a notice.
+func content(id, n int, p []byte) {
+	for i := range p {
+		at := n + i
+		switch {
+		case (at+id)%23 == 22:
+			p[i] = '\n'
+		default:
+			p[i] = 'a' + byte((at*7+at/23*3+at/598+id)%26)
+		}
+	}
+}
+
+var (
+	wordShutdown = []byte("SHUTDOWN ")
+	errGivenUp   = errors.New("the client gave up")
+)
+
+func newTrace(p clientPlan) *trace {
+	t := &trace{plan: p}
+	t.cond = sync.NewCond(&t.mu)
+	return t
+}
+
+// run is the client: it connects, takes its steps, and reads until the end of the stream. It returns when both have
+// ended.
+func (t *trace) run(dial func(*clientPlan) (clientConn, error), log func(string, ...any)) {
+	defer func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.left = true
+	}()
+	time.Sleep(t.plan.Start)
+	nc, err := dial(&t.plan)
+	if err != nil {
+		log("client %d: refused", t.plan.ID)
+		return
+	}
+	t.mu.Lock()
+	t.conn, t.connected, t.moved = nc, time.Now(), time.Now()
+	t.mu.Unlock()
+	var reader sync.WaitGroup
+	reader.Go(func() { t.read(nc, log) })
+	t.takeSteps(nc, log)
+	reader.Wait()
+	_ = nc.Close()
+}
+
+// read reads until the stream ends, with breaks as the steps say.
+func (t *trace) read(nc clientConn, log func(string, ...any)) {
+	random := rand.New(rand.NewPCG(uint64(t.plan.ID), 0x72656164))
+	p := make([]byte, 32<<10)
+	for {
+		t.mu.Lock()
+		for !t.shutSince.IsZero() && t.closed.IsZero() {
+			t.cond.Wait()
+		}
+		t.mu.Unlock()
+		n, err := nc.Read(p[:1+random.IntN(len(p))])
+		t.mu.Lock()
+		if n > 0 {
+			t.got = append(t.got, p[:n]...)
+			t.gotAt = time.Now()
+			t.move()
+			if t.told.IsZero() {
+				if i := bytes.Index(t.got, wordShutdown); i >= 0 && bytes.IndexByte(t.got[i:], '\n') >= 0 {
+					t.told = time.Now()
+					log("client %d: told", t.plan.ID)
+				}
+			}
+		}
+		if err != nil {
+			if t.closed.IsZero() {
+				t.end, t.endAt = err, time.Now()
+				log("client %d: %v after %d bytes", t.plan.ID, err, len(t.got))
+			}
+			t.cond.Broadcast()
+			t.mu.Unlock()
+			if !t.plan.Floods {
+				_ = nc.Close()
+			}
+			return
+		}
+		t.cond.Broadcast()
+		t.mu.Unlock()
+	}
+}
+
+// move notes that a byte has moved. The caller holds mu.
+func (t *trace) move() {
+	t.longest = max(t.longest, time.Since(t.moved))
+	t.moved = time.Now()
+}
+
+// ended reports whether the stream has ended for the client. The caller holds mu.
+func (t *trace) ended() bool { return t.end != nil || !t.closed.IsZero() }
+
+// waitFor waits until cond, or the end of the stream, or the notice for a client that heeds it, for d at most.
+func (t *trace) waitFor(d time.Duration, cond func() bool) {
+	stop := time.AfterFunc(d, func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.cond.Broadcast()
+	})
+	defer stop.Stop()
+	until := time.Now().Add(d)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for !cond() && !t.ended() && !t.mustHeed() && time.Now().Before(until) {
+		t.cond.Wait()
+	}
+}
+
+// mustHeed reports whether the client was told, and heeds that. The caller holds mu.
+func (t *trace) mustHeed() bool { return t.plan.Heeds && !t.told.IsZero() }
+
+// forever is longer than any history.
+const forever = 24 * time.Hour
+
+func (t *trace) takeSteps(nc clientConn, log func(string, ...any)) {
+	for _, s := range t.plan.Steps {
+		t.mu.Lock()
+		stop := t.ended() || t.mustHeed()
+		t.mu.Unlock()
+		if stop && s.Do != "close" && s.Do != "reset" {
+			break
+		}
+		switch s.Do {
+		case "send":
+			t.send(nc, s.N)
+		case "wait":
+			t.waitFor(s.D, func() bool { return false })
+		case "shut":
+			t.shut(s.D)
+		case "await":
+			t.waitFor(forever, func() bool { return len(t.got) >= t.sent && t.shutSince.IsZero() })
+		case "finish":
+			t.finish(nc, log)
+		case "close", "reset":
+			t.leave(nc, s.Do == "reset", log)
+			return
+		}
+	}
+	// It stays, or leaves when it is told.
+	t.waitFor(forever, func() bool { return !t.told.IsZero() })
+	if t.plan.Leaves >= 0 {
+		t.mu.Lock()
+		told := !t.told.IsZero() && !t.ended()
+		t.mu.Unlock()
+		if told {
+			time.Sleep(t.plan.Leaves)
+			t.finish(nc, log)
+		}
+	}
+	if t.plan.Floods {
+		t.mu.Lock()
+		for !t.ended() {
+			t.cond.Wait()
+		}
+		t.mu.Unlock()
+		t.flood(nc)
+	}
+	t.mu.Lock()
+	for !t.ended() {
+		t.cond.Wait()
+	}
+	t.mu.Unlock()
+}
+
+// send sends the next n bytes.
+func (t *trace) send(nc clientConn, n int) {
+	t.mu.Lock()
+	from := t.sent
+	if !t.finished.IsZero() || t.sent != t.offered {
+		t.mu.Unlock()
+		return
+	}
+	t.offered += n
+	t.sending = true
+	t.mu.Unlock()
+	p := make([]byte, n)
+	content(t.plan.ID, from, p)
+	for len(p) > 0 {
+		k, err := nc.Write(p[:min(len(p), 4<<10)])
+		p = p[k:]
+		t.mu.Lock()
+		t.sent += k
+		t.sentAt = time.Now()
+		t.move()
+		heed := t.mustHeed()
+		if heed {
+			t.offered = t.sent
+		}
+		t.mu.Unlock()
+		if err != nil || heed {
+			break
+		}
+	}
+	t.mu.Lock()
+	t.sending = false
+	t.mu.Unlock()
+}
+
+// flood sends for a while although the server has ended the stream.
+func (t *trace) flood(nc clientConn) {
+	for range 20 {
+		if _, err := nc.Write([]byte("too late\n")); err != nil {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	_ = nc.Close()
+}
+
+// shut stops reading for d, while the steps go on.
+func (t *trace) shut(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.shutSince.IsZero() {
+		return
+	}
+	t.shutSince, t.idled = time.Now(), true
+	time.AfterFunc(d, t.open)
+}
+
+// open reads again.
+func (t *trace) open() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.shutSince = time.Time{}
+	t.cond.Broadcast()
+}
+
+func (t *trace) finish(nc clientConn, log func(string, ...any)) {
+	t.mu.Lock()
+	if t.finished.IsZero() && !t.ended() {
+		t.finished = time.Now()
+		log("client %d: half-closes after sending %d", t.plan.ID, t.sent)
+	}
+	t.mu.Unlock()
+	_ = nc.CloseWrite()
+}
+
+func (t *trace) leave(nc clientConn, reset bool, log func(string, ...any)) {
+	t.mu.Lock()
+	if !t.ended() {
+		t.closed, t.wasReset = time.Now(), reset
+		log("client %d: %s after sending %d", t.plan.ID, map[bool]string{true: "resets", false: "closes"}[reset], t.sent)
+	}
+	t.cond.Broadcast()
+	t.mu.Unlock()
+	if reset {
+		nc.Reset()
+	} else {
+		_ = nc.Close()
+	}
+}
+
+// giveUp ends a client at the end of the history.
+func (t *trace) giveUp() {
+	t.mu.Lock()
+	nc := t.conn
+	if !t.ended() {
+		t.end, t.endAt = errGivenUp, time.Now()
+	}
+	t.shutSince = time.Time{}
+	t.cond.Broadcast()
+	t.mu.Unlock()
+	if nc != nil {
+		_ = nc.Close()
+	}
+}
+
+// sawReset reports whether the server reset the connection.
+func (t *trace) sawReset() bool {
+	return errors.Is(t.end, syscall.ECONNRESET) || errors.Is(t.end, syscall.EPIPE)
+}
+
+// sawEOF reports whether the stream ended cleanly.
+func (t *trace) sawEOF() bool { return errors.Is(t.end, io.EOF) }

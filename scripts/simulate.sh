@@ -1,0 +1,15 @@
+#!/bin/sh
+# Runs random histories of servers, clients and operators against a model (docs/testing.md): SEEDS of them in memory and
+# SOCKETS of them on loopback, and those that have failed once. Or only one: of the seed SEED, of the seed SOCKETSEED on
+# loopback, or of the file HISTORY. SAVE names a directory for histories that fail.
+set -eu
+cd "$(dirname "$0")/.."
+
+run='^Test'
+[ -z "${SEED:-}${HISTORY:-}" ] || run='^TestSimulation$'
+[ -z "${SOCKETSEED:-}" ] || run='^TestSockets$'
+[ -z "${HISTORY:-}" ] || HISTORY=$(realpath "$HISTORY")
+[ -z "${SAVE:-}" ] || SAVE=$(realpath "$SAVE")
+exec go test ./internal/simulate -count=1 -v -run "$run" -timeout "${TIMEOUT:-60m}" \
+	-seeds "${SEEDS:-1000}" -seed "${SEED:-0}" -sockets "${SOCKETS:-24}" -socketseed "${SOCKETSEED:-0}" \
+	-history "${HISTORY:-}" -save "${SAVE:-}"
