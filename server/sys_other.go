@@ -49,8 +49,8 @@ func discardPending(syscall.RawConn) {}
 
 type readWaiter struct{}
 
-func newReadWaiter(syscall.RawConn) *readWaiter { return &readWaiter{} }
-func (*readWaiter) wait()                       {}
+func newReadWaiter(syscall.RawConn) *readWaiter                     { return &readWaiter{} }
+func (*readWaiter) wait(bufferSize) (buf *buffer, n int, err error) { return nil, 0, nil }
 
 func peerGone(net.Conn) bool { return false }
 

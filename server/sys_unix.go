@@ -83,34 +83,48 @@ func peerGone(nc net.Conn) (gone bool) {
 	return gone
 }
 
-// A readWaiter waits for input of a socket. A wait allocates nothing.
+// A readWaiter waits for input of a socket, and reads it. It holds no buffer while it waits, and allocates nothing for
+// each wait.
 type readWaiter struct {
-	raw    syscall.RawConn
-	visit  func(fd uintptr) bool // look, bound once
-	looked bool
-	poll   [1]unix.PollFd
+	raw   syscall.RawConn
+	visit func(fd uintptr) bool // read, bound once
+	size  bufferSize            // of the next buffer
+	buf   *buffer               // with what was read; nil if nothing was
+	n     int
+	err   error
 }
 
 func newReadWaiter(raw syscall.RawConn) *readWaiter {
 	w := &readWaiter{raw: raw}
-	w.visit = w.look
+	w.visit = w.read
 	return w
 }
 
-// wait waits until the socket has input, the end of the stream or an error to read, or until its read deadline.
-func (w *readWaiter) wait() {
-	w.looked = false
-	_ = w.raw.Read(w.visit) // the next read of the session returns the error
+// wait waits until the socket has input, the end of the stream or an error to read, or until its read deadline. It
+// returns input and errors of the socket; at the end of the stream and the deadline it returns nothing, because the next
+// read says so.
+func (w *readWaiter) wait(size bufferSize) (buf *buffer, n int, err error) {
+	w.size, w.buf, w.n, w.err = size, nil, 0, nil
+	_ = w.raw.Read(w.visit) // the deadline
+	return w.buf, w.n, w.err
 }
 
-func (w *readWaiter) look(fd uintptr) bool {
-	if w.looked {
-		return true // the poller said so
+func (w *readWaiter) read(fd uintptr) bool {
+	buf := takeBuffer(w.size)
+	for {
+		n, err := unix.Read(int(fd), buf.bytes)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case n > 0:
+			w.buf, w.n = buf, n
+			return true
+		case err != nil && !wouldBlock(err):
+			w.err = os.NewSyscallError("read", err)
+		}
+		buf.giveBack()
+		return !wouldBlock(err)
 	}
-	w.looked = true
-	w.poll[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-	n, err := unix.Poll(w.poll[:], 0)
-	return n != 0 || err != nil
 }
 
 // keepUrgentInline makes urgent data a part of the stream, in its place, for a TCP socket and the connections that it

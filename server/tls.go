@@ -94,10 +94,27 @@ func TLS(config *tls.Config) WrapConn {
 }
 
 // tlsTransport is the stream below a TLS session that the server made. It tells a reader of the session what
-// crypto/tls does not: whether a read would wait for the client.
+// crypto/tls does not: whether a read would wait for the client. That goroutine owns its fields.
 type tlsTransport struct {
 	net.Conn
-	buffered bool // Read fails with errNothingBuffered; owned by the reader of the session
+	buffered bool // Read does not read from the stream, and fails with errNothingBuffered
+
+	rest   []byte  // what await has read and Read has not returned
+	ahead  *buffer // that holds rest; nil if no buffer has to be given back
+	err    error   // what await has read; Read returns it once
+	single bool    // await has read exactly one record, and Read has read nothing else since
+}
+
+// await waits for input, reads it into a buffer of this size, and keeps it for Read.
+func (t *tlsTransport) await(w *readWaiter, size bufferSize) {
+	buf, n, err := w.wait(size)
+	if buf != nil {
+		t.ahead, t.rest = buf, buf.bytes[:n]
+	}
+	t.single = isOneRecord(t.rest)
+	if err != nil {
+		t.err = &net.OpError{Op: "read", Net: t.LocalAddr().Network(), Source: t.LocalAddr(), Addr: t.RemoteAddr(), Err: err}
+	}
 }
 
 // errNothingBuffered is a temporary error: crypto/tls keeps the others and returns them forever.
@@ -109,11 +126,39 @@ func (nothingBuffered) Error() string   { return "nothing buffered" }
 func (nothingBuffered) Timeout() bool   { return true }
 func (nothingBuffered) Temporary() bool { return true }
 
+// isOneRecord reports whether data is a whole record with application data (RFC 8446, 5.1), if it begins with one.
+func isOneRecord(data []byte) bool {
+	const header, applicationData = 5, 23
+	return len(data) > header && data[0] == applicationData && header+int(data[3])<<8+int(data[4]) == len(data)
+}
+
+// release gives the buffer back, and keeps what is in it.
+func (t *tlsTransport) release() {
+	if t.ahead != nil {
+		t.rest = slices.Clone(t.rest)
+		t.ahead.giveBack()
+		t.ahead = nil
+	}
+}
+
 // Read reads from the stream.
 func (t *tlsTransport) Read(p []byte) (int, error) {
+	if len(t.rest) > 0 {
+		n := copy(p, t.rest)
+		if t.rest = t.rest[n:]; len(t.rest) == 0 {
+			t.release()
+			t.rest = nil
+		}
+		return n, nil
+	}
+	if err := t.err; err != nil {
+		t.err = nil
+		return 0, err
+	}
 	if t.buffered {
 		return 0, errNothingBuffered
 	}
+	t.single = false
 	return t.Conn.Read(p)
 }
 
@@ -137,6 +182,7 @@ func isTLS(nc net.Conn) bool {
 // session, and so needs no buffer and no deep stack.
 func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, error) {
 	defer cp.finish()
+	defer transport.release()
 	c := cp.src
 	var waiter *readWaiter
 	if raw := rawConn(transport.Conn); raw != nil {
@@ -160,11 +206,11 @@ func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, er
 					}
 				}
 				cp.release()
-				waiter.wait()
+				transport.await(waiter, min(cp.size, mediumBuffer))
 				cp.buf = takeBuffer(cp.size)
 			}
-			starved = false
-			if n, err = c.Read(cp.buf.bytes); err == nil {
+			n, err = c.Read(cp.buf.bytes)
+			if starved = transport.single && n < len(cp.buf.bytes); err == nil && !starved {
 				n, starved = cp.readBuffered(n, session, transport)
 			}
 		}
