@@ -46,6 +46,8 @@ func TestSystemd(t *testing.T) {
 	t.Run("settings are applied", s.testSettings)
 	t.Run("other users cannot open the runtime directory", s.testRuntimeDirectory)
 	t.Run("the log names the uid of control clients", s.testAudit)
+	t.Run("certificates are credentials", s.testTLSCredentials)
+	t.Run("certificates in files are replaced", s.testTLSFiles)
 	t.Run("a late address does not stop the socket", s.testLateAddress)
 	t.Run("without its socket the service does not start", s.testNoSocket)
 	t.Run("start failures are errors and retried slowly", s.testStartFailure)

@@ -48,6 +48,7 @@ for dir in /etc/systemd/system /usr/lib/systemd/system; do
 done
 echo ecececececececececececececececec >/etc/machine-id
 rm -f /usr/sbin/policy-rc.d # can forbid to start services
+mount --make-rshared / # as outside of containers: systemd mounts credentials in a namespace of their own
 exec "$2" --system --unit=test.target --show-status=no`
 
 // baseUnits replace the units that systemd needs, but whose originals would change the machine.
@@ -235,13 +236,13 @@ func (s *systemd) fresh(t *testing.T, lines ...string) {
 	t.Helper()
 	s.ctl(t, "stop", "echod.socket", "echod.service")
 	s.write(t, "echod.service.d/20-test.conf", "[Service]\n"+strings.Join(lines, "\n")+"\n")
-	s.ctl(t, "daemon-reload")
-	s.ctl(t, "start", "echod.socket", "echod.service")
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("the journal:\n%s", run(t, s.command("journalctl", "--no-pager", "-n", "60", "-o", "short-precise")).stdout)
 		}
 	})
+	s.ctl(t, "daemon-reload")
+	s.ctl(t, "start", "echod.socket", "echod.service")
 }
 
 // peer connects a client and waits until it is served.

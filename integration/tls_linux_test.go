@@ -2,13 +2,19 @@ package integration
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"echod/control"
 )
 
 // TestTLSHealth asks over HTTPS, also after the certificate was replaced and after an upgrade.
@@ -96,5 +102,91 @@ func TestTLSResumption(t *testing.T) {
 		if !resumed() {
 			t.Errorf("%s: the session is not resumed after an upgrade", tls.VersionName(version))
 		}
+	}
+}
+
+// install puts a new certificate into a directory in the namespaces of systemd, readable by a group.
+func (s *systemd) install(t *testing.T, dir, name string, gid int) (roots *x509.CertPool) {
+	t.Helper()
+	made := t.TempDir()
+	roots = certificate(t, made, name)
+	dir = filepath.Join("/proc", s.pid, "root", dir)
+	check(t, os.MkdirAll(dir, 0o750))
+	check(t, os.Chown(dir, 0, gid))
+	for _, file := range []string{"cert.pem", "key.pem"} {
+		next := filepath.Join(dir, "."+file)
+		check(t, os.WriteFile(next, []byte(readFile(t, filepath.Join(made, file))), 0o640))
+		check(t, os.Chown(next, 0, gid))
+		check(t, os.Rename(next, filepath.Join(dir, file)))
+	}
+	return roots
+}
+
+// shows connects over TLS, and returns the common name in the server's certificate. The client trusts only roots.
+func shows(t *testing.T, addr string, roots *x509.CertPool, sessions tls.ClientSessionCache) (name string, resumed bool) {
+	t.Helper()
+	c, err := tls.Dial("tcp", addr, &tls.Config{RootCAs: roots, ServerName: "localhost", ClientSessionCache: sessions})
+	if err != nil {
+		return err.Error(), false
+	}
+	defer c.Close()
+	check(t, c.SetDeadline(time.Now().Add(patience)))
+	_, err = io.WriteString(c, "hello\n")
+	check(t, err)
+	_, err = io.ReadFull(c, make([]byte, len("hello\n")))
+	check(t, err)
+	state := c.ConnectionState()
+	return state.PeerCertificates[0].Subject.CommonName, state.DidResume
+}
+
+// testTLSCredentials: only root can read the key, and systemd passes it to the service's dynamic user. It is there for
+// the successor of an upgrade, too.
+func (s *systemd) testTLSCredentials(t *testing.T) {
+	addr := "127.0.0.1:" + freePorts(t, 1)[0]
+	roots := s.install(t, "/etc/echod-root", "credential", 0)
+	s.fresh(t, "LoadCredential=tls.crt:/etc/echod-root/cert.pem", "LoadCredential=tls.key:/etc/echod-root/key.pem",
+		"Environment=ECHOD_LISTEN=tls://"+addr, "ExecReload=", "ExecReload=/run/test/echod ctl upgrade")
+	sessions := tls.NewLRUClientSessionCache(1)
+	if name, resumed := shows(t, addr, roots, sessions); name != "credential" || resumed {
+		t.Errorf("the server shows %q, resumed %t", name, resumed)
+	}
+	before := s.property(t, "MainPID")
+	s.ctl(t, "reload", "echod.service")
+	s.awaitProperty(t, "MainPID", func(now string) bool { return now != before })
+	if name, resumed := shows(t, addr, roots, sessions); name != "credential" || !resumed {
+		t.Errorf("after an upgrade the server shows %q, resumed %t", name, resumed)
+	}
+	roots = s.install(t, "/etc/echod-root", "renewed", 0)
+	s.ctl(t, "restart", "echod.service") // systemd copies credentials at the start
+	if name, _ := shows(t, addr, roots, nil); name != "renewed" {
+		t.Errorf("after a restart the server shows %q", name)
+	}
+}
+
+// testTLSFiles: the service's group may read the files, and the server sees that they were replaced.
+func (s *systemd) testTLSFiles(t *testing.T) {
+	group, err := user.LookupGroup("adm") // any will do
+	check(t, err)
+	gid, err := strconv.Atoi(group.Gid)
+	check(t, err)
+	addr := "127.0.0.1:" + freePorts(t, 1)[0]
+	roots := s.install(t, "/etc/echod-group", "first", gid)
+	s.fresh(t, "SupplementaryGroups=adm",
+		"Environment=ECHOD_LISTEN=tls://"+addr+" ECHOD_TLS_CERT=/etc/echod-group/cert.pem ECHOD_TLS_KEY=/etc/echod-group/key.pem")
+	if name, _ := shows(t, addr, roots, nil); name != "first" {
+		t.Errorf("the server shows %q", name)
+	}
+	roots = s.install(t, "/etc/echod-group", "second", gid)
+	poll(t, "the server to see the second certificate", func() bool {
+		name, _ := shows(t, addr, roots, nil)
+		return name == "second"
+	})
+	roots = s.install(t, "/etc/echod-group", "third", gid)
+	plane := control.NewClient(s.socket)
+	defer plane.Close()
+	_, err = plane.ReloadCertificates(within(t, patience))
+	check(t, err)
+	if name, _ := shows(t, addr, roots, nil); name != "third" {
+		t.Errorf("after reload-certs the server shows %q", name)
 	}
 }
