@@ -14,7 +14,7 @@ import (
 type contender struct {
 	Name  string
 	About string
-	// source is a Go package, a C file, or a Python script.
+	// source is a Go package, a C file, a Python script, or the name of an installed program.
 	source string
 	// tags are Go's build tags.
 	tags string
@@ -22,6 +22,11 @@ type contender struct {
 	module string
 	// args returns its arguments, from its address and a private directory. If nil, the address is the only argument.
 	args func(address, dir string) []string
+	// config returns what the file config in the private directory has. backend is the address of the server behind this
+	// one: a subject without TLS. Nil: there are neither.
+	config func(address, dir, backend string) string
+	// tls is whether it serves over TLS.
+	tls bool
 }
 
 // Names that the report highlights.
@@ -30,6 +35,8 @@ const (
 	floor   = "floor"
 	netCopy = "net, io.Copy"
 	net4KiB = "net, 4 KiB"
+	tls4KiB = "crypto/tls, 4 KiB"
+	tlsCopy = "crypto/tls, io.Copy"
 )
 
 // rivals are the servers that the goals for CPU time refer to.
@@ -90,10 +97,49 @@ var contenders = []contender{
 	{Name: "python", About: "ThreadingTCPServer of Python's standard library", source: "peers/python/server.py"},
 }
 
+// certFiles are the files of the certificate in a contender's private directory.
+func certFiles(dir string) (cert, key string) {
+	return filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+}
+
+// overTLS returns the arguments of a server: the address, the files of its certificate, and more.
+func overTLS(more ...string) func(address, dir string) []string {
+	return func(address, dir string) []string {
+		cert, key := certFiles(dir)
+		return append([]string{address, cert, key}, more...)
+	}
+}
+
+// tlsContenders are servers that are measured over TLS. gnet, netpoll, evio and tcpserver have none.
+var tlsContenders = []contender{
+	{
+		Name: subject, About: "as above, with `--listen tls://…`",
+		source: "../cmd/echod", tls: true,
+		args: func(address, dir string) []string {
+			cert, key := certFiles(dir)
+			return append(contenders[0].args("tls://"+address, dir), "--tls-cert", cert, "--tls-key", key)
+		},
+	},
+	{Name: tls4KiB, About: "package crypto/tls, a goroutine per connection, Read and Write with a buffer of 4 KiB", source: "./peers/nettls", tls: true, args: overTLS("buffer")},
+	{Name: tlsCopy, About: "package crypto/tls, a goroutine per connection, io.Copy", source: "./peers/nettls", tls: true, args: overTLS("copy")},
+	{Name: "nbio", About: "event loops, and a copy of crypto/tls that does not block", source: "./peers/nbiotls", module: "github.com/lesismal/nbio", tls: true, args: overTLS()},
+	{
+		Name: "stunnel", About: "a proxy in C on OpenSSL, in front of echod without TLS; CPU time and memory are those of both",
+		source: "stunnel", tls: true,
+		args: func(_, dir string) []string { return []string{filepath.Join(dir, "config")} },
+		config: func(address, dir, backend string) string {
+			cert, key := certFiles(dir)
+			return fmt.Sprintf("foreground = yes\npid =\ndebug = err\nsyslog = no\ncert = %s\nkey = %s\n"+
+				"socket = l:TCP_NODELAY=1\nsocket = r:TCP_NODELAY=1\n[echo]\naccept = %s\nconnect = %s\n", cert, key, address, backend)
+		},
+	},
+}
+
 // built is a contender that is ready to run.
 type built struct {
 	contender
 	command []string // without the arguments
+	behind  []string // the command of the server behind it; nil: none
 	version string
 }
 
@@ -102,6 +148,9 @@ type built struct {
 func buildAll(ctx context.Context, dir string, chosen []contender) (ready []built, missing []string, err error) {
 	for _, c := range chosen {
 		tool := map[string]string{".c": "cc", ".py": "python3"}[filepath.Ext(c.source)]
+		if c.config != nil {
+			tool = c.source
+		}
 		if tool != "" {
 			if _, err := exec.LookPath(tool); err != nil {
 				missing = append(missing, c.Name+" ("+tool+" is not installed)")
@@ -118,8 +167,16 @@ func buildAll(ctx context.Context, dir string, chosen []contender) (ready []buil
 }
 
 func build(ctx context.Context, dir string, c contender) (b built, err error) {
-	binary := filepath.Join(dir, strings.NewReplacer(" ", "", ",", "-").Replace(c.Name))
+	binary := filepath.Join(dir, strings.NewReplacer(" ", "", ",", "-", "/", "-").Replace(c.Name))
+	if c.tls {
+		binary += "-tls"
+	}
 	b = built{contender: c, command: []string{binary}}
+	if c.config != nil {
+		behind, err := build(ctx, dir, contenders[0])
+		b.command, b.behind = []string{c.source}, behind.command
+		return b, err
+	}
 	switch filepath.Ext(c.source) {
 	case ".c":
 		if err := run(ctx, "", "cc", "-O2", "-o", binary, c.source); err != nil {

@@ -40,6 +40,7 @@ type flags struct {
 	shapes string
 	rounds int
 	length time.Duration
+	tls    bool
 	render bool
 	out    string
 }
@@ -53,6 +54,7 @@ func benchMain(ctx context.Context, args []string) error {
 	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds instead of the default")
 	set.DurationVar(&f.length, "time", 0, "`time` of each measurement instead of the default")
 	set.StringVar(&f.out, "out", "out", "`directory` for results.json, benchmarks.md and its plots")
+	set.BoolVar(&f.tls, "tls", false, "measure only what is over TLS")
 	set.BoolVar(&f.render, "render", false, "measure nothing; write the report again from results.json")
 	if err := set.Parse(args); err != nil {
 		return err
@@ -90,9 +92,13 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 	if err != nil {
 		return nil, err
 	}
-	chosen, err := choose("server", f.only, contenders, func(c contender) string { return c.Name })
+	chosen, err := choose("server", f.only, slices.Concat(contenders, tlsContenders), func(c contender) string { return c.Name })
 	if err != nil {
 		return nil, err
+	}
+	if f.tls {
+		chosen = slices.DeleteFunc(slices.Clone(chosen), func(c contender) bool { return !c.tls })
+		s.crowd = 0
 	}
 	if s.results.Machine, err = thisMachine(); err != nil {
 		return nil, err
@@ -106,14 +112,41 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 	if s.contenders, s.results.Missing, err = buildAll(ctx, dir, chosen); err != nil {
 		return nil, err
 	}
-	for _, b := range s.contenders {
-		s.results.Contenders = append(s.results.Contenders, participant{b.Name, b.About, b.version})
-	}
+	s.splitTLS()
 	if err := s.run(ctx); err != nil {
 		return nil, err
 	}
 	s.say("measured in %v", time.Since(s.results.Began).Round(time.Second))
 	return s.results, nil
+}
+
+// splitTLS moves what is measured over TLS to a suite of its own, which is pinned only.
+func (s *suite) splitTLS() {
+	over := *s
+	over.results = &results{Machine: s.results.Machine, Began: s.results.Began, Seed: s.results.Seed, Quick: s.results.Quick, Length: s.results.Length}
+	over.overTLS, over.crowd, over.places = true, 0, s.places[:1]
+	if n := len(s.holding); n > 0 {
+		over.holding = s.holding[n/2 : n/2+1]
+	}
+	plainShape := func(sh shape) bool { return !sh.TLS }
+	over.shapes = slices.DeleteFunc(slices.Clone(s.shapes), plainShape)
+	s.shapes = slices.DeleteFunc(slices.Clone(s.shapes), func(sh shape) bool { return sh.TLS })
+	var plain, overTLS []built
+	for _, b := range s.contenders {
+		own, r := &plain, s.results
+		if b.tls {
+			own, r = &overTLS, over.results
+		}
+		*own = append(*own, b)
+		r.Contenders = append(r.Contenders, participant{b.Name, b.About, b.version})
+	}
+	s.contenders, over.contenders = plain, overTLS
+	if len(over.shapes) > 0 && len(over.contenders) > 0 {
+		s.tls, s.results.TLS = &over, over.results
+	}
+	if len(plain) == 0 {
+		s.shapes, s.holding = nil, nil
+	}
 }
 
 // suite returns the suite that the flags describe.
@@ -147,7 +180,7 @@ func (f flags) suite() (*suite, error) {
 		s.length = f.length
 	}
 	s.results.Length, s.results.Crowd = s.length, s.crowd
-	s.shapes, err = choose("shape", f.shapes, s.shapes, func(s shape) string { return s.Name })
+	s.shapes, err = choose("shape", f.shapes, slices.Concat(s.shapes, tlsShapes), func(s shape) string { return s.Name })
 	return s, err
 }
 

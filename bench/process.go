@@ -3,10 +3,16 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -14,6 +20,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,7 +35,8 @@ type process struct {
 	exited  chan error
 	stderr  *os.File
 	address string
-	dir     string // private
+	dir     string   // private
+	behind  *process // the server behind this one; nil: none
 }
 
 // serverTimeout bounds how long a server takes to listen, and to stop.
@@ -43,6 +51,9 @@ func start(ctx context.Context, b built, on cpus) (*process, error) {
 	p := &process{dir: dir, exited: make(chan error, 1)}
 	if err := p.launch(ctx, b, on); err != nil {
 		p.stderr.Close() // may be nil
+		if p.behind != nil {
+			err = errors.Join(err, p.behind.stop())
+		}
 		os.RemoveAll(dir)
 		return nil, fmt.Errorf("starting %s: %w", b.Name, err)
 	}
@@ -59,6 +70,20 @@ func (p *process) launch(ctx context.Context, b built, on cpus) (err error) {
 	if p.stderr, err = os.Create(filepath.Join(p.dir, "stderr")); err != nil {
 		return err
 	}
+	if err := writeCertificate(certFiles(p.dir)); err != nil {
+		return err
+	}
+	if b.config != nil {
+		plain := b
+		plain.contender, plain.command = contenders[0], b.behind
+		if p.behind, err = start(ctx, plain, on); err != nil {
+			return err
+		}
+		text := b.config(p.address, p.dir, p.behind.address)
+		if err := os.WriteFile(filepath.Join(p.dir, "config"), []byte(text), 0o600); err != nil {
+			return err
+		}
+	}
 	args := []string{p.address}
 	if b.args != nil {
 		args = b.args(p.address, p.dir)
@@ -71,6 +96,35 @@ func (p *process) launch(ctx context.Context, b built, on cpus) (err error) {
 	}
 	go func() { p.exited <- p.cmd.Wait() }()
 	return nil
+}
+
+// makeCertificate makes a certificate for 127.0.0.1 that signs itself, and its key, in PEM.
+var makeCertificate = sync.OnceValues(func() (pair [2][]byte, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return pair, err
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{{127, 0, 0, 1}}}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		return pair, err
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	pair[0] = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})
+	pair[1] = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})
+	return pair, err
+})
+
+// writeCertificate writes the certificate and its key to files.
+func writeCertificate(certFile, keyFile string) error {
+	pair, err := makeCertificate()
+	if err == nil {
+		err = os.WriteFile(certFile, pair[0], 0o600)
+	}
+	if err == nil {
+		err = os.WriteFile(keyFile, pair[1], 0o600)
+	}
+	return err
 }
 
 // dieWithParent makes the kernel kill a child when this process dies.
@@ -113,8 +167,19 @@ func (p *process) stderrText() error {
 
 func (p *process) pid() int { return p.cmd.Process.Pid }
 
+// behindPID returns the pid of the server behind this one; 0 if there is none.
+func (p *process) behindPID() int {
+	if p.behind == nil {
+		return 0
+	}
+	return p.behind.pid()
+}
+
 // stop sends SIGTERM, and SIGKILL after serverTimeout.
 func (p *process) stop() error {
+	if p.behind != nil {
+		defer p.behind.stop()
+	}
 	defer os.RemoveAll(p.dir)
 	defer p.stderr.Close()
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
@@ -130,8 +195,18 @@ func (p *process) stop() error {
 	return nil
 }
 
-// resident returns the process's resident memory in bytes.
-func (p *process) resident() (int64, error) {
+// resident returns the resident memory in bytes, with that of the server behind this one.
+func (p *process) resident() (total int64, err error) {
+	if p.behind != nil {
+		if total, err = p.behind.resident(); err != nil {
+			return 0, err
+		}
+	}
+	own, err := p.ownResident()
+	return total + own, err
+}
+
+func (p *process) ownResident() (int64, error) {
 	// The figure in /proc/PID/status is cheaper, but each CPU updates it with a delay.
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid()))
 	if err != nil {

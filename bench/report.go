@@ -97,6 +97,12 @@ func (r *results) summarize(w io.Writer, report string) error {
 	if err := tab.Flush(); err != nil {
 		return err
 	}
+	if r.TLS != nil {
+		fmt.Fprintf(w, "\nover TLS: CPU time in µs per echo of 64 B and of 64 KiB and per handshake, handshakes per second of it; memory\n\n")
+		for _, e := range r.TLS.Contenders {
+			fmt.Fprintf(w, "%-20s %s\n", e.Name, strings.Join(r.TLS.TLSRow(e.Name), "  "))
+		}
+	}
 	fmt.Fprintln(w)
 	if !r.Quick { // one short round is not enough
 		for _, g := range r.Goals() {
@@ -154,6 +160,27 @@ func (r *results) Row(place, name string) (cells []string) {
 			text += " (" + times(against, true) + ")"
 		}
 		cells = append(cells, cell(ok, text))
+	}
+	return cells
+}
+
+// TLSRow returns a contender's CPU times over TLS, the handshakes per second of CPU time, and the memory per idle
+// connection.
+func (r *results) TLSRow(name string) (cells []string) {
+	for _, sh := range tlsShapes {
+		run, ok := r.typical(pinnedName, sh.Name, name)
+		text := microseconds(run.CPUPerEcho())
+		if against, both := r.ratio(pinnedName, sh.Name, name, subject, cpu); both && name != subject {
+			text += " (" + times(against, true) + ")"
+		}
+		cells = append(cells, cell(ok, text))
+		if sh.Churn {
+			cells = append(cells, cell(ok, thousands(int(time.Second/max(1, run.CPUPerEcho())))))
+		}
+	}
+	for _, conns := range r.Held() {
+		m, ok := r.leastMemory(name, conns)
+		cells = append(cells, cell(ok, fmt.Sprintf("%.1f", m.perConn()/kib)))
 	}
 	return cells
 }

@@ -27,6 +27,8 @@ type results struct {
 	Drains     []load.Drained
 	Crowd      int
 	Beside     []besideRun
+
+	TLS *results `json:",omitempty"` // over TLS
 }
 
 // A participant is a contender that was measured.
@@ -174,6 +176,16 @@ func (r *results) bestRival(place, shape string) string {
 	return ""
 }
 
+// best returns the contender with the least CPU time per echo, apart from the subject; "" if there is none.
+func (r *results) best(place, shape string) string {
+	for _, name := range r.ranked(place, shape) {
+		if name != subject {
+			return name
+		}
+	}
+	return ""
+}
+
 // Has reports whether a placement was measured.
 func (r *results) Has(place string) bool {
 	return slices.ContainsFunc(r.Runs, func(run shapeRun) bool { return run.Place == place })
@@ -190,6 +202,9 @@ func (r *results) Failures() (all []string) {
 		if run.Failed != "" {
 			all = append(all, fmt.Sprintf("%s, memory of %d connections: %s", run.Name, run.Memory.Conns, run.Failed))
 		}
+	}
+	if r.TLS != nil {
+		all = append(all, r.TLS.Failures()...)
 	}
 	slices.Sort(all)
 	return slices.Compact(all)
@@ -282,6 +297,26 @@ func (r *results) Goals() (goals []goal) {
 		if held, ok := r.delay(d.Name); ok {
 			add(atMost(held, 10), "delay of other clients by "+d.Name+" to "+thousands(r.Crowd)+" connections",
 				"at most 10 ms", "%.1f ms", held)
+		}
+	}
+	if r.TLS != nil {
+		for _, sh := range tlsShapes[:2] {
+			other := r.TLS.best(pinnedName, sh.Name)
+			if times, ok := r.TLS.ratio(pinnedName, sh.Name, subject, other, cpu); ok {
+				add(atMost(times, 1), "CPU time per echo, "+sh.Title, "at most that of the best other", "%.2f times that of %s", times, other)
+			}
+		}
+		if times, ok := r.TLS.ratio(pinnedName, tlsHandshake, tls4KiB, subject, cpu); ok {
+			add(math.Round(100*times) >= 100, "TLS handshakes per second of CPU time", "at least as many as with crypto/tls and a goroutine each",
+				"%.2f times as many", times)
+		}
+		for _, conns := range r.TLS.Held() {
+			own, ok := r.TLS.leastMemory(subject, conns)
+			other, both := r.TLS.leastMemory(tls4KiB, conns)
+			if ok && both {
+				add(own.perConn() <= other.perConn(), fmt.Sprintf("memory per idle TLS connection, of %s", thousands(conns)),
+					"at most that of crypto/tls with a buffer of 4 KiB", "%.1f KiB, to %.1f KiB", own.perConn()/kib, other.perConn()/kib)
+			}
 		}
 	}
 	return goals

@@ -15,6 +15,13 @@ import (
 	"echod/bench/load"
 )
 
+// Names of the shapes over TLS.
+const (
+	tlsSmall     = "tls-64x64B"
+	tlsLarge     = "tls-64x64KiB"
+	tlsHandshake = "tls-handshake"
+)
+
 // churn is the name of the shape whose connections carry one message each.
 const churn = "churn"
 
@@ -26,6 +33,7 @@ type shape struct {
 	Size  int
 	Depth int
 	Churn bool
+	TLS   bool
 }
 
 var shapes = []shape{
@@ -37,10 +45,18 @@ var shapes = []shape{
 	{Name: churn, Title: "64 at a time: connect, one echo of 64 B, close", Conns: 64, Size: 64, Depth: 1, Churn: true},
 }
 
+// tlsShapes are the shapes over TLS. In the last one each connection has a handshake of its own.
+var tlsShapes = []shape{
+	{Name: tlsSmall, Title: "64 connections of 64 B, over TLS", Conns: 64, Size: 64, TLS: true},
+	{Name: tlsLarge, Title: "64 connections of 64 KiB, over TLS", Conns: 64, Size: 64 << 10, TLS: true},
+	{Name: tlsHandshake, Title: "16 at a time: handshake, one echo of 64 B, close", Conns: 16, Size: 64, Churn: true, TLS: true},
+}
+
 // spec returns the load's specification for a measurement of p.
 func (s shape) spec(p *process, length time.Duration) load.Spec {
 	return load.Spec{
 		Address: p.address, PID: p.pid(), Conns: s.Conns, Size: s.Size, Depth: s.Depth, Churn: s.Churn,
+		TLS: s.TLS, BehindPID: p.behindPID(),
 		Warmup: length / 4, Duration: length,
 	}
 }
@@ -60,6 +76,9 @@ type suite struct {
 	besideRounds int // measurements next to the crowd, with each disturbance
 	besideLength time.Duration
 
+	overTLS bool
+	tls     *suite // the part over TLS; nil: none
+
 	progress io.Writer
 	results  *results
 }
@@ -68,12 +87,21 @@ type suite struct {
 const grace = 2 * time.Second
 
 func (s *suite) run(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{s.runShapes, s.runMemory, s.runDrain, s.runBeside} {
+	for _, step := range []func(context.Context) error{s.runShapes, s.runMemory, s.runDrain, s.runBeside, s.runTLS} {
 		if err := step(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// runTLS measures over TLS.
+func (s *suite) runTLS(ctx context.Context) error {
+	if s.tls == nil {
+		return nil
+	}
+	s.say("over TLS")
+	return s.tls.run(ctx)
 }
 
 // each calls do with every contender, in a different order each round, so that none always follows the same one.
@@ -186,7 +214,7 @@ func (s *suite) hold(ctx context.Context, p *process, conns int) (bytes int64, e
 // startCrowd opens connections that send one message each, in a process of its own. It returns when all are open,
 // unless the job is a drain.
 func (s *suite) startCrowd(ctx context.Context, j job, p *process, conns int, on cpus) (*loader, error) {
-	l, err := startLoad(ctx, j, load.Spec{Address: p.address, PID: p.pid(), Conns: conns, Size: 64}, on)
+	l, err := startLoad(ctx, j, load.Spec{Address: p.address, PID: p.pid(), Conns: conns, Size: 64, TLS: s.overTLS}, on)
 	if err != nil || j == jobDrain {
 		return l, err
 	}

@@ -41,7 +41,7 @@ func TestSuite(t *testing.T) {
 		missing(t, err.Error())
 	}
 	dir := t.TempDir()
-	ready, notBuilt, err := buildAll(t.Context(), dir, contenders)
+	ready, notBuilt, err := buildAll(t.Context(), dir, slices.Concat(contenders, tlsContenders))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -50,7 +50,7 @@ func TestSuite(t *testing.T) {
 	}
 	var progress bytes.Buffer
 	s := &suite{
-		contenders: ready, places: []placement{place, unpinned()}, shapes: slices.Clone(shapes),
+		contenders: ready, places: []placement{place, unpinned()}, shapes: slices.Concat(shapes, tlsShapes),
 		rounds: map[string]int{pinnedName: 1, unpinnedName: 1}, length: 20 * time.Millisecond,
 		holding: []int{20, 60}, holdRounds: 1, settle: 10 * time.Millisecond,
 		crowd: 100, besideRounds: 1, besideLength: 1200 * time.Millisecond,
@@ -59,9 +59,7 @@ func TestSuite(t *testing.T) {
 	for i := range s.shapes { // fewer connections, to be quick
 		s.shapes[i].Conns = min(s.shapes[i].Conns, 100)
 	}
-	for _, b := range ready {
-		s.results.Contenders = append(s.results.Contenders, participant{b.Name, b.About, b.version})
-	}
+	s.splitTLS()
 	if err := s.run(t.Context()); err != nil {
 		t.Fatalf("%v\n%s", err, progress.String())
 	}

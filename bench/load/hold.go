@@ -2,6 +2,7 @@ package load
 
 import (
 	"cmp"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -13,12 +14,16 @@ import (
 
 // Held is a number of idle connections, each of which has sent one message.
 type Held struct {
-	runner *runner
+	runner   *runner
+	sessions []*tls.Conn // over TLS, in place of runner
 }
 
 // Hold opens connections one after another, sends a message of spec.Size on each, and waits for its echo. The caller
 // must call Close.
 func Hold(spec Spec) (*Held, error) {
+	if spec.TLS {
+		return holdTLS(spec)
+	}
 	spec.Depth = 1
 	r, err := newRunner(spec)
 	if err != nil {
@@ -30,7 +35,7 @@ func Hold(spec Spec) (*Held, error) {
 			return nil, fmt.Errorf("connection %d: %w", i, err)
 		}
 	}
-	return &Held{r}, nil
+	return &Held{runner: r}, nil
 }
 
 func (r *runner) holdOne(i int) error {
@@ -74,6 +79,10 @@ func await(fd int, timeout time.Duration) error {
 
 // ReadUntil reads and discards data until done is closed. An error means that the server closed a connection.
 func (h *Held) ReadUntil(done <-chan struct{}) error {
+	if h.sessions != nil { // the server sends nothing
+		<-done
+		return nil
+	}
 	r := h.runner
 	if err := h.watch(); err != nil {
 		return err
@@ -110,7 +119,14 @@ func (h *Held) watch() error {
 }
 
 // Close closes all connections.
-func (h *Held) Close() { h.runner.close() }
+func (h *Held) Close() {
+	if h.runner != nil {
+		h.runner.close()
+	}
+	for _, c := range h.sessions {
+		_ = c.Close()
+	}
+}
 
 // A Drained is how clients saw a drain.
 type Drained struct {

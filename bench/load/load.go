@@ -24,6 +24,9 @@ type Spec struct {
 	Churn   bool   // each connection carries one message
 	Notice  string // a line that may come between echoes; empty: none may
 
+	TLS       bool // over TLS; Depth and Notice are not used
+	BehindPID int  // a server behind the server, whose CPU time counts too; zero: none
+
 	Warmup   time.Duration // not measured
 	Duration time.Duration // measured
 	Timeout  time.Duration // for the last echoes; zero means 10 s

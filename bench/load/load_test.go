@@ -1,8 +1,10 @@
 package load
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
+	"net/http/httptest"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -220,4 +222,41 @@ func TestHoldSendsOneMessagePerConnection(t *testing.T) {
 			t.Errorf("a connection sent %d bytes, want 64", n)
 		}
 	}
+}
+
+func TestRunOverTLS(t *testing.T) {
+	web := httptest.NewTLSServer(nil) // for its certificate
+	defer web.Close()
+	over := func(handle func(net.Conn)) func(net.Conn) {
+		return func(nc net.Conn) { handle(tls.Server(nc, &tls.Config{Certificates: web.TLS.Certificates})) }
+	}
+	for name, churn := range map[string]bool{"lasting connections": false, "a connection for each message": true} {
+		t.Run(name, func(t *testing.T) {
+			spec := specFor(serve(t, over(echo)))
+			spec.TLS, spec.Churn = true, churn
+			r, err := Run(spec)
+			if err != nil || r.Echoes == 0 || r.ServerCPU == 0 {
+				t.Errorf("got %+v, %v", r, err)
+			}
+		})
+	}
+	t.Run("wrong echoes are errors", func(t *testing.T) {
+		spec := specFor(serve(t, over(func(nc net.Conn) {
+			_, _ = nc.Read(make([]byte, 64))
+			_, _ = nc.Write(make([]byte, 64))
+		})))
+		spec.TLS = true
+		if _, err := Run(spec); err == nil {
+			t.Error("no error")
+		}
+	})
+	t.Run("idle connections are held", func(t *testing.T) {
+		spec := specFor(serve(t, over(echo)))
+		spec.TLS = true
+		h, err := Hold(spec)
+		if err != nil || len(h.sessions) != spec.Conns {
+			t.Fatalf("%+v, %v", h, err)
+		}
+		h.Close()
+	})
 }

@@ -14,6 +14,9 @@ import (
 // Run puts a load on a server, and waits for all echoes at the end. An error means that an echo was wrong or missing,
 // or that measuring failed.
 func Run(spec Spec) (Result, error) {
+	if spec.TLS {
+		return runTLS(spec)
+	}
 	debug.SetGCPercent(-1) // a run allocates little, and a collection would show as latency
 	defer debug.SetGCPercent(100)
 	r, err := newRunner(spec)
