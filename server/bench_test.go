@@ -107,15 +107,19 @@ func BenchmarkDrainNotice(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{})
 		shareClient(b, s)
-		s.state.With(func(st *state) { st.drain = &drain{deadline: time.Now().Add(time.Hour), reason: "SIGTERM"} })
+		s.state.With(func(st *state) {
+			st.drain = &drain{deadline: time.Now().Add(time.Hour), cause: &drainCause{reason: "SIGTERM", closed: ReasonDeadline}}
+		})
 		b.ReportAllocs()
 		for b.Loop() {
-			s.tellAll()
+			s.startTelling()
+			s.awaitFor(time.Minute, (*state).allTold)
 			b.StopTimer()
 			s.state.With(func(st *state) {
 				for _, c := range st.conns.all() {
 					c.told = false
 				}
+				st.told = 0
 			})
 			b.StartTimer()
 		}

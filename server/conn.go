@@ -47,7 +47,7 @@ type Conn struct {
 
 	// Guarded by Server.state.
 	admitted, rejected bool
-	told               bool // of the drain: the notice was posted
+	told               bool // to leave: the notice is posted, or will be at once
 
 	writeHeld bool // a handover holds writeLock; its own
 
@@ -76,6 +76,7 @@ const (
 	flagBroken                              // reset or lost: a read or write failed for no reason of ours
 	flagClosed                              // Close was called, or the handler has returned
 	flagNotified                            // the kernel took the notice of the drain
+	flagOld                                 // the notice for its age was scheduled
 )
 
 func (f *connFlags) has(flag uint32) bool { return f.bits.Load()&flag != 0 }
@@ -109,6 +110,7 @@ type connDrain struct {
 	signal      chan struct{} // closed when it begins; nil until the handler asks for it
 	deadline    time.Time
 	reason      string
+	closed      Reason // how the connection is closed at the deadline
 }
 
 // Values of Conn.idle.
@@ -202,7 +204,8 @@ func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
 
 // Draining returns a channel that is closed when the connection's drain begins: its client has been told, and has
-// until DrainDeadline. It is the soft signal; the end of the context is the hard one.
+// until DrainDeadline. That happens in a drain of the server, in an eviction (PauseOptions.Evict), and for the
+// connection's age (Timeouts.MaxAge). It is the soft signal; the end of the context is the hard one.
 func (c *Conn) Draining() (signal <-chan struct{}) {
 	c.closing.With(func(cl *closingState) {
 		d := &cl.extra().drain
@@ -237,21 +240,26 @@ func (c *Conn) DrainReason() (reason string) {
 	return reason
 }
 
-// startDrain begins the connection's drain, or moves its deadline.
-func (c *Conn) startDrain(deadline time.Time, reason string) {
+// startDrain begins the connection's drain.
+func (c *Conn) startDrain(as connDrain) {
 	c.closing.With(func(cl *closingState) {
 		d := &cl.extra().drain
-		d.deadline = deadline
-		if d.begun {
-			return
-		}
-		d.begun, d.reason = true, reason
+		d.begun, d.deadline, d.reason, d.closed = true, as.deadline, as.reason, as.closed
 		if d.signal != nil {
 			close(d.signal)
 		}
 		if cl.cause == nil && c.idle.CompareAndSwap(idleMarked, idleInterrupted) {
 			d.interrupted = true
 			_ = c.nc.SetReadDeadline(longAgo)
+		}
+	})
+}
+
+// moveDeadline changes the deadline of the connection's drain, if it has begun.
+func (c *Conn) moveDeadline(deadline func(connDrain) time.Time) {
+	c.closing.With(func(cl *closingState) {
+		if cl.rare != nil && cl.rare.drain.begun {
+			cl.rare.drain.deadline = deadline(cl.rare.drain)
 		}
 	})
 }
@@ -808,7 +816,7 @@ func (c *Conn) rejectNow(why Reason) {
 func (c *Conn) rejection(why Reason) []byte {
 	n := Notice{Kind: NoticeReject, Rejected: why}
 	if why == ReasonRejectedDraining {
-		c.srv.state.With(func(st *state) { n.Reason, n.Deadline = st.drain.reason, st.drain.deadline })
+		c.srv.state.With(func(st *state) { n.Reason, n.Deadline = st.drain.cause.reason, st.drain.deadline })
 	}
 	return c.render(&message{notice: n})
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -21,17 +22,28 @@ type DrainOptions struct {
 	// load balancers time to notice that the server is not ready. A pause stays in force during the delay, and ends with
 	// it at the latest. Zero and Off mean no delay.
 	Delay time.Duration
+	// Spread is the time in which clients are told, after the delay: one after another at random moments, each with its
+	// own grace period from then on. So they do not all come back at once. The drain ends after delay, spread and grace
+	// together, at the latest. Zero and Off mean that all clients are told at once.
+	Spread time.Duration
+	// StopTimeout is how long after the beginning of the drain a supervisor kills the process. ExtendDrain does not go
+	// beyond it. Zero and Off mean that it is not known.
+	StopTimeout time.Duration
+	// Final means that CancelDrain refuses to cancel the drain, because the caller relies on the stop.
+	Final bool
 	// Reason is told to clients and logged: one line of printable text. Empty means "shutdown".
 	Reason string
 }
 
 func (o DrainOptions) check() error {
 	var errs []error
-	if o.Grace < Off {
-		errs = append(errs, fmt.Errorf("grace %s is negative", o.Grace))
-	}
-	if o.Delay < Off {
-		errs = append(errs, fmt.Errorf("delay %s is negative", o.Delay))
+	for _, opt := range []struct {
+		name  string
+		value time.Duration
+	}{{"grace", o.Grace}, {"delay", o.Delay}, {"spread", o.Spread}, {"stop timeout", o.StopTimeout}} {
+		if opt.value < Off {
+			errs = append(errs, fmt.Errorf("%s %s is negative", opt.name, opt.value))
+		}
 	}
 	if err := CheckText(o.Reason); err != nil {
 		errs = append(errs, fmt.Errorf("reason: %w", err))
@@ -42,9 +54,12 @@ func (o DrainOptions) check() error {
 // withDefaults fills in zero fields from d, and turns Off into zero.
 func (o DrainOptions) withDefaults(d DrainOptions) DrainOptions {
 	return DrainOptions{
-		Grace:  max(0, cmp.Or(o.Grace, d.Grace)),
-		Delay:  max(0, cmp.Or(o.Delay, d.Delay)),
-		Reason: cmp.Or(o.Reason, d.Reason),
+		Grace:       max(0, cmp.Or(o.Grace, d.Grace)),
+		Delay:       max(0, cmp.Or(o.Delay, d.Delay)),
+		Spread:      max(0, cmp.Or(o.Spread, d.Spread)),
+		StopTimeout: max(0, cmp.Or(o.StopTimeout, d.StopTimeout)),
+		Final:       o.Final || d.Final,
+		Reason:      cmp.Or(o.Reason, d.Reason),
 	}
 }
 
@@ -52,15 +67,18 @@ func (o DrainOptions) withDefaults(d DrainOptions) DrainOptions {
 type drain struct {
 	since, deadline time.Time
 	acceptUntil     time.Time // end of the delay; not after the deadline
-	reason          string
+	tellUntil       time.Time // end of the spread; acceptUntil without one
+	latest          time.Time // of the deadline, for ExtendDrain; zero if not known
+	cause           *drainCause
+	final           bool
 
 	notAccepting bool // the delay is over
-	telling      bool // clients are told; those admitted from now on are told at once
+	telling      bool // clients are told; those admitted from now on are told, too
 	expired      bool // the deadline has passed
 	forced       bool // everything is closed now
 	aborting     bool // the flush after the deadline is over, too
 
-	notified, noticeFailed                         int
+	told, notified, noticeFailed                   int
 	left, atDeadline, byForce, rejected, otherwise int
 
 	stuck int
@@ -72,9 +90,12 @@ type DrainInfo struct {
 	Since        time.Time
 	Ended        time.Time // zero until the server has stopped
 	AcceptUntil  time.Time // new clients are served as usual until then; Since without a DrainOptions.Delay
+	TellUntil    time.Time // the last client is told then; AcceptUntil without a DrainOptions.Spread
 	Deadline     time.Time
 	Reason       string
-	Notified     int // clients whose notice the kernel took
+	Told         int // clients that were told so far, or should have been
+	Untold       int // clients that are served and were not told yet
+	Notified     int // of those told: clients whose notice the kernel took
 	NoticeFailed int // clients that could not be told: they had gone, or do not read
 }
 
@@ -92,9 +113,19 @@ type Report struct {
 
 func (d *drain) info() DrainInfo {
 	return DrainInfo{
-		Since: d.since, Ended: d.ended, AcceptUntil: d.acceptUntil, Deadline: d.deadline, Reason: d.reason,
-		Notified: d.notified, NoticeFailed: d.noticeFailed,
+		Since: d.since, Ended: d.ended, AcceptUntil: d.acceptUntil, TellUntil: d.tellUntil, Deadline: d.deadline,
+		Reason: d.cause.reason, Told: d.told, Notified: d.notified, NoticeFailed: d.noticeFailed,
 	}
+}
+
+// drainInfo describes the drain; nil if there is none.
+func (st *state) drainInfo() *DrainInfo {
+	if st.drain == nil {
+		return nil
+	}
+	info := st.drain.info()
+	info.Untold = st.admitted - st.told
+	return &info
 }
 
 func (d *drain) report() Report {
@@ -104,12 +135,29 @@ func (d *drain) report() Report {
 	}
 }
 
-// bringForward sets an earlier deadline.
-func (d *drain) bringForward(deadline time.Time) {
-	d.deadline = deadline
-	if deadline.Before(d.acceptUntil) {
-		d.acceptUntil = deadline
+// set sets when clients are told and when the drain ends: from begin on, which is not before the end of the delay.
+func (d *drain) set(begin time.Time, spread, grace time.Duration) {
+	d.deadline = begin.Add(spread + grace)
+	if d.deadline.Before(d.acceptUntil) {
+		d.acceptUntil = d.deadline
 	}
+	if d.tellUntil = d.acceptUntil; spread > 0 {
+		d.tellUntil = begin.Add(spread)
+	}
+	d.cause.grace = max(0, grace)
+}
+
+// begin is when clients are told first, or the next ones are.
+func (d *drain) begin(now time.Time) time.Time {
+	if d.acceptUntil.After(now) {
+		return d.acceptUntil
+	}
+	return now
+}
+
+// allTold reports whether no client waits to be told.
+func (st *state) allTold() bool {
+	return st.drain.telling && st.drain.cause.pending == 0 && !st.sending
 }
 
 // over reports whether connections get no more time.
@@ -118,7 +166,7 @@ func (d *drain) over() bool { return d != nil && (d.expired || d.forced) }
 // count counts a connection that closed during the drain.
 func (d *drain) count(why Reason) {
 	switch why {
-	case ReasonDeadline:
+	case ReasonDeadline, ReasonEvicted, ReasonMaxAge:
 		d.atDeadline++
 	case ReasonForced:
 		d.byForce++
@@ -137,8 +185,9 @@ func (st *state) notAccepting() bool { return st.drain != nil && st.drain.notAcc
 
 // Drain drains the server, waits for the end, and returns the report. The server stops accepting, after o.Delay; then
 // it tells every client; it closes those that are still there at the deadline; and it has stopped at most two seconds
-// later. See StartDrain for a drain that is in progress already.
+// later. The drain cannot be cancelled. See StartDrain for a drain that is in progress already.
 func (s *Server) Drain(o DrainOptions) Report {
+	o.Final = true
 	s.StartDrain(o)
 	<-s.stopped
 	report, _ := s.Report()
@@ -146,15 +195,22 @@ func (s *Server) Drain(o DrainOptions) Report {
 }
 
 // StartDrain begins a drain and returns at once; see Done for its end. It reports whether it changed anything. During a
-// drain it can only bring the deadline forward, to o.Grace from now or from the end of the delay; a zero o.Grace leaves
-// the drain as it is.
+// drain it can only bring the deadline forward, to o.Spread and o.Grace from now or from the end of the delay; a zero
+// o.Grace leaves the drain as it is, and a zero o.Spread tells the clients at once that were not told yet. See
+// ExtendDrain and CancelDrain for the opposite.
 func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 	mode := drainShorten
 	if o.Grace == 0 {
 		mode = drainAdopt
 	}
+	again := max(0, o.Spread)
 	o = o.withDefaults(s.opts.Drain)
-	return s.changeDrain(func(begin time.Time) time.Time { return begin.Add(o.Grace) }, o, mode)
+	return s.changeDrain(func(_ time.Time, begun bool) (spread, grace time.Duration) {
+		if begun {
+			return o.Spread, o.Grace
+		}
+		return again, o.Grace
+	}, o, mode)
 }
 
 // Shutdown drains, like net/http's: clients have until ctx ends, or for Options.Drain.Grace if ctx has no deadline.
@@ -167,15 +223,17 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	deadline, hasDeadline := ctx.Deadline()
 	if hasDeadline {
-		s.changeDrain(at(deadline), s.opts.Drain, drainShorten)
+		o := s.opts.Drain
+		o.Final = true
+		s.changeDrain(endingAt(deadline, o), o, drainShorten)
 	} else {
-		s.StartDrain(DrainOptions{})
+		s.StartDrain(DrainOptions{Final: true})
 	}
 	select {
 	case <-s.stopped:
 	case <-ctx.Done():
 		if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			s.changeDrain(at(time.Now()), s.opts.Drain, drainForce)
+			s.changeDrain(endingAt(time.Now(), DrainOptions{}), s.opts.Drain, drainForce)
 		}
 		<-s.stopped
 	}
@@ -195,7 +253,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // Force closes everything now: no notice, no grace period. It returns at once, and reports whether it changed
 // anything. The reason counts only if no drain is in progress.
 func (s *Server) Force(reason string) (changed bool) {
-	return s.changeDrain(at(time.Now()), DrainOptions{Reason: reason}, drainForce)
+	return s.changeDrain(endingAt(time.Now(), DrainOptions{}), DrainOptions{Reason: reason}, drainForce)
 }
 
 // Close closes everything now, and returns when that is done: after about two seconds at most, also if handlers ignore
@@ -222,14 +280,13 @@ func (s *Server) Report() (r Report, ok bool) {
 // RegisterOnShutdown adds a function that is called, on a goroutine of its own, when a drain begins: before the delay,
 // while clients are still accepted. What must come after that waits for Draining. Status().Drain has the deadline.
 // Connections that work outside of the handler, such as hijacked ones, can be told to end that way. The drain waits for
-// f as for a handler. If a drain has begun already, f is called at once.
+// f as for a handler. If a drain has begun already, f is called at once. After CancelDrain the next drain calls f again.
 func (s *Server) RegisterOnShutdown(f func()) {
 	var begun bool
 	s.state.With(func(st *state) {
+		st.onShutdown = append(st.onShutdown, f)
 		if begun = st.drain != nil; begun {
 			st.tasks++
-		} else {
-			st.onShutdown = append(st.onShutdown, f)
 		}
 	})
 	if begun {
@@ -251,14 +308,22 @@ const (
 	drainForce                        // it ends now
 )
 
-// at is a deadline for changeDrain that does not depend on when the grace period begins.
-func at(deadline time.Time) func(time.Time) time.Time {
-	return func(time.Time) time.Time { return deadline }
+// A drainPlan returns how long clients are told and how long each of them has then, from begin on. begun says that it
+// begins a drain.
+type drainPlan func(begin time.Time, begun bool) (spread, grace time.Duration)
+
+// endingAt returns the plan of a drain that ends at deadline. Its spread is o's if that leaves o's grace period; clients
+// have the rest of the time.
+func endingAt(deadline time.Time, o DrainOptions) drainPlan {
+	return func(begin time.Time, _ bool) (spread, grace time.Duration) {
+		left := deadline.Sub(begin)
+		spread = max(0, min(o.Spread, left-o.Grace))
+		return spread, left - spread
+	}
 }
 
-// changeDrain begins a drain, or changes the one in progress. deadline computes the deadline from the time at which the
-// grace period begins.
-func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOptions, mode drainMode) (changed bool) {
+// changeDrain begins a drain, or changes the one in progress.
+func (s *Server) changeDrain(plan drainPlan, o DrainOptions, mode drainMode) (changed bool) {
 	if err := CheckText(o.Reason); err != nil {
 		o.Reason = fmt.Sprintf("%.40q", o.Reason)
 	}
@@ -271,52 +336,49 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 			return
 		}
 		if st.committing {
-			st.handover.deferred = append(st.handover.deferred, deferredDrain{deadline, o, mode})
+			st.handover.deferred = append(st.handover.deferred, deferredDrain{plan, o, mode})
 			changed = true
 			return
 		}
 		now := time.Now()
 		if begun = st.drain == nil; begun {
-			st.drain = &drain{since: now, acceptUntil: now.Add(o.Delay), reason: o.Reason}
-			st.drain.bringForward(deadline(st.drain.acceptUntil))
-			st.enter(StateDraining) // before the holds end, or the server would seem to run in between
-			if !now.Before(st.drain.acceptUntil) {
-				st.stopAccepting()
-			}
-			callbacks, st.onShutdown = st.onShutdown, nil
+			s.beginDrain(st, plan, o, now)
+			callbacks = slices.Clone(st.onShutdown)
 			st.tasks += len(callbacks)
 		}
-		begin := now
-		if st.drain.acceptUntil.After(now) {
-			begin = st.drain.acceptUntil
-		}
-		end = deadline(begin)
-		if mode >= drainShorten && !st.drain.expired && end.Before(st.drain.deadline) {
+		d := st.drain
+		d.final = d.final || o.Final || mode == drainForce
+		begin := d.begin(now)
+		spread, grace := plan(begin, false)
+		end = begin.Add(spread + grace)
+		if mode >= drainShorten && !d.expired && end.Before(d.deadline) {
 			shortened = true
-			st.drain.bringForward(end)
-			conns = st.conns.all()
+			d.set(begin, spread, grace)
+			if conns = st.conns.all(); d.telling {
+				st.unschedule(d.cause)
+				s.tellAll(st, d.cause, st.untold(), d.tellUntil)
+			}
 		}
-		if mode == drainForce && !st.drain.forced {
+		if mode == drainForce && !d.forced {
 			forced = true
-			st.drain.forced = true
+			d.forced = true
+			st.unschedule(d.cause)
 		}
-		end = st.drain.deadline
+		end = d.deadline
 	})
 	if changed {
 		return true
-	}
-	if begun {
-		go s.runDrain() // before logging, which may block
 	}
 	for _, f := range callbacks {
 		go s.callOnShutdown(f)
 	}
 	for _, c := range conns {
-		if _, draining := c.DrainDeadline(); draining {
-			c.startDrain(end, "")
-		}
+		c.moveDeadline(func(d connDrain) time.Time { return earlier(d.deadline, end) })
 	}
 	fields := []zap.Field{zap.String("reason", o.Reason), zap.Time("deadline", end)}
+	if begun && o.Spread > 0 {
+		fields = append(fields, zap.Duration("spread", o.Spread))
+	}
 	switch {
 	case s.isHandedOver() && begun:
 		s.log.Debug("draining the connections that stayed behind", fields...)
@@ -330,8 +392,111 @@ func (s *Server) changeDrain(deadline func(begin time.Time) time.Time, o DrainOp
 	case shortened:
 		s.log.Info("drain deadline brought forward", fields...)
 	}
-	return changed || begun || shortened || forced
+	return begun || shortened || forced
 }
+
+// beginDrain begins a drain.
+func (s *Server) beginDrain(st *state, plan drainPlan, o DrainOptions, now time.Time) {
+	d := &drain{since: now, acceptUntil: now.Add(o.Delay), cause: &drainCause{reason: o.Reason, closed: ReasonDeadline}}
+	spread, grace := plan(d.acceptUntil, true)
+	d.set(d.acceptUntil, spread, grace)
+	if o.StopTimeout > 0 {
+		d.latest = now.Add(o.StopTimeout - stopMargin)
+	}
+	st.drain = d
+	st.enter(StateDraining) // before the holds end, or the server would seem to run in between
+	if !now.Before(d.acceptUntil) {
+		st.stopAccepting()
+	}
+	go s.runDrain(d)
+}
+
+// stopMargin is how long after the deadline the server has stopped.
+const stopMargin = 2 * time.Second
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// CancelDrain cancels a drain during its delay, while no client has been told; by is who asks. The server is running, or
+// paused, as before: it has accepted all the time. The error is ErrNotDraining or ErrDrainFinal.
+func (s *Server) CancelDrain(by Caller) error {
+	if s.log == nil {
+		return errNotNew
+	}
+	var err error
+	var reason string
+	s.state.With(func(st *state) {
+		d := st.drain
+		switch {
+		case d == nil:
+			err = ErrNotDraining
+		case d.notAccepting:
+			err = fmt.Errorf("%w: the server has stopped accepting, and clients are told", ErrDrainFinal)
+		case d.final:
+			err = fmt.Errorf("%w: whoever asked for it (%s) relies on the stop", ErrDrainFinal, d.cause.reason)
+		default:
+			reason = d.cause.reason
+			st.drain = nil
+			st.enter(StateRunning)
+		}
+	})
+	if err == nil {
+		s.log.Info("drain cancelled", append(by.fields(""), zap.String("reason", reason))...)
+	}
+	return err
+}
+
+// ExtendDrain moves the deadline of a drain, and of each client's grace period in it, by at most d; by is who asks.
+// Clients are not told again. It returns how much later the deadline is: less than d, or nothing, where
+// DrainOptions.StopTimeout leaves no more time. The error is ErrNotDraining, or ErrDrainFinal if the deadline has passed.
+func (s *Server) ExtendDrain(d time.Duration, by Caller) (extended time.Duration, err error) {
+	switch {
+	case s.log == nil:
+		return 0, errNotNew
+	case d <= 0:
+		return 0, fmt.Errorf("extending the drain: %s is not more than 0", d)
+	}
+	var conns []*Conn
+	var deadline time.Time
+	s.state.With(func(st *state) {
+		switch drain := st.drain; {
+		case drain == nil:
+			err = ErrNotDraining
+		case drain.over() || st.phase == StateStopped:
+			err = fmt.Errorf("%w: connections are being closed", ErrDrainFinal)
+		default:
+			extended = min(d, maxDrain-drain.deadline.Sub(drain.since))
+			if !drain.latest.IsZero() {
+				extended = min(extended, drain.latest.Sub(drain.deadline))
+			}
+			if extended = max(0, extended); extended > 0 {
+				drain.deadline = drain.deadline.Add(extended)
+				drain.cause.grace += extended
+				conns = st.conns.all()
+			}
+			deadline = drain.deadline
+		}
+	})
+	for _, c := range conns {
+		c.moveDeadline(func(d connDrain) time.Time {
+			if d.closed != ReasonDeadline {
+				return d.deadline
+			}
+			return earlier(d.deadline.Add(extended), deadline)
+		})
+	}
+	if extended > 0 {
+		s.log.Info("drain extended", append(by.fields(""), zap.Duration("by", extended), zap.Time("deadline", deadline))...)
+	}
+	return extended, err
+}
+
+// maxDrain bounds how long a drain can become by extending it.
+const maxDrain = 365 * 24 * time.Hour
 
 // nothingLeft reports whether a server that was handed over has no connection left to drain.
 func (st *state) nothingLeft() bool { return st.handedOver && st.finished() }
@@ -363,11 +528,12 @@ const acceptorsStop = 250 * time.Millisecond
 const behindAfter = 2 * time.Second
 
 // runDrain carries the drain out, from its beginning to the stop.
-func (s *Server) runDrain() {
-	s.awaitDelay()
+func (s *Server) runDrain(d *drain) {
+	if !s.awaitDelay(d) {
+		return
+	}
 	s.awaitFor(acceptorsStop, func(st *state) bool { return len(st.acceptors) == 0 || st.drain.over() })
-	s.tellAll()
-	close(s.draining)
+	s.startTelling()
 	s.awaitDeadline()
 
 	var conns []*Conn
@@ -401,77 +567,64 @@ func (s *Server) runDrain() {
 	close(s.stopped)
 }
 
-// awaitDelay waits until the delay is over, and then stops accepting.
-func (s *Server) awaitDelay() {
+// awaitDelay waits until the delay is over, and then stops accepting. It returns false if the drain was cancelled.
+func (s *Server) awaitDelay(d *drain) (goOn bool) {
 	for {
 		var until time.Time
 		var done bool
 		s.state.With(func(st *state) {
-			until = st.drain.acceptUntil
-			done = st.drain.notAccepting || st.drain.forced || st.nothingLeft() || !time.Now().Before(until)
-			if done && !st.drain.notAccepting {
+			until = d.acceptUntil
+			goOn = st.drain == d
+			done = !goOn || d.notAccepting || d.forced || st.nothingLeft() || !time.Now().Before(until)
+			if done && goOn && !d.notAccepting {
 				st.stopAccepting()
 			}
 		})
 		if done {
-			return
+			return goOn
 		}
 		s.awaitFor(time.Until(until), func(st *state) bool {
-			return st.drain.forced || st.nothingLeft() || !st.drain.acceptUntil.Equal(until)
+			return st.drain != d || d.forced || st.nothingLeft() || !d.acceptUntil.Equal(until)
 		})
 	}
 }
 
-// tellAll begins the drain of every connection that is being served.
-func (s *Server) tellAll() {
+// startTelling begins to tell the clients that are being served.
+func (s *Server) startTelling() {
 	var conns []*Conn
+	var deadline time.Time
 	s.state.With(func(st *state) {
 		st.drain.telling = true
+		deadline = st.drain.deadline
 		if st.drain.forced {
 			return
 		}
-		conns = make([]*Conn, 0, st.conns.len())
-		for _, c := range st.conns.all() {
-			if c.admitted && !c.told {
-				c.told = true
-				conns = append(conns, c)
-			}
+		conns = st.conns.all()
+		s.tellAll(st, st.drain.cause, st.untold(), st.drain.tellUntil)
+	})
+	for _, c := range conns { // those told before, by an eviction or for their age
+		c.moveDeadline(func(d connDrain) time.Time { return earlier(d.deadline, deadline) })
+	}
+}
+
+// tellIfDraining tells a client that was admitted after the notices to the others were scheduled.
+func (s *Server) tellIfDraining(c *Conn) {
+	s.state.With(func(st *state) {
+		if st.drain != nil && st.drain.telling && !st.drain.forced && !c.told {
+			s.tellAll(st, st.drain.cause, []*Conn{c}, st.drain.tellUntil)
 		}
 	})
-	left := s.graceLeft() // the same for all, however long it takes to tell them
-	for c := range inTurns(conns, promptTurn) {
-		s.tell(c, left)
-	}
-}
-
-// graceLeft is the time until the deadline of the drain.
-func (s *Server) graceLeft() (left time.Duration) {
-	s.state.With(func(st *state) { left = time.Until(st.drain.deadline) })
-	return left
-}
-
-// tellIfDraining begins the drain of a connection that was admitted after the others had been told.
-func (s *Server) tellIfDraining(c *Conn) {
-	var tell bool
-	s.state.With(func(st *state) {
-		tell = st.drain != nil && st.drain.telling && !st.drain.forced && !c.told
-		c.told = c.told || tell
-	})
-	if tell {
-		s.tell(c, s.graceLeft())
-	}
 }
 
 // tellAfterDeadline is how long after the deadline clients without a grace period are still told.
 const tellAfterDeadline = 600 * time.Millisecond
 
-// tell sends the notice of the drain to a client, or counts it as failed when it is too late.
-func (s *Server) tell(c *Conn, left time.Duration) {
-	var d DrainInfo
+// tell begins the drain of a connection: it sends the notice to the client, or counts it as failed when it is too late.
+func (s *Server) tell(e dueEntry) {
+	c, cause := e.c, e.tell
 	var late bool
 	s.state.With(func(st *state) {
-		d = st.drain.info()
-		late = st.drain.forced || time.Since(d.Deadline) > tellAfterDeadline
+		late = st.drain != nil && (st.drain.forced || time.Since(st.drain.deadline) > tellAfterDeadline)
 	})
 	done := func(result messageResult) {
 		if result == messageSilent {
@@ -480,43 +633,71 @@ func (s *Server) tell(c *Conn, left time.Duration) {
 		if result == messageSent {
 			c.flags.set(flagNotified)
 		}
-		s.state.With(func(st *state) {
-			if result == messageSent {
-				st.drain.notified++
-				st.noticesSent++
-			} else {
-				st.drain.noticeFailed++
-				st.noticesFailed++
-			}
-		})
+		s.state.With(func(st *state) { st.countNotice(result == messageSent) })
 	}
-	notice := Notice{Kind: NoticeDrain, Reason: d.Reason, Deadline: d.Deadline, Left: left}
+	notice := Notice{Kind: NoticeDrain, Reason: cause.reason, Closed: cause.closed, Deadline: e.deadline, Left: e.left}
 	if late {
 		done(c.unsent(notice))
 		return
 	}
 	c.post(&message{notice: notice, done: done})
-	c.startDrain(d.Deadline, d.Reason)
+	c.startDrain(connDrain{deadline: e.deadline, reason: cause.reason, closed: cause.closed})
 }
 
-// awaitDeadline counts down until the last connection is closed, the deadline has passed, or the drain is forced.
+// countNotice counts a notice of a drain, an eviction or a connection's age.
+func (st *state) countNotice(sent bool) {
+	inDrain := st.drain != nil && st.drain.telling
+	switch {
+	case sent && inDrain:
+		st.drain.notified++
+	case inDrain:
+		st.drain.noticeFailed++
+	}
+	if sent {
+		st.noticesSent++
+	} else {
+		st.noticesFailed++
+	}
+}
+
+// awaitDeadline counts down until the last connection is closed, the deadline has passed, or the drain is forced. All
+// clients have been told by then.
 func (s *Server) awaitDeadline() {
+	told := false
+	defer func() {
+		if !told {
+			close(s.draining)
+		}
+	}()
+	var deadline time.Time
+	var logAt time.Duration // the time left at which the countdown is logged next
 	for {
-		var deadline time.Time
-		var open int
-		var done bool
+		var open, untold int
+		var changed, done, allTold bool
 		s.state.With(func(st *state) {
-			deadline, open = st.drain.deadline, st.conns.len()
+			changed, deadline = !st.drain.deadline.Equal(deadline), st.drain.deadline
+			open, untold = st.conns.len(), st.drainInfo().Untold
+			allTold = st.allTold()
 			done = st.finished() || st.drain.forced
 		})
-		left := time.Until(deadline)
-		if done || left <= 0 {
-			return
+		if allTold && !told {
+			close(s.draining)
+			told = true
 		}
-		s.log.Info("draining", zap.Int("seconds_left", int((left+time.Second-1)/time.Second)),
-			zap.Int("connections", open))
-		s.awaitFor(left-nextCountdown(left), func(st *state) bool {
-			return st.finished() || st.drain.forced || !st.drain.deadline.Equal(deadline)
+		left := time.Until(deadline)
+		switch {
+		case done || left <= 0 && allTold:
+			return
+		case left > 0 && (changed || left <= logAt):
+			fields := []zap.Field{zap.Int("seconds_left", int((left+time.Second-1)/time.Second)), zap.Int("connections", open)}
+			if untold > 0 {
+				fields = append(fields, zap.Int("not_told_yet", untold))
+			}
+			s.log.Info("draining", fields...)
+			logAt = nextCountdown(left)
+		}
+		s.awaitFor(cmp.Or(max(0, left-logAt), maxSweep), func(st *state) bool {
+			return st.finished() || st.drain.forced || !st.drain.deadline.Equal(deadline) || st.allTold() && !told
 		})
 	}
 }
@@ -601,17 +782,17 @@ const (
 	rest       = 1 * time.Millisecond
 )
 
-// inTurns ranges over conns, and sleeps for a rest after each turn.
-func inTurns(conns []*Conn, turn time.Duration) iter.Seq[*Conn] {
+// inTurns ranges over all, and sleeps for a rest after each turn.
+func inTurns[T any](all []T, turn time.Duration) iter.Seq[T] {
 	const between = 16 // looks at the clock
-	return func(yield func(*Conn) bool) {
+	return func(yield func(T) bool) {
 		began := time.Now()
-		for i, c := range conns {
+		for i, v := range all {
 			if i%between == between-1 && time.Since(began) >= turn {
 				time.Sleep(rest)
 				began = time.Now()
 			}
-			if !yield(c) {
+			if !yield(v) {
 				return
 			}
 		}

@@ -621,8 +621,8 @@ func TestShutdown(t *testing.T) {
 		rep := report(t, r.Server)
 		wantEqual(t, "report", rep, Report{
 			DrainInfo: DrainInfo{
-				Since: began, Ended: began.Add(took), AcceptUntil: began, Deadline: began.Add(3 * time.Second),
-				Reason: "shutdown", Notified: 2,
+				Since: began, Ended: began.Add(took), AcceptUntil: began, TellUntil: began, Deadline: began.Add(3 * time.Second),
+				Reason: "shutdown", Told: 2, Notified: 2,
 			},
 			Took: took, Left: 1, AtDeadline: 1,
 		})

@@ -9,7 +9,7 @@ import (
 //
 //	starting -> running <-> paused -> draining -> stopped
 //
-// or running -> draining. From StateDraining only StateStopped follows.
+// or running -> draining. From StateDraining only StateStopped follows, unless the drain is cancelled during its delay.
 type State int
 
 // The states, in the order of a server's life.
@@ -64,7 +64,7 @@ type Reason int
 const (
 	ReasonClientClosed      Reason = iota + 1 // the client ended its stream (EOF)
 	ReasonClientReset                         // the client reset the connection, or the network lost it
-	ReasonClientLeft                          // EOF from a client that had been told of the drain
+	ReasonClientLeft                          // EOF from a client that had been told to leave
 	ReasonIdleTimeout                         // no byte moved in either direction for Timeouts.Idle
 	ReasonStalled                             // the client took nothing for Timeouts.Stall while data waited for it
 	ReasonHandlerDone                         // the handler returned nil or closed the connection
@@ -79,6 +79,8 @@ const (
 	ReasonForced                              // Server.Close or Server.Force
 	ReasonLost                                // stayed with a predecessor that died; see Server.TakeOver
 	ReasonHandshakeFailed                     // the TLS handshake failed or took too long
+	ReasonEvicted                             // stayed to the end of its grace period in an eviction; see PauseOptions.Evict
+	ReasonMaxAge                              // the same after it had reached Timeouts.MaxAge
 	reasonEnd
 
 	reasonHandedOver Reason = -1 // not closed: another process serves it
@@ -94,6 +96,7 @@ var reasonNames = [reasonEnd]string{
 	ReasonRejectedHandshake: "rejected-unidentified",
 	ReasonDeadline:          "deadline", ReasonForced: "forced", ReasonLost: "lost",
 	ReasonHandshakeFailed: "handshake-failed",
+	ReasonEvicted:         "evicted", ReasonMaxAge: "max-age",
 }
 
 // String returns the reason's name as logs, the control plane and metrics show it.

@@ -57,6 +57,10 @@ var (
 	ErrNoHold = errors.New("no such hold")
 	// ErrNoConn means that no open connection has the given id.
 	ErrNoConn = errors.New("no such connection")
+	// ErrNotDraining means that no drain is in progress.
+	ErrNotDraining = errors.New("no drain is in progress")
+	// ErrDrainFinal means that a drain can no longer be cancelled or extended.
+	ErrDrainFinal = errors.New("the drain cannot be changed any more")
 	// ErrNoListener means that the server no longer serves the given listener.
 	ErrNoListener = errors.New("no such listener")
 	// ErrStuck is what Probe returns when the server no longer does its work and will not recover by itself.

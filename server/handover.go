@@ -298,17 +298,18 @@ func (s *Server) rollBack(h *handover) {
 		st.handover, st.frozen, st.committing, st.recordEnds, st.ends = nil, false, false, false, nil
 		deferred, h.deferred = h.deferred, nil
 		close(h.outcome)
+		s.wakeSchedule()
 	})
 	for _, d := range deferred {
-		s.changeDrain(d.deadline, d.o, d.mode)
+		s.changeDrain(d.plan, d.o, d.mode)
 	}
 }
 
 // deferredDrain is a drain that was asked for while the commit was in progress.
 type deferredDrain struct {
-	deadline func(time.Time) time.Time
-	o        DrainOptions
-	mode     drainMode
+	plan drainPlan
+	o    DrainOptions
+	mode drainMode
 }
 
 // predecessor is the sending end of a handover.
@@ -503,7 +504,8 @@ func (p *predecessor) record(c *Conn) handoverConn {
 		r.ReadDeadline, r.WriteDeadline = cl.rare.readDeadline, cl.rare.writeDeadline
 		r.State, r.Unsent = cl.rare.handover.state, cl.rare.handover.unsent
 		if cl.rare.drain.begun {
-			r.DrainDeadline, r.DrainReason = cl.rare.drain.deadline, cl.rare.drain.reason
+			d := cl.rare.drain
+			r.DrainDeadline, r.DrainReason, r.DrainClosed = d.deadline, d.reason, d.closed.String()
 		}
 	})
 	return r
@@ -525,9 +527,9 @@ func (p *predecessor) freeze() (final finalState, err error) {
 	ctx, cancel := context.WithTimeoutCause(context.Background(), p.o.FreezeTimeout/2, errWaitOver)
 	defer cancel()
 	if err := s.state.Await(ctx, func(st *state) bool {
-		return !slices.ContainsFunc(st.acceptors, func(a *acceptor) bool { return !a.quiet && !a.waiting })
+		return !st.sending && !slices.ContainsFunc(st.acceptors, func(a *acceptor) bool { return !a.quiet && !a.waiting })
 	}); err != nil {
-		return final, fmt.Errorf("accepting does not stop: %w", err)
+		return final, fmt.Errorf("accepting and notices do not stop: %w", err)
 	}
 
 	p.behind = make(map[*Conn]string)
@@ -757,6 +759,7 @@ func (p *predecessor) complete(final finalState) {
 		st.forwarding = make(chan struct{})
 		deferred, p.h.deferred = p.h.deferred, nil
 		close(p.h.outcome)
+		s.wakeSchedule()
 	})
 	for _, c := range final.conns {
 		if c.writeHeld {
@@ -769,17 +772,19 @@ func (p *predecessor) complete(final finalState) {
 		p.o.Committed()
 	}
 	o := p.o.Drain
-	o.Delay = cmp.Or(p.o.Keep, Off)
+	o.Delay, o.Final = cmp.Or(p.o.Keep, Off), true
 	o.Reason = cmp.Or(o.Reason, "upgrade")
 	s.StartDrain(o)
 	s.state.With(func(st *state) { st.frozen = false }) // not earlier, or a pause would be placed here and not there
 	for _, d := range deferred {
-		m := handoverMessage{Type: msgDrain, Drain: &d.o, Force: d.mode == drainForce}
-		m.Drain.Grace = cmp.Or(max(0, time.Until(d.deadline(time.Now()))), Off)
+		o := d.o
+		m := handoverMessage{Type: msgDrain, Drain: &o, Force: d.mode == drainForce}
+		spread, grace := d.plan(time.Now(), true)
+		o.Spread, o.Grace = cmp.Or(spread, Off), cmp.Or(max(0, grace), Off)
 		if err := p.send(m); err != nil {
 			s.log.Error("cannot pass a drain on to the successor", zap.Error(err))
 		}
-		s.changeDrain(d.deadline, d.o, d.mode)
+		s.changeDrain(d.plan, d.o, d.mode)
 	}
 }
 
@@ -791,6 +796,9 @@ func (st *state) forget(c *Conn) {
 	if c.admitted {
 		st.admitted--
 		st.countClient(c, -1)
+		if c.told {
+			st.told--
+		}
 	}
 }
 

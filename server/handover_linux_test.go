@@ -99,6 +99,43 @@ func TestG12Handover(t *testing.T) {
 	t.Run("a successor that fails at any step changes nothing", testHandoverRollback)
 	t.Run("a notice that waits for its client goes along", testHandoverNotice)
 	t.Run("a pause at the commit is not placed on the predecessor", testHandoverPauseAtCommit)
+	t.Run("an eviction goes along", testHandoverEviction)
+}
+
+// testHandoverEviction: some clients are told before the handover and the others after it, each once. All have their
+// grace period, and are closed by the successor.
+func testHandoverEviction(t *testing.T) {
+	const n, spread, grace = 20, 400 * time.Millisecond, 600 * time.Millisecond
+	o := Options{Drain: DrainOptions{Grace: grace}}
+	g, addr := firstGeneration(t, Echo, o)
+	var clients []*net.TCPConn
+	for range n {
+		c := dialTCP(t, addr)
+		echoed(t, c, "x\n")
+		clients = append(clients, c)
+	}
+	began := time.Now()
+	if _, err := g.Pause(PauseOptions{Reason: "m", Evict: true, Spread: spread}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the first notice", func() bool { return g.Status().Told > 0 })
+	next, _ := g.takeOver(t, Echo, o)
+	<-g.Done()
+	g.served.Wait()
+	t.Logf("%d of %d were told %v after the beginning", next.Status().Told, n, time.Since(began))
+	for _, c := range clients {
+		receivesAll(t, c, "SHUTDOWN 1 m\n")
+		_ = c.Close()
+	}
+	awaitConns(t, next.Server, 0)
+	if took := time.Since(began); took < grace {
+		t.Errorf("the last was closed after %v", took)
+	}
+	wantClosed(t, next.Server, map[Reason]uint64{ReasonEvicted: n})
+	wantEqual(t, "notices sent", next.Status().NoticesSent, uint64(n))
+	wantState(t, next.Server, StatePaused, 0)
+	_ = next.Close()
+	next.served.Wait()
 }
 
 func testHandoverStreams(t *testing.T) {

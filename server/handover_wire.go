@@ -84,8 +84,9 @@ type handoverConn struct {
 	WriteDeadline time.Time         `json:"write_deadline,omitzero"`
 	DrainDeadline time.Time         `json:"drain_deadline,omitzero"`
 	DrainReason   string            `json:"drain_reason,omitempty"`
-	State         []byte            `json:"state,omitempty"`  // of the handler
-	Unsent        []byte            `json:"unsent,omitempty"` // of notices; goes first
+	DrainClosed   string            `json:"drain_closed,omitempty"` // the close reason at the deadline
+	State         []byte            `json:"state,omitempty"`        // of the handler
+	Unsent        []byte            `json:"unsent,omitempty"`       // of notices; goes first
 }
 
 // handoverBehind is a connection that stays with the predecessor.

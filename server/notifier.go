@@ -41,11 +41,15 @@ type Notice struct {
 	Kind NoticeKind
 	// Rejected is why the connection is not served, for NoticeReject.
 	Rejected Reason
-	// Reason and Deadline are those of the drain, for NoticeDrain and for ReasonRejectedDraining.
+	// Reason and Deadline are those of the drain, for NoticeDrain and for ReasonRejectedDraining. The reason of an
+	// eviction is that of the pause, or "evicted"; that of a connection's age is "max-age".
 	Reason   string
 	Deadline time.Time
 	// Left is the time until Deadline.
 	Left time.Duration
+	// Closed is how the connection is closed at Deadline, for NoticeDrain: ReasonDeadline if the server stops,
+	// ReasonEvicted or ReasonMaxAge if only the connection ends.
+	Closed Reason
 	// Text is the operator's message: one line of printable text, for NoticeMessage.
 	Text string
 	// MidLine means that bytes were sent to this client, and that the last one was not a newline.

@@ -103,6 +103,10 @@ type Timeouts struct {
 	// 30 s. The connection is closed after at most a quarter more than the timeout. Zero means DefaultStallTimeout,
 	// Off means never.
 	Stall time.Duration
+	// MaxAge is how old a connection becomes before its client is told to leave, with a jitter of ten percent in either
+	// direction, so that the clients of a fleet spread over its servers again and again. The client then has
+	// Options.Drain.Grace. Zero and Off mean no limit.
+	MaxAge time.Duration
 	// Handshake bounds WrapConn and the TLS handshake together. Zero means DefaultHandshakeTimeout.
 	Handshake time.Duration
 }
@@ -133,6 +137,7 @@ func (o Options) withDefaults() (Options, error) {
 		{"Limits.MaxConnsPerUID", int64(o.Limits.MaxConnsPerUID), strconv.Itoa(o.Limits.MaxConnsPerUID)},
 		{"Timeouts.Idle", int64(o.Timeouts.Idle), o.Timeouts.Idle.String()},
 		{"Timeouts.Stall", int64(o.Timeouts.Stall), o.Timeouts.Stall.String()},
+		{"Timeouts.MaxAge", int64(o.Timeouts.MaxAge), o.Timeouts.MaxAge.String()},
 	} {
 		if opt.value < Off {
 			errs = append(errs, fmt.Errorf("option %s: %s is negative", opt.name, opt.text))
@@ -210,7 +215,7 @@ func (l Limits) withDefaults(log *zap.Logger) Limits {
 func (l Limits) spareFiles() int { return l.ReservedFiles / 4 }
 
 func (t Timeouts) withDefaults() Timeouts {
-	t.Idle = max(0, t.Idle)
+	t.Idle, t.MaxAge = max(0, t.Idle), max(0, t.MaxAge)
 	switch t.Stall {
 	case 0:
 		t.Stall = DefaultStallTimeout

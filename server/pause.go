@@ -1,7 +1,9 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -25,6 +27,12 @@ type PauseOptions struct {
 	TTL    time.Duration // the hold ends by itself after this; zero and Off: never
 	Mode   PauseMode
 	By     Caller
+	// Evict sends the connected clients away: they are told, with Reason or "evicted", have Options.Drain.Grace, and are
+	// closed with ReasonEvicted. The server stays up. The end of the hold ends the eviction: clients that were not told
+	// yet stay; the others are closed all the same.
+	Evict bool
+	// Spread is the time in which they are told, one after another at random moments. Zero and Off: all at once.
+	Spread time.Duration
 }
 
 // HoldInfo describes a hold.
@@ -35,6 +43,8 @@ type HoldInfo struct {
 	Since   time.Time
 	Expires time.Time // zero if it does not
 	By      Caller
+	Evict   bool          // clients are sent away
+	Spread  time.Duration // the last is told so long after Since
 }
 
 // A Hold is one reason for the server to be paused. The server is paused while any hold exists. All methods may be
@@ -43,6 +53,7 @@ type Hold struct {
 	srv   *Server
 	info  HoldInfo
 	timer *time.Timer // nil without a TTL; guarded by Server.state
+	cause *drainCause // nil without an eviction; set once
 	ended context.Context
 	end   context.CancelCauseFunc
 }
@@ -51,7 +62,7 @@ type Hold struct {
 const maxHolds = 1024
 
 // Pause stops admitting connections until the hold that it returns, and every other hold, has ended. The pause is in
-// force when Pause returns. Connections that are being served are not affected. It may be called before Serve. The
+// force when Pause returns. Connections that are being served are not affected, unless o.Evict sends them away. It may be called before Serve. The
 // error is a *DrainingError once a drain has begun, ErrTooManyHolds, or says which option makes no sense.
 func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if s.log == nil {
@@ -63,11 +74,18 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.TTL < Off {
 		return nil, fmt.Errorf("pausing: TTL %s is negative", o.TTL)
 	}
+	if o.Spread < Off {
+		return nil, fmt.Errorf("pausing: spread %s is negative", o.Spread)
+	}
+	if o.Spread > 0 && !o.Evict {
+		return nil, errors.New("pausing: a spread needs Evict")
+	}
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
 	}
 	s.awaitThaw()
 	h := &Hold{srv: s, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
+	h.info.Evict, h.info.Spread = o.Evict, max(0, o.Spread)
 	h.ended, h.end = context.WithCancelCause(context.Background())
 
 	var refused error
@@ -88,6 +106,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 			h.timer = time.AfterFunc(o.TTL, func() { s.release(h, ErrExpired, Caller{}) })
 		}
 		st.holds = append(st.holds, h)
+		s.evict(st, h)
 		st.publish(Event{Type: EventHoldPlaced, Hold: new(h.info)})
 		st.publishChange(before)
 		st.interruptAcceptors()
@@ -98,6 +117,15 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	}
 	s.log.Info("paused", h.info.fields()...)
 	return h, nil
+}
+
+// evict begins the eviction that h asks for, or continues it after a handover.
+func (s *Server) evict(st *state, h *Hold) {
+	if h.info.Evict {
+		reason := cmp.Or(h.info.Reason, ReasonEvicted.String())
+		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.opts.Drain.Grace}
+		s.tellAll(st, h.cause, st.untold(), h.info.Since.Add(h.info.Spread))
+	}
 }
 
 // ID names the hold among the server's.
@@ -141,6 +169,9 @@ func (st *state) endHold(i int, cause error, by Caller) {
 	before, h := st.visible(), st.holds[i]
 	if h.timer != nil {
 		h.timer.Stop()
+	}
+	if h.cause != nil {
+		h.cause.ended = true
 	}
 	st.holds = slices.Delete(st.holds, i, i+1)
 	h.end(cause)
@@ -218,6 +249,9 @@ func (h HoldInfo) fields() []zap.Field {
 	fields := []zap.Field{zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Stringer("mode", h.Mode)}
 	if !h.Expires.IsZero() {
 		fields = append(fields, zap.Time("expires", h.Expires))
+	}
+	if h.Evict {
+		fields = append(fields, zap.Bool("evict", true), zap.Duration("spread", h.Spread))
 	}
 	return append(fields, h.By.fields("placed_by_")...)
 }

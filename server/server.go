@@ -21,7 +21,8 @@ type Server struct {
 	opts    Options
 	log     *zap.Logger
 	started time.Time
-	files   int // how many files connections may have open; 0: not limited
+	age     *drainCause // of Timeouts.MaxAge
+	files   int         // how many files connections may have open; 0: not limited
 
 	draining chan struct{} // closed when clients have been told that the drain has begun
 	stopped  chan struct{} // closed when every connection is closed and the report is final
@@ -31,6 +32,9 @@ type Server struct {
 	sweepCtx  context.Context // ends when the server has stopped
 	stopSweep context.CancelCauseFunc
 	sweeper   chan struct{} // closed when the sweeper has returned
+
+	rescheduled chan struct{} // holds a token when the schedule has changed
+	scheduler   chan struct{} // closed when the goroutine of the schedule has returned
 
 	probing chan struct{} // holds a token while a probe's goroutine runs
 }
@@ -47,10 +51,14 @@ func New(h Handler, opts Options) (*Server, error) {
 		opts:     opts,
 		log:      opts.Logger,
 		started:  time.Now(),
+		age:      &drainCause{reason: ReasonMaxAge.String(), closed: ReasonMaxAge, grace: opts.Drain.Grace},
 		draining: make(chan struct{}),
 		stopped:  make(chan struct{}),
 		sweeper:  make(chan struct{}),
 		probing:  make(chan struct{}, 1),
+
+		rescheduled: make(chan struct{}, 1),
+		scheduler:   make(chan struct{}),
 	}
 	if files, limited := openFilesLimit(); limited && opts.Limits.ReservedFiles > 0 {
 		s.files = max(1, files-opts.Limits.ReservedFiles)
@@ -199,7 +207,7 @@ func (a *acceptor) isClosing() (yes bool) {
 func (s *Server) Done() <-chan struct{} { return s.stopped }
 
 // Draining returns a channel that is closed when a drain has begun and clients have been told: after the delay, when
-// the clients in the accept queue have been accepted. Force and Close close it too.
+// the clients in the accept queue have been accepted, and after DrainOptions.Spread. Force and Close close it too.
 func (s *Server) Draining() <-chan struct{} { return s.draining }
 
 func (s *Server) isDraining() (yes bool) {

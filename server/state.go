@@ -47,6 +47,11 @@ type state struct {
 	following  chan struct{}             // closed when the predecessor's end was seen; nil if nothing was taken over
 	behind     map[uint64]handoverBehind // with the predecessor of this server; they count as open
 
+	schedule   schedule
+	scheduling bool // the goroutine of the schedule was started
+	sending    bool // and carries out entries that it has taken from it
+	told       int  // of admitted, those whose clients were told to leave
+
 	onShutdown  []func()
 	subscribers []*Subscription
 }
@@ -107,6 +112,9 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	case c.admitted:
 		st.admitted--
 		st.countClient(c, -1)
+		if c.told {
+			st.told--
+		}
 	case c.rejected:
 		st.rejecting--
 	}

@@ -31,7 +31,10 @@ type Status struct {
 	Full              bool       // MaxConns are being served: new clients get what AtLimit says
 	AtLimit           LimitMode
 
-	Grace, DrainDelay time.Duration // of a drain that names none itself
+	Told int // open connections whose clients were told to leave: by a drain, an eviction, or for their age
+
+	Grace, DrainDelay, Spread time.Duration // of a drain that names none itself
+	MaxAge                    time.Duration // Timeouts.MaxAge; 0 is no limit
 
 	NoticesSent, NoticesFailed uint64           // of drains and of Notify: taken by the kernel, or not
 	Transitions                map[State]uint64 // how often each state was entered
@@ -54,7 +57,9 @@ type ConnInfo struct {
 	Opened            time.Time
 	Idle              time.Duration // since a byte moved last
 	BytesIn, BytesOut uint64
-	Notified          bool // of the drain
+	Notified          bool      // of the drain
+	DrainDeadline     time.Time // when it is closed at the latest; zero while its client was not told to leave
+	DrainReason       string
 	Labels            map[string]string
 }
 
@@ -73,7 +78,8 @@ type ClosedConn struct {
 // Status returns the server's status.
 func (s *Server) Status() Status {
 	status := Status{
-		Started: s.started, Grace: s.opts.Drain.Grace, DrainDelay: s.opts.Drain.Delay, AtLimit: s.opts.Limits.AtLimit,
+		Started: s.started, Grace: s.opts.Drain.Grace, DrainDelay: s.opts.Drain.Delay, Spread: s.opts.Drain.Spread,
+		MaxAge: s.opts.Timeouts.MaxAge, AtLimit: s.opts.Limits.AtLimit,
 		Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64),
 	}
 	if s.opts.Limits.MaxConns != math.MaxInt {
@@ -86,6 +92,7 @@ func (s *Server) Status() Status {
 		status.Full = st.admitted >= s.opts.Limits.MaxConns
 		status.Connections = st.open()
 		status.Behind = len(st.behind)
+		status.Told = st.told
 		status.Accepted = st.accepted
 		for why, n := range st.closed {
 			if n > 0 {
@@ -107,9 +114,7 @@ func (s *Server) Status() Status {
 		for _, h := range st.holds {
 			status.Holds = append(status.Holds, h.info)
 		}
-		if st.drain != nil {
-			status.Drain = new(st.drain.info())
-		}
+		status.Drain = st.drainInfo()
 		for _, a := range st.acceptors {
 			listeners = append(listeners, a.ln)
 		}
@@ -140,11 +145,13 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 
 // Info describes the connection as it is now.
 func (c *Conn) Info() ConnInfo {
+	deadline, _ := c.DrainDeadline()
 	return ConnInfo{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()),
 		Opened:  c.srv.at(c.opened),
 		Idle:    max(0, time.Since(c.srv.at(c.active.Load()))),
-		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified), Labels: c.Labels(),
+		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
+		DrainDeadline: deadline, DrainReason: c.DrainReason(), Labels: c.Labels(),
 	}
 }
 

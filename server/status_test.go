@@ -36,7 +36,8 @@ func TestStatus(t *testing.T) {
 			t.Errorf("status %+v, want draining without listeners", st)
 		}
 		wantEqual(t, "drain", st.Drain, &DrainInfo{
-			Since: began, AcceptUntil: began, Deadline: began.Add(time.Minute), Reason: "TERM", Notified: 1,
+			Since: began, AcceptUntil: began, TellUntil: began, Deadline: began.Add(time.Minute),
+			Reason: "TERM", Told: 1, Notified: 1,
 		})
 		if _, _, err := r.Notify(t.Context(), "hello"); err != nil {
 			t.Fatal(err)

@@ -2,6 +2,7 @@ package server
 
 import (
 	"cmp"
+	"container/heap"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -223,11 +224,17 @@ func (t *successor) commit(m handoverMessage) error {
 			st.admitted++
 			st.countClient(c, +1)
 			st.tasks++
+			if c.told {
+				st.told++
+				st.schedule.Push(entry{at: r.DrainDeadline, c: c})
+			}
 			t.started = append(t.started, resumption{c, r})
 		}
 		t.behind = len(st.behind)
 		st.adopted = append(st.adopted, t.acceptors...)
 		st.following = make(chan struct{})
+		heap.Init(&st.schedule)
+		s.reschedule(st)
 		for _, h := range m.Holds {
 			s.restoreHold(st, h)
 		}
@@ -300,7 +307,7 @@ func (c *Conn) restore(r handoverConn) {
 			c.flags.set(flagHasWriteDeadline)
 		}
 		if c.told {
-			x.drain = connDrain{begun: true, deadline: r.DrainDeadline, reason: r.DrainReason}
+			x.drain = connDrain{begun: true, deadline: r.DrainDeadline, reason: r.DrainReason, closed: parseReason(r.DrainClosed)}
 		}
 	})
 	if !r.ReadDeadline.IsZero() {
@@ -330,6 +337,7 @@ func (s *Server) restoreHold(st *state, info HoldInfo) {
 		h.timer = time.AfterFunc(time.Until(info.Expires), func() { s.release(h, ErrExpired, Caller{}) })
 	}
 	st.holds = append(st.holds, h)
+	s.evict(st, h)
 	st.publishChange(before)
 }
 

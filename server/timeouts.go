@@ -1,6 +1,7 @@
 package server
 
 import (
+	"math/rand/v2"
 	"time"
 )
 
@@ -17,12 +18,12 @@ type progress struct {
 	empty uint64 // Conn.bytesOut when nothing waited last
 }
 
-// sweep is the goroutine that looks for idle and stalled connections: one for all of them, so that no read or write
+// sweep is the goroutine that looks for idle, stalled and old connections: one for all of them, so that no read or write
 // pays for a timer. It keeps a timeout to within an eighth of it, or a second.
 func (s *Server) sweep() {
 	defer close(s.sweeper)
 	interval := time.Duration(0)
-	for _, t := range []time.Duration{s.opts.Timeouts.Idle, s.opts.Timeouts.Stall} {
+	for _, t := range []time.Duration{s.opts.Timeouts.Idle, s.opts.Timeouts.Stall, s.opts.Timeouts.MaxAge} {
 		if t > 0 && (interval == 0 || t/8 < interval) {
 			interval = t / 8
 		}
@@ -48,20 +49,47 @@ func (s *Server) sweep() {
 	}
 }
 
-// stopSweeper stops the sweeper, if it was started, and waits for it.
+// stopSweeper stops the sweeper and the goroutine of the schedule, if they were started, and waits for them.
 func (s *Server) stopSweeper() {
 	s.stopSweep(ErrServerClosed)
-	var started bool
-	s.state.With(func(st *state) { started = st.sweeping })
-	if started {
+	var sweeping, scheduling bool
+	s.state.With(func(st *state) { sweeping, scheduling = st.sweeping, st.scheduling })
+	if sweeping {
 		<-s.sweeper
+	}
+	if scheduling {
+		<-s.scheduler
 	}
 }
 
-// inspect ends c if it is stalled or idle.
+// maxAgeJitter is the part of Timeouts.MaxAge by which the age of a connection may differ from it.
+const maxAgeJitter = 0.1
+
+// maxAge is the age at which the connection's client is told to leave. It depends on the connection's number, so that
+// connections that were opened together do not end together, and that a handover does not change it.
+func (c *Conn) maxAge() time.Duration {
+	random := rand.New(rand.NewPCG(c.id, 0)).Float64()
+	return time.Duration(float64(c.srv.opts.Timeouts.MaxAge) * (1 - maxAgeJitter + 2*maxAgeJitter*random))
+}
+
+// isOld reports whether the connection has reached its maximum age.
+func (c *Conn) isOld(now time.Time) bool {
+	most := c.srv.opts.Timeouts.MaxAge
+	if most == 0 {
+		return false
+	}
+	age := now.Sub(c.srv.at(c.opened))
+	return age >= time.Duration(float64(most)*(1-maxAgeJitter)) && age >= c.maxAge()
+}
+
+// inspect ends c if it is stalled or idle, and has its client told to leave if it is old.
 func (s *Server) inspect(c *Conn, now time.Time) {
 	if Phase(c.phase.Load()) != PhaseServing {
 		return
+	}
+	if !c.flags.has(flagOld) && c.isOld(now) {
+		c.flags.set(flagOld)
+		s.state.With(func(st *state) { s.tellAll(st, s.age, []*Conn{c}, now) })
 	}
 	lastMove := s.at(c.active.Load())
 	if moved, waiting := c.waitingSince(now); waiting {
