@@ -437,7 +437,7 @@ func (s *Server) CancelDrain(by Caller) error {
 		case d.notAccepting:
 			err = fmt.Errorf("%w: the server has stopped accepting, and clients are told", ErrDrainFinal)
 		case d.final:
-			err = fmt.Errorf("%w: whoever asked for it (%s) relies on the stop", ErrDrainFinal, d.cause.reason)
+			err = fmt.Errorf("%w: it was begun (%s) by a caller that relies on the stop", ErrDrainFinal, d.cause.reason)
 		default:
 			reason = d.cause.reason
 			st.drain = nil

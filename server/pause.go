@@ -62,8 +62,9 @@ type Hold struct {
 const maxHolds = 1024
 
 // Pause stops admitting connections until the hold that it returns, and every other hold, has ended. The pause is in
-// force when Pause returns. Connections that are being served are not affected, unless o.Evict sends them away. It may be called before Serve. The
-// error is a *DrainingError once a drain has begun, ErrTooManyHolds, or says which option makes no sense.
+// force when Pause returns. Connections that are being served are not affected, unless o.Evict sends them away. It may
+// be called before Serve. The error is a *DrainingError once a drain has begun, ErrTooManyHolds, or says which option
+// makes no sense.
 func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if s.log == nil {
 		return nil, errNotNew
