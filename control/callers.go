@@ -9,8 +9,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"runtime"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -230,6 +232,8 @@ func (c *callerConn) Close() error {
 // caller is the other end of a control connection. The zero value is an unknown caller.
 type caller struct {
 	uid, pid int // pid is 0 if they are not known
+	user     string
+	claims   string // of the current request
 	probe    bool
 	raw      net.Conn    // nil if not known
 	conn     *callerConn // nil unless accepted by callers
@@ -268,7 +272,29 @@ func belowTLS(c net.Conn) net.Conn {
 var peerOf func(fd int) (uid, pid int)
 
 // identity returns the caller for the server's log and events.
-func (c *caller) identity() server.Caller { return server.Caller{UID: c.uid, PID: c.pid} }
+func (c *caller) identity() server.Caller {
+	return server.Caller{UID: c.uid, PID: c.pid, User: c.user, Claims: c.claims}
+}
+
+// claimsHeader is the header in which a caller says who it acts for.
+const claimsHeader = "Echod-Claims"
+
+// maxClaims bounds claims, in bytes.
+const maxClaims = 256
+
+// identify completes what is known about the caller, for a request that may change something. Nothing proves claims, so
+// those that are no line of text are left out.
+func (c *caller) identify(r *http.Request) {
+	if c.pid == 0 {
+		return
+	}
+	if claims := r.Header.Get(claimsHeader); len(claims) <= maxClaims && server.CheckText(claims) == nil {
+		c.claims = claims
+	}
+	if u, err := user.LookupId(strconv.Itoa(c.uid)); err == nil && c.user == "" {
+		c.user = u.Username
+	}
+}
 
 func callerFrom(ctx context.Context) *caller {
 	if who, ok := ctx.Value(callerKey{}).(*caller); ok {
@@ -281,7 +307,14 @@ func (c *caller) fields() []zap.Field {
 	if c.pid == 0 {
 		return nil
 	}
-	return []zap.Field{zap.Int("uid", c.uid), zap.Int("pid", c.pid)}
+	fields := []zap.Field{zap.Int("uid", c.uid), zap.Int("pid", c.pid)}
+	if c.user != "" {
+		fields = append(fields, zap.String("user", c.user))
+	}
+	if c.claims != "" {
+		fields = append(fields, zap.String("claims", c.claims))
+	}
+	return fields
 }
 
 // begin notes that a request is being answered. noteIdle ends that.

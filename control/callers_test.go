@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -659,7 +661,7 @@ func TestAudit(t *testing.T) {
 			r.do(t, http.MethodGet, "/v1/status", "") // on the same connection, so that the line above has been written
 
 			req, _ := http.NewRequest(request.method, "http://echod"+request.target, nil)
-			want := map[string]any{"method": request.method, "path": text.Printable(req.URL.Path), "uid": who["uid"], "pid": who["pid"]}
+			want := map[string]any{"method": request.method, "path": text.Printable(req.URL.Path), "uid": who["uid"], "pid": who["pid"], "user": userName(t)}
 			if request.problem != "" {
 				want["status"], want["error"] = int64(request.status), request.problem
 			}
@@ -692,11 +694,29 @@ func TestAudit(t *testing.T) {
 		released := 0
 		for e := range events.Events(t.Context()) {
 			if e.Type == server.EventHoldReleased {
-				wantEqual(t, "who released it, in the event", e.By, server.Caller{UID: os.Getuid(), PID: os.Getpid()})
+				wantEqual(t, "who released it, in the event", e.By, server.Caller{UID: os.Getuid(), PID: os.Getpid(), User: userName(t)})
 				if released++; released == 2 {
 					break
 				}
 			}
+		}
+	})
+	t.Run("what a caller claims about itself is shown with its hold, and logged", func(t *testing.T) {
+		r := newRig(t, server.Options{})
+		for claims, want := range map[string]string{
+			"sudo user alice, login uid 1000": "sudo user alice, login uid 1000",
+			"\u202etwisted":                   "", // no line of text
+			strings.Repeat("x", maxClaims+1):  "",
+		} {
+			r.logs.TakeAll()
+			r.client.Claims = claims
+			r.client.Close() // claims belong to a request; the connection is a new one all the same
+			hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
+			wantEqual(t, "claims of the hold", hold.Claims, want)
+			wantEqual(t, "user of the hold", hold.User, userName(t))
+			must[Change](t)(r.client.Resume(t.Context()))
+			got, _ := r.logs.FilterMessage("hold released").All()[0].ContextMap()["released_by_claims"].(string)
+			wantEqual(t, "claims in the log", got, want)
 		}
 	})
 	t.Run("reading is not logged", func(t *testing.T) {
@@ -723,4 +743,14 @@ func TestAudit(t *testing.T) {
 			}
 		}
 	})
+}
+
+// userName is the name of the user that runs the test.
+func userName(t *testing.T) string {
+	t.Helper()
+	u, err := user.LookupId(strconv.Itoa(os.Getuid()))
+	if err != nil {
+		t.Skip("the user has no name")
+	}
+	return u.Username
 }

@@ -22,10 +22,15 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 	who := callerFrom(r.Context())
 	opts := server.PauseOptions{By: who.identity()}
 	ttl := time.Duration(-1)
-	err := decodeBody(w, r, fields{"reason": line(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode)})
+	err := decodeBody(w, r, fields{
+		"reason": line(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode),
+		"evict": boolean(&opts.Evict), "spread": duration(&opts.Spread),
+	})
 	switch {
 	case err != nil:
 		return err
+	case opts.Spread > 0 && !opts.Evict:
+		return invalid("spread", "it needs evict")
 	case ttl == 0:
 		return invalid("ttl", "must be more than 0")
 	case ttl > 0:
@@ -39,14 +44,19 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 		return err
 	}
 	w.Header().Set("Location", "/v1/holds/"+h.ID())
-	return answerJSON(w, http.StatusCreated, wireHold(h.Info()))
+	return answerJSON(w, http.StatusCreated, NewHold(h.Info()))
 }
 
 func (p *Plane) postResume(w *response, r *http.Request) error {
-	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, nil)); err != nil {
+	var all bool
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"all": boolean(&all)})); err != nil {
 		return err
 	}
-	n, err := p.srv.Resume(callerFrom(r.Context()).identity())
+	resume := p.srv.Resume
+	if all {
+		resume = p.srv.ResumeAll
+	}
+	n, err := resume(callerFrom(r.Context()).identity())
 	if err != nil {
 		return err
 	}
@@ -106,34 +116,74 @@ func (p *Plane) postNotify(w *response, r *http.Request) error {
 }
 
 func (p *Plane) postShutdown(w *response, r *http.Request) error {
-	reason, grace, now := "", time.Duration(-1), false
+	reason, grace, spread, extend, now := "", time.Duration(-1), time.Duration(-1), time.Duration(-1), false
 	err := errors.Join(
 		decodeQuery(r, nil),
-		decodeBody(w, r, fields{"grace": duration(&grace), "reason": line(&reason), "now": boolean(&now)}))
+		decodeBody(w, r, fields{
+			"grace": duration(&grace), "spread": duration(&spread), "extend": duration(&extend), "reason": line(&reason),
+			"now": boolean(&now),
+		}))
 	switch {
 	case err != nil:
 		return err
-	case now && grace > 0:
-		return invalid("now", "now leaves no grace period: give either now or grace")
+	case now && (grace > 0 || spread > 0):
+		return invalid("now", "now leaves no grace period: give either now, or grace and spread")
+	case extend == 0:
+		return invalid("extend", "must be more than 0")
+	case extend > 0 && (now || grace >= 0 || spread >= 0 || reason != ""):
+		return invalid("extend", "it cannot be given with something else")
+	case extend > 0:
+		return p.extendDrain(w, r, extend)
 	}
 	reason = cmp.Or(reason, "control")
 	var changed bool
-	switch {
-	case now:
+	if now {
 		changed = p.srv.Force(reason)
-	case grace < 0:
-		changed = p.srv.StartDrain(server.DrainOptions{Reason: reason}) // the server's own grace period
-	case grace == 0:
-		changed = p.srv.StartDrain(server.DrainOptions{Grace: server.Off, Reason: reason})
-	default:
-		changed = p.srv.StartDrain(server.DrainOptions{Grace: grace, Reason: reason})
+	} else {
+		changed = p.srv.StartDrain(server.DrainOptions{Grace: given(grace), Spread: given(spread), Reason: reason})
 	}
+	return p.answerDrain(w, Change{Changed: changed})
+}
+
+// given returns an option of a drain: the server's own if d is negative, because the request does not give it.
+func given(d time.Duration) time.Duration {
+	switch {
+	case d < 0:
+		return 0
+	case d == 0:
+		return server.Off
+	default:
+		return d
+	}
+}
+
+func (p *Plane) extendDrain(w *response, r *http.Request, d time.Duration) error {
+	extended, err := p.srv.ExtendDrain(d, callerFrom(r.Context()).identity())
+	if err != nil {
+		return err
+	}
+	return p.answerDrain(w, Change{Changed: extended > 0, ExtendedSeconds: new(extended.Seconds())})
+}
+
+func (p *Plane) deleteShutdown(w *response, r *http.Request) error {
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, nil)); err != nil {
+		return err
+	}
+	if err := p.srv.CancelDrain(callerFrom(r.Context()).identity()); err != nil {
+		return err
+	}
+	return p.answerChange(w, Change{Changed: true})
+}
+
+// answerDrain answers a request about a drain: 202 if it changed something.
+func (p *Plane) answerDrain(w http.ResponseWriter, c Change) error {
 	st := p.srv.Status()
+	c.State, c.Drain = st.State.String(), wireDrain(st.Drain)
 	status := http.StatusOK
-	if changed {
+	if c.Changed {
 		status = http.StatusAccepted
 	}
-	return answerJSON(w, status, Change{Changed: changed, State: st.State.String(), Drain: wireDrain(st.Drain)})
+	return answerJSON(w, status, c)
 }
 
 // postUpgrade replaces the running program. The answer comes from the predecessor.

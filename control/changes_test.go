@@ -1,6 +1,7 @@
 package control
 
 import (
+	"errors"
 	"net/http"
 	"strings"
 	"testing"
@@ -13,7 +14,8 @@ import (
 func TestPause(t *testing.T) {
 	t.Run("holds are released one by one", testHolds)
 	t.Run("the answer has the location of the hold", testPauseLocation)
-	t.Run("resume releases all holds", testResume)
+	t.Run("resume releases the hold, and of several only those that are asked for", testResume)
+	t.Run("an eviction sends clients away", testEvict)
 	t.Run("a hold ends with its time to live", testTTL)
 	t.Run("mode reject rejects new clients", testReject)
 }
@@ -50,13 +52,44 @@ func testPauseLocation(t *testing.T) {
 func testResume(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
+		var holds []Hold
 		for range 3 {
-			must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
+			holds = append(holds, must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{})))
 		}
-		change := must[Change](t)(r.client.Resume(t.Context()))
-		wantEqual(t, "resume", change, Change{Changed: true, State: "running", Released: new(3)})
+		_, err := r.client.Resume(t.Context())
+		wantProblem(t, err, ProblemHolds)
+		if problem, ok := errors.AsType[*Problem](err); ok {
+			wantEqual(t, "holds in the problem", problem.Holds, holds)
+		}
+		r.await(t, server.StatePaused)
+		change := must[Change](t)(r.client.ResumeAll(t.Context()))
+		wantEqual(t, "resume of all", change, Change{Changed: true, State: "running", Released: new(3)})
+		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
+		change = must[Change](t)(r.client.Resume(t.Context()))
+		wantEqual(t, "resume of one", change, Change{Changed: true, State: "running", Released: new(1)})
 		change = must[Change](t)(r.client.Resume(t.Context()))
 		wantEqual(t, "resume of a running server", change, Change{Changed: false, State: "running", Released: new(0)})
+	})
+}
+
+func testEvict(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: 5 * time.Second}})
+		c := r.echoClient(t)
+		hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "m", Evict: true, Spread: 10 * time.Second}))
+		if !hold.Evict || hold.SpreadSeconds != 10 {
+			t.Errorf("hold %+v, want an eviction over 10 s", hold)
+		}
+		wantEqual(t, "the client reads", <-c.lines, "SHUTDOWN 5 m\n")
+		wantEqual(t, "told", must[Status](t)(r.client.Status(t.Context())).Told, 1)
+		drain := must[Conns](t)(r.client.Conns(t.Context(), -1, ConnFilter{})).Connections[0].Drain
+		if drain == nil || drain.Reason != "m" || time.Until(drain.Deadline) != 5*time.Second {
+			t.Errorf("drain of the connection: %+v, want one in 5 s", drain)
+		}
+		r.awaitConns(t, 0)
+		st := must[Status](t)(r.client.Status(t.Context()))
+		wantEqual(t, "closed", st.Closed, map[string]uint64{"evicted": 1})
+		wantEqual(t, "state", st.State, "paused")
 	})
 }
 
@@ -245,7 +278,7 @@ func TestContradictoryRequests(t *testing.T) {
 			{http.MethodPost, "/v1/pause?while=asleep", ``, "while"},
 			{http.MethodPost, "/v1/pause", `{"mode":"halt"}`, "mode"},
 			{http.MethodPost, "/v1/pause", `{"reason":"two\nlines"}`, "reason"},
-			{http.MethodPost, "/v1/resume", `{"all":true}`, "all"},
+			{http.MethodPost, "/v1/resume", `{"all":1}`, "all"},
 			{http.MethodPost, "/v1/resume?all=true", ``, "all"},
 			{http.MethodDelete, "/v1/holds/h1?now=true", ``, "now"},
 			{http.MethodDelete, "/v1/conns", ``, "all"},
@@ -274,5 +307,60 @@ func TestContradictoryRequests(t *testing.T) {
 			}
 		}
 		wantEqual(t, "state", r.srv.Status().State, server.StateRunning)
+	})
+}
+
+func TestShutdownChanges(t *testing.T) {
+	drain := server.DrainOptions{Delay: 10 * time.Second, Spread: 20 * time.Second, Grace: 5 * time.Second, StopTimeout: time.Minute}
+
+	t.Run("a drain is cancelled during its delay", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r := newBubble(t, server.Options{Drain: drain})
+			_, err := r.client.CancelShutdown(t.Context())
+			wantProblem(t, err, ProblemNotDraining)
+			change := must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
+			if d := change.Drain; d.AcceptingUntil == nil || d.TellingUntil == nil || d.Deadline.Sub(d.Since) != 35*time.Second ||
+				d.TellingUntil.Sub(*d.AcceptingUntil) != 20*time.Second {
+				t.Errorf("drain %+v, want 10 s, 20 s and 5 s", d)
+			}
+			change = must[Change](t)(r.client.CancelShutdown(t.Context()))
+			wantEqual(t, "cancelled", change, Change{Changed: true, State: "running"})
+
+			r.echoClient(t)
+			must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
+			time.Sleep(11 * time.Second)
+			_, err = r.client.CancelShutdown(t.Context())
+			wantProblem(t, err, ProblemDraining)
+		})
+	})
+
+	t.Run("a drain is extended up to the stop timeout", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r := newBubble(t, server.Options{Drain: drain})
+			_, err := r.client.ExtendShutdown(t.Context(), time.Second)
+			wantProblem(t, err, ProblemNotDraining)
+			r.echoClient(t)
+			must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{}))
+			for _, step := range []struct {
+				by      time.Duration
+				want    float64
+				changed bool
+			}{{10 * time.Second, 10, true}, {time.Hour, 13, true}, {time.Hour, 0, false}} {
+				change := must[Change](t)(r.client.ExtendShutdown(t.Context(), step.by))
+				if change.Changed != step.changed || change.ExtendedSeconds == nil || *change.ExtendedSeconds != step.want {
+					t.Errorf("extending by %v: %+v, want %v s", step.by, change, step.want)
+				}
+			}
+		})
+	})
+
+	t.Run("a drain names its own times", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r := newBubble(t, server.Options{Drain: drain})
+			r.echoClient(t)
+			change := must[Change](t)(r.client.Shutdown(t.Context(), ShutdownRequest{Grace: new(time.Second), Spread: new(time.Duration(0))}))
+			wantEqual(t, "duration", change.Drain.Deadline.Sub(change.Drain.Since), 11*time.Second)
+			wantEqual(t, "untold", change.Drain.Untold, 1)
+		})
 	})
 }

@@ -36,6 +36,9 @@ const (
 type Client struct {
 	path string
 	http *http.Client
+	// Claims is what the program says about its user, such as who called sudo: one line of at most 256 bytes. The server
+	// shows it with holds and in the log, as not proved. Set it before the first call.
+	Claims string
 	// OnAnswer, if not nil, is called with the body of each answer as it came, in a stream with each line.
 	// Problems are not answers. The last line of a Lease comes from a goroutine of its own. Set OnAnswer before the
 	// first call.
@@ -115,6 +118,8 @@ type PauseRequest struct {
 	Reason string
 	TTL    time.Duration // zero: until released
 	Mode   string        // "hold" or "reject"; empty means hold
+	Evict  bool          // send the connected clients away
+	Spread time.Duration // tell them one after another in this time; zero: all at once
 }
 
 func (p PauseRequest) body() map[string]any {
@@ -124,6 +129,12 @@ func (p PauseRequest) body() map[string]any {
 	}
 	if p.Mode != "" {
 		body["mode"] = p.Mode
+	}
+	if p.Evict {
+		body["evict"] = true
+	}
+	if p.Spread != 0 {
+		body["spread"] = p.Spread.String()
 	}
 	return body
 }
@@ -146,6 +157,7 @@ func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (Upgraded, 
 type ShutdownRequest struct {
 	Reason string         // told to clients; empty means "control"
 	Grace  *time.Duration // nil means the server's own
+	Spread *time.Duration // tell clients one after another in this time; nil means the server's own
 	Now    bool           // close everything now
 }
 
@@ -218,9 +230,14 @@ func (c *Client) Pause(ctx context.Context, req PauseRequest) (out Hold, err err
 	return out, c.call(ctx, http.MethodPost, "/v1/pause", nil, req.body(), &out)
 }
 
-// Resume releases all holds.
+// Resume releases the only hold. If there are several, the error is a *Problem of type ProblemHolds, which lists them.
 func (c *Client) Resume(ctx context.Context) (out Change, err error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/resume", nil, nil, &out)
+}
+
+// ResumeAll releases all holds.
+func (c *Client) ResumeAll(ctx context.Context) (out Change, err error) {
+	return out, c.call(ctx, http.MethodPost, "/v1/resume", nil, map[string]any{"all": true}, &out)
 }
 
 // ReleaseHold releases one hold.
@@ -242,10 +259,24 @@ func (c *Client) Shutdown(ctx context.Context, req ShutdownRequest) (out Change,
 	if req.Grace != nil {
 		body["grace"] = req.Grace.String()
 	}
+	if req.Spread != nil {
+		body["spread"] = req.Spread.String()
+	}
 	if req.Now {
 		body["now"] = true
 	}
 	return out, c.call(ctx, http.MethodPost, "/v1/shutdown", nil, body, &out)
+}
+
+// ExtendShutdown moves the deadline of the drain by at most d; see Change.ExtendedSeconds.
+func (c *Client) ExtendShutdown(ctx context.Context, d time.Duration) (out Change, err error) {
+	return out, c.call(ctx, http.MethodPost, "/v1/shutdown", nil, map[string]any{"extend": d.String()}, &out)
+}
+
+// CancelShutdown cancels the drain while no client has been told. The error is a *Problem of type ProblemNotDraining if
+// there is none, and of type ProblemDraining if it is too late.
+func (c *Client) CancelShutdown(ctx context.Context) (out Change, err error) {
+	return out, c.call(ctx, http.MethodDelete, "/v1/shutdown", nil, nil, &out)
 }
 
 // Wait returns when the condition holds. The error is a *Problem of type ProblemTimeout if it did not hold in time,
@@ -397,6 +428,9 @@ func (c *Client) send(
 	if err != nil {
 		watch.stop()
 		return nil, fmt.Errorf("making the request: %w", err)
+	}
+	if c.Claims != "" {
+		req.Header.Set(claimsHeader, c.Claims)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {

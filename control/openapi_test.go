@@ -161,6 +161,7 @@ func testDocumentEnums(t *testing.T) {
 	slices.Sort(problems)
 	want := []string{
 		ProblemInvalid, ProblemNotFound, ProblemMethod, ProblemTimeout, ProblemDraining, ProblemTooLarge, ProblemBusy, ProblemUnexpected,
+		ProblemNotDraining, ProblemHolds,
 		ProblemUpgrade, ProblemUpgrading, ProblemCertificate,
 	}
 	slices.Sort(want)
@@ -225,7 +226,8 @@ func (d document) drive(t *testing.T, r *rig, seen map[string]bool, exchanges []
 var lax = []string{
 	"/v1/conns?all=true&min_idle=1s ", "/v1/conns ", "/v1/conns?all=false ",
 	`/v1/pause {"ttl":"0s"}`, `/v1/upgrade {"timeout":"0s"}`, `/v1/pause {"reason":"x","reason":"x"}`,
-	`/v1/shutdown {"now":true,"grace":"5s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
+	`/v1/shutdown {"now":true,"grace":"5s"}`, `/v1/shutdown {"extend":"0s"}`, `/v1/shutdown {"extend":"5s","grace":"5s"}`,
+	`/v1/pause {"spread":"1s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
 	`/v1/pause {"reason":"x"} {}`,
 }
 
@@ -241,7 +243,7 @@ func (c someCertificates) Reload() (bool, error) { return c.err == nil, c.err }
 // testDocumentAnswers makes every operation give every answer in the document.
 func testDocumentAnswers(t *testing.T) {
 	doc := loadDocument(t)
-	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour}})
+	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour, Delay: time.Hour}})
 	seen := map[string]bool{}
 	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
 	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
@@ -319,9 +321,14 @@ func testDocumentAnswers(t *testing.T) {
 		{del, "/v1/holds/h1", "", 200},
 		{del, "/v1/holds/h1", "", 404},
 		{del, "/v1/holds/h2?now=true", "", 400},
+		{post, "/v1/resume", ``, 409},
+		{post, "/v1/resume", `{}`, 409},
+		{post, "/v1/resume", `{"all":true}`, 200},
+		{post, "/v1/resume", `{"every":true}`, 400},
+		{post, "/v1/pause", `{"spread":"1s"}`, 400},
+		{post, "/v1/pause", `{"evict":true,"spread":"1h"}`, 201},
+		{get, "/v1/conns", "", 200},
 		{post, "/v1/resume", ``, 200},
-		{post, "/v1/resume", `{}`, 200},
-		{post, "/v1/resume", `{"all":true}`, 400},
 		{post, "/v1/resume", huge, 413},
 		{get, "/v1/events?type=state", "", 400},
 
@@ -335,6 +342,12 @@ func testDocumentAnswers(t *testing.T) {
 
 		{post, "/v1/shutdown", `{"now":true,"grace":"5s"}`, 400},
 		{post, "/v1/shutdown", `{"now":"yes"}`, 400},
+		{post, "/v1/shutdown", `{"extend":"0s"}`, 400},
+		{post, "/v1/shutdown", `{"extend":"5s","grace":"5s"}`, 400},
+		{post, "/v1/shutdown", `{"extend":"5s"}`, 409},
+		{del, "/v1/shutdown?now=true", "", 400},
+		{del, "/v1/shutdown", huge, 413},
+		{del, "/v1/shutdown", "", 409},
 		{post, "/v1/shutdown", huge, 413},
 	})
 
@@ -352,7 +365,10 @@ func testDocumentAnswers(t *testing.T) {
 	doc.driveBusy(t, r, seen)
 	streams := doc.followStreams(t, r, seen)
 	doc.drive(t, r, seen, []exchange{
+		{post, "/v1/shutdown", `{"grace":"1h","spread":"1m","reason":"upgrade"}`, 202},
+		{del, "/v1/shutdown", "", 200},
 		{post, "/v1/shutdown", `{"grace":"1h","reason":"upgrade"}`, 202},
+		{post, "/v1/shutdown", `{"extend":"1m"}`, 202},
 		{post, "/v1/shutdown", ``, 200},
 		{post, "/v1/shutdown", `{"grace":"30m"}`, 202},
 		{get, "/v1/status", "", 200},

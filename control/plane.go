@@ -52,6 +52,8 @@ type Options struct {
 	// the default. Nil: there is no such path.
 	Upgrade func(ctx context.Context, timeout time.Duration) (Upgraded, error)
 
+	// LostHolds are those that the end of the previous process has ended, shown in the status.
+	LostHolds []Hold
 	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil: there are none.
 	Certificates Certificates
 
@@ -79,6 +81,7 @@ type Plane struct {
 	routes       []route
 	mux          *http.ServeMux
 	http         *http.Server
+	lostHolds    []Hold
 	certificates Certificates        // nil if there are none
 	readOnly     bool                // nothing here changes anything
 	https        bool                // http.TLSConfig was given; net/http sets it later too, for HTTP/2
@@ -118,6 +121,7 @@ func New(srv *server.Server, opts Options) *Plane {
 		{http.MethodPost, "/v1/notify", p.postNotify},
 		{http.MethodPost, "/v1/certificates/reload", p.postReload},
 		{http.MethodPost, "/v1/shutdown", p.postShutdown},
+		{http.MethodDelete, "/v1/shutdown", p.deleteShutdown},
 		{http.MethodGet, "/v1/wait", p.getWait},
 		{http.MethodGet, "/v1/events", p.getEvents},
 	}, metricsRoutes(opts.Metrics), upgradeRoutes(opts.Upgrade))
@@ -144,7 +148,7 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		opts.Logger = zap.NewNop()
 	}
 	p := &Plane{
-		srv: srv, version: opts.Version, certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
+		srv: srv, version: opts.Version, lostHolds: opts.LostHolds, certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
 		mux: http.NewServeMux(), linger: lingerTimeout, maxCallers: MaxCallers,
 	}
 	if files, limited := openFilesLimit(); limited {
@@ -226,6 +230,9 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer answer.close()
 	who := callerFrom(r.Context())
 	who.begin()
+	if changes(r.Method) {
+		who.identify(r)
+	}
 
 	switch clean := path.Clean(r.URL.Path); {
 	case clean != r.URL.Path && clean+"/" != r.URL.Path: // the mux would answer with a redirect
@@ -364,7 +371,7 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		return fmt.Errorf("control plane: %w", err)
 	}
 	interrupt = func(error) {
-		p.srv.StartDrain(server.DrainOptions{Reason: "stopping"})
+		p.srv.StartDrain(server.DrainOptions{Reason: "stopping", Final: true})
 		<-p.srv.Done()
 		ctx, cancel := context.WithTimeoutCause(context.Background(), p.linger, http.ErrServerClosed)
 		defer cancel()
@@ -411,6 +418,6 @@ func ServerActor(srv *server.Server, listeners ...server.Listener) (execute func
 		}
 		return errors.Join(errs...)
 	}
-	interrupt = func(error) { srv.StartDrain(server.DrainOptions{Reason: "stopping"}) }
+	interrupt = func(error) { srv.StartDrain(server.DrainOptions{Reason: "stopping", Final: true}) }
 	return execute, interrupt
 }

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,8 +18,9 @@ type Problem struct {
 	Status   int        `json:"status"`
 	Detail   string     `json:"detail,omitempty"`
 	Field    string     `json:"field,omitempty"`    // ProblemInvalid: the field or parameter
-	State    string     `json:"state,omitempty"`    // ProblemDraining and ProblemTimeout: the server's state
+	State    string     `json:"state,omitempty"`    // of ProblemDraining, NotDraining and Timeout
 	Deadline *time.Time `json:"deadline,omitempty"` // ProblemDraining: when the drain ends at the latest
+	Holds    []Hold     `json:"holds,omitempty"`    // ProblemHolds: those in force
 }
 
 // Error returns the detail, or the title if there is none.
@@ -36,6 +38,8 @@ const (
 	ProblemMethod      = "urn:echod:problem:method-not-allowed"
 	ProblemTimeout     = "urn:echod:problem:timeout"
 	ProblemDraining    = "urn:echod:problem:draining"
+	ProblemNotDraining = "urn:echod:problem:not-draining"
+	ProblemHolds       = "urn:echod:problem:several-holds"
 	ProblemTooLarge    = "urn:echod:problem:too-large"
 	ProblemBusy        = "urn:echod:problem:busy"
 	ProblemUpgrade     = "urn:echod:problem:upgrade-failed"
@@ -76,6 +80,29 @@ func (p *Plane) classify(err error) *Problem {
 			Type: ProblemDraining, Title: "The server is draining", Status: http.StatusConflict,
 			Detail: err.Error(), State: p.srv.Status().State.String(), Deadline: &draining.Deadline,
 		}
+	}
+	if errors.Is(err, server.ErrNotDraining) {
+		return &Problem{
+			Type: ProblemNotDraining, Title: "The server is not draining", Status: http.StatusConflict,
+			Detail: err.Error(), State: p.srv.Status().State.String(),
+		}
+	}
+	if errors.Is(err, server.ErrDrainFinal) {
+		st := p.srv.Status()
+		return &Problem{
+			Type: ProblemDraining, Title: "The drain goes on", Status: http.StatusConflict, Detail: err.Error(),
+			State: st.State.String(), Deadline: &cmp.Or(st.Drain, &server.DrainInfo{}).Deadline,
+		}
+	}
+	if several, ok := errors.AsType[*server.HoldsError](err); ok {
+		problem := &Problem{
+			Type: ProblemHolds, Title: "Several holds exist", Status: http.StatusConflict, Detail: err.Error(),
+			State: p.srv.Status().State.String(),
+		}
+		for _, h := range several.Holds {
+			problem.Holds = append(problem.Holds, NewHold(h))
+		}
+		return problem
 	}
 	if errors.Is(err, server.ErrHandoverInProgress) {
 		return &Problem{

@@ -14,6 +14,7 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 		return err
 	}
 	status := wireStatus(p.srv.Status(), p.version)
+	status.LostHolds = p.lostHolds
 	status.Certificates = wireCertificates(p.certificates)
 	return answerJSON(w, http.StatusOK, status)
 }

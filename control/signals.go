@@ -31,6 +31,9 @@ type Signals struct {
 	// PassOn is called with each signal before it is handled, to pass it on to another process. Set it before Actor is
 	// called; nil is not called.
 	PassOn func(sig os.Signal)
+	// Final means that a drain begun by a signal cannot be cancelled, because a supervisor that stops the process kills it
+	// some time after the signal. Set it before Actor is called.
+	Final  bool
 	forced atomic.Pointer[os.Signal]
 }
 
@@ -50,6 +53,9 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 				<-ending // the group's error is that of the first actor to return, which must not be this one
 				return nil
 			case sig := <-s.in:
+				if s.srv.Status().State < server.StateDraining {
+					asked = 0 // also after a drain that was cancelled
+				}
 				if sig != syscall.SIGHUP {
 					asked++
 				}
@@ -58,7 +64,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 		}
 	}
 	interrupt = func(error) {
-		s.srv.StartDrain(server.DrainOptions{Reason: "stopping"})
+		s.srv.StartDrain(server.DrainOptions{Reason: "stopping", Final: true})
 		close(ending)
 	}
 	return execute, interrupt
@@ -91,7 +97,7 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 		return
 	}
 	s.log.Info("signal received", name)
-	if !s.srv.StartDrain(server.DrainOptions{Reason: SignalName(sig)}) {
+	if !s.srv.StartDrain(server.DrainOptions{Reason: SignalName(sig), Final: s.Final}) {
 		s.log.Info("drain already in progress; its deadline is unchanged", name)
 	}
 }

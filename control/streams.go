@@ -268,7 +268,7 @@ func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.Pa
 	p.auditRequest(w, r, nil)
 	s.Header().Set("Location", "/v1/holds/"+h.ID())
 	s.start(http.StatusCreated)
-	if s.send(p, wireHold(h.Info())) != nil {
+	if s.send(p, NewHold(h.Info())) != nil {
 		return nil
 	}
 	select {

@@ -28,11 +28,18 @@ type Status struct {
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
 
+	LostHolds []Hold `json:"lost_holds,omitempty"` // that a restart has ended: the server is not paused by them
+
 	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
+
+	Told int `json:"told"` // open connections whose clients were told to leave
 
 	// The defaults of a drain.
 	GraceSeconds      float64 `json:"grace_seconds"`
 	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
+	SpreadSeconds     float64 `json:"spread_seconds"`
+
+	MaxConnAgeSeconds float64 `json:"max_conn_age_seconds"` // 0 is no limit
 }
 
 // Notices counts the texts sent to clients since the start, by a drain and by POST /v1/notify.
@@ -58,14 +65,23 @@ type Hold struct {
 	Expires *time.Time `json:"expires,omitempty"`
 	UID     *int       `json:"uid,omitempty"` // who placed it, if known
 	PID     *int       `json:"pid,omitempty"`
+
+	User   string `json:"user,omitempty"`   // the name of uid
+	Claims string `json:"claims,omitempty"` // what the caller said about itself, not proved
+
+	Evict         bool    `json:"evict,omitempty"`          // the connected clients are sent away
+	SpreadSeconds float64 `json:"spread_seconds,omitempty"` // so long after since the last is told
 }
 
 // Drain is the drain in progress, or the one that has ended.
 type Drain struct {
 	Since          time.Time  `json:"since"`
 	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // with a delay: new clients are served until then
+	TellingUntil   *time.Time `json:"telling_until,omitempty"`   // with a spread: the last client is told then
 	Deadline       time.Time  `json:"deadline"`
 	Reason         string     `json:"reason"`
+	Told           int        `json:"told"`   // clients told so far
+	Untold         int        `json:"untold"` // clients that are served and were not told yet
 	Notified       int        `json:"notified"`
 	NoticeFailed   int        `json:"notice_failed"`
 }
@@ -82,7 +98,14 @@ type Conn struct {
 	BytesOut    uint64    `json:"bytes_out"`
 	Notified    bool      `json:"notified"`
 
+	Drain  *ConnDrain        `json:"drain,omitempty"`  // since its client was told to leave
 	Labels map[string]string `json:"labels,omitempty"` // set by the handler
+}
+
+// ConnDrain is why and when a connection is closed.
+type ConnDrain struct {
+	Deadline time.Time `json:"deadline"`
+	Reason   string    `json:"reason"`
 }
 
 // ClosedConn is a closed connection.
@@ -119,6 +142,8 @@ type Change struct {
 	Released *int   `json:"released,omitempty"` // number of holds
 	Killed   *int   `json:"killed,omitempty"`   // number of connections
 	Drain    *Drain `json:"drain,omitempty"`
+
+	ExtendedSeconds *float64 `json:"extended_seconds,omitempty"` // by how much the deadline of the drain was moved
 }
 
 // Upgraded answers POST /v1/upgrade.
@@ -164,8 +189,10 @@ type Event struct {
 
 // Caller is who released a hold through the control socket.
 type Caller struct {
-	UID int `json:"uid"`
-	PID int `json:"pid"`
+	UID    int    `json:"uid"`
+	PID    int    `json:"pid"`
+	User   string `json:"user,omitempty"`   // the name of uid
+	Claims string `json:"claims,omitempty"` // not proved
 }
 
 func wireStatus(st server.Status, version string) Status {
@@ -176,6 +203,7 @@ func wireStatus(st server.Status, version string) Status {
 		Connections: st.Connections, Phases: map[string]int{}, Accepted: st.Accepted, Closed: map[string]uint64{},
 		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Notices: Notices{Sent: st.NoticesSent, Failed: st.NoticesFailed},
 		Holds: []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
+		SpreadSeconds: st.Spread.Seconds(), MaxConnAgeSeconds: st.MaxAge.Seconds(), Told: st.Told,
 	}
 	for _, l := range st.Listeners {
 		wl := Listener{Address: l.Address.String(), TLS: l.TLS}
@@ -191,20 +219,22 @@ func wireStatus(st server.Status, version string) Status {
 		out.Closed[why.String()] = n
 	}
 	for _, h := range st.Holds {
-		out.Holds = append(out.Holds, wireHold(h))
+		out.Holds = append(out.Holds, NewHold(h))
 	}
 	out.Drain = wireDrain(st.Drain)
 	return out
 }
 
-func wireHold(h server.HoldInfo) Hold {
+// NewHold describes a hold as the API does.
+func NewHold(h server.HoldInfo) Hold {
 	out := Hold{ID: h.ID, Reason: h.Reason, Mode: h.Mode.String(), Since: h.Since}
 	if !h.Expires.IsZero() {
 		out.Expires = &h.Expires
 	}
 	if h.By.PID != 0 {
-		out.UID, out.PID = &h.By.UID, &h.By.PID
+		out.UID, out.PID, out.User, out.Claims = &h.By.UID, &h.By.PID, h.By.User, h.By.Claims
 	}
+	out.Evict, out.SpreadSeconds = h.Evict, h.Spread.Seconds()
 	return out
 }
 
@@ -214,19 +244,26 @@ func wireDrain(d *server.DrainInfo) *Drain {
 	}
 	out := &Drain{
 		Since: d.Since, Deadline: d.Deadline, Reason: d.Reason, Notified: d.Notified,
-		NoticeFailed: d.NoticeFailed,
+		NoticeFailed: d.NoticeFailed, Told: d.Told, Untold: d.Untold,
 	}
 	if d.AcceptUntil.After(d.Since) {
 		out.AcceptingUntil = &d.AcceptUntil
+	}
+	if d.TellUntil.After(d.AcceptUntil) {
+		out.TellingUntil = &d.TellUntil
 	}
 	return out
 }
 
 func wireConn(c server.ConnInfo) Conn {
-	return Conn{
+	out := Conn{
 		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), State: c.Phase.String(), Opened: c.Opened,
 		IdleSeconds: c.Idle.Seconds(), BytesIn: c.BytesIn, BytesOut: c.BytesOut, Notified: c.Notified, Labels: c.Labels,
 	}
+	if !c.DrainDeadline.IsZero() {
+		out.Drain = &ConnDrain{Deadline: c.DrainDeadline, Reason: c.DrainReason}
+	}
+	return out
 }
 
 func wireClosed(c server.ClosedConn) ClosedConn {
@@ -253,10 +290,10 @@ func wireEvent(e server.Event) Event {
 		out.Closed = new(wireClosed(*e.Closed))
 	}
 	if e.Hold != nil {
-		out.Hold = new(wireHold(*e.Hold))
+		out.Hold = new(NewHold(*e.Hold))
 	}
 	if e.By.PID != 0 {
-		out.ReleasedBy = &Caller{UID: e.By.UID, PID: e.By.PID}
+		out.ReleasedBy = &Caller{UID: e.By.UID, PID: e.By.PID, User: e.By.User, Claims: e.By.Claims}
 	}
 	return out
 }

@@ -69,6 +69,14 @@ var (
 	errNotNew = errors.New("server: the Server was not made by New")
 )
 
+// A HoldsError refuses to resume the server, because several holds exist: release them by their ids, or all of them
+// with ResumeAll.
+type HoldsError struct{ Holds []HoldInfo }
+
+func (e *HoldsError) Error() string {
+	return fmt.Sprintf("%d holds exist: name those to release, or ask for all of them", len(e.Holds))
+}
+
 // A DrainingError refuses a request because the server is draining or has stopped.
 type DrainingError struct {
 	Deadline time.Time // when the drain ends at the latest

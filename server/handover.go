@@ -683,9 +683,7 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 				m.Transitions[State(state).String()] = n
 			}
 		}
-		for _, hold := range st.holds {
-			m.Holds = append(m.Holds, hold.info)
-		}
+		m.Holds = st.holdInfos()
 		for _, c := range st.recent.newestFirst() {
 			m.Recent = append(m.Recent, recordClosed(c))
 		}

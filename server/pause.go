@@ -12,13 +12,24 @@ import (
 )
 
 // Caller identifies who asked for something, for logs and events. A zero PID means that it is not known.
-type Caller struct{ UID, PID int }
+type Caller struct {
+	UID, PID int
+	User     string // the name of UID; empty if it is not known
+	Claims   string // what the caller says about itself, which nothing proves
+}
 
 func (c Caller) fields(prefix string) []zap.Field {
 	if c.PID == 0 {
 		return nil
 	}
-	return []zap.Field{zap.Int(prefix+"uid", c.UID), zap.Int(prefix+"pid", c.PID)}
+	fields := []zap.Field{zap.Int(prefix+"uid", c.UID), zap.Int(prefix+"pid", c.PID)}
+	if c.User != "" {
+		fields = append(fields, zap.String(prefix+"user", c.User))
+	}
+	if c.Claims != "" {
+		fields = append(fields, zap.String(prefix+"claims", c.Claims))
+	}
+	return fields
 }
 
 // PauseOptions describes a pause. The zero value is a hold without a reason that lasts until it is released.
@@ -205,17 +216,27 @@ func (s *Server) ReleaseHold(id string, by Caller) error {
 	}
 }
 
-// Resume releases every hold, and returns how many there were; by is who asks. It does nothing if the server is not
-// paused. The error is a *DrainingError once a drain has begun.
-func (s *Server) Resume(by Caller) (released int, err error) {
+// Resume releases the hold, and returns how many there were: none or one; by is who asks. If there are several, the
+// error is a *HoldsError, because the other owners may rely on theirs. It is a *DrainingError once a drain has begun.
+func (s *Server) Resume(by Caller) (released int, err error) { return s.resume(by, false) }
+
+// ResumeAll releases every hold, and returns how many there were; by is who asks. The error is a *DrainingError once a
+// drain has begun.
+func (s *Server) ResumeAll(by Caller) (released int, err error) { return s.resume(by, true) }
+
+func (s *Server) resume(by Caller, all bool) (released int, err error) {
 	s.awaitThaw()
 	if s.log == nil {
 		return 0, errNotNew
 	}
 	var ended []HoldInfo
 	s.state.With(func(st *state) {
-		if st.phase >= StateDraining {
+		switch {
+		case st.phase >= StateDraining:
 			err = &DrainingError{Deadline: st.drain.deadline}
+			return
+		case len(st.holds) > 1 && !all:
+			err = &HoldsError{st.holdInfos()}
 			return
 		}
 		for len(st.holds) > 0 {
@@ -230,6 +251,13 @@ func (s *Server) Resume(by Caller) (released int, err error) {
 		s.log.Info("resumed", append(by.fields(""), zap.Int("holds_released", len(ended)))...)
 	}
 	return len(ended), err
+}
+
+func (st *state) holdInfos() (infos []HoldInfo) {
+	for _, h := range st.holds {
+		infos = append(infos, h.info)
+	}
+	return infos
 }
 
 // WhilePaused calls f while the server is paused, and releases its hold when f has returned or panicked. The context

@@ -153,7 +153,7 @@ func (s *Server) ServeListener(l Listener) error {
 		if !last {
 			return err
 		}
-		s.StartDrain(DrainOptions{Reason: "accept error"})
+		s.StartDrain(DrainOptions{Reason: "accept error", Final: true})
 	default:
 		err = ErrServerClosed
 	}

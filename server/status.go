@@ -111,9 +111,7 @@ func (s *Server) Status() Status {
 			}
 		}
 		conns = st.conns.all()
-		for _, h := range st.holds {
-			status.Holds = append(status.Holds, h.info)
-		}
+		status.Holds = st.holdInfos()
 		status.Drain = st.drainInfo()
 		for _, a := range st.acceptors {
 			listeners = append(listeners, a.ln)

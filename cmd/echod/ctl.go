@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"os"
 	"os/user"
 	"slices"
 	"strconv"
@@ -77,6 +78,7 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 		return err
 	}
 	defer c.Close()
+	c.Claims = claims()
 	out := cmd.OutOrStdout()
 	if ctl.json {
 		c.OnAnswer = func(body []byte) { _, _ = cmd.OutOrStdout().Write(body) }
@@ -109,14 +111,19 @@ func showStatus(out io.Writer, st control.Status) error {
 	}
 	row("state", "%s", st.State)
 	if d := st.Drain; d != nil {
-		row("drain", "%s, %s left, %d notified, %d could not be notified",
-			d.Reason, span(max(0, time.Until(d.Deadline))), d.Notified, d.NoticeFailed)
+		row("drain", "%s", describeDrain(*d))
 		if until := d.AcceptingUntil; until != nil && time.Now().Before(*until) {
 			row("accepting", "for another %s", span(time.Until(*until)))
 		}
 	}
 	for _, h := range st.Holds {
 		row("hold", "%s", describeHold(h))
+	}
+	for _, h := range st.LostHolds {
+		row("ended", "by a restart: hold %s", describeHold(h))
+	}
+	if st.Told > 0 && st.Drain == nil {
+		row("leaving", "%s told to leave, see 'echod ctl conns'", text.Count(st.Told, "client"))
 	}
 	for _, l := range st.Listeners {
 		queue := ""
@@ -141,9 +148,45 @@ func showStatus(out io.Writer, st control.Status) error {
 		row("closed", "%s", strings.Join(reasons, ", "))
 	}
 	row("bytes", "%s in, %s out", humanize.Bytes(st.BytesIn), humanize.Bytes(st.BytesOut))
+	if st.Drain == nil {
+		row("a drain", "%s", describeDefaultDrain(st))
+	}
 	row("up", "%s, started %s", seconds(st.UptimeSeconds), st.Started.Local().Format(time.DateTime))
 	row("process", "%d, version %s", st.PID, st.Version)
 	return w.Flush()
+}
+
+// describeDrain says how far a drain is and when it ends.
+func describeDrain(d control.Drain) string {
+	words := []string{d.Reason, span(max(0, time.Until(d.Deadline))) + " left", fmt.Sprintf("%d notified", d.Notified)}
+	if d.NoticeFailed > 0 {
+		words = append(words, fmt.Sprintf("%d could not be notified", d.NoticeFailed))
+	}
+	if d.Untold > 0 {
+		until := ""
+		if d.TellingUntil != nil {
+			until = ", within " + span(max(0, time.Until(*d.TellingUntil)))
+		}
+		words = append(words, fmt.Sprintf("%d still to be notified%s", d.Untold, until))
+	}
+	return strings.Join(words, ", ")
+}
+
+// describeDefaultDrain says how long a drain takes that names no times itself.
+func describeDefaultDrain(st control.Status) string {
+	const end = 2 // seconds for the server to stop after the deadline
+	var parts []string
+	for _, part := range []struct {
+		name string
+		time float64
+	}{{"delay", st.DrainDelaySeconds}, {"spread", st.SpreadSeconds}, {"grace", st.GraceSeconds}} {
+		if part.time > 0 {
+			parts = append(parts, seconds(part.time)+" "+part.name)
+		}
+	}
+	parts = append(parts, seconds(end)+" to close the rest")
+	return fmt.Sprintf("would take %s at most: %s",
+		seconds(st.DrainDelaySeconds+st.SpreadSeconds+st.GraceSeconds+end), strings.Join(parts, ", "))
 }
 
 func describeHold(h control.Hold) string {
@@ -155,24 +198,55 @@ func describeHold(h control.Hold) string {
 		words = append(words, "mode "+h.Mode)
 	}
 	if stood := time.Since(h.Since); stood >= time.Second {
-		words = append(words, "placed "+span(stood)+" ago")
+		words = append(words, "placed "+span(stood.Truncate(time.Second))+" ago")
 	}
 	if h.Expires != nil {
 		words = append(words, "expires in "+span(time.Until(*h.Expires)))
 	}
+	if h.Evict {
+		evict := "evicts clients"
+		if h.SpreadSeconds > 0 {
+			evict += " within " + seconds(h.SpreadSeconds)
+		}
+		words = append(words, evict)
+	}
 	if h.UID != nil && h.PID != nil {
-		words = append(words, "by "+describeCaller(*h.UID, *h.PID))
+		words = append(words, "by "+describeCaller(control.Caller{UID: *h.UID, PID: *h.PID, User: h.User, Claims: h.Claims}))
 	}
 	return strings.Join(words, ", ")
 }
 
-// describeCaller names a user and their process.
-func describeCaller(uid, pid int) string {
-	numbers := fmt.Sprintf("uid %d, pid %d", uid, pid)
-	if u, err := user.LookupId(strconv.Itoa(uid)); err == nil {
-		return fmt.Sprintf("%s (%s)", u.Username, numbers)
+// describeCaller names a user and their process, and what the process said about itself.
+func describeCaller(c control.Caller) string {
+	who := fmt.Sprintf("uid %d, pid %d", c.UID, c.PID)
+	name := c.User
+	if name == "" { // the server may not know the users that this process knows
+		if u, err := user.LookupId(strconv.Itoa(c.UID)); err == nil {
+			name = u.Username
+		}
 	}
-	return numbers
+	if name != "" {
+		who = fmt.Sprintf("%s (%s)", name, who)
+	}
+	if c.Claims != "" {
+		who += fmt.Sprintf(", claims to be %s", c.Claims)
+	}
+	return who
+}
+
+// claims says for whom this process acts, as far as sudo and the login say.
+func claims() string {
+	var parts []string
+	if name := os.Getenv("SUDO_USER"); name != "" {
+		parts = append(parts, "sudo user "+name)
+	}
+	const unset = "4294967295" // the process does not belong to a login
+	if login, err := os.ReadFile("/proc/self/loginuid"); err == nil {
+		if uid := strings.TrimSpace(string(login)); uid != unset {
+			parts = append(parts, "login uid "+uid)
+		}
+	}
+	return strings.Join(parts, ", ")
 }
 
 func (ctl *ctl) connsCommand() *cobra.Command {
@@ -195,6 +269,10 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 				if slices.ContainsFunc(list.Connections, func(c control.Conn) bool { return c.Labels[server.LabelSubject] != "" }) {
 					header, identified = header+"\tIDENTITY", true
 				}
+				leaving := slices.ContainsFunc(list.Connections, func(c control.Conn) bool { return c.Drain != nil })
+				if leaving {
+					header += "\tCLOSES IN\tBECAUSE"
+				}
 				return table(out, header, func(row func(...any)) {
 					for _, c := range list.Connections {
 						cells := []any{
@@ -203,6 +281,11 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 						}
 						if identified {
 							cells = append(cells, text.Printable(cmp.Or(c.Labels[server.LabelSubject], "-")))
+						}
+						if leaving && c.Drain != nil {
+							cells = append(cells, span(max(0, time.Until(c.Drain.Deadline))), c.Drain.Reason)
+						} else if leaving {
+							cells = append(cells, "-", "-")
 						}
 						row(cells...)
 					}
@@ -287,7 +370,7 @@ func describeEvent(e control.Event) string {
 	case e.Hold != nil && e.Cause != "":
 		what = fmt.Sprintf("released  %s: %s", describeHold(*e.Hold), e.Cause)
 		if e.ReleasedBy != nil {
-			what += " by " + describeCaller(e.ReleasedBy.UID, e.ReleasedBy.PID)
+			what += " by " + describeCaller(*e.ReleasedBy)
 		}
 	case e.Hold != nil:
 		what = "hold      " + describeHold(*e.Hold)
@@ -309,7 +392,8 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 		Use:   "wait",
 		Short: "Wait for a state or a number of open connections",
 		Long: `Wait for a state or a number of open connections. A wait for running or paused also
-waits for a server to start.`,
+waits for a server to start. So do other waits with --timeout, unless they are for stopped
+or the server stops meanwhile.`,
 		Args: takes(cobra.NoArgs),
 		Example: `  echod ctl wait --state running --timeout 10s
   echod ctl wait --connections 0`,
@@ -334,10 +418,14 @@ waits for a server to start.`,
 					return printLine(out, "%s with %s", seen.State, text.Count(seen.Connections, "connection"))
 				})
 			}
-			if state == "running" || state == "paused" {
-				return ctl.retryUntilUp(req.Timeout, wait)
+			switch {
+			case state == "running" || state == "paused":
+				return ctl.retryUntilUp(req.Timeout, wait, true)
+			case state != "stopped" && req.Timeout != nil:
+				return ctl.retryUntilUp(req.Timeout, wait, false)
+			default:
+				return wait(req.Timeout)
 			}
-			return wait(req.Timeout)
 		},
 	}
 	cmd.Flags().StringVar(&state, "state", "",
@@ -352,8 +440,9 @@ waits for a server to start.`,
 // waitRetry is the time between two attempts of wait to reach a server.
 const waitRetry = 100 * time.Millisecond
 
-// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil.
-func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Duration) error) error {
+// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil. With again it also waits for the
+// next server if one goes away meanwhile.
+func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Duration) error, again bool) error {
 	began := time.Now()
 	for left := timeout; ; time.Sleep(waitRetry) {
 		if timeout != nil {
@@ -365,7 +454,7 @@ func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Durati
 			away = exit.code == exitUnreachable
 		}
 		switch {
-		case !away || errors.Is(err, fs.ErrPermission):
+		case !away || errors.Is(err, fs.ErrPermission), !again && errors.Is(err, io.EOF):
 			return err
 		case left != nil && *left == 0:
 			return &exitError{exitTimeout, fmt.Errorf("the wait timed out: %w", err)}
@@ -375,21 +464,19 @@ func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Durati
 }
 
 func (ctl *ctl) resumeCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:   "resume [HOLD...]",
-		Short: "Release all holds, or the named ones",
+	var all bool
+	cmd := &cobra.Command{
+		Use:   "resume [HOLD... | --all]",
+		Short: "Release the hold, the named holds, or all",
+		Long: `Release the hold. If there are several, they are listed, and nothing is released: name
+those to release, or give --all. Each may protect the work of somebody else.`,
 		RunE: func(cmd *cobra.Command, holds []string) error {
+			if all && len(holds) > 0 {
+				return usagef("--all and names of holds exclude each other")
+			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				if len(holds) == 0 {
-					change, err := c.Resume(ctx)
-					if err != nil {
-						return err
-					}
-					if !change.Changed {
-						return printLine(out, "nothing to resume: the server is %s", change.State)
-					}
-					return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"),
-						change.State)
+					return resume(ctx, c, out, all)
 				}
 				for _, id := range holds {
 					change, err := c.ReleaseHold(ctx, id)
@@ -403,6 +490,31 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 				return nil
 			})
 		},
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "release all holds")
+	return cmd
+}
+
+func resume(ctx context.Context, c *control.Client, out io.Writer, all bool) error {
+	release := c.Resume
+	if all {
+		release = c.ResumeAll
+	}
+	change, err := release(ctx)
+	if problem, ok := errors.AsType[*control.Problem](err); ok && problem.Type == control.ProblemHolds {
+		lines := []string{fmt.Sprintf("%d holds exist: name those to release, or give --all", len(problem.Holds))}
+		for _, h := range problem.Holds {
+			lines = append(lines, "  "+text.Printable(describeHold(h)))
+		}
+		return errors.New(strings.Join(lines, "\n"))
+	}
+	switch {
+	case err != nil:
+		return err
+	case !change.Changed:
+		return printLine(out, "nothing to resume: the server is %s", change.State)
+	default:
+		return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"), change.State)
 	}
 }
 
@@ -509,46 +621,108 @@ func (ctl *ctl) reloadCommand() *cobra.Command {
 
 func (ctl *ctl) shutdownCommand() *cobra.Command {
 	var req control.ShutdownRequest
-	var grace time.Duration
+	var grace, spread, extend time.Duration
+	var cancel bool
 	cmd := &cobra.Command{
 		Use:   "shutdown",
-		Short: "Start the drain, shorten it, or close everything now",
-		Args:  takes(cobra.NoArgs),
+		Short: "Start the drain, spread, shorten, extend or cancel it, or close everything now",
+		Long: `Start the drain. During a drain, a shorter --grace brings the deadline forward, --now
+closes everything, --extend gives clients more time, and --cancel cancels the drain.
+
+With --spread clients are told one after another at random, each with its own --grace
+from then on, so that they do not all reconnect in the same second.
+
+--extend never goes beyond the supervisor's stop timeout, see --stop-timeout of 'echod
+serve'. Clients are not told again. --cancel works during --drain-delay, while no client
+has been told, and not if a supervisor's signal began the drain.`,
+		Example: `  echod ctl shutdown --grace 1m --spread 30s --reason upgrade
+  echod ctl shutdown --extend 30s
+  echod ctl shutdown --cancel`,
+		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("grace") {
-				if req.Now {
-					return usagef("--now and --grace exclude each other")
-				}
+			given := func(name string) bool { return cmd.Flags().Changed(name) }
+			begins := req.Now || given("grace") || given("spread") || given("reason")
+			switch {
+			case req.Now && (given("grace") || given("spread")):
+				return usagef("--now excludes --grace and --spread")
+			case cancel && (begins || given("extend")), given("extend") && begins:
+				return usagef("--extend and --cancel exclude other flags")
+			case given("extend") && extend <= 0:
+				return usagef("--extend %s: must be positive", extend)
+			}
+			if given("grace") {
 				req.Grace = &grace
 			}
+			if given("spread") {
+				req.Spread = &spread
+			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				change, err := c.Shutdown(ctx, req)
-				if err != nil {
-					return err
+				switch {
+				case cancel:
+					change, err := c.CancelShutdown(ctx)
+					if err != nil {
+						return err
+					}
+					return printLine(out, "cancelled: the server is %s", change.State)
+				case given("extend"):
+					return extendDrain(ctx, c, out, extend)
+				default:
+					return startDrain(ctx, c, out, req)
 				}
-				left := "no time left"
-				if change.Drain != nil {
-					left = span(max(0, time.Until(change.Drain.Deadline))) + " left"
-				}
-				if !change.Changed {
-					left += ", unchanged"
-				}
-				if err := printLine(out, "%s, %s", change.State, left); err != nil {
-					return err
-				}
-				if req.Grace != nil && !change.Changed {
-					return errors.New("the deadline is unchanged: a drain can only be shortened")
-				}
-				return nil
 			})
 		},
 	}
 	cmd.Flags().DurationVar(&grace, "grace", 0,
 		"`time` that clients have to finish (default: the server's --grace)")
+	cmd.Flags().DurationVar(&spread, "spread", 0,
+		"`time` in which clients are told, one after another (default: the\nserver's --spread)")
 	cmd.Flags().StringVar(&req.Reason, "reason", "",
 		"`text` for the notice that clients get (default: control)")
 	cmd.Flags().BoolVar(&req.Now, "now", false, "close everything now")
+	cmd.Flags().DurationVar(&extend, "extend", 0, "give the clients of the drain so much more `time`")
+	cmd.Flags().BoolVar(&cancel, "cancel", false, "cancel the drain, while no client has been told")
 	return cmd
+}
+
+func startDrain(ctx context.Context, c *control.Client, out io.Writer, req control.ShutdownRequest) error {
+	change, err := c.Shutdown(ctx, req)
+	if err != nil {
+		return err
+	}
+	left := drainLeft(change)
+	if !change.Changed {
+		left += ", unchanged"
+	}
+	if err := printLine(out, "%s, %s", change.State, left); err != nil {
+		return err
+	}
+	if (req.Grace != nil || req.Spread != nil) && !change.Changed {
+		return errors.New("the drain is unchanged: --grace can only shorten it; --extend lengthens it")
+	}
+	return nil
+}
+
+func extendDrain(ctx context.Context, c *control.Client, out io.Writer, extend time.Duration) error {
+	change, err := c.ExtendShutdown(ctx, extend)
+	if err != nil {
+		return err
+	}
+	const limit = "the supervisor would kill the server later than that (--stop-timeout)"
+	switch extended := time.Duration(*change.ExtendedSeconds * float64(time.Second)); {
+	case !change.Changed:
+		return fmt.Errorf("not extended, %s: %s", drainLeft(change), limit)
+	case extended < extend:
+		return printLine(out, "%s, %s: extended by %s only, because %s", change.State, drainLeft(change), span(extended), limit)
+	default:
+		return printLine(out, "%s, %s", change.State, drainLeft(change))
+	}
+}
+
+func drainLeft(change control.Change) string {
+	if change.Drain == nil {
+		return "no time left"
+	}
+	return span(max(0, time.Until(change.Drain.Deadline))) + " left"
 }
 
 // table prints rows in columns.

@@ -29,7 +29,9 @@ func (ctl *ctl) pauseCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pause [-- COMMAND [ARG...]]",
 		Short: "Stop accepting new clients, until resumed or while COMMAND runs",
-		Long: `Stop accepting new clients. Existing connections are not affected.
+		Long: `Stop accepting new clients. Existing connections are not affected, unless --evict sends
+them away: they are told, have the server's --grace, and are closed. The server stays up,
+and is not ready. When it is resumed, clients that were not told yet stay.
 
 Without a command the pause lasts until 'echod ctl resume', or for --ttl. With a command
 it ends when the command does, and the exit code is the command's. If the pause ends
@@ -40,6 +42,7 @@ ends and the command keeps running without it.
 Mode hold leaves new clients in the accept queue and serves them on resume. Mode reject
 sends them PAUSED and closes.`,
 		Example: `  echod ctl pause --reason backup --ttl 10m
+  echod ctl pause --evict --spread 1m --reason maintenance
   echod ctl pause --reason backup -- /usr/local/bin/backup --full`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 && cmd.ArgsLenAtDash() != 0 {
@@ -50,6 +53,12 @@ sends them PAUSED and closes.`,
 		RunE: func(cmd *cobra.Command, command []string) error {
 			if cmd.Flags().Changed("ttl") && req.TTL <= 0 {
 				return usagef("--ttl %s: must be positive", req.TTL)
+			}
+			switch {
+			case req.Spread < 0:
+				return usagef("--spread %s: must not be negative", req.Spread)
+			case req.Spread > 0 && !req.Evict:
+				return usagef("--spread: needs --evict")
 			}
 			if len(command) > 0 && ctl.json {
 				return usagef("--json cannot be used with a command: the outputs would mix")
@@ -69,6 +78,9 @@ sends them PAUSED and closes.`,
 	cmd.Flags().StringVar(&req.Reason, "reason", "", "`text` for operators")
 	cmd.Flags().DurationVar(&req.TTL, "ttl", 0,
 		"resume automatically after this `time` (default: never)")
+	cmd.Flags().BoolVar(&req.Evict, "evict", false, "send the connected clients away")
+	cmd.Flags().DurationVar(&req.Spread, "spread", 0,
+		"with --evict: `time` in which clients are told, one after another")
 	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
 	completes(cmd, "mode", "hold", "reject")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault) // for the command to run
@@ -83,6 +95,7 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 		return err
 	}
 	defer c.Close()
+	c.Claims = claims()
 	ctx := cmd.Context()
 	lease, err := c.PauseWhileConnected(ctx, req)
 	if err != nil {

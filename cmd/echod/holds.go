@@ -7,89 +7,110 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
 
+	"echod/control"
 	"echod/server"
 )
 
-// holdsFile records the server's holds beside the control socket. A hold ends with its process: after a
-// restart the new server reports the holds of the old one: their owners may rely on them.
+// holdsFile records the server's holds in $STATE_DIRECTORY, or else beside the control socket. A hold ends with its
+// process: after a restart the new server reports the holds of the old one, because their owners may rely on them.
 type holdsFile struct {
 	path string
 	srv  *server.Server
 	log  *zap.Logger
-	mu   sync.Mutex // orders the updates
+	lost []control.Hold // that the previous server had; set once
+	mu   sync.Mutex     // orders the updates
 }
 
-// recordedHold is a hold in the file.
-type recordedHold struct {
-	ID      string    `json:"id"`
-	Reason  string    `json:"reason"`
-	Since   time.Time `json:"since"`
-	Expires time.Time `json:"expires,omitzero"`
+// recordedHolds is the content of the file. An array of holds, which earlier versions wrote, is read, too.
+type recordedHolds struct {
+	Holds []control.Hold `json:"holds,omitempty"`
+	Lost  []control.Hold `json:"lost,omitempty"` // for the successor of an upgrade
 }
 
-// newHoldsFile returns nil unless only this user and root can write to the directory of the control socket.
+// newHoldsFile returns nil unless only this user and root can write to the directory.
 func newHoldsFile(socket string, srv *server.Server, log *zap.Logger) *holdsFile {
-	if !filepath.IsAbs(socket) || checkOwnAndParents(filepath.Dir(socket)) != nil {
+	path := socket + ".holds"
+	if dir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":"); dir != "" { // of systemd; it may list several
+		path = filepath.Join(dir, "holds")
+	}
+	if !filepath.IsAbs(path) || checkOwnAndParents(filepath.Dir(path)) != nil {
 		return nil
 	}
-	return &holdsFile{path: socket + ".holds", srv: srv, log: log}
+	return &holdsFile{path: path, srv: srv, log: log}
 }
 
-// reportLost warns of the holds that the previous server had, and removes the file.
-func (f *holdsFile) reportLost() {
+func (f *holdsFile) read() (recorded recordedHolds) {
 	content, err := os.ReadFile(f.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return
+		return recorded
 	}
-	var holds []recordedHold
 	if err == nil {
-		err = json.Unmarshal(content, &holds)
+		if err = json.Unmarshal(content, &recorded); err != nil {
+			err = json.Unmarshal(content, &recorded.Holds)
+		}
 	}
 	if err != nil {
 		f.log.Warn("cannot read the holds of the previous server", zap.Error(err))
 	}
-	for _, h := range holds {
-		if h.Expires.IsZero() || h.Expires.After(time.Now()) {
-			f.log.Warn("a restart ended a pause",
-				zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Time("since", h.Since))
+	return recorded
+}
+
+// reportLost warns of the holds that the previous server had, and keeps them for the status.
+func (f *holdsFile) reportLost() {
+	for _, h := range f.read().Holds {
+		if h.Expires == nil || h.Expires.After(time.Now()) {
+			fields := []zap.Field{zap.String("hold", h.ID), zap.String("reason", h.Reason), zap.Time("since", h.Since)}
+			if h.UID != nil && h.PID != nil {
+				fields = append(fields, zap.Int("placed_by_uid", *h.UID), zap.Int("placed_by_pid", *h.PID))
+			}
+			f.log.Warn("a restart ended a pause", fields...)
+			f.lost = append(f.lost, h)
 		}
 	}
-	_ = os.Remove(f.path)
+	f.update()
 }
+
+// takeOver keeps what the predecessor of an upgrade reported.
+func (f *holdsFile) takeOver() { f.lost = f.read().Lost }
 
 // onRequest updates the file after a request to the control plane. The drain of a paused server keeps it.
 func (f *holdsFile) onRequest(_, method string, _ int) {
 	if method == http.MethodGet {
 		return
 	}
+	f.update()
+}
+
+func (f *holdsFile) update() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	st := f.srv.Status()
 	if st.State >= server.StateDraining {
 		return
 	}
-	holds := make([]recordedHold, 0, len(st.Holds))
+	recorded := recordedHolds{Lost: f.lost}
 	for _, h := range st.Holds {
-		holds = append(holds, recordedHold{h.ID, h.Reason, h.Since, h.Expires})
+		recorded.Holds = append(recorded.Holds, control.NewHold(h))
 	}
-	if err := f.write(holds); err != nil {
+	if err := f.write(recorded); err != nil {
 		f.log.Warn("cannot record the holds", zap.Error(err))
 	}
 }
 
-func (f *holdsFile) write(holds []recordedHold) error {
-	if len(holds) == 0 {
+func (f *holdsFile) write(recorded recordedHolds) error {
+	if len(recorded.Holds)+len(recorded.Lost) == 0 {
 		if err := os.Remove(f.path); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		return nil
 	}
-	content, err := json.Marshal(holds)
+	content, err := json.Marshal(recorded)
 	if err != nil {
 		return err
 	}

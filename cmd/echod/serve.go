@@ -51,6 +51,8 @@ type serveFlags struct {
 	idleTimeout         time.Duration
 	stallTimeout        time.Duration
 	drainDelay          time.Duration
+	spread              time.Duration
+	maxConnAge          time.Duration
 	stopTimeout         time.Duration
 	proxyProtocol       []string
 	http                string
@@ -112,6 +114,9 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.drainDelay, "drain-delay", 0,
 		"`time` for which a stopping server is not ready but still\n"+
 			"accepts clients, before --grace begins: for load balancers")
+	flags.DurationVar(&f.spread, "spread", 0,
+		"`time` in which a drain tells clients, one after another at\n"+
+			"random, each with its own --grace from then on; 0 tells all at once")
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
 		"`time` for the new program of an upgrade to start")
 	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
@@ -137,6 +142,9 @@ func newServeCommand(use string) *cobra.Command {
 		"maximum `number` of connections from one user id on Unix\nsockets; more are sent BUSY; 0 is unlimited")
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0,
 		"`time` without traffic after which a connection is closed;\n0 is never")
+	flags.DurationVar(&f.maxConnAge, "max-conn-age", 0,
+		"`time` after which a client is told to leave, and closed after\n"+
+			"--grace; varies by 10 % from client to client; 0 is never")
 	flags.DurationVar(&f.stallTimeout, "stall-timeout", server.DefaultStallTimeout,
 		"`time` after which a client that reads nothing while data waits\nfor it is closed; 0 is never")
 	flags.StringSliceVar(&f.proxyProtocol, "proxy-protocol", nil,
@@ -174,10 +182,12 @@ func newServeCommand(use string) *cobra.Command {
 // options returns the server's options. All errors are usage errors.
 func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	opts := server.Options{
-		Logger:   log,
-		Limits:   server.Limits{MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP, MaxConnsPerUID: f.maxConnsPerUID},
-		Timeouts: server.Timeouts{Idle: f.idleTimeout, Stall: cmp.Or(f.stallTimeout, server.Off)},
-		Drain:    server.DrainOptions{Grace: cmp.Or(f.grace, server.Off), Delay: f.drainDelay},
+		Logger: log,
+		Limits: server.Limits{MaxConns: f.maxConns, MaxConnsPerIP: f.maxConnsPerIP, MaxConnsPerUID: f.maxConnsPerUID},
+		Timeouts: server.Timeouts{
+			Idle: f.idleTimeout, Stall: cmp.Or(f.stallTimeout, server.Off), MaxAge: f.maxConnAge,
+		},
+		Drain: server.DrainOptions{Grace: cmp.Or(f.grace, server.Off), Delay: f.drainDelay, Spread: f.spread, StopTimeout: f.stopTimeout},
 	}
 	for _, d := range []struct {
 		flag  string
@@ -187,6 +197,8 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 		{"idle-timeout", f.idleTimeout},
 		{"stall-timeout", f.stallTimeout},
 		{"drain-delay", f.drainDelay},
+		{"spread", f.spread},
+		{"max-conn-age", f.maxConnAge},
 		{"stop-timeout", f.stopTimeout},
 		{"upgrade-timeout", f.upgradeTimeout},
 		{"upgrade-keep", f.upgradeKeep},
@@ -333,6 +345,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 
 	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
 	signals.Seen = stats.Signal
+	signals.Final = underSystemd() || f.stopTimeout > 0
 	signals.PassOn = passOn
 	handleSignals, stopSignals := signals.Actor()
 	g.Add(func() error {
@@ -364,9 +377,12 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	probes := []func(context.Context) error{srv.Probe}
 	if sockets.control != nil {
 		if holds := newHoldsFile(sockets.control.Addr().String(), srv, log); holds != nil {
-			if !tookOver { // an upgrade keeps the holds
+			if tookOver { // an upgrade keeps the holds
+				holds.takeOver()
+			} else {
 				holds.reportLost()
 			}
+			planeOpts.LostHolds = holds.lost
 			planeOpts.OnRequest = func(route, method string, code int) {
 				stats.Request(route, method, code)
 				holds.onRequest(route, method, code)
@@ -441,7 +457,7 @@ func (f serveFlags) warn(log *zap.Logger) {
 		log.Warn("not supported on this platform", zap.Strings("features", missing))
 	}
 	const end = 2 * time.Second // for the server to stop after the deadline
-	if longest := f.drainDelay + f.grace + end; f.stopTimeout > 0 && longest > f.stopTimeout {
+	if longest := f.drainDelay + f.spread + f.grace + end; f.stopTimeout > 0 && longest > f.stopTimeout {
 		then := "the supervisor kills the server during the drain"
 		if underSystemd() {
 			then = "the server asks systemd for more time"

@@ -155,7 +155,11 @@ func (n *sdNotifier) extendTimeout(st server.Status) {
 	if left <= 0 {
 		return
 	}
-	n.notify(daemon.SdNotifyStopping + "\nEXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10))
+	state := "EXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10)
+	if !time.Now().Before(st.Drain.AcceptUntil) { // until then the drain can be cancelled, and STOPPING cannot
+		state = daemon.SdNotifyStopping + "\n" + state
+	}
+	n.notify(state)
 }
 
 // pingWatchdog pings systemd's watchdog while the probes succeed. Systemd restarts a server that does not.

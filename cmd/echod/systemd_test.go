@@ -212,18 +212,26 @@ func TestExtendTimeout(t *testing.T) {
 		srv.StartDrain(server.DrainOptions{Grace: 30 * time.Second, Reason: "x"})
 		extensions := func() (n int) {
 			for _, line := range sent.take() {
-				if strings.HasPrefix(line, "STOPPING=1\nEXTEND_TIMEOUT_USEC=") {
+				if strings.Contains(line, "EXTEND_TIMEOUT_USEC=") {
 					n++
 				}
 			}
 			return n
 		}
 		synctest.Wait()
-		if got, want := sent.take()[0], "STOPPING=1\nEXTEND_TIMEOUT_USEC=70000000"; got != want {
+		if got, want := sent.take()[0], "EXTEND_TIMEOUT_USEC=70000000"; got != want {
 			t.Errorf("notified %q, want %q: delay, grace and ten seconds", got, want)
 		}
-		pass(time.Minute + drainMargin)
-		if n := extensions(); n < 60 {
+		pass(30*time.Second - 1)
+		if all := strings.Join(sent.take(), "\n"); strings.Contains(all, "STOPPING=1") {
+			t.Error("STOPPING=1 was sent while the drain can be cancelled")
+		}
+		pass(time.Second)
+		if all := strings.Join(sent.take(), "\n"); !strings.Contains(all, "STOPPING=1\nEXTEND_TIMEOUT_USEC=") {
+			t.Errorf("after the delay: %q, want STOPPING=1", all)
+		}
+		pass(29*time.Second + drainMargin)
+		if n := extensions(); n < 30 {
 			t.Errorf("%d extensions, want one a second", n)
 		}
 		pass(time.Hour)

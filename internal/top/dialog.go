@@ -121,7 +121,7 @@ func (m *model) askResume() dialog {
 		fmt.Sprintf("Resume the server? This releases %s (%s). y/N", text.Count(len(holds), "hold"),
 			firstFew(holds, 3)),
 		func(ctx context.Context, c *control.Client) (string, error) {
-			change, err := c.Resume(ctx)
+			change, err := c.ResumeAll(ctx)
 			if err != nil {
 				return "", err
 			}
