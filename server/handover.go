@@ -757,7 +757,6 @@ func (p *predecessor) complete(final finalState) {
 		st.forwarding = make(chan struct{})
 		deferred, p.h.deferred = p.h.deferred, nil
 		close(p.h.outcome)
-		s.wakeSchedule()
 	})
 	for _, c := range final.conns {
 		if c.writeHeld {
@@ -774,6 +773,7 @@ func (p *predecessor) complete(final finalState) {
 	o.Reason = cmp.Or(o.Reason, "upgrade")
 	s.StartDrain(o)
 	s.state.With(func(st *state) { st.frozen = false }) // not earlier, or a pause would be placed here and not there
+	s.wakeSchedule()
 	for _, d := range deferred {
 		o := d.o
 		m := handoverMessage{Type: msgDrain, Drain: &o, Force: d.mode == drainForce}
