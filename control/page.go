@@ -416,7 +416,7 @@ func spoken(d time.Duration) string {
 // reasonMeanings say what the close reasons mean.
 var reasonMeanings = map[server.Reason]string{
 	server.ReasonClientClosed:      "the client ended its stream",
-	server.ReasonClientLeft:        "the client ended its stream after it was told of the drain",
+	server.ReasonClientLeft:        "the client ended its stream after it was told to leave",
 	server.ReasonClientReset:       "the connection broke",
 	server.ReasonIdleTimeout:       "no byte moved for the idle timeout",
 	server.ReasonStalled:           "the client took nothing for the stall timeout while data waited for it",
@@ -432,4 +432,6 @@ var reasonMeanings = map[server.Reason]string{
 	server.ReasonForced:            "closed by a forced shutdown",
 	server.ReasonLost:              "stayed with the predecessor of an upgrade, which died",
 	server.ReasonHandshakeFailed:   "the TLS handshake failed or took too long",
+	server.ReasonEvicted:           "stayed until the end of its grace period after a pause that evicts clients",
+	server.ReasonMaxAge:            "stayed until the end of its grace period after it had reached the maximum age",
 }

@@ -38,7 +38,8 @@ func TestStatus(t *testing.T) {
 		wantEqual(t, "holds", st.Holds, []Hold{})
 		wantEqual(t, "notices", st.Notices, Notices{Sent: 1})
 		wantEqual(t, "drain", st.Drain, &Drain{
-			Since: began.Add(90 * time.Second), Deadline: began.Add(150 * time.Second), Reason: "SIGTERM", Notified: 1,
+			Since: began.Add(90 * time.Second), Deadline: began.Add(150 * time.Second), Reason: "SIGTERM", Told: 1,
+			Notified: 1,
 		})
 	})
 }

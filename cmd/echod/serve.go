@@ -116,7 +116,7 @@ func newServeCommand(use string) *cobra.Command {
 			"accepts clients, before --grace begins: for load balancers")
 	flags.DurationVar(&f.spread, "spread", 0,
 		"`time` in which a drain tells clients, one after another at\n"+
-			"random, each with its own --grace from then on; 0 tells all at once")
+			"random, each with its own --grace; 0 is all at once")
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
 		"`time` for the new program of an upgrade to start")
 	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
