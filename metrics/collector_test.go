@@ -101,8 +101,10 @@ echod_connections_closed_total{reason="rejected-limit"} 110
 echod_connections_closed_total{reason="rejected-draining"} 111
 echod_connections_closed_total{reason="rejected-unidentified"} 112
 echod_connections_closed_total{reason="deadline"} 113
+echod_connections_closed_total{reason="evicted"} 117
 echod_connections_closed_total{reason="forced"} 114
 echod_connections_closed_total{reason="lost"} 115
+echod_connections_closed_total{reason="max-age"} 118
 echod_connections_limit 11
 echod_connections_rejected_total{reason="draining"} 111
 echod_connections_rejected_total{reason="limit"} 110
