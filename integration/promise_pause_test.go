@@ -39,7 +39,7 @@ func (e *echod) pause(req control.PauseRequest) control.Hold {
 // resume releases all holds through the control socket.
 func (e *echod) resume() control.Change {
 	e.t.Helper()
-	change, err := e.control.Resume(within(e.t, patience))
+	change, err := e.control.ResumeAll(within(e.t, patience))
 	check(e.t, err)
 	return change
 }

@@ -188,6 +188,10 @@ func pauseAddsAHold(t *testing.T, s *scene) {
 
 func resumeReleasesEveryHold(t *testing.T, s *scene) {
 	s.pause(control.PauseRequest{Reason: "the second"})
+	_, err := s.control.Resume(within(t, patience))
+	if problem, ok := errors.AsType[*control.Problem](err); !ok || problem.Type != control.ProblemHolds || len(problem.Holds) != 2 {
+		t.Errorf("resume with two holds: %v, want a conflict that lists them", err)
+	}
 	if change := s.resume(); !change.Changed || change.State != "running" || *change.Released != 2 {
 		t.Errorf("resume answers %+v", change)
 	}

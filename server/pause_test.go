@@ -264,17 +264,26 @@ func TestHold(t *testing.T) {
 		}
 	}))
 
-	t.Run("Resume releases all", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("Resume releases the only hold, and ResumeAll all", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		if n, err := r.Resume(Caller{}); n != 0 || err != nil {
 			t.Errorf("Resume while running: %d, %v; want 0 and no error", n, err)
 		}
 		a, b := r.pause(t, PauseOptions{}), r.pause(t, PauseOptions{Mode: PauseReject})
-		if n, err := r.Resume(Caller{UID: 1, PID: 2}); n != 2 || err != nil {
-			t.Errorf("Resume: %d, %v; want 2 and no error", n, err)
+		_, err := r.Resume(Caller{UID: 1, PID: 2})
+		if several, ok := errors.AsType[*HoldsError](err); !ok || len(several.Holds) != 2 || several.Holds[1].ID != b.ID() {
+			t.Errorf("Resume with two holds: %v, want a *HoldsError that lists them", err)
+		}
+		wantState(t, r.Server, StatePaused, 0)
+		if n, err := r.ResumeAll(Caller{UID: 1, PID: 2}); n != 2 || err != nil {
+			t.Errorf("ResumeAll: %d, %v; want 2 and no error", n, err)
 		}
 		wantErr(t, "first hold", a.Cause(), ErrResumed)
 		wantErr(t, "second hold", b.Cause(), ErrResumed)
 		wantState(t, r.Server, StateRunning, 0)
+		r.pause(t, PauseOptions{})
+		if n, err := r.Resume(Caller{}); n != 1 || err != nil {
+			t.Errorf("Resume with one hold: %d, %v; want 1 and no error", n, err)
+		}
 	}))
 }
 

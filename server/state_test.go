@@ -102,7 +102,7 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 				holds[picks[i]%len(holds)].Release()
 			}
 		case st == "resume":
-			_, _ = r.Resume(Caller{})
+			_, _ = r.ResumeAll(Caller{})
 		case st == "fail accept":
 			failing.Store(true)
 		case st == "kill":

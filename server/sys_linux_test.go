@@ -820,7 +820,7 @@ func tryEverything(t *testing.T, end func(*Server)) {
 	clients = append(clients, rejected)
 	_ = s.Kill(1)
 	_, _, _ = s.Notify(t.Context(), "hello")
-	if _, err := s.Resume(Caller{}); err != nil {
+	if _, err := s.ResumeAll(Caller{}); err != nil {
 		t.Error(err)
 	}
 	wantErr(t, "CloseListener", s.CloseListener(lns[4].Listener), nil)

@@ -51,7 +51,7 @@ func (w *world) act(r *opResult) {
 	case "pause":
 		w.pause(r)
 	case "resume":
-		w.request(r, http.MethodPost, "/v1/resume", nil, &r.change)
+		w.request(r, http.MethodPost, "/v1/resume", map[string]any{"all": true}, &r.change)
 	case "release":
 		r.holdID = w.model.holdID(op.Which)
 		w.request(r, http.MethodDelete, "/v1/holds/"+r.holdID, nil, &r.change)
