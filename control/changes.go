@@ -116,12 +116,13 @@ func (p *Plane) postNotify(w *response, r *http.Request) error {
 }
 
 func (p *Plane) postShutdown(w *response, r *http.Request) error {
-	reason, grace, spread, extend, now := "", time.Duration(-1), time.Duration(-1), time.Duration(-1), false
+	reason, grace, spread, extend := "", time.Duration(-1), time.Duration(-1), time.Duration(-1)
+	var now, predecessor bool
 	err := errors.Join(
 		decodeQuery(r, nil),
 		decodeBody(w, r, fields{
 			"grace": duration(&grace), "spread": duration(&spread), "extend": duration(&extend), "reason": line(&reason),
-			"now": boolean(&now),
+			"now": boolean(&now), "predecessor": boolean(&predecessor),
 		}))
 	switch {
 	case err != nil:
@@ -135,12 +136,18 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	case extend > 0:
 		return p.extendDrain(w, r, extend)
 	}
-	reason = cmp.Or(reason, "control")
+	opts := server.DrainOptions{Grace: given(grace), Spread: given(spread), Reason: cmp.Or(reason, "control")}
+	if predecessor {
+		if err := p.srv.DrainPredecessor(opts, now); err != nil {
+			return err
+		}
+		return answerJSON(w, http.StatusAccepted, Change{Changed: true, State: p.srv.Status().State.String()})
+	}
 	var changed bool
 	if now {
-		changed = p.srv.Force(reason)
+		changed = p.srv.Force(opts.Reason)
 	} else {
-		changed = p.srv.StartDrain(server.DrainOptions{Grace: given(grace), Spread: given(spread), Reason: reason})
+		changed = p.srv.StartDrain(opts)
 	}
 	return p.answerDrain(w, Change{Changed: changed})
 }

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"echod/internal/text"
+	"echod/server"
 )
 
 // Bounds on what a Client accepts from a server that hangs or misbehaves.
@@ -159,6 +160,8 @@ type ShutdownRequest struct {
 	Grace  *time.Duration // nil means the server's own
 	Spread *time.Duration // tell clients one after another in this time; nil means the server's own
 	Now    bool           // close everything now
+
+	Predecessor bool // drain only what stayed with the predecessor of an upgrade
 }
 
 // WaitRequest says what to wait for: a state, a number of open connections, or both at once.
@@ -265,6 +268,9 @@ func (c *Client) Shutdown(ctx context.Context, req ShutdownRequest) (out Change,
 	if req.Now {
 		body["now"] = true
 	}
+	if req.Predecessor {
+		body["predecessor"] = true
+	}
 	return out, c.call(ctx, http.MethodPost, "/v1/shutdown", nil, body, &out)
 }
 
@@ -292,33 +298,67 @@ func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err err
 	if req.Connections != nil {
 		query.Set("connections", strconv.Itoa(*req.Connections))
 	}
-	if req.Timeout != nil {
-		query.Set("timeout", req.Timeout.String())
+	for began := time.Now(); ; {
+		if req.Timeout != nil {
+			query.Set("timeout", max(0, *req.Timeout-time.Since(began)).String())
+		}
+		if err = c.callWithin(ctx, 0, http.MethodGet, "/v1/wait", query, nil, &out); !isUpgraded(err) || ctx.Err() != nil {
+			return out, err
+		}
 	}
-	return out, c.callWithin(ctx, 0, http.MethodGet, "/v1/wait", query, nil, &out)
 }
 
-// Events ranges over the events from now on, until ctx is done or the server has stopped. An error ends it.
+// isUpgraded reports whether an upgrade is the reason for a refusal: the next request reaches the successor.
+func isUpgraded(err error) bool {
+	problem, ok := errors.AsType[*Problem](err)
+	return ok && problem.Type == ProblemUpgraded
+}
+
+// Events ranges over the events from now on, until ctx is done or the server has stopped. An error ends it. It continues
+// after an upgrade, and misses no event.
 func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) { c.eventsFrom(ctx, url.Values{}, yield) }
+}
+
+// EventsAfter is Events, but begins with the events after the one with the given id. An event of type "missed" stands for
+// those that the server no longer has.
+func (c *Client) EventsAfter(ctx context.Context, id uint64) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
-		resp, err := c.stream(ctx, http.MethodGet, "/v1/events", nil, nil)
-		if err != nil {
-			yield(Event{}, err)
+		c.eventsFrom(ctx, url.Values{"after": {strconv.FormatUint(id, 10)}}, yield)
+	}
+}
+
+func (c *Client) eventsFrom(ctx context.Context, query url.Values, yield func(Event, error) bool) {
+	for {
+		last, more := c.readEvents(ctx, query, yield)
+		if !more || last.Type != string(server.EventUpgraded) {
 			return
 		}
-		defer resp.Body.Close()
-		lines := newLines(resp.Body)
-		for {
-			var e Event
-			if err := c.readLine(ctx, lines, &e); err != nil {
-				if ctx.Err() == nil && !errors.Is(err, io.EOF) {
-					yield(Event{}, err)
-				}
-				return
+		query.Set("after", strconv.FormatUint(last.ID, 10))
+	}
+}
+
+// readEvents reads events until the stream ends, and returns the last one. There are no more if yield does not want
+// them, or an error has ended them.
+func (c *Client) readEvents(ctx context.Context, query url.Values, yield func(Event, error) bool) (last Event, more bool) {
+	resp, err := c.stream(ctx, http.MethodGet, "/v1/events", query, nil)
+	if err != nil {
+		yield(Event{}, err)
+		return last, false
+	}
+	defer resp.Body.Close()
+	lines := newLines(resp.Body)
+	for {
+		var e Event
+		if err := c.readLine(ctx, lines, &e); err != nil {
+			if ctx.Err() != nil || errors.Is(err, io.EOF) {
+				return last, ctx.Err() == nil
 			}
-			if !yield(e, nil) {
-				return
-			}
+			yield(Event{}, err)
+			return last, false
+		}
+		if last = e; !yield(e, nil) {
+			return last, false
 		}
 	}
 }
@@ -410,8 +450,27 @@ func (c *Client) stream(ctx context.Context, method, path string, query url.Valu
 	return resp, err
 }
 
-// send makes a request and returns its answer, unless that is a problem.
+// upgradeRetries is how often a request is made that comes in the moment of an upgrade, before the successor accepts.
+const upgradeRetries = 50
+
+// send makes a request and returns its answer, unless that is a problem. In the moment of an upgrade it tries again.
 func (c *Client) send(
+	ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration,
+) (resp *http.Response, err error) {
+	for range upgradeRetries {
+		if resp, err = c.sendOnce(ctx, method, path, query, body, quiet); !isUpgraded(err) {
+			break
+		}
+		select {
+		case <-time.After(busyRetry):
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	return resp, err
+}
+
+func (c *Client) sendOnce(
 	ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration,
 ) (*http.Response, error) {
 	var content io.Reader

@@ -162,7 +162,7 @@ func testDocumentEnums(t *testing.T) {
 	want := []string{
 		ProblemInvalid, ProblemNotFound, ProblemMethod, ProblemTimeout, ProblemDraining, ProblemTooLarge, ProblemBusy, ProblemUnexpected,
 		ProblemNotDraining, ProblemHolds,
-		ProblemUpgrade, ProblemUpgrading, ProblemCertificate,
+		ProblemUpgrade, ProblemUpgrading, ProblemUpgraded, ProblemCertificate,
 	}
 	slices.Sort(want)
 	wantEqual(t, "types of problems", problems, want)
@@ -349,6 +349,7 @@ func testDocumentAnswers(t *testing.T) {
 		{del, "/v1/shutdown", huge, 413},
 		{del, "/v1/shutdown", "", 409},
 		{post, "/v1/shutdown", huge, 413},
+		{post, "/v1/shutdown", `{"predecessor":true}`, 404},
 	})
 
 	doc.drive(t, r, seen, []exchange{{post, "/v1/certificates/reload", "", 404}})
@@ -506,7 +507,7 @@ func testDocumentDrain(t *testing.T) {
 }
 
 func testDocumentMissed(t *testing.T) {
-	line, err := json.Marshal(wireEvent(server.Event{Time: time.Now(), Type: server.EventMissed, Missed: 3}))
+	line, err := json.Marshal(wireEvent(server.Event{ID: 1, Time: time.Now(), Type: server.EventMissed, Missed: 3}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -519,7 +520,7 @@ func testDocumentLabels(t *testing.T) {
 	addr := &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1}
 	open := wireConn(server.ConnInfo{ID: 1, Remote: addr, Local: addr, Phase: server.PhaseServing, Labels: labels})
 	closed := wireClosed(server.ClosedConn{ID: 1, Remote: addr, Local: addr, Labels: labels, Reason: server.ReasonHandlerError, Err: errors.New("no such user")})
-	released := wireEvent(server.Event{Type: server.EventHoldReleased, Hold: &server.HoldInfo{ID: "h1"}, Cause: "x", By: server.Caller{UID: 1, PID: 2}})
+	released := wireEvent(server.Event{ID: 1, Type: server.EventHoldReleased, Hold: &server.HoldInfo{ID: "h1"}, Cause: "x", By: server.Caller{UID: 1, PID: 2}})
 	for name, v := range map[string]any{"Connection": open, "ClosedConnection": closed, "ReleasedEvent": released} {
 		line, err := json.Marshal(v)
 		if err != nil {

@@ -54,6 +54,10 @@ type Options struct {
 
 	// LostHolds are those that the end of the previous process has ended, shown in the status.
 	LostHolds []Hold
+
+	// Predecessor describes the process that handed over to this one. Nil: there was none.
+	Predecessor *Process
+
 	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil: there are none.
 	Certificates Certificates
 
@@ -76,6 +80,7 @@ type Plane struct {
 	// Set once.
 	srv          *server.Server
 	version      string
+	predecessor  *Process
 	log          *zap.Logger
 	onRequest    func(route, method string, code int)
 	routes       []route
@@ -148,7 +153,8 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		opts.Logger = zap.NewNop()
 	}
 	p := &Plane{
-		srv: srv, version: opts.Version, lostHolds: opts.LostHolds, certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
+		srv: srv, version: opts.Version, predecessor: opts.Predecessor, lostHolds: opts.LostHolds,
+		certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
 		mux: http.NewServeMux(), linger: lingerTimeout, maxCallers: MaxCallers,
 	}
 	if files, limited := openFilesLimit(); limited {
@@ -239,6 +245,8 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer.err = notFound("nothing is at %s", shorten(r.URL.Path))
 	case changes(r.Method) && who.gone():
 		answer.err = errCallerGone
+	case p.srv.HandedOver() && !who.probe && r.URL.Path != "/livez" && r.URL.Path != "/readyz":
+		answer.err = server.ErrHandedOver // only the successor knows the answer
 	default:
 		p.mux.ServeHTTP(answer, r)
 	}
@@ -381,8 +389,8 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 }
 
 // Leave stops answering callers, because another process serves the listeners now. The files of Unix sockets stay.
-// Requests in progress are still answered. Connections that callers keep open are closed: their next requests belong to
-// the other process.
+// Requests in progress are still answered; waits are told to ask again. Connections that callers keep open are closed:
+// their next requests belong to the other process.
 func (p *Plane) Leave() {
 	p.left.Store(true)
 	p.http.SetKeepAlivesEnabled(false)

@@ -44,6 +44,7 @@ const (
 	ProblemBusy        = "urn:echod:problem:busy"
 	ProblemUpgrade     = "urn:echod:problem:upgrade-failed"
 	ProblemUpgrading   = "urn:echod:problem:upgrade-in-progress"
+	ProblemUpgraded    = "urn:echod:problem:upgraded"
 	ProblemCertificate = "urn:echod:problem:certificate"
 	ProblemUnexpected  = "urn:echod:problem:unexpected"
 )
@@ -109,6 +110,15 @@ func (p *Plane) classify(err error) *Problem {
 			Type: ProblemUpgrading, Title: "Another upgrade is in progress", Status: http.StatusConflict,
 			Detail: err.Error(),
 		}
+	}
+	if errors.Is(err, server.ErrHandedOver) {
+		return &Problem{
+			Type: ProblemUpgraded, Title: "The server was upgraded", Status: http.StatusServiceUnavailable,
+			Detail: "another process serves now: ask again",
+		}
+	}
+	if errors.Is(err, server.ErrNoPredecessor) {
+		return notFound("%v", err)
 	}
 	if errors.Is(err, server.ErrTooManyHolds) {
 		return &Problem{

@@ -13,7 +13,11 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 	if err := decodeQuery(r, nil); err != nil {
 		return err
 	}
-	status := wireStatus(p.srv.Status(), p.version)
+	st := p.srv.Status()
+	status := wireStatus(st, p.version)
+	if st.HasPredecessor && p.predecessor != nil {
+		status.Predecessor = &Predecessor{*p.predecessor, st.Behind}
+	}
 	status.LostHolds = p.lostHolds
 	status.Certificates = wireCertificates(p.certificates)
 	return answerJSON(w, http.StatusOK, status)

@@ -182,6 +182,14 @@ func count(to *int) decoder {
 	}
 }
 
+// eventID takes the id of an event, and notes that it was given.
+func eventID(to *uint64, given *bool) decoder {
+	return func(raw json.RawMessage) error {
+		*given = true
+		return unmarshal(raw, to, "the id of an event")
+	}
+}
+
 func pauseMode(to *server.PauseMode) decoder {
 	return func(raw json.RawMessage) (err error) {
 		var name string

@@ -28,8 +28,8 @@ type Signals struct {
 	stacks io.Writer
 	// Seen is called with the name of each signal. Set it before Actor is called; nil is not called.
 	Seen func(name string)
-	// PassOn is called with each signal before it is handled, to pass it on to another process. Set it before Actor is
-	// called; nil is not called.
+	// PassOn is called with each signal once it has been handled, to pass it on to another process. Set it before Actor
+	// is called; nil is not called.
 	PassOn func(sig os.Signal)
 	// Final means that a drain begun by a signal cannot be cancelled, because a supervisor that stops the process kills it
 	// some time after the signal. Set it before Actor is called.
@@ -83,7 +83,7 @@ func (s *Signals) handle(sig os.Signal, asked int) {
 		s.Seen(SignalName(sig))
 	}
 	if s.PassOn != nil {
-		s.PassOn(sig)
+		defer s.PassOn(sig)
 	}
 	name := zap.String("signal", SignalName(sig))
 	if sig != syscall.SIGHUP && asked >= 2 {

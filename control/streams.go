@@ -98,11 +98,23 @@ func (s *streams) add(added *stream) error {
 		idlest.replaced = true
 		idlest.cancel(errReplaced)
 	}
+	s.enterLocked(added)
+	return nil
+}
+
+// enter adds a stream regardless of the limits.
+func (s *streams) enter(added *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.enterLocked(added)
+}
+
+// enterLocked adds a stream; s.mu is held.
+func (s *streams) enterLocked(added *stream) {
 	if s.open == nil {
 		s.open = map[*stream]struct{}{}
 	}
 	s.open[added] = struct{}{}
-	return nil
 }
 
 func (s *streams) remove(removed *stream) {
@@ -220,6 +232,8 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 			Type: ProblemBusy, Title: "Too many requests that last", Status: http.StatusServiceUnavailable,
 			Detail: err.Error(),
 		}
+	case errors.Is(err, server.ErrHandedOver):
+		return err
 	case err != nil:
 		return &Problem{
 			Type: ProblemTimeout, Title: "The wait timed out", Status: http.StatusRequestTimeout,
@@ -236,14 +250,21 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 }
 
 func (p *Plane) getEvents(w *response, r *http.Request) error {
-	if err := decodeQuery(r, nil); err != nil {
+	var after uint64
+	var resumes bool
+	if err := decodeQuery(r, fields{"after": eventID(&after, &resumes)}); err != nil {
 		return err
 	}
 	s, err := p.stream(w, r, false)
 	if err != nil {
 		return err
 	}
-	sub := p.srv.Subscribe()
+	var sub *server.Subscription
+	if resumes {
+		sub = p.srv.SubscribeAfter(after)
+	} else {
+		sub = p.srv.Subscribe()
+	}
 	defer sub.Close()
 	s.start(http.StatusOK)
 	for e := range sub.Events(s.ctx) {
@@ -260,6 +281,7 @@ func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.Pa
 	if err != nil {
 		return err
 	}
+	opts.Conn = s.who.raw // an upgrade passes it on with the hold
 	h, err := p.srv.Pause(opts)
 	if err != nil {
 		return err
@@ -271,12 +293,45 @@ func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.Pa
 	if s.send(p, NewHold(h.Info())) != nil {
 		return nil
 	}
+	p.holdWhileConnected(s, h)
+	return nil
+}
+
+// holdWhileConnected returns when the hold has ended, or the caller has gone.
+func (p *Plane) holdWhileConnected(s *stream, h *server.Hold) {
 	select {
 	case <-s.ctx.Done():
 	case <-h.Done():
-		_ = s.send(p, Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
+		if !errors.Is(h.Cause(), server.ErrHandedOver) { // then the successor tells the caller
+			_ = s.send(p, Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
+		}
 	}
-	return nil
+}
+
+// Continue continues the pauses while connected that the server has taken over. It is called once, after
+// server.Server.TakeOver.
+func (p *Plane) Continue() {
+	holds, conns := p.srv.TakenHolds()
+	for i, h := range holds {
+		s := p.continued(conns[i])
+		go func() {
+			defer s.close()
+			defer h.Release()
+			p.holdWhileConnected(s, h)
+		}()
+	}
+}
+
+// continued makes a stream of a connection that was taken over, whose answer has begun.
+func (p *Plane) continued(nc net.Conn) *stream {
+	w := &response{status: http.StatusCreated}
+	s := &stream{response: w, who: &caller{raw: nc}, kept: true, active: time.Now()}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	p.streams.enter(s)
+	w.leave = append(w.leave, func() { p.streams.remove(s) })
+	w.conn, w.header, w.began = nc, http.Header{}, true
+	w.watch(nc, nc, false, s.cancel)
+	return s
 }
 
 // hijacked is the connection of a long-lived response. The Plane takes it over from net/http, which does not
@@ -301,13 +356,18 @@ func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error
 	w.mu.Lock()
 	w.conn, w.header = conn, http.Header{}
 	w.mu.Unlock()
+	w.watch(conn, buffered, mayHalfClose, gone)
+	return nil
+}
+
+// watch calls gone when the caller goes, until close.
+func (w *response) watch(conn net.Conn, in io.Reader, mayHalfClose bool, gone context.CancelCauseFunc) {
 	ended := make(chan struct{})
-	go awaitEnd(conn, buffered, mayHalfClose, gone, ended)
+	go awaitEnd(conn, in, mayHalfClose, gone, ended)
 	w.leave = append(w.leave, func() {
 		_ = conn.Close()
 		<-ended
 	})
-	return nil
 }
 
 // awaitEnd is the goroutine that notices when the caller goes; response.close waits for it.

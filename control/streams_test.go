@@ -192,9 +192,57 @@ func (r *rig) follow(ctx context.Context, t *testing.T) (collect func() []Event)
 func TestEvents(t *testing.T) {
 	t.Run("come in order", testEventsOrder)
 	t.Run("begin with the answer", testEventsBegin)
+	t.Run("continue after an event", testEventsAfter)
 	t.Run("end when the caller leaves", testEventsEnd)
 	t.Run("a slow reader delays nobody and is told how many it missed", testEventsSlow)
 	t.Run("a reader that takes nothing is disconnected", testEventsDropped)
+}
+
+func testEventsAfter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newBubble(t, server.Options{})
+		first := uint64(time.Now().UnixMicro()) + 1 // after the event of the start
+		read := func(after uint64, n int) (types []string, missed int) {
+			for e, err := range r.client.EventsAfter(t.Context(), after) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if types = append(types, e.Type); e.Missed > 0 {
+					missed = e.Missed
+				}
+				if len(types) == n {
+					break
+				}
+			}
+			synctest.Wait() // until the server has noticed that the caller has gone
+			return types, missed
+		}
+		place := func() { must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{})) }
+		place() // nobody reads: its events, "hold" and "state", are not kept
+		types, missed := read(first-1, 1)
+		wantEqual(t, "without a reader", types, []string{"missed"})
+		wantEqual(t, "number that is missed", missed, 2)
+
+		place() // somebody has just read
+		place()
+		types, missed = read(first+1, 2)
+		wantEqual(t, "events while nobody reads", types, []string{"hold", "hold"})
+		wantEqual(t, "number that is missed", missed, 0)
+		types, _ = read(first+2, 1)
+		wantEqual(t, "events after the first hold", types, []string{"hold"})
+		types, missed = read(first-1, 3)
+		wantEqual(t, "events from the start", types, []string{"missed", "hold", "hold"})
+		wantEqual(t, "number that is missed", missed, 2)
+
+		types, missed = read(first-1000, 1) // of the server before a restart
+		wantEqual(t, "events after those of another server", types, []string{"missed"})
+		wantEqual(t, "number that is missed, which is not known", missed, 0)
+		time.Sleep(2 * time.Minute)
+		place()
+		types, missed = read(first+2, 1)
+		wantEqual(t, "events two minutes later", types, []string{"missed"})
+		wantEqual(t, "number that is missed", missed, 2)
+	})
 }
 
 func testEventsOrder(t *testing.T) {
@@ -231,6 +279,10 @@ func testEventsOrder(t *testing.T) {
 			{Type: "state", State: "stopped"},
 		}
 		got := collect()
+		for i := range got {
+			wantEqual(t, "id", got[i].ID, uint64(began.UnixMicro()+int64(i)+1))
+			got[i].ID = 0
+		}
 		if n := len(got); n == len(want) { // closing by force takes some time
 			got[n-2].Time, got[n-1].Time = time.Time{}, time.Time{}
 			got[n-2].Closed.Closed, got[n-2].Closed.DurationSeconds = time.Time{}, 0

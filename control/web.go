@@ -91,6 +91,8 @@ func (p *Plane) getReady(w *response, _ *http.Request) error {
 	st := p.srv.Status()
 	open := text.Count(st.Connections, "connection")
 	switch {
+	case p.srv.HandedOver():
+		return answerText(w, http.StatusOK, "ready: another process serves after an upgrade")
 	case st.State != server.StateRunning:
 		return answerText(w, http.StatusServiceUnavailable, notReady(st))
 	case st.Full && st.AtLimit == server.LimitReject:

@@ -27,6 +27,7 @@ type Status struct {
 	Notices       Notices           `json:"notices"`
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
+	Predecessor   *Predecessor      `json:"predecessor,omitempty"` // until it has ended
 
 	LostHolds []Hold `json:"lost_holds,omitempty"` // that a restart has ended: the server is not paused by them
 
@@ -40,6 +41,18 @@ type Status struct {
 	SpreadSeconds     float64 `json:"spread_seconds"`
 
 	MaxConnAgeSeconds float64 `json:"max_conn_age_seconds"` // 0 is no limit
+}
+
+// Process is a process of a server.
+type Process struct {
+	PID     int    `json:"pid"`
+	Version string `json:"version"`
+}
+
+// Predecessor is the process that handed over to this one, and still serves connections that could not be handed over.
+type Predecessor struct {
+	Process
+	Connections int `json:"connections"` // they count as open
 }
 
 // Notices counts the texts sent to clients since the start, by a drain and by POST /v1/notify.
@@ -175,6 +188,7 @@ type Released struct {
 
 // Event is a line of GET /v1/events. Below Type, only the fields of that type are set.
 type Event struct {
+	ID     uint64      `json:"id"` // for GET /v1/events?after=
 	Time   time.Time   `json:"time"`
 	Type   string      `json:"type"`
 	State  string      `json:"state,omitempty"`
@@ -279,7 +293,7 @@ func wireClosed(c server.ClosedConn) ClosedConn {
 }
 
 func wireEvent(e server.Event) Event {
-	out := Event{Time: e.Time, Type: string(e.Type), Cause: e.Cause, Missed: e.Missed}
+	out := Event{ID: e.ID, Time: e.Time, Type: string(e.Type), Cause: e.Cause, Missed: e.Missed}
 	if e.State != 0 {
 		out.State = e.State.String()
 	}

@@ -19,7 +19,7 @@ type Collector struct {
 	status func() server.Status
 
 	state, transitions, holds, conns, connsLimit, accepted, closed *prometheus.Desc
-	rejected, bytes, notices, queue, queueLimit, drain             *prometheus.Desc
+	rejected, bytes, notices, queue, queueLimit, behind, drain     *prometheus.Desc
 }
 
 // NewCollector returns a collector for srv.
@@ -45,7 +45,9 @@ func newCollector(status func() server.Status, opts Options) *Collector {
 		notices:    desc("notices_total", "Notices to clients, by whether the kernel took them.", "result"),
 		queue:      desc("accept_queue_length", "Clients that wait in the kernel to be accepted.", "listener"),
 		queueLimit: desc("accept_queue_limit", "How many clients can wait in the kernel.", "listener"),
-		drain:      desc("drain_duration_seconds", "How long the drain took, once it is over."),
+		behind: desc("predecessor_connections",
+			"Open connections that an upgrade has left with the old process. They have no phase here."),
+		drain: desc("drain_duration_seconds", "How long the drain took, once it is over."),
 	}
 }
 
@@ -65,7 +67,7 @@ var rejections = map[string]server.Reason{
 func (c *Collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		c.state, c.transitions, c.holds, c.conns, c.connsLimit, c.accepted, c.closed,
-		c.rejected, c.bytes, c.notices, c.queue, c.queueLimit, c.drain,
+		c.rejected, c.bytes, c.notices, c.queue, c.queueLimit, c.behind, c.drain,
 	} {
 		ch <- d
 	}
@@ -94,6 +96,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	for phase := server.PhaseWaiting; phase <= server.PhaseClosing; phase++ {
 		gauge(c.conns, float64(st.Phases[phase]), phase.String())
 	}
+	gauge(c.behind, float64(st.Behind))
 	if st.MaxConns > 0 {
 		gauge(c.connsLimit, float64(st.MaxConns))
 	}

@@ -223,6 +223,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 		}
 		st.publishOpened(c)
 		d, why = s.admit(st, c)
+		a.waiting = d == undecided // a handover waits for that
 	})
 	if isNew {
 		s.connState(c, PhaseWaiting)

@@ -197,7 +197,7 @@ func (s *Server) Drain(o DrainOptions) Report {
 // StartDrain begins a drain and returns at once; see Done for its end. It reports whether it changed anything. During a
 // drain it can only bring the deadline forward, to o.Spread and o.Grace from now or from the end of the delay; a zero
 // o.Grace leaves the drain as it is, and a zero o.Spread tells the clients at once that were not told yet. See
-// ExtendDrain and CancelDrain for the opposite.
+// ExtendDrain and CancelDrain for the opposite. After HandOver a later drain also ends HandoverOptions.Keep.
 func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 	mode := drainShorten
 	if o.Grace == 0 {
@@ -348,10 +348,14 @@ func (s *Server) changeDrain(plan drainPlan, o DrainOptions, mode drainMode) (ch
 		}
 		d := st.drain
 		d.final = d.final || o.Final || mode == drainForce
+		keepEnds := st.handedOver && !begun && d.acceptUntil.After(now)
+		if keepEnds { // what stayed behind is drained now
+			d.acceptUntil = now
+		}
 		begin := d.begin(now)
 		spread, grace := plan(begin, false)
 		end = begin.Add(spread + grace)
-		if mode >= drainShorten && !d.expired && end.Before(d.deadline) {
+		if (mode >= drainShorten || keepEnds) && !d.expired && end.Before(d.deadline) {
 			shortened = true
 			d.set(begin, spread, grace)
 			if conns = st.conns.all(); d.telling {

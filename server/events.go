@@ -17,12 +17,16 @@ const (
 	EventClosed       EventType = "closed"
 	EventHoldPlaced   EventType = "hold"
 	EventHoldReleased EventType = "released"
-	// EventMissed replaces events that a slow subscriber has missed.
+	// EventMissed replaces events that a subscriber has missed, because it is slow or because it comes too late.
 	EventMissed EventType = "missed"
+	// EventUpgraded means that another process serves now. A subscriber of the predecessor gets it as its last event, and
+	// continues in the successor with SubscribeAfter.
+	EventUpgraded EventType = "upgraded"
 )
 
 // Event is something that happened. The comments say for which types a field is set.
 type Event struct {
+	ID     uint64 // increases by one with each event, also through a handover, and is greater after a restart
 	Time   time.Time
 	Type   EventType
 	State  State       // EventState
@@ -31,7 +35,7 @@ type Event struct {
 	Hold   *HoldInfo   // EventHoldPlaced, EventHoldReleased
 	Cause  string      // EventHoldReleased: why
 	By     Caller      // EventHoldReleased: who released it, if a caller did
-	Missed int         // EventMissed: how many
+	Missed int         // EventMissed: how many; zero if that is not known
 }
 
 // eventBuffer is how many events a subscriber may be behind.
@@ -44,20 +48,92 @@ type Subscription struct {
 }
 
 type eventQueue struct {
-	events []Event
-	missed int // how many came after events and found no room
-	ended  bool
+	events     []Event
+	missed     int    // how many came after events and found no room
+	lastMissed uint64 // id of the last of them
+	ended      bool
+}
+
+// Bounds of the events that are kept for SubscribeAfter. They are kept while there is a subscriber, and for a while
+// after the last one has gone and after a handover.
+const (
+	eventHistory = 1024
+	historyTime  = time.Minute
+)
+
+// history has the last events.
+type history struct {
+	first, last uint64    // ids of the first event of this server and its predecessors, and of the last one
+	events      []Event   // the oldest first, without a gap
+	until       time.Time // when nobody subscribes, events are kept until then
+}
+
+// firstEventID returns the id of a new server's first event: ids are greater after a restart.
+func firstEventID() uint64 { return uint64(time.Now().UnixMicro()) }
+
+// observed reports whether an event has to be described. If not, it is only counted.
+func (st *state) observed() bool {
+	if len(st.subscribers) > 0 {
+		return true
+	}
+	h := &st.history
+	if h.until.IsZero() {
+		return false
+	}
+	if time.Now().Before(h.until) {
+		return true
+	}
+	h.until, h.events = time.Time{}, nil
+	return false
+}
+
+func (h *history) add(e Event) {
+	if len(h.events) >= 2*eventHistory { // an amortized move
+		h.events = append(h.events[:0], h.events[len(h.events)-eventHistory:]...)
+	}
+	h.events = append(h.events, e)
+}
+
+// after returns the events after the one with the given id. The first one says how many are missing.
+func (h *history) after(id uint64) []Event {
+	kept := h.events[max(0, len(h.events)-eventHistory):]
+	oldest := h.last + 1
+	if len(kept) > 0 {
+		oldest = kept[0].ID
+	}
+	lost := Event{ID: oldest - 1, Time: time.Now(), Type: EventMissed}
+	switch {
+	case id > h.last: // of another server
+		return []Event{lost}
+	case id+1 >= oldest:
+		return slices.Clone(kept[id+1-oldest:])
+	case id+1 >= h.first:
+		lost.Missed = int(oldest - 1 - id)
+	}
+	return append([]Event{lost}, kept...)
 }
 
 // Subscribe starts to receive events. The caller must Close the subscription. A slow subscriber never delays the
 // server: it misses events, and is told how many.
-func (s *Server) Subscribe() *Subscription {
+func (s *Server) Subscribe() *Subscription { return s.subscribe(nil) }
+
+// SubscribeAfter is Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept while
+// there are subscribers, and for a minute after the last one has gone. An event of type EventMissed stands for those
+// that are not.
+func (s *Server) SubscribeAfter(id uint64) *Subscription { return s.subscribe(&id) }
+
+func (s *Server) subscribe(after *uint64) *Subscription {
 	sub := &Subscription{srv: s}
 	s.state.With(func(st *state) {
-		if st.phase == StateStopped {
+		if after != nil {
+			events := st.history.after(*after)
+			sub.queue.With(func(q *eventQueue) { q.events = events })
+		}
+		if st.phase == StateStopped || st.handedOver {
 			sub.end()
 			return
 		}
+		st.observed() // forgets a history that is no longer continued
 		st.subscribers = append(st.subscribers, sub)
 	})
 	return sub
@@ -83,7 +159,8 @@ func (sub *Subscription) next(ctx context.Context) (e Event, ok bool) {
 		case len(q.events) > 0:
 			e, q.events, ok = q.events[0], q.events[1:], true
 		case q.missed > 0:
-			e, q.missed, ok = Event{Time: time.Now(), Type: EventMissed, Missed: q.missed}, 0, true
+			e = Event{ID: q.lastMissed, Time: time.Now(), Type: EventMissed, Missed: q.missed}
+			q.missed, ok = 0, true
 		}
 		return ok || q.ended
 	})
@@ -95,6 +172,7 @@ func (sub *Subscription) Close() {
 	sub.srv.state.With(func(st *state) {
 		if i := slices.Index(st.subscribers, sub); i >= 0 {
 			st.subscribers = slices.Delete(st.subscribers, i, i+1)
+			st.history.until = time.Now().Add(historyTime)
 			sub.end()
 		}
 	})
@@ -106,6 +184,7 @@ func (sub *Subscription) offer(e Event) {
 	sub.queue.With(func(q *eventQueue) {
 		if q.missed > 0 || len(q.events) >= eventBuffer {
 			q.missed++
+			q.lastMissed = e.ID
 			return
 		}
 		q.events = append(q.events, e)

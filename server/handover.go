@@ -29,8 +29,10 @@ var (
 	ErrHandoverInProgress = errors.New("a handover is in progress")
 	// ErrHandoverFormat means that the two processes do not speak the same format.
 	ErrHandoverFormat = errors.New("the handover format is not supported")
-	// ErrHandedOver ends a hold whose server was handed over: the hold continues in the successor.
+	// ErrHandedOver means that the server was handed over: the successor has the holds, and answers what is asked now.
 	ErrHandedOver = errors.New("the server was handed over")
+	// ErrNoPredecessor means that the server was not taken over, or that the process that handed over has ended.
+	ErrNoPredecessor = errors.New("there is no predecessor")
 )
 
 // HandoverOptions configures HandOver.
@@ -296,6 +298,11 @@ func (s *Server) rollBack(h *handover) {
 	var deferred []deferredDrain
 	s.state.With(func(st *state) {
 		st.handover, st.frozen, st.committing, st.recordEnds, st.ends = nil, false, false, false, nil
+		unpublished := st.unpublished
+		st.unpublished = nil
+		for _, e := range unpublished {
+			st.publish(e)
+		}
 		deferred, h.deferred = h.deferred, nil
 		close(h.outcome)
 		s.wakeSchedule()
@@ -684,6 +691,7 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 			}
 		}
 		m.Holds = st.holdInfos()
+		m.FirstEvent, m.LastEvent = st.history.first, st.history.last
 		for _, c := range st.recent.newestFirst() {
 			m.Recent = append(m.Recent, recordClosed(c))
 		}
@@ -704,7 +712,31 @@ func (p *predecessor) sendFinal(final finalState) error {
 			return err
 		}
 	}
+	if err := p.sendHoldConns(); err != nil {
+		return err
+	}
 	if err := p.send(final.message); err != nil {
+		return err
+	}
+	return p.await(msgAck)
+}
+
+// sendHoldConns sends the connections of those who placed holds that last as long as they do.
+func (p *predecessor) sendHoldConns() error {
+	m := handoverMessage{Type: msgHoldConns}
+	var files []any
+	p.s.state.With(func(st *state) {
+		for _, h := range st.holds {
+			if h.conn != nil && p.link.Carries(h.conn) && len(files) < handoverBatch {
+				m.HoldIDs = append(m.HoldIDs, h.info.ID)
+				files = append(files, h.conn)
+			}
+		}
+	})
+	if len(files) == 0 {
+		return nil
+	}
+	if err := p.send(m, files...); err != nil {
 		return err
 	}
 	return p.await(msgAck)
@@ -746,6 +778,7 @@ func (p *predecessor) complete(final finalState) {
 	var deferred []deferredDrain
 	s.state.With(func(st *state) {
 		st.handedOver, st.committing = true, false
+		st.endSubscriptions()
 		for _, c := range final.conns {
 			st.forget(c)
 		}
@@ -804,7 +837,12 @@ func (st *state) forget(c *Conn) {
 // drain waits for it.
 func (s *Server) forwardEnds(link Link) {
 	defer close(s.forwarder())
-	defer link.Close()
+	obeyed := make(chan struct{})
+	go s.obeySuccessor(link, obeyed)
+	defer func() {
+		_ = link.Close()
+		<-obeyed
+	}()
 	for {
 		var ends []handoverEnd
 		var stopped bool
@@ -829,16 +867,49 @@ func (s *Server) forwardEnds(link Link) {
 	}
 }
 
+// obeySuccessor carries out what the successor asks for, see DrainPredecessor. forwardEnds starts it and waits for it.
+func (s *Server) obeySuccessor(link Link, obeyed chan<- struct{}) {
+	defer close(obeyed)
+	for {
+		m, files, err := receiveMessage(link)
+		closeFiles(files)
+		if err != nil {
+			return
+		}
+		if m.Type != msgDrain || m.Drain == nil {
+			continue
+		}
+		_ = s.DrainPredecessor(*m.Drain, m.Force) // if there is one
+		if m.Force {
+			s.Force(m.Drain.Reason)
+		} else {
+			s.StartDrain(*m.Drain)
+		}
+	}
+}
+
 // forwarder returns the channel that forwardEnds closes; nil if nothing was handed over.
 func (s *Server) forwarder() (done chan struct{}) {
 	s.state.With(func(st *state) { done = st.forwarding })
 	return done
 }
 
-// awaitThaw waits while the server is frozen, so that state which was sent to the successor does not change.
-func (s *Server) awaitThaw() {
-	_ = s.state.Await(context.Background(), func(st *state) bool { return !st.frozen })
+// awaitThaw waits while the server is frozen, so that state which was sent to the successor does not change. The error is
+// ErrHandedOver if the successor has it now.
+func (s *Server) awaitThaw() error {
+	var handedOver bool
+	_ = s.state.Await(context.Background(), func(st *state) bool {
+		handedOver = st.handedOver
+		return handedOver || !st.frozen
+	})
+	if handedOver {
+		return ErrHandedOver
+	}
+	return nil
 }
+
+// HandedOver reports whether another process serves now, after HandOver.
+func (s *Server) HandedOver() bool { return s.isHandedOver() }
 
 func (c *Conn) isSent() (yes bool) {
 	c.closing.With(func(cl *closingState) { yes = cl.sent() })

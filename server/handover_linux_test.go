@@ -395,8 +395,8 @@ func testHandoverPauseAtCommit(t *testing.T) {
 	if err := errors.Join(err, <-taken); err != nil {
 		t.Fatal(err)
 	}
-	if _, ok := errors.AsType[*DrainingError](<-paused); !ok {
-		t.Error("the pause was placed on a server that was handed over")
+	if err := <-paused; !errors.Is(err, ErrHandedOver) {
+		t.Errorf("a pause of a server that was handed over: %v, want ErrHandedOver", err)
 	}
 	g.served.Wait()
 	_ = next.Close()

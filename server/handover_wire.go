@@ -27,6 +27,8 @@ const (
 	msgError  = "error"
 	msgEnded  = "ended"
 	msgDrain  = "drain"
+
+	msgHoldConns = "hold-conns"
 )
 
 // handoverMessage is any message. The comments say which have a field.
@@ -55,6 +57,11 @@ type handoverMessage struct {
 
 	NoticesSent   uint64 `json:"notices_sent,omitempty"`
 	NoticesFailed uint64 `json:"notices_failed,omitempty"`
+
+	FirstEvent uint64 `json:"first_event,omitempty"`
+	LastEvent  uint64 `json:"last_event,omitempty"`
+
+	HoldIDs []string `json:"hold_ids,omitempty"` // hold-conns: one descriptor each
 
 	Ends  []handoverEnd `json:"ends,omitempty"`  // ended
 	Drain *DrainOptions `json:"drain,omitempty"` // drain

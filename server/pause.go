@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"slices"
 	"time"
 
@@ -44,6 +45,9 @@ type PauseOptions struct {
 	Evict bool
 	// Spread is the time in which they are told, one after another at random moments. Zero and Off: all at once.
 	Spread time.Duration
+	// Conn is the connection of who placed the hold, if the hold is to last as long as it. A handover passes it on with
+	// the hold, see TakenHolds. It does nothing else.
+	Conn net.Conn
 }
 
 // HoldInfo describes a hold.
@@ -63,6 +67,8 @@ type HoldInfo struct {
 type Hold struct {
 	srv   *Server
 	info  HoldInfo
+	conn  net.Conn    // PauseOptions.Conn
+	taken bool        // it was taken over with conn; guarded by Server.state
 	timer *time.Timer // nil without a TTL; guarded by Server.state
 	cause *drainCause // nil without an eviction; set once
 	ended context.Context
@@ -95,14 +101,20 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
 	}
-	s.awaitThaw()
-	h := &Hold{srv: s, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
+	if err := s.awaitThaw(); err != nil {
+		return nil, err
+	}
+	h := &Hold{srv: s, conn: o.Conn, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
 	h.info.Evict, h.info.Spread = o.Evict, max(0, o.Spread)
 	h.ended, h.end = context.WithCancelCause(context.Background())
 
 	var refused error
 	s.state.With(func(st *state) {
-		if st.phase >= StateDraining {
+		switch {
+		case st.handedOver:
+			refused = ErrHandedOver
+			return
+		case st.phase >= StateDraining:
 			refused = &DrainingError{Deadline: st.drain.deadline}
 			return
 		}
@@ -194,7 +206,9 @@ func (st *state) endHold(i int, cause error, by Caller) {
 
 // ReleaseHold releases the hold with the given id; by is who asks. The error is ErrNoHold or a *DrainingError.
 func (s *Server) ReleaseHold(id string, by Caller) error {
-	s.awaitThaw()
+	if err := s.awaitThaw(); err != nil {
+		return err
+	}
 	var found *Hold
 	var err error
 	s.state.With(func(st *state) {
@@ -225,9 +239,11 @@ func (s *Server) Resume(by Caller) (released int, err error) { return s.resume(b
 func (s *Server) ResumeAll(by Caller) (released int, err error) { return s.resume(by, true) }
 
 func (s *Server) resume(by Caller, all bool) (released int, err error) {
-	s.awaitThaw()
 	if s.log == nil {
 		return 0, errNotNew
+	}
+	if err := s.awaitThaw(); err != nil {
+		return 0, err
 	}
 	var ended []HoldInfo
 	s.state.With(func(st *state) {
@@ -258,6 +274,20 @@ func (st *state) holdInfos() (infos []HoldInfo) {
 		infos = append(infos, h.info)
 	}
 	return infos
+}
+
+// TakenHolds returns the holds that were taken over with the connection of who placed them (PauseOptions.Conn), and those
+// connections. It is for the caller, who releases the hold when the connection ends, to call once after TakeOver.
+func (s *Server) TakenHolds() (holds []*Hold, conns []net.Conn) {
+	s.state.With(func(st *state) {
+		for _, h := range st.holds {
+			if h.taken {
+				h.taken = false
+				holds, conns = append(holds, h), append(conns, h.conn)
+			}
+		}
+	})
+	return holds, conns
 }
 
 // WhilePaused calls f while the server is paused, and releases its hold when f has returned or panicked. The context

@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -33,8 +34,9 @@ type Server struct {
 	stopSweep context.CancelCauseFunc
 	sweeper   chan struct{} // closed when the sweeper has returned
 
-	rescheduled chan struct{} // holds a token when the schedule has changed
-	scheduler   chan struct{} // closed when the goroutine of the schedule has returned
+	rescheduled   chan struct{} // holds a token when the schedule has changed
+	scheduler     chan struct{} // closed when the goroutine of the schedule has returned
+	toPredecessor sync.Mutex    // held while a message is sent to the predecessor
 
 	probing chan struct{} // holds a token while a probe's goroutine runs
 }
@@ -67,6 +69,8 @@ func New(h Handler, opts Options) (*Server, error) {
 	s.state.With(func(st *state) {
 		st.phase = StateStarting
 		st.recent.size = recentConns
+		st.history.first = firstEventID()
+		st.history.last = st.history.first - 1
 		st.perClient = make(map[clientKey]int)
 	})
 	return s, nil

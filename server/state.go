@@ -37,15 +37,16 @@ type state struct {
 	tasks     int            // goroutines that accept, or that work for a connection
 	sweeping  bool           // the sweeper was started
 
-	handover   *handover                 // in progress; nil otherwise
-	frozen     bool                      // nothing is accepted, admitted or changed
-	committing bool                      // the successor was told to take over, and has not answered yet
-	recordEnds bool                      // the successor knows the open connections: tell it which have ended
-	handedOver bool                      // another process is the owner now
-	ends       []handoverEnd             // of connections that stayed behind, to be forwarded
-	forwarding chan struct{}             // closed when the last was forwarded; nil if nothing was handed over
-	following  chan struct{}             // closed when the predecessor's end was seen; nil if nothing was taken over
-	behind     map[uint64]handoverBehind // with the predecessor of this server; they count as open
+	handover    *handover                 // in progress; nil otherwise
+	frozen      bool                      // nothing is accepted, admitted or changed
+	committing  bool                      // the successor was told to take over, and has not answered yet
+	recordEnds  bool                      // the successor knows the open connections: tell it which have ended
+	handedOver  bool                      // another process is the owner now
+	ends        []handoverEnd             // of connections that stayed behind, to be forwarded
+	forwarding  chan struct{}             // closed when the last was forwarded; nil if nothing was handed over
+	following   chan struct{}             // closed when the predecessor's end was seen; nil if nothing was taken over
+	predecessor Link                      // for following; nil before and after
+	behind      map[uint64]handoverBehind // with the predecessor of this server; they count as open
 
 	schedule   schedule
 	scheduling bool // the goroutine of the schedule was started
@@ -54,6 +55,8 @@ type state struct {
 
 	onShutdown  []func()
 	subscribers []*Subscription
+	history     history
+	unpublished []Event // those that happened since the successor was sent the state; see publish
 }
 
 // maxListenersNoted bounds what is remembered about listeners that are not served now.
@@ -98,8 +101,12 @@ func (st *state) addConn(c *Conn) {
 
 // publishOpened publishes that c was opened, once its client's address is known.
 func (st *state) publishOpened(c *Conn) {
-	if len(st.subscribers) > 0 && st.conns.get(c.id) == c {
+	switch {
+	case st.conns.get(c.id) != c:
+	case st.observed():
 		st.publish(Event{Type: EventOpened, Conn: new(c.Info())})
+	default:
+		st.history.last++
 	}
 }
 
@@ -135,13 +142,30 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	return true
 }
 
-// publish stamps e and gives it to every subscriber, in the order in which things happened.
+// publish stamps e, keeps it, and gives it to every subscriber, in the order in which things happened. Once the successor
+// of a handover has the state, an event waits for the outcome: if the successor becomes the owner, it will tell the event
+// itself.
 func (st *state) publish(e Event) {
-	if len(st.subscribers) == 0 {
+	if st.recordEnds && !st.handedOver {
+		st.unpublished = append(st.unpublished, e)
 		return
 	}
-	e.Time = time.Now()
+	st.history.last++
+	if !st.observed() {
+		return
+	}
+	e.ID, e.Time = st.history.last, time.Now()
+	st.history.add(e)
 	for _, sub := range st.subscribers {
 		sub.offer(e)
 	}
+}
+
+// endSubscriptions tells the subscribers that another process serves now, which tells its own the same.
+func (st *state) endSubscriptions() {
+	st.publish(Event{Type: EventUpgraded})
+	for _, sub := range st.subscribers {
+		sub.end()
+	}
+	st.subscribers, st.unpublished, st.history.events = nil, nil, nil
 }

@@ -28,6 +28,7 @@ type Status struct {
 	BytesIn, BytesOut uint64 // of all connections, open and closed
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
+	HasPredecessor    bool       // the process that handed over has not ended
 	Full              bool       // MaxConns are being served: new clients get what AtLimit says
 	AtLimit           LimitMode
 
@@ -93,6 +94,7 @@ func (s *Server) Status() Status {
 		status.Connections = st.open()
 		status.Behind = len(st.behind)
 		status.Told = st.told
+		status.HasPredecessor = st.predecessor != nil
 		status.Accepted = st.accepted
 		for why, n := range st.closed {
 			if n > 0 {
@@ -133,12 +135,20 @@ func (s *Server) Status() Status {
 }
 
 // AwaitStatus returns nil once match has returned true for the state and the number of open connections, however
-// briefly they were so, or the cause of ctx when that ends first. match must be quick and must not call the server.
+// briefly they were so, or the cause of ctx when that ends first, or ErrHandedOver. match must be quick and must not call the server.
 func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connections int) bool) error {
 	if s.log == nil {
 		return errNotNew
 	}
-	return s.state.Await(ctx, func(st *state) bool { return match(st.visible(), st.open()) })
+	var handedOver bool
+	err := s.state.Await(ctx, func(st *state) bool {
+		handedOver = st.handedOver
+		return handedOver || match(st.visible(), st.open())
+	})
+	if err == nil && handedOver {
+		return ErrHandedOver
+	}
+	return err
 }
 
 // Info describes the connection as it is now.
@@ -180,7 +190,9 @@ func (s *Server) snapshot() (conns []*Conn) {
 // Kill ends an open connection: what was read is written back, and the client sees an end of stream. It returns at
 // once. The error is ErrNoConn if no connection with that id is open, or if it is ending already.
 func (s *Server) Kill(id uint64) error {
-	s.awaitThaw()
+	if err := s.awaitThaw(); err != nil {
+		return err
+	}
 	var c *Conn
 	s.state.With(func(st *state) { c = st.conns.get(id) })
 	if c == nil || !s.kill(c) {
@@ -191,7 +203,9 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc kills each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
-	s.awaitThaw()
+	if s.awaitThaw() != nil {
+		return 0
+	}
 	for c := range inTurns(s.snapshot(), promptTurn) {
 		if match(c.Info()) && s.kill(c) {
 			killed++

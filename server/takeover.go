@@ -118,6 +118,7 @@ type successor struct {
 	conns     map[uint64]*Conn // that were sent ahead
 	started   []resumption
 	behind    int
+	holdConns map[string]net.Conn // of holds, by id
 }
 
 // resumption is a connection that is served once the server is its owner.
@@ -147,6 +148,8 @@ func (t *successor) run() error {
 		switch {
 		case m.Type == msgConns:
 			err = t.adopt(m.Conns, files)
+		case m.Type == msgHoldConns:
+			err = t.adoptHoldConns(m.HoldIDs, files)
 		case m.Type == msgFinal:
 			final, err = &m, t.check(m)
 		case m.Type == msgCommit && final != nil:
@@ -183,6 +186,20 @@ func (t *successor) adopt(records []handoverConn, files []any) error {
 			connFiles.Add(-1)
 		}
 		t.conns[r.ID] = c
+	}
+	return nil
+}
+
+// adoptHoldConns keeps the connections of those who placed holds.
+func (t *successor) adoptHoldConns(ids []string, files []any) error {
+	t.holdConns = make(map[string]net.Conn)
+	for i, f := range files {
+		nc, ok := f.(net.Conn)
+		if !ok || i >= len(ids) {
+			closeFiles(files[i:])
+			return fmt.Errorf("got %d descriptors for %d holds", len(files), len(ids))
+		}
+		t.holdConns[ids[i]] = nc
 	}
 	return nil
 }
@@ -232,11 +249,12 @@ func (t *successor) commit(m handoverMessage) error {
 		}
 		t.behind = len(st.behind)
 		st.adopted = append(st.adopted, t.acceptors...)
-		st.following = make(chan struct{})
+		st.following, st.predecessor = make(chan struct{}), t.link
 		heap.Init(&st.schedule)
 		s.reschedule(st)
 		for _, h := range m.Holds {
-			s.restoreHold(st, h)
+			s.restoreHold(st, h, t.holdConns[h.ID])
+			delete(t.holdConns, h.ID)
 		}
 	})
 	t.abandon() // what was closed since it was sent ahead
@@ -255,6 +273,10 @@ func (t *successor) abandon() {
 		connFiles.Add(-1)
 		delete(t.conns, id)
 	}
+	for id, nc := range t.holdConns {
+		_ = nc.Close()
+		delete(t.holdConns, id)
+	}
 }
 
 // restore takes over the counters.
@@ -265,6 +287,10 @@ func (st *state) restore(m handoverMessage) {
 	st.lastID, st.lastHold, st.accepted = m.LastID, m.LastHold, m.Accepted
 	st.bytesIn, st.bytesOut = m.BytesIn, m.BytesOut
 	st.noticesSent, st.noticesFailed = m.NoticesSent, m.NoticesFailed
+	if m.LastEvent > 0 {
+		st.history = history{first: m.FirstEvent, last: m.LastEvent, until: time.Now().Add(historyTime)}
+	}
+	st.publish(Event{Type: EventUpgraded})
 	for name, n := range m.Closed {
 		st.closed[parseReason(name)] += n
 	}
@@ -329,16 +355,14 @@ func (c *Conn) serveResumed(r handoverConn) {
 }
 
 // restoreHold places a hold that the predecessor had.
-func (s *Server) restoreHold(st *state, info HoldInfo) {
-	before := st.visible()
-	h := &Hold{srv: s, info: info}
+func (s *Server) restoreHold(st *state, info HoldInfo, conn net.Conn) {
+	h := &Hold{srv: s, info: info, conn: conn, taken: conn != nil}
 	h.ended, h.end = context.WithCancelCause(context.Background())
 	if !info.Expires.IsZero() {
 		h.timer = time.AfterFunc(time.Until(info.Expires), func() { s.release(h, ErrExpired, Caller{}) })
 	}
-	st.holds = append(st.holds, h)
+	st.holds = append(st.holds, h) // no change is published: the server was paused before
 	s.evict(st, h)
-	st.publishChange(before)
 }
 
 // followPredecessor receives the ends of the connections that stayed behind. It ends when the predecessor closes its
@@ -368,6 +392,29 @@ func (s *Server) followPredecessor(link Link) {
 	s.endBehind()
 }
 
+// DrainPredecessor makes the process that handed over drain what stayed with it now, without waiting for
+// HandoverOptions.Keep, or close it at once. The error is ErrNoPredecessor if that process has ended.
+func (s *Server) DrainPredecessor(o DrainOptions, force bool) error {
+	if err := CheckText(o.Reason); err != nil {
+		return fmt.Errorf("draining the predecessor: reason: %w", err)
+	}
+	var link Link
+	s.state.With(func(st *state) { link = st.predecessor })
+	if link == nil {
+		return ErrNoPredecessor
+	}
+	payload, err := json.Marshal(handoverMessage{Type: msgDrain, Drain: &o, Force: force})
+	if err == nil {
+		s.toPredecessor.Lock()
+		defer s.toPredecessor.Unlock()
+		err = link.Send(payload, nil)
+	}
+	if err != nil {
+		return fmt.Errorf("draining the predecessor: %w", err)
+	}
+	return nil
+}
+
 // follower returns the channel that followPredecessor closes; nil if nothing was taken over.
 func (s *Server) follower() (done chan struct{}) {
 	s.state.With(func(st *state) { done = st.following })
@@ -378,7 +425,8 @@ func (s *Server) follower() (done chan struct{}) {
 func (s *Server) endedBehind(ends []handoverEnd) {
 	s.state.With(func(st *state) {
 		for _, e := range ends {
-			if _, ok := st.behind[e.ID]; !ok {
+			b, ok := st.behind[e.ID]
+			if !ok {
 				continue
 			}
 			delete(st.behind, e.ID)
@@ -388,6 +436,10 @@ func (s *Server) endedBehind(ends []handoverEnd) {
 			st.closed[parseReason(e.Reason)]++
 			st.bytesIn += e.BytesIn
 			st.bytesOut += e.BytesOut
+			st.publish(Event{Type: EventClosed, Closed: &ClosedConn{
+				ID: e.ID, Remote: parseAddr(b.Remote), Local: wireAddr(""), Opened: b.Opened, Closed: time.Now(),
+				Reason: parseReason(e.Reason), BytesIn: e.BytesIn, BytesOut: e.BytesOut,
+			}})
 		}
 	})
 }
@@ -397,6 +449,7 @@ func (s *Server) endBehind() {
 	var lost int
 	s.state.With(func(st *state) {
 		lost = len(st.behind)
+		st.predecessor = nil
 		st.closed[ReasonLost] += uint64(lost)
 		for _, b := range st.behind {
 			st.bytesIn += b.BytesIn
@@ -404,7 +457,9 @@ func (s *Server) endBehind() {
 		}
 		clear(st.behind)
 	})
-	if lost > 0 {
+	if lost == 0 {
+		s.log.Info("the predecessor has ended")
+	} else {
 		s.log.Warn("the predecessor ended without reporting its connections", zap.Int("lost", lost))
 	}
 }
