@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"echod/control"
@@ -123,6 +126,71 @@ func (s *systemd) serving(t *testing.T, version string) {
 	}
 }
 
+// upgradeUnderLoad runs a command that upgrades the service with 1,000 live connections, while others connect and leave.
+// None may be closed, refused or lose a byte.
+func (s *systemd) upgradeUnderLoad(t *testing.T, argv ...string) {
+	t.Helper()
+	before := s.property(t, "MainPID")
+	peers := make([]*peer, 1000)
+	each(t, len(peers), func(i int) (err error) {
+		if peers[i], err = connect(s.addr); err != nil {
+			return err
+		}
+		return peers[i].echo("hello\n")
+	})
+	defer func() {
+		for _, p := range peers {
+			_ = p.Close()
+		}
+	}()
+	var stop atomic.Bool
+	var clients sync.WaitGroup
+	var come atomic.Int64
+	errs := make([]error, 4)
+	for i := range errs {
+		clients.Go(func() {
+			for !stop.Load() && errs[i] == nil {
+				p, err := connect(s.addr)
+				if err == nil {
+					err = p.echo("new\n")
+					_ = p.Close()
+				}
+				errs[i] = err
+				come.Add(1)
+			}
+		})
+	}
+	r := s.background(t, argv...)()
+	stop.Store(true)
+	clients.Wait()
+	if r.code != 0 {
+		t.Fatalf("%q: %+v", argv, r)
+	}
+	check(t, errors.Join(errs...))
+	each(t, len(peers), func(i int) error { return peers[i].echo(fmt.Sprintf("still here %d\n", i)) })
+	if now := s.property(t, "MainPID"); now == before || now == "0" {
+		t.Errorf("the main process is %s, it was %s: %s", now, before, r.stdout)
+	}
+	t.Logf("%q: %d clients came and went", argv[0], come.Load())
+}
+
+// broken repacks a package with a program that does not run.
+func broken(t *testing.T, pkg string) (path string) {
+	t.Helper()
+	dir := t.TempDir()
+	path = filepath.Join(t.TempDir(), "broken.deb")
+	for _, argv := range [][]string{
+		{"dpkg-deb", "--raw-extract", pkg, dir},
+		{"sh", "-c", `printf '#!/bin/sh\necho "echod: boom" >&2; exit 1\n' >"$1/usr/bin/echod"`, "sh", dir},
+		{"dpkg-deb", "--root-owner-group", "--build", dir, path},
+	} {
+		if r := run(t, commandOf(argv...)); r.code != 0 {
+			t.Fatalf("%q: %+v", argv, r)
+		}
+	}
+	return path
+}
+
 // TestDebianPackage installs, upgrades, removes and purges the real package on a real systemd.
 func TestDebianPackage(t *testing.T) {
 	slow(t)
@@ -148,12 +216,28 @@ func TestDebianPackage(t *testing.T) {
 		}
 	}
 
-	// An upgrade keeps the administrator's settings.
+	// An upgrade keeps the administrator's settings, and all connections. So does a downgrade.
 	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
 	const changed = "ECHOD_GRACE=20s\n"
 	check(t, os.WriteFile(settings, []byte(changed), 0o644))
 	s.ctl(t, "restart", "echod.service")
-	s.restartUnderLoad(t, "dpkg", "--refuse-downgrade", "--install", second)
+	s.upgradeUnderLoad(t, "dpkg", "--refuse-downgrade", "--install", second)
+	s.serving(t, newer)
+	s.upgradeUnderLoad(t, "dpkg", "--install", first)
+	s.serving(t, "v3.0.0")
+
+	// A program that does not run leaves the old one running, and the installation succeeds.
+	kept, pid := s.peer(t), s.property(t, "MainPID")
+	r := s.background(t, "dpkg", "--install", broken(t, first))()
+	if r.code != 0 || !strings.Contains(r.stdout, "the old program keeps running:\n  boom\n") {
+		t.Errorf("dpkg --install with a broken program: %+v", r)
+	}
+	if now := s.property(t, "MainPID"); now != pid {
+		t.Errorf("the main process is %s, it was %s", now, pid)
+	}
+	check(t, kept.echo("still here\n"))
+	check(t, kept.leave())
+	s.upgradeUnderLoad(t, "dpkg", "--install", second)
 	s.serving(t, newer)
 	if got := readFile(t, settings); got != changed {
 		t.Errorf("after the upgrade /etc/default/echod is %q", got)
@@ -200,6 +284,37 @@ func TestDebianPackageDisabled(t *testing.T) {
 	s.dpkg(t, "--install", pkg)
 	if r := run(t, s.command("systemctl", "is-active", "echod.socket", "echod.service")); r.stdout != "inactive\ninactive\n" {
 		t.Errorf("socket and service are %q, want both inactive", r.stdout)
+	}
+}
+
+// A running version that knows no upgrade is restarted, and is not sent SIGUSR2, which would end it.
+func TestPackageReplacesOldVersion(t *testing.T) {
+	slow(t)
+	s := startSystemd(t, map[string]string{
+		"echod.service": readFile(t, "../packaging/systemd/echod.service"),
+		"echod.socket":  readFile(t, "../packaging/systemd/echod.socket"),
+	})
+	root := filepath.Join("/proc", s.pid, "root/run/test")
+	copyFile(t, built(t, embedBinary), filepath.Join(root, "embed")) // its control plane has no /v1/upgrade
+	copyFile(t, "../packaging/upgrade-service.sh", filepath.Join(root, "upgrade-service"))
+	addr := "127.0.0.1:" + freePorts(t, 1)[0]
+	s.fresh(t, "Type=simple", "ExecStart=", "ExecStart=/run/test/embed --listen "+addr+" --control /run/echod/control.sock",
+		strings.ReplaceAll(reloadLines(t), "/usr/bin/echod", "/run/test/echod"), "WatchdogSec=0")
+	var c *peer
+	poll(t, "the old version to serve", func() (ok bool) {
+		var err error
+		c, err = connect(addr)
+		return err == nil
+	})
+	check(t, c.echo("hello\n"))
+	restarts, pid := s.restarts(t), s.property(t, "MainPID")
+	r := s.background(t, "/run/test/upgrade-service")()
+	if r.code != 0 || !strings.Contains(r.stdout, "the running version cannot be upgraded: restarting it") {
+		t.Errorf("upgrade-service: %+v", r)
+	}
+	check(t, c.expect("SHUTDOWN 1 SIGTERM\n")) // not ended by a signal that it does not know
+	if now := s.property(t, "MainPID"); now == pid || s.restarts(t) != restarts {
+		t.Errorf("the main process is %s, it was %s; %d automatic restarts", now, pid, s.restarts(t)-restarts)
 	}
 }
 

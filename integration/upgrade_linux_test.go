@@ -1,13 +1,20 @@
 package integration
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
+
+	"echod/control"
 )
 
 // upgradable starts a server from a copy of the program, which a test can replace.
@@ -41,11 +48,17 @@ func copyFile(t *testing.T, from, to string) {
 	t.Helper()
 	data, err := os.ReadFile(from)
 	check(t, err)
-	// A process that another test forks in this moment would have the file open for writing, and it could not be run.
+	writeProgram(t, to, data)
+}
+
+// writeProgram writes a program. A running program cannot be written to, and one that is open for writing, in this
+// process or a child that it is starting, cannot be run.
+func writeProgram(t *testing.T, path string, content []byte) {
+	t.Helper()
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	check(t, os.WriteFile(to+".new", data, 0o755))
-	check(t, os.Rename(to+".new", to)) // a running program cannot be written to
+	check(t, os.WriteFile(path+".new", content, 0o755))
+	check(t, os.Rename(path+".new", path))
 }
 
 // TestG12Upgrade upgrades the real program. Package server tests the handover itself.
@@ -147,6 +160,8 @@ func TestG12Upgrade(t *testing.T) {
 		})
 	}
 
+	t.Run("callers go on", testUpgradeCallers)
+
 	t.Run("SIGUSR2 upgrades", func(t *testing.T) {
 		t.Parallel()
 		e, _ := upgradable(t)
@@ -175,9 +190,109 @@ func TestG12Upgrade(t *testing.T) {
 	})
 }
 
+// testUpgradeCallers upgrades under callers of the control socket that last.
+func testUpgradeCallers(t *testing.T) {
+	t.Parallel()
+	e, _ := upgradable(t)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	var followers sync.WaitGroup
+	var events []control.Event
+	seen := make(chan string, 1000)
+	c := control.NewClient(e.socket)
+	defer c.Close()
+	followers.Go(func() {
+		for ev, err := range c.Events(ctx) {
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			events = append(events, ev)
+			seen <- ev.Type
+		}
+	})
+	await := func(want string) {
+		t.Helper()
+		for {
+			select {
+			case got := <-seen:
+				if got == want {
+					return
+				}
+			case <-within(t, patience).Done():
+				t.Fatalf("no event %q", want)
+			}
+		}
+	}
+	poll(t, "the events to be followed", func() bool {
+		check(t, e.served().Close())
+		return len(seen) > 0
+	})
+
+	// A command whose pause outlives two upgrades, a caller by hand, and a wait.
+	job := startProgram(t, built(t, echodBinary), "ctl", "--control", e.socket, "pause", "--reason", "job", "--", "cat")
+	await("hold")
+	byHand, err := net.Dial("unix", e.socket)
+	check(t, err)
+	defer byHand.Close()
+	check(t, byHand.SetDeadline(time.Now().Add(patience)))
+	_, err = byHand.Write([]byte("POST /v1/pause?while=connected HTTP/1.1\r\nHost: echod\r\nContent-Length: 0\r\n\r\n"))
+	check(t, err)
+	await("hold")
+	waiting := e.ctlCommand("wait", "--state", "running", "--timeout", "30s")
+	check(t, waiting.Start())
+	for range 2 {
+		if got := e.ctl("upgrade"); got.code != 0 {
+			t.Fatal(got.stderr)
+		}
+		await("upgraded")
+		if st := e.status(); st.State != "paused" || len(st.Holds) != 2 {
+			t.Fatalf("after the upgrade it is %s with the holds %+v", st.State, st.Holds)
+		}
+	}
+	if got := e.ctl("resume", e.status().Holds[1].ID); got.code != 0 {
+		t.Fatal(got.stderr)
+	}
+	answer, err := io.ReadAll(byHand)
+	check(t, err)
+	if lines := strings.Split(strings.TrimSpace(string(answer)), "\n"); !strings.Contains(lines[len(lines)-1], `{"released":`) {
+		t.Errorf("the caller by hand got %q, want a last line that says who released it", answer)
+	}
+	await("released")
+	e.expectState("paused")
+	job.say("done\n")
+	job.reads("done\n")
+	check(t, job.stdin.Close())
+	job.ends("")
+	await("released")
+	check(t, waiting.Wait())
+	e.expectState("running")
+
+	// A caller that dies releases its hold in the successor.
+	killed := e.ctlCommand("pause", "--", "sleep", "60")
+	check(t, killed.Start())
+	await("hold")
+	if got := e.ctl("upgrade"); got.code != 0 {
+		t.Fatal(got.stderr)
+	}
+	check(t, killed.Process.Kill())
+	_ = killed.Wait()
+	await("released")
+	e.expectState("running")
+
+	cancel(nil)
+	followers.Wait()
+	for i, ev := range events {
+		if ev.ID != events[0].ID+uint64(i) || ev.Type == "missed" {
+			t.Errorf("event %d is %s with the id %d, after %d", i, ev.Type, ev.ID, events[max(0, i-1)].ID)
+		}
+	}
+	e.signal(syscall.SIGTERM)
+	e.wait(0)
+}
+
 // script replaces a program by a shell script.
 func script(t *testing.T, program, commands string) {
 	t.Helper()
-	check(t, os.WriteFile(program+".new", []byte("#!/bin/sh\n"+commands+"\n"), 0o755))
-	check(t, os.Rename(program+".new", program))
+	writeProgram(t, program, []byte("#!/bin/sh\n"+commands+"\n"))
 }

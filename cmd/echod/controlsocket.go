@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -125,6 +126,42 @@ func clientSocket(notes io.Writer) (string, error) {
 			fmt.Errorf("no server found: looked at %s (--control names another socket)", looked),
 		}
 	}
+}
+
+// socketOf returns the path of the control socket at which the process pid answers. With an empty path it looks in all
+// places. It does not check who controls them: a server that poses as the process is only asked to upgrade itself.
+func socketOf(ctx context.Context, path string, pid int) (string, error) {
+	paths := []string{cmp.Or(path, os.Getenv("ECHOD_CONTROL"))}
+	if paths[0] == "" {
+		paths = nil
+		for _, p := range places() {
+			paths = append(paths, filepath.Join(p.dir, socketName))
+		}
+		paths = append(paths, filepath.Join(serviceDirectory, socketName), unitSocket)
+	}
+	var found []string
+	var failed error
+	for _, path := range paths {
+		c := control.NewClient(path)
+		st, err := c.Status(ctx)
+		c.Close()
+		switch {
+		case err != nil:
+			failed = cmp.Or(failed, err)
+		case st.PID == pid:
+			return path, nil
+		default:
+			found = append(found, fmt.Sprintf("%s is that of process %d", path, st.PID))
+		}
+	}
+	if len(paths) == 1 && failed != nil {
+		return "", failed
+	}
+	why := "looked at " + strings.Join(paths, ", ")
+	if len(found) > 0 {
+		why = strings.Join(found, ", ")
+	}
+	return "", &exitError{exitUnreachable, fmt.Errorf("process %d has no control socket that was found: %s", pid, why)}
 }
 
 // controlClient returns a client for the control socket at path. With an empty path it uses the socket of

@@ -153,6 +153,9 @@ func showStatus(out io.Writer, st control.Status) error {
 	}
 	row("up", "%s, started %s", seconds(st.UptimeSeconds), st.Started.Local().Format(time.DateTime))
 	row("process", "%d, version %s", st.PID, st.Version)
+	if p := st.Predecessor; p != nil {
+		row("predecessor", "process %d, version %s, with %s", p.PID, p.Version, text.Count(p.Connections, "connection"))
+	}
 	return w.Flush()
 }
 
@@ -378,6 +381,8 @@ func describeEvent(e control.Event) string {
 		what = "state     " + e.State
 	case e.Missed > 0:
 		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", text.Count(e.Missed, "event"))
+	case e.Type == "upgraded":
+		what = "upgraded  another process serves now"
 	}
 	return e.Time.Local().Format("15:04:05.000") + "  " + what
 }
@@ -681,6 +686,8 @@ has been told, and not if a supervisor's signal began the drain.`,
 	cmd.Flags().BoolVar(&req.Now, "now", false, "close everything now")
 	cmd.Flags().DurationVar(&extend, "extend", 0, "give the clients of the drain so much more `time`")
 	cmd.Flags().BoolVar(&cancel, "cancel", false, "cancel the drain, while no client has been told")
+	cmd.Flags().BoolVar(&req.Predecessor, "predecessor", false,
+		"drain only the connections that an upgrade has left with\nthe old process, without waiting for --upgrade-keep")
 	return cmd
 }
 
@@ -688,6 +695,9 @@ func startDrain(ctx context.Context, c *control.Client, out io.Writer, req contr
 	change, err := c.Shutdown(ctx, req)
 	if err != nil {
 		return err
+	}
+	if req.Predecessor {
+		return printLine(out, "the predecessor drains its connections")
 	}
 	left := drainLeft(change)
 	if !change.Changed {

@@ -22,6 +22,7 @@ const (
 	exitUsage       = 2
 	exitUnreachable = 2  // ctl
 	exitTimeout     = 3  // ctl wait
+	exitTooOld      = 4  // ctl upgrade
 	exitUsageCtl    = 64 // ctl, where 2 has another meaning: EX_USAGE of sysexits.h
 	exitSignal      = 128
 )

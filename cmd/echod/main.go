@@ -34,6 +34,9 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	cmd, err := root.ExecuteContextC(context.Background())
+	if err != nil {
+		refuseOffer(err)
+	}
 	return report(cmd, nameVariable(cmd, err))
 }
 

@@ -61,6 +61,7 @@ type serveFlags struct {
 	logLevel            string
 	logFormat           string
 
+	pidFile        string
 	upgradeTimeout time.Duration
 	upgradeKeep    time.Duration
 
@@ -117,6 +118,8 @@ func newServeCommand(use string) *cobra.Command {
 	flags.DurationVar(&f.spread, "spread", 0,
 		"`time` in which a drain tells clients, one after another at\n"+
 			"random, each with its own --grace; 0 is all at once")
+	flags.StringVar(&f.pidFile, "pid-file", "",
+		"`path` of a file with the pid of the process that serves")
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
 		"`time` for the new program of an upgrade to start")
 	flags.DurationVar(&f.upgradeKeep, "upgrade-keep", 0,
@@ -168,7 +171,7 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.envFile, "env-file", "",
 		"with --check: `file` of variables to check in place of the\nenvironment, such as /etc/default/echod")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	for _, flag := range []string{"control", "env-file", "tls-cert", "tls-key", "tls-client-ca"} {
+	for _, flag := range []string{"control", "pid-file", "env-file", "tls-cert", "tls-key", "tls-client-ca"} {
 		completesFiles(cmd, flag)
 	}
 	completes(cmd, "tls-client-auth", "require", "optional")
@@ -332,8 +335,19 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
+	var predecessor *control.Process
+	if taken != nil {
+		predecessor = &control.Process{PID: taken.from.PID, Version: taken.from.Version}
+	}
 	tookOver := taken != nil
 	taken = nil // from now on an error is this process's own
+	if err := pidFile(f.pidFile).write(); err != nil {
+		if !tookOver {
+			sockets.close()
+			return err
+		}
+		log.Error("cannot write the pid file", zap.Error(err)) // the clients matter more
+	}
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
 	if err := warnUnknownVariables(log, cmd); err != nil {
 		return err
@@ -343,25 +357,25 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	var g run.Group
 	g.Add(control.ServerActor(srv, sockets.echo...))
 
+	up := &upgrader{
+		srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, certs: p.echo.certs,
+		notify: tellSupervisor,
+	}
 	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
 	signals.Seen = stats.Signal
 	signals.Final = underSystemd() || f.stopTimeout > 0
-	signals.PassOn = passOn
+	signals.PassOn = up.passOn
 	handleSignals, stopSignals := signals.Actor()
 	g.Add(func() error {
 		awaitListening(srv, len(sockets.echo))
 		return handleSignals()
 	}, stopSignals)
 
-	up := &upgrader{
-		srv: srv, log: log, timeout: f.upgradeTimeout, keep: f.upgradeKeep, sockets: sockets, certs: p.echo.certs,
-		notify: tellSupervisor,
-	}
 	g.Add(up.actor(upgrades))
 
 	planeOpts := control.Options{
 		Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request,
-		Upgrade: up.upgrade, Hosts: f.httpHosts,
+		Upgrade: up.upgrade, Predecessor: predecessor, Hosts: f.httpHosts,
 	}
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)
@@ -390,6 +404,9 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		}
 		plane := control.New(srv, planeOpts)
 		up.leave = append(up.leave, plane.Leave)
+		if tookOver {
+			plane.Continue()
+		}
 		g.Add(plane.Actor(sockets.control))
 		probes = append(probes, plane.Probe)
 	}
@@ -401,8 +418,13 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		up.leave = append(up.leave, web.Leave)
 		g.Add(web.Actor(sockets.http))
 	}
-	reportOwnership()
+	if tookOver {
+		tellKeeper(os.Getpid())
+	}
 	if n := newSDNotifier(srv, log, probes...); n != nil {
+		if tookOver {
+			n.known = awaitSupervisor
+		}
 		up.leave = append(up.leave, n.silence)
 		g.Add(n.actor())
 	}
@@ -410,6 +432,9 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	err = g.Run()
 	if !up.done.Load() {
 		sockets.removeUnix()
+		if err := pidFile(f.pidFile).remove(); err != nil {
+			log.Warn("cannot remove the pid file", zap.Error(err))
+		}
 	}
 	if err != nil {
 		return err

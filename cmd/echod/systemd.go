@@ -20,15 +20,20 @@ import (
 
 // sdNotifier tells systemd about the server's state, see sd_notify(3).
 type sdNotifier struct {
-	srv    *server.Server
-	probes []func(context.Context) error // all must succeed for the server to count as alive
-	log    *zap.Logger
-	notify func(state string) // sd_notify
-	silent atomic.Bool        // another process notifies now
+	srv      *server.Server
+	probes   []func(context.Context) error // all must succeed for the server to count as alive
+	log      *zap.Logger
+	notify   func(state string)    // sd_notify
+	silent   atomic.Bool           // another process notifies now
+	silenced chan struct{}         // closed once it does
+	known    func(context.Context) // waits until systemd knows this process; nil if it does already
 }
 
-// silence ends the notifications, because another process is the main process now.
-func (n *sdNotifier) silence() { n.silent.Store(true) }
+// silence ends the notifications, because another process is the main process now. It is called once.
+func (n *sdNotifier) silence() {
+	n.silent.Store(true)
+	close(n.silenced)
+}
 
 // statusInterval is the time between two updates of the status.
 const statusInterval = time.Second
@@ -41,7 +46,7 @@ func newSDNotifier(srv *server.Server, log *zap.Logger, probes ...func(context.C
 	if !underSystemd() {
 		return nil
 	}
-	n := &sdNotifier{srv: srv, probes: probes, log: log}
+	n := &sdNotifier{srv: srv, probes: probes, log: log, silenced: make(chan struct{})}
 	n.notify = func(state string) {
 		if n.silent.Load() {
 			return
@@ -76,15 +81,24 @@ func (n *sdNotifier) actor() (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		var tasks sync.WaitGroup
-		tasks.Go(func() { n.announce(ctx) })
-		if interval, err := daemon.SdWatchdogEnabled(false); err != nil {
-			n.log.Warn("reading systemd's watchdog interval", zap.Error(err))
-		} else if interval > 0 {
-			tasks.Go(func() { n.pingWatchdog(ctx, interval) })
+		tasks.Go(func() {
+			if n.known != nil {
+				n.known(ctx)
+			}
+			tasks.Go(func() { n.announce(ctx) })
+			if interval, err := daemon.SdWatchdogEnabled(false); err != nil {
+				n.log.Warn("reading systemd's watchdog interval", zap.Error(err))
+			} else if interval > 0 {
+				tasks.Go(func() { n.pingWatchdog(ctx, interval) })
+			}
+		})
+		select {
+		case <-n.srv.Done():
+		case <-n.silenced:
 		}
-		<-n.srv.Done()
 		cancel(errStopped)
 		tasks.Wait()
+		<-n.srv.Done()
 		<-ending // the group's error is that of the first actor to return: not of this one
 		return nil
 	}

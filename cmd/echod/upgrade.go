@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -39,7 +40,8 @@ type handedData struct {
 	PID     int      `json:"pid"`
 	TLS     []string `json:"tls,omitempty"` // addresses of the listeners with TLS
 
-	TicketKeys []byte `json:"ticket_keys,omitempty"` // secret
+	TicketKeys       []byte `json:"ticket_keys,omitempty"`       // secret
+	ControlInherited bool   `json:"control_inherited,omitempty"` // the control socket is systemd's
 }
 
 // upgrader is the predecessor's side of upgrades.
@@ -53,6 +55,7 @@ type upgrader struct {
 	leave   []func()                // stop using the listeners that were passed on
 	notify  func(successor process) // tells the supervisor, before the successor does
 	done    atomic.Bool             // another process serves now
+	one     sync.Mutex              // held during an upgrade
 }
 
 // actor returns the run.Group pair that upgrades on each signal from in, until the server has stopped.
@@ -65,8 +68,8 @@ func (u *upgrader) actor(in <-chan os.Signal) (execute func() error, interrupt f
 				<-ending // the group's error is that of the first actor to return: not of this one
 				return nil
 			case sig := <-in:
-				if u.done.Load() {
-					passOn(sig)
+				if u.srv.HandedOver() {
+					u.passOn(sig)
 					continue
 				}
 				if _, err := u.upgrade(context.Background(), 0); err != nil {
@@ -82,6 +85,13 @@ func (u *upgrader) actor(in <-chan os.Signal) (execute func() error, interrupt f
 func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done control.Upgraded, err error) {
 	if timeout == 0 {
 		timeout = u.timeout
+	}
+	if !u.one.TryLock() {
+		return done, server.ErrHandoverInProgress
+	}
+	defer u.one.Unlock()
+	if d := u.srv.Status().Drain; d != nil {
+		return done, &server.DrainingError{Deadline: d.Deadline}
 	}
 	defer func() {
 		_, draining := errors.AsType[*server.DrainingError](err)
@@ -99,17 +109,19 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		return done, fmt.Errorf("starting the successor: %w", err)
 	}
 	u.log.Info("upgrading", zap.Int("successor", successor.pid))
-	handed := handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
+	successorPID.Store(int64(successor.pid))
+	about := handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
 	if u.certs != nil {
-		handed.TicketKeys = u.certs.TicketKeys()
-	}
-	data, err := json.Marshal(handed)
-	if err != nil {
-		return done, err
+		about.TicketKeys = u.certs.TicketKeys()
 	}
 	extra := map[string]net.Listener{}
-	if u.sockets.control != nil {
-		extra[handedControl] = control.Handed(u.sockets.control)
+	if ln := u.sockets.control; ln != nil {
+		extra[handedControl] = control.Handed(ln)
+		about.ControlInherited = extra[handedControl] == ln
+	}
+	data, err := json.Marshal(about)
+	if err != nil {
+		return done, err
 	}
 	if u.sockets.http != nil {
 		extra[handedHTTP] = u.sockets.http
@@ -120,9 +132,10 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		Committed: func() { u.committed(successor) },
 	})
 	if err != nil {
+		successorPID.Store(0)
 		successor.kill()
 		if errors.Is(err, io.EOF) {
-			err = errors.New("the successor exited before it was ready; its log says why")
+			err = errors.New("the successor exited before it was ready: its messages are in this server's log")
 		}
 		return done, err
 	}
@@ -135,12 +148,20 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 // committed gives up everything except the connections that stayed behind.
 func (u *upgrader) committed(successor process) {
 	u.done.Store(true)
-	becomeKeeperOf(successor)
+	tellKeeper(successor.pid)
 	for _, leave := range u.leave {
 		leave()
 	}
 	u.notify(successor)
 	successor.release()
+}
+
+// passOn passes a signal on to the process that serves, once that is the successor. This process's own connections are
+// drained, too. systemd sends signals to both.
+func (u *upgrader) passOn(sig os.Signal) {
+	if u.srv.HandedOver() && !isUnit() {
+		signalServing(sig)
+	}
 }
 
 // takenOver is what a successor was offered.
@@ -179,20 +200,33 @@ func (t *takenOver) ticketKeys() []byte {
 	return t.from.TicketKeys
 }
 
+// refuseOffer tells the predecessor why this process cannot take over, if it was started for that and has not received
+// the offer: its command line is wrong.
+func refuseOffer(why error) {
+	if taken, err := receiveOffer(context.Background()); taken != nil && err == nil {
+		taken.offer.Refuse(why)
+	}
+}
+
 // sockets returns the listeners that were passed on, in place of those that the flags ask for.
 func (t *takenOver) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
 	s.echo, s.http = t.offer.Listeners, t.offer.Extra[handedHTTP]
+	for i := range s.echo {
+		s.echo[i].EmptyQueue = s.echo[i].Inherited
+	}
 	if err := s.adoptEcho(t.from.TLS, echo); err != nil {
 		return s, err
 	}
-	if ln := t.offer.Extra[handedControl]; ln != nil {
-		s.control, err = control.Adopt(ln, opts)
+	s.control = t.offer.Extra[handedControl]
+	if s.control != nil && !t.from.ControlInherited {
+		s.control, err = control.Adopt(s.control, opts)
 	}
 	return s, err
 }
 
 func (ctl *ctl) upgradeCommand() *cobra.Command {
 	var timeout time.Duration
+	var pid int
 	cmd := &cobra.Command{
 		Use:   "upgrade",
 		Short: "Replace the running program, and keep the connections",
@@ -202,14 +236,25 @@ The server starts the program again with the same arguments and environment, and
 listeners and connections over. Clients do not notice. If the new program does not start,
 the old one continues unchanged, and the command says why.
 
-Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 64 usage.`,
+Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 4 the running version
+cannot be upgraded and has to be restarted, 64 usage.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if timeout < 0 {
 				return usagef("--timeout %s: must not be negative", timeout)
 			}
+			if cmd.Flags().Changed("pid") {
+				path, err := socketOf(cmd.Context(), ctl.path, pid)
+				if err != nil {
+					return err
+				}
+				ctl.path = path
+			}
 			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				done, err := c.Upgrade(ctx, timeout)
+				if problem, ok := errors.AsType[*control.Problem](err); ok && problem.Type == control.ProblemNotFound {
+					return &exitError{exitTooOld, errors.New("the running version cannot be upgraded: restart it")}
+				}
 				if err != nil {
 					return err
 				}
@@ -225,5 +270,6 @@ Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 64 usage.
 	}
 	cmd.Flags().DurationVar(&timeout, "timeout", 0,
 		"`time` for the new program to get ready; 0 is the server's\n--upgrade-timeout")
+	cmd.Flags().IntVar(&pid, "pid", 0, "upgrade the server that is this `process`, and no other")
 	return cmd
 }

@@ -71,7 +71,15 @@ var keeperPipe struct{ r, w *os.File }
 var inheritedReport = sync.OnceValue(func() *os.File { return os.NewFile(fdReport, "report") })
 
 // isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
-func isKept() bool { return underSystemd() || os.Getenv(envReport) != "" }
+func isKept() bool { return isUnit() || os.Getenv(envReport) != "" }
+
+// isUnit reports whether this process is the main process of a systemd unit, so that systemd becomes the parent of the
+// successor. NOTIFY_SOCKET alone does not say so: containers and supervisors pass it on.
+func isUnit() bool {
+	parent := os.Getppid()
+	return underSystemd() && os.Getenv("INVOCATION_ID") != "" && os.Getpid() != 1 &&
+		(parent == 1 || strconv.Itoa(parent) == os.Getenv("MANAGERPID")) // of the user's systemd
+}
 
 // startSuccessor starts the program that is on disk now, with the arguments and the environment of this one. The end of
 // ctx ends the start.
@@ -221,11 +229,14 @@ func runStarter() int {
 	return 0
 }
 
-// predecessorLink returns the link to the predecessor; nil if there is none.
+// predecessorLink returns the link to the predecessor; nil if there is none. Later calls return nil.
 func predecessorLink() (server.Link, error) {
 	fd := os.Getenv(envLink)
 	if fd == "" {
 		return nil, nil
+	}
+	if err := os.Unsetenv(envLink); err != nil {
+		return nil, err
 	}
 	n, err := strconv.Atoi(fd)
 	if err != nil {
@@ -250,23 +261,30 @@ func predecessorLink() (server.Link, error) {
 // gateTimeout bounds the wait for the predecessor to tell the supervisor.
 const gateTimeout = 5 * time.Second
 
-// reportOwnership tells the keeper that this process serves, and waits until the supervisor knows it.
-func reportOwnership() {
-	if os.Getenv(envLink) == "" {
-		return
+// tellKeeper tells the keeper, if it is another process, that the process pid serves. The predecessor does so before it
+// answers who asked for the upgrade, because that one may send a signal next. The successor does so too, in case the
+// predecessor dies.
+func tellKeeper(pid int) {
+	if os.Getenv(envReport) != "" {
+		_, _ = fmt.Fprintln(inheritedReport(), pid) // under systemd nobody reads it
 	}
-	_, _ = fmt.Fprintln(inheritedReport(), os.Getpid()) // without a keeper nobody reads it
+}
+
+// awaitSupervisor waits until the supervisor knows this successor, or until ctx ends.
+func awaitSupervisor(ctx context.Context) {
 	gate := os.NewFile(fdGate, "gate")
+	defer gate.Close()
 	_ = gate.SetReadDeadline(time.Now().Add(gateTimeout))
+	stop := context.AfterFunc(ctx, func() { _ = gate.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
 	_, _ = io.Copy(io.Discard, gate)
-	_ = gate.Close()
 }
 
 // tellSupervisor makes systemd take the successor for the main process, and waits until it does: until then systemd
 // ignores what the successor says (sd_notify(3), MAINPID and BARRIER).
 func tellSupervisor(successor process) {
 	socket := os.Getenv("NOTIFY_SOCKET")
-	if socket == "" {
+	if !isUnit() {
 		return
 	}
 	if err := sdNotify(socket, fmt.Sprintf("MAINPID=%d", successor.pid)); err != nil {
@@ -289,47 +307,54 @@ func tellSupervisor(successor process) {
 	}
 }
 
-// successorPID is a process that serves, or that passes signals on to the one that does; 0 before an upgrade of this one.
-// In the first process it follows later upgrades, while its own server still drains, too.
+// successorPID is the process that serves after an upgrade of this one, or is starting for that; 0 if there is none.
 var successorPID atomic.Int64
 
-// generations is closed when all processes that could take over have exited. It is nil unless this is the first process.
-var generations chan struct{}
-
-// becomeKeeperOf makes this process pass signals on. The first process, if no supervisor is the parent of its
-// successors, becomes the keeper when its server has stopped.
-func becomeKeeperOf(p process) {
-	if underSystemd() {
-		return
+// servingPID returns the process that serves, after an upgrade of this process. The keeper knows later ones, too.
+func servingPID() int {
+	pid := int(successorPID.Load())
+	if keeperPipe.r == nil {
+		return pid
 	}
-	if !isKept() {
-		generations = make(chan struct{})
+	raw, err := keeperPipe.r.SyscallConn()
+	if err != nil {
+		return pid
 	}
-	successorPID.Store(int64(p.pid))
-	if generations != nil {
-		go followGenerations(keeperPipe.r, generations)
-	}
-}
-
-// followGenerations is the goroutine that reads the pids of the processes that take over. It ends when all of them, and
-// this process, have closed their end of the pipe; keepIfUpgraded waits for it.
-func followGenerations(r io.Reader, ended chan<- struct{}) {
-	defer close(ended)
-	lines := bufio.NewScanner(r)
-	for lines.Scan() {
-		if pid, err := strconv.ParseInt(lines.Text(), 10, 64); err == nil {
-			successorPID.Store(pid)
+	var lines []byte
+	_ = raw.Read(func(fd uintptr) bool {
+		var block [512]byte
+		for {
+			n, err := unix.Read(int(fd), block[:]) // it does not block: os.Pipe has set that
+			if err == unix.EINTR {
+				continue
+			}
+			if n <= 0 {
+				return true
+			}
+			lines = append(lines, block[:n]...)
+		}
+	})
+	for line := range strings.FieldsSeq(string(lines)) {
+		if n, err := strconv.Atoi(line); err == nil {
+			pid = n
 		}
 	}
+	successorPID.Store(int64(pid))
+	return pid
 }
 
-// passOn passes a signal on to the successor, if there is one. This process's own connections are drained, too.
-func passOn(sig os.Signal) {
-	pid := successorPID.Load()
+// signalServing sends a signal to the process that serves.
+func signalServing(sig os.Signal) {
+	keeping.Lock()
+	defer keeping.Unlock()
+	pid := servingPID()
 	if s, ok := sig.(syscall.Signal); ok && pid != 0 {
-		_ = syscall.Kill(int(pid), s)
+		_ = syscall.Kill(pid, s)
 	}
 }
+
+// keeping is held while the pipe to the keeper is read.
+var keeping sync.Mutex
 
 // notifyUpgrade registers for the signal that asks for an upgrade.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
@@ -338,7 +363,7 @@ func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 // service must see the same process until the service ends. It passes signals on to the process that serves, and returns
 // that one's exit code.
 func keepIfUpgraded(caught chan os.Signal) error {
-	if successorPID.Load() == 0 || generations == nil {
+	if successorPID.Load() == 0 || isKept() {
 		return nil
 	}
 	notifySignals(caught, syscall.SIGUSR1, syscall.SIGUSR2)
@@ -350,31 +375,24 @@ func keepIfUpgraded(caught chan os.Signal) error {
 	defer cancel(nil)
 	exits := make(chan exit)
 	go waitChildren(ctx, exits)
-	codes := make(map[int64]int) // of processes that have exited
-	for exits != nil {
+	codes := make(map[int]int) // of processes that have exited
+	for {
 		select {
 		case sig := <-caught:
-			passOn(sig)
+			signalServing(sig)
 		case e, ok := <-exits:
-			if !ok { // no child is left
-				exits = nil
+			serving := servingPID() // also keeps the pipe from filling up
+			if ok {
+				codes[e.pid] = e.code
 				break
 			}
-			codes[int64(e.pid)] = e.code
+			if codes[serving] == 0 { // no child is left
+				return nil
+			}
+			return &exitError{code: codes[serving]}
 		}
 	}
-	select {
-	case <-generations: // the one that served last may have reported itself just before
-	case <-time.After(lastReport):
-	}
-	if code := codes[successorPID.Load()]; code != 0 {
-		return &exitError{code: code}
-	}
-	return nil
 }
-
-// lastReport bounds how long a keeper whose children have all exited waits for what they wrote.
-const lastReport = time.Second
 
 // exit is a child that has exited.
 type exit struct{ pid, code int }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"sync/atomic"
 
 	"echod/server"
 )
@@ -25,13 +26,17 @@ func internalRole() (code int, done bool) { return 0, false }
 
 func predecessorLink() (server.Link, error) { return nil, nil }
 
-func reportOwnership() {}
+func tellKeeper(int) {}
+
+func awaitSupervisor(context.Context) {}
 
 func tellSupervisor(process) {}
 
-func becomeKeeperOf(process) {}
+func isUnit() bool { return false }
 
-func passOn(os.Signal) {}
+func signalServing(os.Signal) {}
+
+var successorPID atomic.Int64
 
 func notifyUpgrade(chan<- os.Signal) {}
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# After an installation: open the socket and start the service. After an upgrade: restart the service; the socket
-# stays open. Units that the administrator has disabled stay disabled.
+# After an installation: open the socket and start the service. After an upgrade: replace the running program, and keep
+# its connections. Units that the administrator has disabled stay disabled.
 set -e
 case "$1" in configure | abort-upgrade | abort-deconfigure | abort-remove) ;; *) exit 0 ;; esac
 for unit in echod.socket echod.service; do
@@ -14,4 +14,11 @@ deb-systemd-helper update-state echod-control.socket >/dev/null # optional, so i
 [ -d /run/systemd/system ] || exit 0
 systemctl --system daemon-reload
 deb-systemd-invoke start echod.socket || true # fails if the port is in use; the journal says so
-deb-systemd-invoke "${2:+re}start" echod.service || true
+if [ -n "$2" ] && systemctl --system is-active --quiet echod.service; then
+	# deb-systemd-invoke does not reload. A policy may forbid it.
+	code=0
+	[ ! -x /usr/sbin/policy-rc.d ] || /usr/sbin/policy-rc.d echod.service reload >/dev/null 2>&1 || code=$?
+	case $code in 0 | 104) /usr/lib/echod/upgrade-service ;; esac
+else
+	deb-systemd-invoke start echod.service || true
+fi

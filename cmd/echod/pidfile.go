@@ -1,0 +1,53 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// pidFile is the path of a file with the pid of the process that serves: after an upgrade, the successor's. The empty
+// path is none.
+type pidFile string
+
+// write makes the file say this process. A reader never sees half of it.
+func (p pidFile) write() error {
+	if p == "" {
+		return nil
+	}
+	path := string(p)
+	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err == nil {
+		_, err = fmt.Fprintln(file, os.Getpid())
+		err = errors.Join(err, file.Chmod(0o644), file.Close())
+		if err == nil {
+			err = os.Rename(file.Name(), path)
+		}
+		if err != nil {
+			_ = os.Remove(file.Name())
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("--pid-file %s: %w", path, withoutPath(err))
+	}
+	return nil
+}
+
+// remove removes the file if it says this process.
+func (p pidFile) remove() error {
+	if p == "" {
+		return nil
+	}
+	content, err := os.ReadFile(string(p))
+	if err != nil || strings.TrimSpace(string(content)) != strconv.Itoa(os.Getpid()) {
+		return nil // another server's, or gone
+	}
+	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
