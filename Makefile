@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long lint fuzz simulate faults soak bench bench-quick bench-rollouts dist install module clean help
+.PHONY: build run test check check-long lint fuzz simulate faults soak bench bench-quick bench-rollouts pictures dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -49,6 +49,9 @@ bench-quick: ## the same in two minutes, into bench/out
 
 bench-rollouts: ## compare what clients see in a rollout with nginx, HAProxy and others; writes docs/comparison.md
 	scripts/bench-rollouts.sh
+
+pictures: ## make the pictures of README and docs from the real program
+	scripts/pictures.sh
 
 # dist reads DIST (directory), SYSTEMS, PACKAGES and MAINTAINER ('Name <address>') from the environment.
 export DIST SYSTEMS PACKAGES MAINTAINER
