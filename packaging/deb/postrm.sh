@@ -1,8 +1,10 @@
 #!/bin/sh
-# After a removal: make systemd forget the units. On a purge, forget also which were enabled.
+# After a removal: make systemd forget the units. On a purge, forget also which were enabled, and remove the service's state:
+# with DynamicUser=, /var/lib/echod is a link to /var/lib/private/echod (systemd.exec(5)).
 set -e
 if [ "$1" = purge ]; then
 	deb-systemd-helper purge echod.socket echod-control.socket echod.service >/dev/null
+	rm -rf /var/lib/echod /var/lib/private/echod
 fi
 if [ -d /run/systemd/system ]; then
 	systemctl --system daemon-reload
