@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"path"
 	"path/filepath"
 	"strings"
 	"time"
@@ -23,8 +24,9 @@ type Address struct {
 }
 
 // ParseAddress parses an address in one of the forms host:port, tcp://host:port,
-// tls://host:port and unix:///path. An empty host means the local host. The
-// error is a [*net.AddrError] that names the address and the accepted forms.
+// tls://host:port and unix:///path. An empty host means the local host. On
+// Windows a path may begin with a drive, as in unix:///C:/path. The error is a
+// [*net.AddrError] that names the address and the accepted forms.
 func ParseAddress(address string) (Address, error) {
 	invalid := func(problem string) (Address, error) {
 		return Address{}, &net.AddrError{Err: problem + "; " + addressForms, Addr: address}
@@ -35,8 +37,11 @@ func ParseAddress(address string) (Address, error) {
 	}
 	switch scheme {
 	case "unix":
-		if !strings.HasPrefix(rest, "/") || filepath.Clean(rest) == "/" {
+		if !strings.HasPrefix(rest, "/") || path.Clean(rest) == "/" {
 			return invalid("the path of a Unix socket must be absolute")
+		}
+		if filepath.VolumeName(rest[1:]) != "" { // /C:/dir/s on Windows, as in file: URLs
+			rest = rest[1:]
 		}
 		return Address{Network: "unix", Addr: rest}, nil
 	case "tcp", "tls":

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,13 @@ func TestParseAddress(t *testing.T) {
 		if got, err := ParseAddress(address); err != nil || got != want {
 			t.Errorf("ParseAddress(%q) = %+v, %v, want %+v", address, got, err, want)
 		}
+	}
+	withDrive := Address{Network: "unix", Addr: "/C:/run/echod.sock"}
+	if runtime.GOOS == "windows" {
+		withDrive.Addr = "C:/run/echod.sock"
+	}
+	if got, err := ParseAddress("unix:///C:/run/echod.sock"); err != nil || got != withDrive {
+		t.Errorf("ParseAddress of a path with a drive = %+v, %v, want %+v", got, err, withDrive)
 	}
 	for address, problem := range map[string]string{
 		"":                   "missing port in address",

@@ -129,6 +129,9 @@ var transports = []transport{
 			t.Skip(err) // not supported, or the path of the temporary directory is too long
 		}
 		serve(t, l, script...)
+		if path = filepath.ToSlash(path); filepath.VolumeName(path) != "" {
+			path = "/" + path
+		}
 		return "unix://" + path, nil
 	}},
 }

@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -68,6 +69,25 @@ func handshaken(t *testing.T, c *tls.Conn) *tls.Conn {
 }
 
 // listenUnix listens on a Unix socket in a directory whose name is short enough for a socket.
+// unixAddress is the address of a Unix socket at an absolute path.
+func unixAddress(path string) string {
+	path = filepath.ToSlash(path)
+	if filepath.VolumeName(path) != "" {
+		path = "/" + path
+	}
+	return "unix://" + path
+}
+
+// skipWithoutUnixSockets skips the test if err is that of Windows Sockets for an unknown address family: wine has no
+// Unix sockets.
+func skipWithoutUnixSockets(t testing.TB, err error) {
+	t.Helper()
+	const wsaEAFNOSUPPORT = syscall.Errno(10047)
+	if errors.Is(err, wsaEAFNOSUPPORT) {
+		t.Skip(err)
+	}
+}
+
 func listenUnix(t testing.TB) net.Listener {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "")
@@ -75,7 +95,8 @@ func listenUnix(t testing.TB) net.Listener {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	ln, err := Listen(t.Context(), "unix://"+filepath.Join(dir, "s"))
+	ln, err := Listen(t.Context(), unixAddress(filepath.Join(dir, "s")))
+	skipWithoutUnixSockets(t, err)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -65,7 +66,8 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 // Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. The
 // host 0.0.0.0 is all IPv4 addresses; an empty host or [::] is all IPv4 and IPv6 addresses. Unlike net.Listen it does
 // not use Multipath TCP, because new handshakes cannot be kept out of its accept queue while a
-// drain empties it. Serve takes listeners of any kind.
+// drain empties it. On Windows the path of a Unix socket may begin with a drive, as in unix:///C:/path. Serve takes
+// listeners of any kind.
 func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener, error) {
 	network, addr, err := splitAddress(address)
 	if err != nil {
@@ -103,6 +105,9 @@ func splitAddress(address string) (network, addr string, err error) {
 	case scheme == "tcp":
 		return tcpNetwork(rest), rest, nil
 	case scheme == "unix" && strings.HasPrefix(rest, "/"):
+		if filepath.VolumeName(rest[1:]) != "" { // /C:/dir/s on Windows, as in file: URLs
+			rest = rest[1:]
+		}
 		return "unix", rest, nil
 	default:
 		return "", "", fmt.Errorf("address %q: want host:port, tcp://host:port or unix:///path", address)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"go.uber.org/zap"
 
+	"echod/client"
 	"echod/control"
 	"echod/server"
 )
@@ -136,11 +136,12 @@ type echoAddress struct {
 
 // parseEchoAddress parses an address of --listen. All errors are usage errors.
 func parseEchoAddress(address string) (a echoAddress, err error) {
-	if path, ok := strings.CutPrefix(address, unixScheme); ok {
-		if !filepath.IsAbs(path) {
+	if strings.HasPrefix(address, unixScheme) {
+		parsed, err := client.ParseAddress(address)
+		if err != nil {
 			return a, usagef("--listen %s: want an absolute path, as in unix:///run/echod/echo.sock", address)
 		}
-		return echoAddress{path: path}, nil
+		return echoAddress{path: parsed.Addr}, nil
 	}
 	a.hostPort, a.tls = strings.CutPrefix(address, tlsScheme)
 	a.hostPort = strings.TrimPrefix(a.hostPort, "tcp://")
