@@ -216,10 +216,7 @@ func testForgottenWaits(t *testing.T) {
 // testUnread has a flood of connections come before net/http has read a caller's request.
 func testUnread(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
-	socket, err := Listen(t.Context(), path, SocketOptions{Mode: 0o600})
-	if err != nil {
-		t.Fatal(err)
-	}
+	socket := listenControl(t, path)
 	defer socket.Close()
 	l := limitCallers(socket, 4)
 	dial := func(text string) net.Conn {
@@ -376,10 +373,7 @@ func TestGoneCaller(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := filepath.Join(shortDir(t), "control.sock")
-	socket, err := Listen(t.Context(), path, SocketOptions{Mode: 0o600})
-	if err != nil {
-		t.Fatal(err)
-	}
+	socket := listenControl(t, path)
 	for _, request := range []string{"POST /v1/pause", "POST /v1/pause?while=connected", "POST /v1/shutdown", "DELETE /v1/conns?all=true"} {
 		conn, err := net.Dial("unix", path)
 		if err != nil {

@@ -45,14 +45,18 @@ func checkWritable(dir string) error {
 	return err
 }
 
-// wsaECONNREFUSED is Windows Sockets' connection refused.
-const wsaECONNREFUSED = syscall.Errno(10061)
+// Errors of Windows Sockets.
+const (
+	wsaEMFILE       = syscall.Errno(10024)
+	wsaECONNREFUSED = syscall.Errno(10061)
+)
 
 func isRefused(err error) bool { return errors.Is(err, wsaECONNREFUSED) }
 
 func isBusy(error) bool { return false }
 
-func isOutOfFiles(error) bool { return false }
+// isOutOfFiles knows EMFILE too, which portable listeners return; the system does not.
+func isOutOfFiles(err error) bool { return errors.Is(err, wsaEMFILE) || errors.Is(err, syscall.EMFILE) }
 
 func hungUp(net.Conn) bool { return false }
 

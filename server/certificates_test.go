@@ -85,11 +85,19 @@ func TestCertificates(t *testing.T) {
 		if err := os.Symlink("1", link); err != nil {
 			t.Skip(err)
 		}
+		if _, err := os.Stat(filepath.Join(link, "cert.pem")); err != nil {
+			t.Skip("wine does not follow it: ", err)
+		}
 		store, err := LoadCertificates(CertificateOptions{Pairs: []CertificatePair{{filepath.Join(link, "cert.pem"), filepath.Join(link, "key.pem")}}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := errors.Join(os.Symlink("2", link+".new"), os.Rename(link+".new", link)); err != nil {
+		if err := os.Symlink("2", link+".new"); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(link+".new", link); errors.Is(err, os.ErrPermission) {
+			t.Skip("Windows does not replace a link to a directory: ", err)
+		} else if err != nil {
 			t.Fatal(err)
 		}
 		if changed, err := store.Reload(); !changed || err != nil {

@@ -23,6 +23,8 @@ func acceptRetryable(err error) bool {
 		switch errno {
 		case wsaEMFILE, wsaENETDOWN, wsaECONNABORTED, wsaECONNRESET, wsaENOBUFS:
 			return true
+		case syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ECONNABORTED, syscall.ECONNRESET:
+			return true // of portable listeners; the system does not return them
 		default:
 			return false
 		}
