@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long lint fuzz simulate faults soak bench bench-quick bench-rollouts pictures dist install module clean help
+.PHONY: build run test check check-long check-systems lint fuzz simulate faults soak bench bench-quick bench-rollouts pictures dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -23,6 +23,11 @@ check: ## run the slow tests, and check coverage, the other modules and the pack
 
 check-long: ## run what takes longer, before a release: fuzzing, hostile clients, long loads, soak, faults
 	scripts/check-long.sh
+
+# check-systems reads SYSTEMS, RUN and TIMEOUT from the environment.
+export RUN TIMEOUT
+check-systems: ## run tests and program for linux/386, arm64, s390x and windows/amd64, under emulators; SYSTEMS='linux-arm64'
+	scripts/check-systems.sh
 
 lint: ## check formatting, scripts, vet, staticcheck, dead code, vulnerabilities (VULNDB=DIR: a local database)
 	VULNDB='$(VULNDB)' scripts/lint.sh

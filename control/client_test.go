@@ -90,6 +90,7 @@ func testCalls(t *testing.T) {
 
 func testNoServer(t *testing.T) {
 	dir := shortDir(t)
+	_ = listenControl(t, filepath.Join(dir, "another.sock")).Close()
 	c := NewClient(filepath.Join(dir, "none.sock"))
 	want := "no server answers on control socket " + filepath.Join(dir, "none.sock") + ": no such file or directory"
 	for _, call := range calls {
@@ -399,11 +400,7 @@ func testHugeAnswers(t *testing.T) {
 
 func testAtName(t *testing.T) {
 	t.Chdir(shortDir(t))
-	ln, err := Listen(t.Context(), "@name", SocketOptions{Mode: 0o600})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
+	defer listenControl(t, "@name").Close()
 	conn, err := dialSocket(t.Context(), "@name")
 	if err != nil {
 		t.Fatal(err)

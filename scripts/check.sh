@@ -25,5 +25,8 @@ awk -v least=$least '
 	END { if (low) { print "under " least " %, or failed; see: go tool cover -html coverage/profile"; exit 1 } }' coverage/summary
 
 [ "$(uname)" != Linux ] || step go -C bench test ./...
+# A system with 32 bits, and whether the program of the arm64 package runs. 'make check-systems' runs more.
+step env SYSTEMS=linux-386 scripts/check-systems.sh
+step env SYSTEMS=linux-arm64 RUN=none scripts/check-systems.sh
 step env MODULE=examples scripts/test.sh
 step scripts/dist-check.sh
