@@ -84,6 +84,9 @@ func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener
 		}
 		return nil
 	}
+	if ctx.Err() != nil { // package net may not look at ctx for a host that needs no DNS
+		return nil, fmt.Errorf("listening on %s: %w", address, context.Cause(ctx))
+	}
 	ln, err := config.Listen(ctx, network, addr)
 	if err != nil {
 		return nil, fmt.Errorf("listening on %s: %w", address, err)
