@@ -19,7 +19,8 @@ const (
 	maxAcceptBackoff = 1 * time.Second
 )
 
-// An acceptor accepts connections from one listener and submits them for admission. It runs on Serve's goroutine.
+// An acceptor accepts connections from one listener and submits each for admission. It runs on the goroutine that
+// called Serve.
 type acceptor struct {
 	srv     *Server
 	ln      Listener
@@ -70,8 +71,8 @@ func newAcceptor(s *Server, ln Listener) *acceptor {
 // prepares reports whether connections have a handshake before they are admitted.
 func (a *acceptor) prepares() bool { return a.wrap != nil || a.tls != nil }
 
-// interrupt makes a blocked accept return, and every later one until awaitMayAccept. The caller holds s.state, so the
-// accept loop cannot undo the interrupt before it has seen the cause.
+// interrupt makes a blocked accept return, and each later one until awaitMayAccept. The caller holds s.state, so the
+// accept loop cannot clear the interrupt before it has seen why it was interrupted.
 func (a *acceptor) interrupt() {
 	if !a.emptying {
 		a.interrupted = true
@@ -136,8 +137,8 @@ func (a *acceptor) awaitMayAccept() bool {
 	}
 }
 
-// look asks next, and records for a handover whether the loop has stopped. It runs for each connection, and allocates
-// nothing.
+// look calls next, and records for a handover whether the loop has stopped. It runs once per connection, so it must
+// not allocate.
 func (a *acceptor) look() (clear, stop, frozen bool) {
 	a.srv.state.With(func(st *state) {
 		clear, stop, frozen = a.next(st)
@@ -146,7 +147,8 @@ func (a *acceptor) look() (clear, stop, frozen bool) {
 	return clear, stop, frozen
 }
 
-// awaitChange waits until next has another answer than to wait, frozen or not as before, for parkInterval at most.
+// awaitChange waits until the loop may accept, must end, or differs from frozen, for
+// parkInterval at most.
 func (a *acceptor) awaitChange(frozen bool) {
 	a.srv.awaitFor(parkInterval, func(st *state) bool {
 		clear, stop, now := a.next(st)
@@ -156,7 +158,8 @@ func (a *acceptor) awaitChange(frozen bool) {
 
 var errNoFiles = errors.New("the limit on open files is reached")
 
-// spareFiles returns how many reserved files the loop may use: at the connection limit, those for rejected clients.
+// spareFiles returns how many reserved files the loop may use: none, or at the connection limit those for rejected
+// clients.
 func (a *acceptor) spareFiles() int {
 	var full bool
 	a.srv.state.With(func(st *state) { full = st.admitted >= a.srv.opts.Limits.MaxConns })
@@ -241,7 +244,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 	s.proceed(c, d, why)
 }
 
-// proceed does what admission decided.
+// proceed carries out the decision of admission.
 func (s *Server) proceed(c *Conn, d decision, why Reason) {
 	switch d {
 	case admit:
@@ -457,8 +460,8 @@ func (a *acceptor) emptyQueue() {
 	}
 }
 
-// expectsMore reports whether clients will be in the accept queue, or are, that emptyQueue has to take. New handshakes
-// are kept out. The order matters: a handshake that completes between the two looks has entered the queue.
+// expectsMore reports whether emptyQueue must still wait for clients: in a handshake or in the accept queue. It looks
+// for handshakes first, because one that completes meanwhile is in the queue at the second look.
 func (a *acceptor) expectsMore(until time.Time) bool {
 	if time.Now().Before(until) && handshakesInProgress(a.ln.Listener) {
 		return true
@@ -467,7 +470,8 @@ func (a *acceptor) expectsMore(until time.Time) bool {
 	return ok && length > 0
 }
 
-// takeWaiting accepts the clients that are in the accept queue of an inherited listener now. It leaves later ones.
+// takeWaiting accepts the clients that are in the accept queue of an inherited listener now, and leaves later ones to
+// the successor.
 func (a *acceptor) takeWaiting() {
 	waiting, _, ok := acceptQueue(a.ln.Listener)
 	if !ok {
@@ -482,8 +486,8 @@ func (a *acceptor) takeWaiting() {
 	}
 }
 
-// handshakeTime is how long to wait for TCP handshakes that are in progress. It is bounded: while new handshakes are
-// dropped, clients that connect get a timeout instead of a refusal.
+// handshakeTime returns how long to wait for TCP handshakes in progress. It is bounded, because clients that connect
+// while the filter drops SYNs see a timeout instead of a refusal.
 func (a *acceptor) handshakeTime() (d time.Duration) {
 	d = handshakeTime
 	a.srv.state.With(func(st *state) {

@@ -118,8 +118,8 @@ type handshake struct {
 	client clientKey // of a TLS handshake, if the connections of each client are bounded
 }
 
-// slowHandshake is for how long a handshake keeps its place while other clients wait for one. A good client needs a few
-// round trips.
+// slowHandshake is the time for which a handshake keeps its place while other clients wait. A handshake normally
+// takes a few round trips.
 const slowHandshake = time.Second
 
 // placesTaken reports whether new clients have to wait. With LimitReject nobody waits: a client gets the next place
@@ -128,13 +128,13 @@ func (st *state) placesTaken(limits *Limits) bool {
 	return limits.AtLimit == LimitQueue && st.admitted+len(st.handshakes) >= limits.MaxConns
 }
 
-// hasSlowHandshake reports whether a client that waits for a place can have that of a slow handshake.
+// hasSlowHandshake reports whether a waiting client can take the place of a slow handshake.
 func (st *state) hasSlowHandshake(limits *Limits) bool {
 	return st.placesTaken(limits) && st.admitted < limits.MaxConns && time.Since(st.handshakes[0].began) >= slowHandshake
 }
 
-// endSlowHandshake returns the connection with the slowest handshake, which the caller must end, if a new client needs
-// its place. In a drain nobody waits for a place.
+// endSlowHandshake removes and returns the connection with the slowest handshake if a new client needs its place. The
+// caller must end the connection. In a drain no client waits for a place.
 func (st *state) endSlowHandshake(limits *Limits) *Conn {
 	if st.notAccepting() || !st.hasSlowHandshake(limits) {
 		return nil
@@ -201,7 +201,7 @@ func (s *Server) hasFile(spare int) bool {
 	return s.files == 0 || connFiles.Load() < int64(s.files+spare)
 }
 
-// clientKey is what counts as one client for Limits.MaxConnsPerIP and MaxConnsPerUID.
+// clientKey identifies a client for Limits.MaxConnsPerIP and MaxConnsPerUID.
 type clientKey struct {
 	addr netip.Addr
 	uid  int // of a client of a Unix socket, whose addr is invalid

@@ -20,7 +20,7 @@ import (
 )
 
 // Certificates are certificates that are loaded from files, and loaded again when the files change. Clients get the
-// first certificate that is valid for the name they ask for, or else the first of all. A change applies to new
+// first certificate that is valid for the name they ask for, or else the first of all. New certificates apply to new
 // handshakes; existing connections and session tickets stay valid. All methods may be called concurrently.
 type Certificates struct {
 	opts    CertificateOptions
@@ -39,10 +39,10 @@ type CertificateOptions struct {
 	// Config is what all handshakes have in common, such as MinVersion and ClientAuth. Its Certificates, GetCertificate
 	// and GetConfigForClient are not used. Nil means crypto/tls's defaults.
 	Config *tls.Config
-	// TicketKeys are what Certificates.TicketKeys returned in another process, whose clients can then resume their
-	// sessions with this one. Nil: new keys.
+	// TicketKeys is the result of Certificates.TicketKeys in another process. Clients of that process can then resume
+	// their sessions with this one. Nil means new keys.
 	TicketKeys []byte
-	// Logger receives what is loaded, what cannot be, and what expires soon. Nil logs nothing.
+	// Logger logs which files are loaded, which cannot be, and which certificates expire soon. Nil logs nothing.
 	Logger *zap.Logger
 }
 

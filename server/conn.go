@@ -18,9 +18,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// Conn is an accepted connection. It is a net.Conn with these differences: a Write is never interrupted by a notice;
-// Close leaves flushing, half-closing and lingering to the server; once the server has decided to end the connection,
-// deadlines no longer move; and a write deadline bounds the handler's writes only.
+// Conn is an accepted connection. It differs from other net.Conns: notices never land inside a Write; Close leaves
+// flushing, half-closing and lingering to the server; deadlines no longer change once the server ends the connection;
+// and a write deadline applies to the handler's writes only.
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
@@ -150,8 +150,8 @@ func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 // LocalAddr is the server's address on this connection.
 func (c *Conn) LocalAddr() net.Addr { return knownAddr(c.sock.LocalAddr()) }
 
-// RemoteAddr is the client's address: that of the connection which WrapConn returned. For the client of a Unix socket,
-// which has no address, it is its Credentials where the system tells them.
+// RemoteAddr is the client's address, as returned by WrapConn's connection. The client of a Unix socket has no
+// address; RemoteAddr is then its Credentials, on systems that report them.
 func (c *Conn) RemoteAddr() (addr net.Addr) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil {
@@ -164,8 +164,8 @@ func (c *Conn) RemoteAddr() (addr net.Addr) {
 	return addr
 }
 
-// NetConn returns the stream that Conn reads and writes: what the listener or WrapConn returned, for example a
-// *tls.Conn. Bytes that are read or written there directly are not counted, and notices may land between them.
+// NetConn returns the underlying stream: the connection from the listener or from WrapConn, for example a *tls.Conn.
+// Direct reads and writes on it are not counted, and notices may land between them.
 func (c *Conn) NetConn() (nc net.Conn) {
 	c.closing.With(func(*closingState) { nc = c.nc })
 	return nc
@@ -204,8 +204,8 @@ func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
 
 // Draining returns a channel that is closed when the connection's drain begins: its client has been told, and has
-// until DrainDeadline. That happens in a drain of the server, in an eviction (PauseOptions.Evict), and for the
-// connection's age (Timeouts.MaxAge). It is the soft signal; the end of the context is the hard one.
+// until DrainDeadline. The cause is a drain of the server, an eviction (PauseOptions.Evict), or the connection's age
+// (Timeouts.MaxAge). The handler may finish its work until its context is cancelled.
 func (c *Conn) Draining() (signal <-chan struct{}) {
 	c.closing.With(func(cl *closingState) {
 		d := &cl.extra().drain
@@ -264,10 +264,10 @@ func (c *Conn) moveDeadline(deadline func(connDrain) time.Time) {
 	})
 }
 
-// MarkIdle says that the handler has answered all requests and has read nothing of the next one. With a bufio.Reader
-// that means that Buffered returns 0; a bufio.Scanner does not tell. A drain then interrupts the Read that waits, or
-// the next one, with ErrDraining. No byte is lost, so the handler may also continue. The mark ends with the first
-// byte that is read. Each connection is interrupted once at most. Call it on the goroutine that reads.
+// MarkIdle declares that the handler has answered all requests and has read nothing of the next one: with a
+// bufio.Reader, that Buffered returns 0. (A bufio.Scanner does not report this.) A drain then makes the waiting Read,
+// or the next one, fail with ErrDraining, once per connection. No byte is lost, so the handler may also continue. The
+// first byte read ends the mark. Call MarkIdle on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
 
 // endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or
@@ -327,10 +327,9 @@ func (c *Conn) finishHandshake() error {
 	return nil
 }
 
-// SetNotifier replaces the Notifier of this connection, from the next byte on; nil means no notices. Call it before a
-// change of protocol, such as STARTTLS in the handler: notices that were not sent by then are dropped. It waits for a
-// write that is in progress. A drain sends its notice once, so a Notifier that is set later does not get it: check
-// Draining.
+// SetNotifier replaces the Notifier of this connection; nil means no notices. Call it before a change of protocol,
+// such as STARTTLS in the handler. It waits for a write in progress, and drops notices that are not sent yet. A drain
+// notifies once, so a Notifier that is set after that is not called: check Draining.
 func (c *Conn) SetNotifier(n Notifier) {
 	if n == nil {
 		n = silent{}
@@ -340,12 +339,12 @@ func (c *Conn) SetNotifier(n Notifier) {
 	c.closing.With(func(cl *closingState) { cl.extra().notifier = n })
 }
 
-// Wrap replaces the stream in the middle of the connection by what wrap makes of it, such as a TLS session for
-// STARTTLS. While wrap runs, the server sends nothing to the client; afterwards its notices go through the new stream.
-// So the answer in the clear that TLS may begin is written in wrap: a notice could follow one that was written earlier.
-// Call it on the goroutine that reads, when nothing that belongs to the new stream has been read yet. An error of wrap
-// leaves the connection silent and the old stream in place; the handler should return. Wrap is bounded by ctx only, not
-// by Timeouts.Handshake. The connection's addresses do not change.
+// Wrap replaces the connection's stream with the one that wrap returns, such as a TLS session for STARTTLS. While
+// wrap runs, the server sends nothing to the client; afterwards its notices use the new stream. Write the plain-text
+// answer to STARTTLS inside wrap, because a notice could follow it if it were written earlier. Call Wrap on the
+// goroutine that reads, before any byte of the new stream has been read. If wrap returns an error, the old stream
+// stays in place but the server sends no more notices; the handler should return. Only ctx bounds Wrap, not
+// Timeouts.Handshake. The connection's addresses do not change.
 func (c *Conn) Wrap(ctx context.Context, wrap WrapConn) error {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
@@ -403,9 +402,9 @@ const (
 	maxLabelLength = 256
 )
 
-// SetLabel attaches a label to the connection, such as the user that logged in. Labels are shown in logs, in listings
-// and by the control plane. An empty value removes the label. The server keeps at most 16 labels a connection, and
-// refuses keys and values that CheckText refuses or that have more than 256 bytes.
+// SetLabel attaches a label to the connection, such as the name of the user. Logs, listings and the control plane
+// show labels. An empty value removes the label. A connection has at most 16 labels. Keys and values have at most 256
+// bytes and must pass CheckText.
 func (c *Conn) SetLabel(key, value string) error {
 	for _, text := range []string{key, value} {
 		if err := CheckText(text); err != nil {
@@ -492,7 +491,8 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// explain replaces the error of a connection that the server ends by the cause, and notes others.
+// explain returns the cause instead of err if the server ends the connection. Otherwise it returns err, and records a
+// reset or a lost connection.
 func (c *Conn) explain(err error) error {
 	if cause := c.cause(); cause != nil {
 		return cause
@@ -503,9 +503,9 @@ func (c *Conn) explain(err error) error {
 	return err
 }
 
-// Close lets the connection end: reads and writes fail from now on, and when the handler has returned the server
-// half-closes, lingers and closes. It never fails, and calling it is never necessary. The close reason is still what
-// the handler's result says, so a deferred Close hides nothing.
+// Close makes reads and writes fail. When the handler has returned, the server half-closes, lingers and closes the
+// connection. A handler need not call Close, and Close always returns nil. The handler's result still determines the
+// close reason.
 func (c *Conn) Close() error {
 	c.flags.set(flagClosed)
 	c.closing.With(func(cl *closingState) {
@@ -534,8 +534,8 @@ func (c *Conn) SetReadDeadline(t time.Time) (err error) {
 	return err
 }
 
-// SetWriteDeadline sets the deadline of the handler's writes; see net.Conn. Notices are not bound by it. Nothing can be
-// written after a write that it cut short.
+// SetWriteDeadline sets the deadline of the handler's writes; see net.Conn. It does not apply to notices. After a
+// write that it interrupts midway, all further writes fail.
 func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
 	c.closing.With(func(cl *closingState) {
 		if !t.IsZero() || cl.rare != nil {
@@ -551,8 +551,8 @@ func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
 
 func (c *Conn) touch() { c.active.Store(c.srv.clock()) }
 
-// clock is the time since the server was made, in nanoseconds, and never zero. Unlike the wall clock it cannot be set,
-// which would make every connection look idle.
+// clock is the time since the server was made, in nanoseconds. It is never zero. A change of the wall clock, which
+// would make every connection look idle, does not affect it.
 func (s *Server) clock() int64 { return int64(time.Since(s.started)) + 1 }
 
 // at is the inverse of clock.
@@ -647,8 +647,9 @@ func (c *Conn) setParent() {
 	}
 }
 
-// serve is the goroutine of an admitted connection. It begins with a stack of 2 KiB, more than a third of what an idle
-// connection costs. The frames from here to where an echo waits just fit; one more doubles every stack.
+// serve is the goroutine of an admitted connection. Its stack of 2 KiB is more than a third of the memory of an idle
+// connection. The frames from here to where an echo waits just fit into it; one more frame doubles the stack of each
+// connection.
 func (c *Conn) serve() {
 	defer c.srv.endTask()
 	natural := ReasonHandlerError // for a handler that calls runtime.Goexit
@@ -687,8 +688,8 @@ func (c *Conn) panicked(p any) Reason {
 	return ReasonHandlerPanic
 }
 
-// handlerResult says how a connection ended that the server itself had no reason to end. It is a function of its own
-// because logging in serve would take stack from every handler.
+// handlerResult returns the close reason that follows from the handler's result. It is a separate function because
+// logging in serve would enlarge the stack of every connection.
 func (c *Conn) handlerResult(err error) Reason {
 	if state, ok := handoverState(err); ok {
 		var handedOver bool
@@ -821,10 +822,9 @@ func (c *Conn) rejection(why Reason) []byte {
 	return c.render(&message{notice: n})
 }
 
-// close ends a connection, with the reason natural unless another one came first: it sends what is pending,
-// half-closes, waits a moment for the client's FIN, closes, and records the end. Waiting matters: a close with unread
-// input sends an RST, and the client's kernel then discards what it has received and the client has not read
-// (RFC 1122, 4.2.2.13).
+// close ends a connection, with the reason natural unless it has one already. It sends pending messages, half-closes,
+// lingers for the client's FIN, closes, and records the end. It lingers because closing a socket with unread input
+// sends an RST, which makes the client's kernel discard data that the client has not read (RFC 1122, 4.2.2.13).
 func (c *Conn) close(natural Reason) {
 	if natural == reasonHandedOver {
 		c.release()
@@ -882,8 +882,8 @@ func (c *Conn) closeWrite() bool {
 	return ok && half.CloseWrite() == nil
 }
 
-// linger discards input until the client's FIN, for a moment. It is bounded: discarding all that a flooding client
-// sends would take time from the others.
+// linger discards input until the client's FIN. Its time and bytes are bounded, because a flooding client could take
+// CPU time from other clients.
 func (c *Conn) linger() (sawFIN bool) {
 	_ = c.sock.SetReadDeadline(time.Now().Add(lingerTimeout))
 	n, err := io.CopyN(io.Discard, c.sock, lingerBytes)
@@ -967,7 +967,7 @@ func (s *Server) connState(c *Conn, p Phase) {
 	}
 }
 
-// addrOf returns the IP address in a, or the zero Addr if there is none.
+// addrOf returns the IP address in a, or the zero Addr if it has none.
 func addrOf(a net.Addr) netip.Addr {
 	if tcp, ok := a.(*net.TCPAddr); ok {
 		return tcp.AddrPort().Addr().Unmap()

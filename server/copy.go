@@ -11,13 +11,14 @@ import (
 	"syscall"
 )
 
-// maxReads is how many reads in a row may pass before the read deadline is checked, with which the server interrupts
-// a connection. The socket of a flooding client is always readable, so the poller would never check it.
+// maxReads is how many reads in a row WriteTo makes before it checks the read deadline, with which the server
+// interrupts a connection. The socket of a flooding client is always readable, so the poller itself would never check
+// it.
 const maxReads = 16
 
 // WriteTo implements io.WriterTo, which io.Copy uses: it writes to w what the client sends, until the client ends its
-// stream. While the client is silent it holds no buffer, and buffers grow with what the client sends. If w is c
-// itself, an echo, a message costs no allocation, and no system calls but one to read and one to write it.
+// stream. It holds no buffer while the client is silent, and uses larger buffers for a client that sends more. If w
+// is c itself, an echo, each message costs one system call to read it, one to write it, and no allocation.
 //
 // WriteTo reads, so only one goroutine may use it at a time. Deadlines and the end of the connection act as in Read
 // and Write, except that a write deadline counts only for a write that has to wait for the client.
@@ -41,7 +42,7 @@ type copier struct {
 	visited  bool
 	reportsQ bool // what reportQueue returned
 
-	// What a visit to the descriptor left to do.
+	// The work that a visit to the descriptor has left.
 	locked  bool // src.writeLock is held, because a part of the read before rest was written
 	eof     bool
 	read    int    // size of the last read
@@ -119,9 +120,9 @@ func (c *Conn) readError(err error) error {
 }
 
 // visit is called with src's descriptor each time it may be readable. It never blocks, because closing a connection
-// waits for it. Returning false parks the goroutine until the poller reports the next edge, so it does that only when
-// the kernel has said that nothing is left: the poller is edge-triggered, and would not report again what came before,
-// not even a FIN.
+// waits for it. Returning false parks the goroutine until the poller reports new input. The poller is edge-triggered
+// and does not report earlier input again, not even a FIN. So visit returns false only when the kernel reports that
+// nothing is left.
 func (cp *copier) visit(fd uintptr) (done bool) {
 	c := cp.src
 	if !cp.visited {

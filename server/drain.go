@@ -12,24 +12,24 @@ import (
 	"go.uber.org/zap"
 )
 
-// DrainOptions configures a drain. In Options.Drain a zero field means the default given here; in the argument of
-// Drain it means Options.Drain's.
+// DrainOptions configures a drain. A zero field in the argument of Drain means the field of Options.Drain. A zero
+// field in Options.Drain means the default given here.
 type DrainOptions struct {
-	// Grace is the time that clients have after they were told. Zero means DefaultGrace. Off means none: clients are
-	// told and closed at once.
+	// Grace is the time between the notice to a client and its deadline. Zero means DefaultGrace. Off means none:
+	// clients are told and closed at once.
 	Grace time.Duration
-	// Delay is how long the server still accepts before it tells its clients; the grace period begins after it. It gives
-	// load balancers time to notice that the server is not ready. A pause stays in force during the delay, and ends with
-	// it at the latest. Zero and Off mean no delay.
+	// Delay is the time for which the server still accepts before it tells its clients. It gives load balancers time
+	// to notice that the server is not ready. The grace period begins after it. A pause stays in force until the hold
+	// or the delay ends. Zero and Off mean no delay.
 	Delay time.Duration
-	// Spread is the time in which clients are told, after the delay: one after another at random moments, each with its
-	// own grace period from then on. So they do not all come back at once. The drain ends after delay, spread and grace
-	// together, at the latest. Zero and Off mean that all clients are told at once.
+	// Spread is the time over which clients are told, after the delay: one after another at random moments, so that
+	// they do not all reconnect at once. Each client's grace period begins when it is told. The drain ends at the
+	// latest after delay, spread and grace together. Zero and Off mean that all clients are told at once.
 	Spread time.Duration
-	// StopTimeout is how long after the beginning of the drain a supervisor kills the process. ExtendDrain does not go
-	// beyond it. Zero and Off mean that it is not known.
+	// StopTimeout is the time from the beginning of the drain until a supervisor kills the process. ExtendDrain does
+	// not extend beyond it. Zero and Off mean that it is not known.
 	StopTimeout time.Duration
-	// Final means that CancelDrain refuses to cancel the drain, because the caller relies on the stop.
+	// Final makes CancelDrain refuse, because the caller relies on the server's stop.
 	Final bool
 	// Reason is told to clients and logged: one line of printable text. Empty means "shutdown".
 	Reason string
@@ -147,7 +147,7 @@ func (d *drain) set(begin time.Time, spread, grace time.Duration) {
 	d.cause.grace = max(0, grace)
 }
 
-// begin is when clients are told first, or the next ones are.
+// begin returns when the first clients are told, or, if that has begun, the next ones.
 func (d *drain) begin(now time.Time) time.Time {
 	if d.acceptUntil.After(now) {
 		return d.acceptUntil
@@ -183,9 +183,9 @@ func (d *drain) count(why Reason) {
 // notAccepting reports whether new clients are no longer accepted.
 func (st *state) notAccepting() bool { return st.drain != nil && st.drain.notAccepting }
 
-// Drain drains the server, waits for the end, and returns the report. The server stops accepting, after o.Delay; then
-// it tells every client; it closes those that are still there at the deadline; and it has stopped at most two seconds
-// later. The drain cannot be cancelled. See StartDrain for a drain that is in progress already.
+// Drain drains the server, waits until it has stopped, and returns the report. After o.Delay the server stops
+// accepting and tells every client. At the deadline it closes the remaining connections. It has stopped at most two
+// seconds later. The drain cannot be cancelled. If a drain is already in progress, see StartDrain.
 func (s *Server) Drain(o DrainOptions) Report {
 	o.Final = true
 	s.StartDrain(o)
@@ -194,10 +194,11 @@ func (s *Server) Drain(o DrainOptions) Report {
 	return report
 }
 
-// StartDrain begins a drain and returns at once; see Done for its end. It reports whether it changed anything. During a
-// drain it can only bring the deadline forward, to o.Spread and o.Grace from now or from the end of the delay; a zero
-// o.Grace leaves the drain as it is, and a zero o.Spread tells the clients at once that were not told yet. See
-// ExtendDrain and CancelDrain for the opposite. After HandOver a later drain also ends HandoverOptions.Keep.
+// StartDrain begins a drain and returns at once; see Done for its end. It reports whether it changed anything. If a
+// drain is in progress, StartDrain can only bring its deadline forward: to o.Spread plus o.Grace from now, or from
+// the end of the delay. A zero o.Grace changes nothing. A zero o.Spread tells the remaining clients at once.
+// ExtendDrain moves the deadline back, and CancelDrain cancels the drain. After HandOver a later drain also ends
+// HandoverOptions.Keep.
 func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 	mode := drainShorten
 	if o.Grace == 0 {
@@ -213,10 +214,10 @@ func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 	}, o, mode)
 }
 
-// Shutdown drains, like net/http's: clients have until ctx ends, or for Options.Drain.Grace if ctx has no deadline.
-// It returns nil when all connections ended by themselves. Otherwise it flushes and closes the rest, at most two
-// seconds later, and returns ctx.Err(), or ErrDeadline if ctx has not ended. A ctx that is cancelled, rather than
-// past its deadline, closes everything at once.
+// Shutdown drains, as in net/http. Clients have until ctx ends, or Options.Drain.Grace if ctx has no deadline.
+// Shutdown returns nil when all connections have ended by themselves. Otherwise it flushes and closes the rest within
+// two seconds, and returns ctx.Err(), or ErrDeadline if ctx has not ended. If ctx is cancelled before its deadline,
+// Shutdown closes everything at once.
 func (s *Server) Shutdown(ctx context.Context) error {
 	if s.log == nil {
 		return errNotNew
@@ -250,14 +251,14 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 }
 
-// Force closes everything now: no notice, no grace period. It returns at once, and reports whether it changed
-// anything. The reason counts only if no drain is in progress.
+// Force closes everything without notice or grace period. It returns at once, and reports whether it changed
+// anything. If a drain is in progress, its reason does not change.
 func (s *Server) Force(reason string) (changed bool) {
 	return s.changeDrain(endingAt(time.Now(), DrainOptions{}), DrainOptions{Reason: reason}, drainForce)
 }
 
-// Close closes everything now, and returns when that is done: after about two seconds at most, also if handlers ignore
-// their context.
+// Close closes everything without notice or grace period, and waits until that is done. It returns after at most
+// about two seconds, even if handlers ignore their context.
 func (s *Server) Close() error {
 	if s.log == nil {
 		return errNotNew
@@ -277,10 +278,10 @@ func (s *Server) Report() (r Report, ok bool) {
 	return r, ok
 }
 
-// RegisterOnShutdown adds a function that is called, on a goroutine of its own, when a drain begins: before the delay,
-// while clients are still accepted. What must come after that waits for Draining. Status().Drain has the deadline.
-// Connections that work outside of the handler, such as hijacked ones, can be told to end that way. The drain waits for
-// f as for a handler. If a drain has begun already, f is called at once. After CancelDrain the next drain calls f again.
+// RegisterOnShutdown adds a function that the server calls on its own goroutine when a drain begins, before the
+// delay. Clients are still accepted then; f can wait for Draining to act later. Status().Drain has the deadline. f
+// can, for example, end work that runs outside of handlers. The drain waits for f as it does for a handler. If a
+// drain has already begun, f is called at once. After CancelDrain, the next drain calls f again.
 func (s *Server) RegisterOnShutdown(f func()) {
 	var begun bool
 	s.state.With(func(st *state) {
@@ -308,8 +309,8 @@ const (
 	drainForce                        // it ends now
 )
 
-// A drainPlan returns how long clients are told and how long each of them has then, from begin on. begun says that it
-// begins a drain.
+// A drainPlan returns the spread and the grace period of a drain whose notices start at begin. begun reports whether
+// this call begins the drain.
 type drainPlan func(begin time.Time, begun bool) (spread, grace time.Duration)
 
 // endingAt returns the plan of a drain that ends at deadline. Its spread is o's if that leaves o's grace period; clients
@@ -425,8 +426,8 @@ func earlier(a, b time.Time) time.Time {
 	return b
 }
 
-// CancelDrain cancels a drain during its delay, while no client has been told; by is who asks. The server is running, or
-// paused, as before: it has accepted all the time. The error is ErrNotDraining or ErrDrainFinal.
+// CancelDrain cancels a drain during its delay, before any client has been told, on behalf of by. The server is then
+// running or paused, as before the drain. The error is ErrNotDraining or ErrDrainFinal.
 func (s *Server) CancelDrain(by Caller) error {
 	if s.log == nil {
 		return errNotNew
@@ -454,9 +455,9 @@ func (s *Server) CancelDrain(by Caller) error {
 	return err
 }
 
-// ExtendDrain moves the deadline of a drain, and of each client's grace period in it, by at most d; by is who asks.
-// Clients are not told again. It returns how much later the deadline is: less than d, or nothing, where
-// DrainOptions.StopTimeout leaves no more time. The error is ErrNotDraining, or ErrDrainFinal if the deadline has passed.
+// ExtendDrain extends the deadline of a drain, and the grace period of each client, by at most d, on behalf of by.
+// Clients are not told again. It returns the extension, which is less than d, or zero, if DrainOptions.StopTimeout
+// leaves no more time. The error is ErrNotDraining, or ErrDrainFinal if the deadline has passed.
 func (s *Server) ExtendDrain(d time.Duration, by Caller) (extended time.Duration, err error) {
 	switch {
 	case s.log == nil:
@@ -505,8 +506,9 @@ const maxDrain = 365 * 24 * time.Hour
 // nothingLeft reports whether a server that was handed over has no connection left to drain.
 func (st *state) nothingLeft() bool { return st.handedOver && st.finished() }
 
-// finished reports whether nothing is left to wait for: no connection of this server, and no listener that was taken over
-// and is not served yet. After a handover it is no connection of its predecessor, whose ends it passes on.
+// finished reports whether the drain has nothing left to wait for: no connection of this server, and no listener that
+// was taken over but is not served yet. After a handover it also waits for the predecessor's connections, because
+// this server forwards their ends.
 func (st *state) finished() bool {
 	if st.handedOver {
 		return st.tasks == 0 && len(st.behind) == 0
@@ -514,8 +516,8 @@ func (st *state) finished() bool {
 	return st.tasks == 0 && len(st.adopted) == 0
 }
 
-// stopAccepting ends accepting, and with it every pause. A pause does not end earlier, in the drain's delay, because
-// it protects work that is still in progress.
+// stopAccepting stops accepting and ends every pause. During the drain's delay pauses stay in force, because each
+// protects work that is still in progress.
 func (st *state) stopAccepting() {
 	st.drain.notAccepting = true
 	for len(st.holds) > 0 {
@@ -531,7 +533,7 @@ const acceptorsStop = 250 * time.Millisecond
 // predecessor ended.
 const behindAfter = 2 * time.Second
 
-// runDrain carries the drain out, from its beginning to the stop.
+// runDrain is the goroutine that runs the drain, from its beginning until the server has stopped.
 func (s *Server) runDrain(d *drain) {
 	if !s.awaitDelay(d) {
 		return
@@ -548,7 +550,7 @@ func (s *Server) runDrain(d *drain) {
 		conns, forced, deadline = st.conns.all(), st.drain.forced, st.drain.deadline
 	})
 	stuck := s.closeRest(conns, forced, deadline)
-	// Its own predecessor, which began to drain earlier, still reports how the connections end that stayed there.
+	// The predecessor of this server still reports how the connections that it kept end.
 	s.awaitFor(time.Until(deadline.Add(behindAfter)), func(st *state) bool {
 		return !st.handedOver || st.drain.forced || len(st.behind) == 0
 	})
@@ -719,8 +721,8 @@ func nextCountdown(left time.Duration) time.Duration {
 	return (left - 1).Truncate(step)
 }
 
-// closeRest closes the connections that are still open, and returns how many handlers ignored that. Its time limits
-// count from the deadline, so earlier delays do not add up.
+// closeRest closes the connections that are still open, and returns the number of handlers that did not return. Its
+// time limits count from the deadline, so that earlier delays do not add up.
 func (s *Server) closeRest(conns []*Conn, forced bool, deadline time.Time) (stuck int) {
 	if !forced {
 		for c := range inTurns(conns, promptTurn) {

@@ -24,7 +24,7 @@ const (
 	EventUpgraded EventType = "upgraded"
 )
 
-// Event is something that happened. The comments say for which types a field is set.
+// Event is a change of the server. The comments say for which types a field is set.
 type Event struct {
 	ID     uint64 // increases by one with each event, also through a handover, and is greater after a restart
 	Time   time.Time
@@ -41,7 +41,7 @@ type Event struct {
 // eventBuffer is how many events a subscriber may be behind.
 const eventBuffer = 4096
 
-// A Subscription receives the events from Subscribe on. One goroutine reads it.
+// A Subscription receives the events that happen after Subscribe. Only one goroutine may read it.
 type Subscription struct {
 	srv   *Server
 	queue awaited[eventQueue] // locked inside Server.state by those who write
@@ -139,8 +139,8 @@ func (s *Server) subscribe(after *uint64) *Subscription {
 	return sub
 }
 
-// Events ranges over the events in the order in which they happened, until ctx is done, or until the subscription was
-// closed or the server has stopped and all events that were received have been read.
+// Events ranges over the events in the order in which they happened. It ends when ctx is done. If the subscription is
+// closed or the server stops, it ends after the events already received.
 func (sub *Subscription) Events(ctx context.Context) iter.Seq[Event] {
 	return func(yield func(Event) bool) {
 		for ctx.Err() == nil {

@@ -14,13 +14,13 @@ import (
 // closes. The handler need not call Close.
 //
 // A graceful handler reacts to two signals. Conn.Draining is closed when the drain begins: the handler may finish its
-// work and return, or continue until the client leaves. A handler that calls Conn.MarkIdle between two requests is
-// also woken from the Read that waits for the next one. And when ctx is done the handler must return:
-// context.Cause(ctx) says why, reads fail at once, and writes have at most a second left.
+// work and return, or continue until the client leaves. If the handler calls Conn.MarkIdle between two requests, the
+// drain also interrupts the Read that waits for the next one. When ctx is done the handler must return:
+// context.Cause(ctx) is the reason, reads fail at once, and writes fail after at most a second.
 //
-// The result says how the connection ended, for the log, the close reason and ClosedConn.Err. A handler can return the
-// errors of its reads and writes as they are: the server knows of an end of stream, a reset, ErrDraining and the causes
-// with which it ends connections itself. Any other error is logged, and counts as ReasonHandlerError.
+// The result determines the log line, the close reason and ClosedConn.Err. A handler can return the errors of its
+// reads and writes unchanged: the server recognises an end of stream, a reset, ErrDraining and its own causes. It
+// logs any other error, and counts it as ReasonHandlerError.
 //
 // A panic costs only this connection. The server logs it with its stack and counts it.
 type Handler interface {
@@ -43,7 +43,7 @@ type Resumer interface {
 	ResumeConn(ctx context.Context, c *Conn, state []byte) error
 }
 
-// Echo sends back every byte as it comes, until the client ends its stream (RFC 862). It is a Resumer.
+// Echo sends every byte back as it arrives, until the client ends its stream (RFC 862). It is a Resumer.
 var Echo Handler = echoHandler{}
 
 type echoHandler struct{}

@@ -23,20 +23,20 @@ type Listener struct {
 	// TLSConfig makes the server perform a TLS handshake on each connection, after WrapConn, so that a PROXY header
 	// comes before TLS. Nil means no TLS. The configuration must not be changed any more.
 	TLSConfig *tls.Config
-	// Inherited means that another process has the listener's socket too, such as systemd. A drain then only stops
-	// accepting: clients in the accept queue are left to the successor, and the socket is not changed. Accepted
+	// Inherited means that another process, such as systemd, has the listener's socket too. A drain then only stops
+	// accepting: it leaves the clients in the accept queue to the successor, and does not change the socket. Accepted
 	// connections keep the keepalive and TCP_NODELAY settings of the socket.
 	Inherited bool
-	// EmptyQueue makes a drain of an inherited listener serve the clients that are in the accept queue when it begins.
-	// Use it if there may be no successor: these clients would be reset when the last process closes the socket. Later
-	// clients are left to the successor.
+	// EmptyQueue makes a drain of an inherited listener serve the clients that are in the accept queue when it
+	// begins. Use it if there may be no successor: the kernel resets clients in the queue when the last process
+	// closes the socket. Later clients are left to the successor.
 	EmptyQueue bool
 }
 
 // Addr is the listener's address. It is never nil, though that of the net.Listener may be.
 func (l Listener) Addr() net.Addr { return knownAddr(l.Listener.Addr()) }
 
-// knownAddr returns addr, or one to show if there is none: listeners and connections of other packages may have no
+// knownAddr returns addr, or a placeholder if addr is nil: listeners and connections of other packages may have no
 // address.
 func knownAddr(addr net.Addr) net.Addr {
 	if addr == nil {

@@ -7,9 +7,8 @@ import (
 	"sync/atomic"
 )
 
-// locked is a value that can be reached only while its lock is held. With takes the lock around a closure, so no
-// code path can touch the value unlocked or forget to unlock. A locked must not be copied; go vet reports copies
-// because of the mutex.
+// locked is a value with its lock. With calls a closure under the lock, so code cannot reach the value without the
+// lock or forget to unlock. A locked must not be copied; go vet reports copies because of the mutex.
 type locked[T any] struct {
 	mu    sync.Mutex
 	value T
@@ -93,9 +92,9 @@ func (l *awaited[T]) wakeWaiters(v *T) {
 	}
 }
 
-// writeLock is a mutex for writes that may block as long as a peer likes. Its waiters block on channels and not on a
-// sync.Mutex, so that testing/synctest sees them as durably blocked. The lock passes to the waiters in the order in
-// which they came.
+// writeLock is a mutex for writes, which may block for a long time. Waiters block on channels and not on a
+// sync.Mutex, so that testing/synctest sees them as durably blocked. They get the lock in the order in which they
+// called Lock.
 type writeLock struct {
 	state   atomic.Int32
 	waiters locked[*lockWaiter]

@@ -52,7 +52,7 @@ type Notice struct {
 	Closed Reason
 	// Text is the operator's message: one line of printable text, for NoticeMessage.
 	Text string
-	// MidLine means that bytes were sent to this client, and that the last one was not a newline.
+	// MidLine means that the last byte sent to this client was not a newline.
 	MidLine bool
 }
 

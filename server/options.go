@@ -13,7 +13,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// Off disables an option: no timeout, no limit, no grace period. A zero option means its documented default. Any
+// Off disables an option: no timeout, no limit, no grace period. Zero means the option's documented default. Any
 // other negative value is an error.
 const Off = -1
 
@@ -28,13 +28,13 @@ const (
 
 // Options configures a Server. The zero value is ready to use. New keeps a copy.
 type Options struct {
-	// Logger receives what the server does. Nil logs nothing.
+	// Logger is the server's logger. Nil logs nothing.
 	Logger *zap.Logger
-	// QuietConns leaves out the log lines for each connection that is opened or closed.
+	// QuietConns suppresses the log lines "connection opened" and "connection closed".
 	QuietConns bool
 
-	// Notifier encodes what clients are told on a drain, on a rejection, and for an operator's message. Nil: the server
-	// itself sends nothing to clients. Conn.SetNotifier replaces it for one connection.
+	// Notifier encodes the texts that the server itself sends to clients: on a drain, on a rejection, and for an
+	// operator's message. If it is nil, the server sends none. Conn.SetNotifier replaces it for one connection.
 	Notifier Notifier
 
 	Limits   Limits
@@ -45,74 +45,79 @@ type Options struct {
 	// WrapConn, when not nil, prepares each connection before it is admitted: it reads a PROXY header, performs a TLS
 	// handshake, or authenticates the client.
 	WrapConn WrapConn
-	// TLSConfig is the configuration of ServeTLS and ListenAndServeTLS, which copy it. Other listeners do not use it.
+	// TLSConfig is the configuration for ServeTLS and ListenAndServeTLS, which copy it. Other listeners do not use
+	// it.
 	TLSConfig *tls.Config
 	// BaseContext, when not nil, returns the parent of the contexts of the connections that come from ln.
 	BaseContext func(ln net.Listener) context.Context
-	// ConnContext, when not nil, returns the parent of the handler's context for a connection that was admitted; ctx
-	// is what BaseContext returned. It is called on the connection's goroutine.
+	// ConnContext, when not nil, returns the parent of the handler's context for an admitted connection; ctx is the
+	// context from BaseContext. It is called on the connection's goroutine.
 	ConnContext func(ctx context.Context, c *Conn) context.Context
-	// CancelWhenGone cancels the handler's context with ErrClientGone about a second after the client closed or reset
-	// the connection, also while the handler does not read. As in net/http a half-close counts as closing.
-	// It needs a socket, and a unix system.
+	// CancelWhenGone cancels the handler's context with ErrClientGone about a second after the client has closed or
+	// reset the connection, even if the handler is not reading. As in net/http, a half-close counts as closing. It
+	// works for sockets on unix systems only.
 	CancelWhenGone bool
 	// ConnState, when not nil, is called when a connection enters a phase, on one of the server's goroutines. It is
 	// called concurrently and must not block.
 	ConnState func(c *Conn, p Phase)
-	// OnClose, when not nil, is called once for each connection after it was closed, on the connection's goroutine.
-	// It is called concurrently. A drain waits for it as for a handler.
+	// OnClose, when not nil, is called once for each connection after it is closed. Calls for different connections
+	// may be concurrent. A drain waits for OnClose as it does for a handler.
 	OnClose func(ClosedConn)
 }
 
-// Limits bounds what clients can take.
+// Limits bounds the resources that clients can use.
 type Limits struct {
-	// MaxConns is how many connections are served at once. Zero means as many as the process's limit on open files
-	// allows, less ReservedFiles; a larger number is lowered to that. Off means no limit, also not by open files.
+	// MaxConns is the maximum number of connections served at once. Zero means as many as the process's limit on open
+	// files allows, minus ReservedFiles; a larger number is lowered to that. Off means no limit, not even that of
+	// open files.
 	//
-	// With LimitQueue a connection in its handshake (WrapConn, TLS) counts too. While clients wait for a place, one whose
-	// handshake has taken more than a second is closed for the next client. With LimitReject it does not count: the client
-	// is served or rejected when its handshake is over.
+	// With LimitQueue, connections in a handshake (WrapConn, TLS) count too. While clients wait for a place, the
+	// server closes a connection whose handshake has taken more than a second. With LimitReject, handshakes do not
+	// count: the server admits or rejects the client after its handshake.
 	MaxConns int
 	// AtLimit is what happens to clients beyond MaxConns.
 	AtLimit LimitMode
-	// MaxConnsPerIP is how many connections are served at once from one client address. More are rejected, whatever
-	// AtLimit says, so that one client cannot block the accept queue. A client may also have no more TLS handshakes at
-	// once than that: its oldest is ended for a new one. Zero and Off mean no limit.
+	// MaxConnsPerIP is the maximum number of connections served at once from one client address. The server rejects
+	// more, regardless of AtLimit, so that one client cannot block the accept queue. It also bounds the client's TLS
+	// handshakes: at the limit, the oldest one is closed for a new one. Zero and Off mean no limit.
 	MaxConnsPerIP int
-	// MaxConnsPerUID is the same for one user id on Unix sockets, where the system tells it. Zero and Off mean no limit.
+	// MaxConnsPerUID is the same for one user id on Unix sockets, on systems that report it. Zero and Off mean no
+	// limit.
 	MaxConnsPerUID int
-	// IPv6Prefix is how many bits of an IPv6 address identify a client for MaxConnsPerIP. Zero means 64, because a
-	// site usually has a /64 at least (RFC 6177). IPv4 addresses count whole, also when they are mapped into IPv6.
+	// IPv6Prefix is the number of leading bits of an IPv6 address that identify a client for MaxConnsPerIP. Zero
+	// means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when mapped into IPv6, are
+	// compared in full.
 	IPv6Prefix int
-	// MaxHandshakes is how many connections may be in WrapConn or in a TLS handshake at once. At the limit the one that
-	// has been there for longest is closed for a new one. Zero means DefaultMaxHandshakes.
+	// MaxHandshakes is the maximum number of connections in WrapConn or in a TLS handshake. At the limit, the oldest
+	// one is closed for a new one. Zero means DefaultMaxHandshakes.
 	MaxHandshakes int
-	// ReservedFiles is how many of the open files that the process may have are kept for other uses than serving.
-	// Zero means 160, or half of the process's limit if that is less. Servers in one process share what is left.
+	// ReservedFiles is the number of open files that connections being served leave free for the rest of the process.
+	// Zero means 160, or half of the process's limit if that is less. Servers in one process share the remaining
+	// files.
 	ReservedFiles int
 }
 
-// Timeouts bounds how long clients can take.
+// Timeouts bounds the time that clients can take.
 type Timeouts struct {
-	// Idle closes a connection on which no byte moved in either direction for so long. While data waits for the client,
-	// Stall decides instead. Zero and Off mean never.
+	// Idle is the time without traffic in either direction after which a connection is closed. While data waits for
+	// the client, Stall applies instead. Zero and Off mean never.
 	Idle time.Duration
-	// Stall closes a connection whose client took nothing for so long while data waited for it. A client counts as
-	// taking data when its kernel acknowledges bytes. A slow reader opens its receive window in large steps, on
-	// loopback of 64 or 128 KiB: one that reads less than a step per timeout counts as stalled, which is 4 KiB/s for
-	// 30 s. The connection is closed after at most a quarter more than the timeout. Zero means DefaultStallTimeout,
-	// Off means never.
+	// Stall is the time after which a connection is closed if data waits for the client and the client's kernel
+	// acknowledges none of it. The receive window of a slow reader opens in large steps, 64 or 128 KiB on loopback. A
+	// client that reads less than one step per timeout counts as stalled: at 30 s, one that reads less than about 4
+	// KiB/s. The connection is closed at most a quarter of the timeout late. Zero means DefaultStallTimeout, Off
+	// means never.
 	Stall time.Duration
-	// MaxAge is how old a connection becomes before its client is told to leave, with a jitter of ten percent in either
-	// direction, so that the clients of a fleet spread over its servers again and again. The client then has
-	// Options.Drain.Grace. Zero and Off mean no limit.
+	// MaxAge is the age at which the client of a connection is told to leave, with a jitter of ten percent in either
+	// direction. The client then has Options.Drain.Grace. With a maximum age, long-lived clients reconnect and spread
+	// over the servers of a fleet. Zero and Off mean no limit.
 	MaxAge time.Duration
 	// Handshake bounds WrapConn and the TLS handshake together. Zero means DefaultHandshakeTimeout.
 	Handshake time.Duration
 }
 
-// Bounds on the end of a connection. They add up so that a drain is over about 1.6 s after its deadline whatever
-// clients and handlers do. Two seconds are promised, and machines are busy.
+// Bounds on the end of a connection. Together they end a drain about 1.6 s after its deadline, whatever clients and
+// handlers do. The promise is two seconds, which leaves a margin for busy machines.
 const (
 	flushTimeout   = 1 * time.Second         // for writing what was read, when the server ends a connection
 	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after ours
@@ -123,8 +128,7 @@ const (
 	messageTimeout = 1 * time.Second         // for Notify's texts to be taken by the kernel
 )
 
-// withDefaults returns o with its zero values replaced by their defaults, or an error that names each option that
-// makes no sense.
+// withDefaults returns o with its zero values replaced by their defaults, or an error that names each invalid option.
 func (o Options) withDefaults() (Options, error) {
 	var errs []error
 	for _, opt := range []struct {
@@ -211,7 +215,7 @@ func (l Limits) withDefaults(log *zap.Logger) Limits {
 	return l
 }
 
-// spareFiles is how many of ReservedFiles connections may take that are rejected, or that a drain accepts.
+// spareFiles is how many of the ReservedFiles are for rejected connections and for those that a drain accepts.
 func (l Limits) spareFiles() int { return l.ReservedFiles / 4 }
 
 func (t Timeouts) withDefaults() Timeouts {

@@ -39,11 +39,12 @@ type PauseOptions struct {
 	TTL    time.Duration // the hold ends by itself after this; zero and Off: never
 	Mode   PauseMode
 	By     Caller
-	// Evict sends the connected clients away: they are told, with Reason or "evicted", have Options.Drain.Grace, and are
-	// closed with ReasonEvicted. The server stays up. The end of the hold ends the eviction: clients that were not told
-	// yet stay; the others are closed all the same.
+	// Evict sends the connected clients away: they are told, with Reason or "evicted", have Options.Drain.Grace, and
+	// are closed with ReasonEvicted. The server stays up. When the hold ends, clients that have not been told stay
+	// connected; those that have been told are still closed.
 	Evict bool
-	// Spread is the time in which they are told, one after another at random moments. Zero and Off: all at once.
+	// Spread is the time over which these clients are told, one after another at random moments. Zero and Off mean
+	// all at once.
 	Spread time.Duration
 	// Conn is the connection of who placed the hold, if the hold is to last as long as it. A handover passes it on with
 	// the hold, see TakenHolds. It does nothing else.
@@ -79,9 +80,9 @@ type Hold struct {
 const maxHolds = 1024
 
 // Pause stops admitting connections until the hold that it returns, and every other hold, has ended. The pause is in
-// force when Pause returns. Connections that are being served are not affected, unless o.Evict sends them away. It may
-// be called before Serve. The error is a *DrainingError once a drain has begun, ErrTooManyHolds, or says which option
-// makes no sense.
+// force when Pause returns. Connections that are being served are not affected, unless o.Evict sends them away. It
+// may be called before Serve. The error is a *DrainingError once a drain has begun, ErrTooManyHolds, or names an
+// invalid option.
 func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if s.log == nil {
 		return nil, errNotNew
@@ -204,7 +205,7 @@ func (st *state) endHold(i int, cause error, by Caller) {
 	st.interruptAcceptors() // those that accept in order to reject may have to stop
 }
 
-// ReleaseHold releases the hold with the given id; by is who asks. The error is ErrNoHold or a *DrainingError.
+// ReleaseHold releases the hold with the given id on behalf of by. The error is ErrNoHold or a *DrainingError.
 func (s *Server) ReleaseHold(id string, by Caller) error {
 	if err := s.awaitThaw(); err != nil {
 		return err
@@ -230,12 +231,13 @@ func (s *Server) ReleaseHold(id string, by Caller) error {
 	}
 }
 
-// Resume releases the hold, and returns how many there were: none or one; by is who asks. If there are several, the
-// error is a *HoldsError, because the other owners may rely on theirs. It is a *DrainingError once a drain has begun.
+// Resume releases the only hold on behalf of by, and returns how many it released: one, or zero if there was none. If
+// there are several, it releases none, because their owners may rely on them, and the error is a *HoldsError. The
+// error is a *DrainingError once a drain has begun.
 func (s *Server) Resume(by Caller) (released int, err error) { return s.resume(by, false) }
 
-// ResumeAll releases every hold, and returns how many there were; by is who asks. The error is a *DrainingError once a
-// drain has begun.
+// ResumeAll releases every hold on behalf of by, and returns how many there were. The error is a *DrainingError once
+// a drain has begun.
 func (s *Server) ResumeAll(by Caller) (released int, err error) { return s.resume(by, true) }
 
 func (s *Server) resume(by Caller, all bool) (released int, err error) {
@@ -290,8 +292,8 @@ func (s *Server) TakenHolds() (holds []*Hold, conns []net.Conn) {
 	return holds, conns
 }
 
-// WhilePaused calls f while the server is paused, and releases its hold when f has returned or panicked. The context
-// that f gets is cancelled, with the cause, if the hold ends before that.
+// WhilePaused calls f while the server is paused, and releases its hold when f returns or panics. If the hold ends
+// earlier, f's context is cancelled with the cause.
 func (s *Server) WhilePaused(ctx context.Context, reason string, f func(context.Context) error) error {
 	h, err := s.Pause(PauseOptions{Reason: reason})
 	if err != nil {

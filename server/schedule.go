@@ -18,7 +18,7 @@ type drainCause struct {
 	ended   bool          // no more clients are told
 }
 
-// entry is what is to happen to a connection at a given time: its client is told, or the connection ends.
+// entry is an action on a connection at a given time: to tell its client, or to end the connection.
 type entry struct {
 	at   time.Time
 	c    *Conn
@@ -41,8 +41,9 @@ func (q *schedule) Pop() any {
 	return e
 }
 
-// tellAll schedules the notices of conns, for cause, from now until the given time: in random order, each at a random
-// moment of its own share of the time. So in no part of it are more than twice as many told as on average.
+// tellAll schedules the notices of conns, for cause, from now until the given time. It divides the time into equal
+// slots, one for each connection in random order, and picks a random moment in each slot. So no interval has more
+// than about twice the average rate.
 func (s *Server) tellAll(st *state, cause *drainCause, conns []*Conn, until time.Time) {
 	now := time.Now()
 	spread := max(0, until.Sub(now))
@@ -83,7 +84,7 @@ func (s *Server) wakeSchedule() {
 	}
 }
 
-// untold returns the connections that are served and whose clients were not told to leave.
+// untold returns the connections that are served and whose clients have not been told to leave.
 func (st *state) untold() []*Conn {
 	return slices.DeleteFunc(st.conns.all(), func(c *Conn) bool { return !c.admitted || c.told })
 }
@@ -183,8 +184,8 @@ func (st *state) takeDue(now time.Time) (due []dueEntry) {
 	return due
 }
 
-// scheduleEnd schedules the end of a connection whose client was told. Those that may stay until the deadline of the
-// drain end with it.
+// scheduleEnd schedules the end of a connection whose client was told. It needs no entry if the connection's deadline
+// is that of the server's drain.
 func (st *state) scheduleEnd(e entry) {
 	if st.drain != nil && st.drain.telling && !e.at.Before(st.drain.deadline) {
 		return

@@ -13,9 +13,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// Server serves connections of any stream protocol with a Handler. Make one with New. It is for a single use: once it
-// drains it never serves again. All methods may be called concurrently, and at any time in the server's life. Methods
-// of a zero Server that return an error return one.
+// Server serves connections of any stream protocol with a Handler. Make one with New. A Server cannot be reused:
+// after a drain it never serves again. All methods may be called concurrently and at any time. On a zero Server,
+// methods that can return an error do.
 type Server struct {
 	// Set once, by New.
 	handler Handler
@@ -41,8 +41,7 @@ type Server struct {
 	probing chan struct{} // holds a token while a probe's goroutine runs
 }
 
-// New makes a Server. h may be nil if each Listener brings a handler of its own. The error names each option that makes
-// no sense.
+// New makes a Server. h may be nil if each Listener has its own handler. The error names each invalid option.
 func New(h Handler, opts Options) (*Server, error) {
 	opts, err := opts.withDefaults()
 	if err != nil {
@@ -96,7 +95,7 @@ func (s *Server) ListenAndServe(address string) error {
 func (s *Server) Serve(ln net.Listener) error { return s.ServeListener(Listener{Listener: ln}) }
 
 // ServeListener accepts connections from l and serves each on a goroutine of its own. It may be called for several
-// listeners. It takes the listener over and closes it. The error is never nil:
+// listeners, and closes the listener before it returns. The error is never nil:
 //
 //   - ErrServerClosed after a drain. ServeListener then returns after its last handler, or at most two seconds after
 //     the deadline if handlers ignore their context.
@@ -104,8 +103,8 @@ func (s *Server) Serve(ln net.Listener) error { return s.ServeListener(Listener{
 //     owner. ServeListener returns at once; connections and other listeners are not affected.
 //   - The error that made accepting impossible. If this was the last listener, the server drains first.
 //
-// Errors of Accept that are temporary, by errno or by their Temporary method, are retried with a growing delay.
-// Called when a drain has begun already, it serves, or rejects, the clients in the accept queue as the drain does.
+// Errors of Accept that are temporary, by errno or by their Temporary method, are retried with a growing delay. If a
+// drain has already begun, it handles the clients in the accept queue as the drain does: it serves or rejects them.
 func (s *Server) ServeListener(l Listener) error {
 	switch {
 	case l.Listener == nil:
@@ -179,10 +178,10 @@ func (s *Server) takeAdopted(l Listener) (a *acceptor) {
 	return a
 }
 
-// CloseListener stops accepting from ln: the clients in its accept queue are served, then it is closed and its Serve
-// returns. Other listeners and all connections are not affected. It returns at once. It may be called before
-// ServeListener, for example if that is called on another goroutine: ServeListener then does the same as soon as it
-// begins. The error is ErrNoListener if ServeListener has ended for ln, or the server has stopped.
+// CloseListener stops accepting from ln, and returns at once. The server serves the clients in ln's accept queue and
+// closes ln; then its Serve returns. Other listeners and all connections are not affected. If CloseListener is called
+// before ServeListener, ServeListener does the same when it is called. The error is ErrNoListener if ServeListener
+// has returned for ln, or if the server has stopped.
 func (s *Server) CloseListener(ln net.Listener) (err error) {
 	s.state.With(func(st *state) {
 		i := slices.IndexFunc(st.acceptors, func(a *acceptor) bool { return a.ln.Listener == ln })
@@ -210,8 +209,8 @@ func (a *acceptor) isClosing() (yes bool) {
 // Done returns a channel that is closed when the server has stopped.
 func (s *Server) Done() <-chan struct{} { return s.stopped }
 
-// Draining returns a channel that is closed when a drain has begun and clients have been told: after the delay, when
-// the clients in the accept queue have been accepted, and after DrainOptions.Spread. Force and Close close it too.
+// Draining returns a channel that is closed when the drain has notified all clients: after DrainOptions.Delay, after
+// the clients in the accept queue were accepted, and after DrainOptions.Spread. Force and Close close it too.
 func (s *Server) Draining() <-chan struct{} { return s.draining }
 
 func (s *Server) isDraining() (yes bool) {

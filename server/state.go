@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// state is everything that must agree with itself at every instant: the server's state, its holds, the connection
-// table and the counters. It is touched only inside Server.state, under one lock. So accepted = open + closed at every
-// instant, and no connection is admitted past a pause or a drain.
+// state is what must be consistent at every instant: the server's phase, its holds, the connection table and the
+// counters. All access goes through Server.state, under one lock. So accepted = open + closed at every instant, and
+// no connection is admitted during a pause or a drain.
 type state struct {
 	phase State  // StatePaused is not kept here: it follows from StateRunning and holds
 	drain *drain // nil until a drain begins
@@ -59,7 +59,7 @@ type state struct {
 	unpublished []Event // those that happened since the successor was sent the state; see publish
 }
 
-// maxListenersNoted bounds what is remembered about listeners that are not served now.
+// maxListenersNoted bounds the lists of listeners that are not being served.
 const maxListenersNoted = 64
 
 // recentConns is how many closed connections are remembered.

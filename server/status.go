@@ -13,8 +13,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// Status is the server at one instant: its figures agree with each other. Only the bytes of open connections are read
-// a moment later.
+// Status is a consistent snapshot of a server. Only the byte counts of open connections are read a moment later.
 type Status struct {
 	State             State
 	Started           time.Time
@@ -134,8 +133,9 @@ func (s *Server) Status() Status {
 	return status
 }
 
-// AwaitStatus returns nil once match has returned true for the state and the number of open connections, however
-// briefly they were so, or the cause of ctx when that ends first, or ErrHandedOver. match must be quick and must not call the server.
+// AwaitStatus waits until match returns true for the state and the number of open connections, and returns nil. It
+// misses no state, however brief. The error is the cause of ctx if that ends first, or ErrHandedOver. match must be
+// quick and must not call the server.
 func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connections int) bool) error {
 	if s.log == nil {
 		return errNotNew
@@ -163,7 +163,7 @@ func (c *Conn) Info() ConnInfo {
 	}
 }
 
-// Conns ranges over the connections that were open when it was called, oldest first. It pauses now and then so that a
+// Conns ranges over the connections that were open when it was called, oldest first. It sleeps regularly so that a
 // long listing does not delay clients.
 func (s *Server) Conns() iter.Seq[ConnInfo] {
 	conns := s.snapshot()
@@ -187,8 +187,9 @@ func (s *Server) snapshot() (conns []*Conn) {
 	return conns
 }
 
-// Kill ends an open connection: what was read is written back, and the client sees an end of stream. It returns at
-// once. The error is ErrNoConn if no connection with that id is open, or if it is ending already.
+// Kill ends an open connection, and returns at once. Its handler has a second to write what it has read; then the
+// client sees an end of stream. The error is ErrNoConn if no connection with that id is open, or if it is already
+// ending.
 func (s *Server) Kill(id uint64) error {
 	if err := s.awaitThaw(); err != nil {
 		return err
@@ -223,9 +224,9 @@ func (s *Server) kill(c *Conn) bool {
 	return true
 }
 
-// Notify sends an operator's message to every client that is being served, encoded by its Notifier. It waits for all
-// of them, for at most a second. It returns how many messages the kernel took and how many it did not; clients whose
-// Notifier returns nil count as neither. The error says what is wrong with text; see CheckText.
+// Notify sends an operator's message to every client that is being served, encoded by its Notifier. It waits for at
+// most a second. It returns how many messages the kernel accepted and how many failed; clients whose Notifier returns
+// nil count as neither. The error says why text is invalid; see CheckText.
 func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err error) {
 	if s.log == nil {
 		return 0, 0, errNotNew

@@ -5,8 +5,9 @@ import (
 	"slices"
 )
 
-// table holds the open connections, oldest first. Ids grow, so adding appends and nothing is ever sorted; a listing
-// holds the lock for as long as a copy takes. A map would need four times the memory, and sorting for each listing.
+// table holds the open connections, oldest first. Ids grow, so adding a connection appends it, and the table stays
+// sorted. A listing holds the lock only while it copies the table. A map would take four times the memory, and each
+// listing would have to sort.
 type table struct {
 	rows []row // ordered by id; a closed connection leaves an empty row behind
 	open int
@@ -31,8 +32,8 @@ func (t *table) get(id uint64) *Conn {
 	return nil
 }
 
-// remove takes a connection out, and reports whether it was in. When most rows are empty it removes them, so that in
-// the long run a removal costs the same however many connections there are.
+// remove removes a connection, and reports whether it was in the table. It compacts the table when most rows are
+// empty, so a removal takes amortised constant time.
 func (t *table) remove(id uint64) bool {
 	i, ok := t.find(id)
 	if !ok || t.rows[i].c == nil {

@@ -18,8 +18,8 @@ type progress struct {
 	empty uint64 // Conn.bytesOut when nothing waited last
 }
 
-// sweep is the goroutine that looks for idle, stalled and old connections: one for all of them, so that no read or write
-// pays for a timer. It keeps a timeout to within an eighth of it, or a second.
+// sweep is the goroutine that finds idle, stalled and old connections. One goroutine checks all of them, so that
+// reads and writes need not reset a timer. It acts at most an eighth of the timeout, or a second, late.
 func (s *Server) sweep() {
 	defer close(s.sweeper)
 	interval := time.Duration(0)
@@ -62,11 +62,11 @@ func (s *Server) stopSweeper() {
 	}
 }
 
-// maxAgeJitter is the part of Timeouts.MaxAge by which the age of a connection may differ from it.
+// maxAgeJitter is the largest deviation from Timeouts.MaxAge, as a fraction of it.
 const maxAgeJitter = 0.1
 
-// maxAge is the age at which the connection's client is told to leave. It depends on the connection's number, so that
-// connections that were opened together do not end together, and that a handover does not change it.
+// maxAge is the age at which the connection's client is told to leave. The jitter comes from the connection's id:
+// connections opened together end at different times, and a handover does not change it.
 func (c *Conn) maxAge() time.Duration {
 	random := rand.New(rand.NewPCG(c.id, 0)).Float64()
 	return time.Duration(float64(c.srv.opts.Timeouts.MaxAge) * (1 - maxAgeJitter + 2*maxAgeJitter*random))
@@ -82,7 +82,7 @@ func (c *Conn) isOld(now time.Time) bool {
 	return age >= time.Duration(float64(most)*(1-maxAgeJitter)) && age >= c.maxAge()
 }
 
-// inspect ends c if it is stalled or idle, and has its client told to leave if it is old.
+// inspect ends c if it is stalled or idle, and schedules its notice if it is old.
 func (s *Server) inspect(c *Conn, now time.Time) {
 	if Phase(c.phase.Load()) != PhaseServing {
 		return
@@ -113,10 +113,10 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 	}
 }
 
-// waitingSince reports whether data waits for the client, and since when the client has taken none of it. What counts
-// is what the client's kernel acknowledges; our kernel takes data in steps of megabytes, and a handler that is not
-// blocked says nothing about a client that has vanished. Where the kernel does not tell, a write that is blocked
-// counts.
+// waitingSince reports whether data waits for the client, and since when the client has taken none of it. It measures
+// what the client's kernel acknowledges. The progress of writes would not do: the send buffer takes megabytes at a
+// time, and writes succeed for a client that has vanished. On systems that do not report acknowledgements, it
+// measures blocked writes.
 func (c *Conn) waitingSince(now time.Time) (since time.Time, waiting bool) {
 	p := &c.progress
 	blocked := c.blocked.Load()

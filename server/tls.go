@@ -93,8 +93,8 @@ func TLS(config *tls.Config) WrapConn {
 	}
 }
 
-// tlsTransport is the stream below a TLS session that the server made. It tells a reader of the session what
-// crypto/tls does not: whether a read would wait for the client. That goroutine owns its fields.
+// tlsTransport is the stream below a TLS session that the server made. Unlike crypto/tls, it can report whether a
+// read would wait for the client. The goroutine that reads the session owns its fields.
 type tlsTransport struct {
 	net.Conn
 	buffered bool // Read does not read from the stream, and fails with errNothingBuffered

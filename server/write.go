@@ -6,14 +6,14 @@ import (
 	"time"
 )
 
-// A message is a notice for one client. Its bytes are made when they are written, because they depend on the last
-// byte before them.
+// A message is a notice for one client. It is rendered when it is written, because its bytes depend on the last byte
+// sent before it.
 type message struct {
 	notice Notice
 	done   func(messageResult) // called once
 }
 
-// messageResult is what became of a message.
+// messageResult is the outcome of a message.
 type messageResult int
 
 const (
@@ -208,7 +208,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// writeError is why nothing can be written any more; nil if something can. The caller holds the write lock.
+// writeError returns why writes fail; nil if they do not. The caller holds the write lock.
 func (c *Conn) writeError() error {
 	switch {
 	case c.writeClosed:
@@ -249,7 +249,7 @@ func (c *Conn) applyWriteDeadline(handlerWrites bool) {
 	})
 }
 
-// writeChunk bounds what is handed to the kernel at once, so that the counters show progress.
+// writeChunk bounds the bytes of a single write, so that the counters show progress.
 const writeChunk = 256 << 10
 
 // write writes p and counts what was taken. The caller holds the write lock.
@@ -279,8 +279,8 @@ func (c *Conn) wrote(p []byte, n int) {
 	}
 }
 
-// tryWrite writes as much of p as the kernel takes at once. It writes nothing where that cannot be known, as with TLS.
-// The caller holds the write lock.
+// tryWrite writes as much of p as the kernel takes without waiting. It writes nothing if the stream has no descriptor
+// to write to directly, as with TLS. The caller holds the write lock.
 func (c *Conn) tryWrite(p []byte) (n int, err error) {
 	raw := rawConn(c.nc) // not kept: storing it would cost each connection more than making it here
 	if raw == nil {
@@ -296,8 +296,8 @@ func (c *Conn) tryWrite(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// CloseWrite ends the stream towards the client, which can still send. Nothing can be written afterwards, not even a
-// notice. The error is errors.ErrUnsupported if the connection has no half-close; writing then remains possible.
+// CloseWrite half-closes the connection: nothing more can be written, not even a notice, but the client can still
+// send. The error is errors.ErrUnsupported if the connection cannot be half-closed; it then stays writable.
 func (c *Conn) CloseWrite() error {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
