@@ -23,8 +23,8 @@ import (
 	"echod/server"
 )
 
-// limitCallers bounds how many connections of ln are open at once. Accept never waits for one of them to
-// end: it closes the idlest.
+// limitCallers bounds the number of open connections of ln. At the limit, Accept closes the idlest one instead of
+// waiting.
 func limitCallers(ln net.Listener, limit int) *callers {
 	l := &callers{
 		Listener: ln, limit: limit, probes: make(chan net.Conn, 1), closed: make(chan struct{}),
@@ -33,7 +33,7 @@ func limitCallers(ln net.Listener, limit int) *callers {
 	return l
 }
 
-// callers is a listener that keeps at most limit connections open.
+// callers is a listener with at most limit open connections.
 type callers struct {
 	net.Listener
 	limit     int
@@ -241,8 +241,8 @@ type caller struct {
 
 type callerKey struct{}
 
-// ConnContext is for http.Server.ConnContext when a Plane is mounted in a server of the program's own. Without
-// it, the audit does not know the caller's uid and pid.
+// ConnContext is for the ConnContext field of an http.Server that serves a Plane. Without it, the log does not show
+// the caller's uid and pid.
 func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	who := &caller{raw: c}
 	switch outer := belowTLS(c).(type) {
@@ -259,7 +259,7 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, callerKey{}, who)
 }
 
-// belowTLS returns what carries a TLS session, or c itself.
+// belowTLS returns the connection under a TLS session, or c itself if it is none.
 func belowTLS(c net.Conn) net.Conn {
 	if session, ok := c.(*tls.Conn); ok {
 		return session.NetConn()
@@ -267,8 +267,8 @@ func belowTLS(c net.Conn) net.Conn {
 	return c
 }
 
-// peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil
-// where the system does not tell both.
+// peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil on
+// systems that do not report both.
 var peerOf func(fd int) (uid, pid int)
 
 // identity returns the caller for the server's log and events.
@@ -276,14 +276,14 @@ func (c *caller) identity() server.Caller {
 	return server.Caller{UID: c.uid, PID: c.pid, User: c.user, Claims: c.claims}
 }
 
-// claimsHeader is the header in which a caller says who it acts for.
+// claimsHeader is the header in which a caller names the user that it acts for.
 const claimsHeader = "Echod-Claims"
 
 // maxClaims bounds claims, in bytes.
 const maxClaims = 256
 
-// identify completes what is known about the caller, for a request that may change something. Nothing proves claims, so
-// those that are no line of text are left out.
+// identify adds the user's name and the caller's claims, for a request that may change something. Claims are not
+// verified; identify ignores them unless they are one line of printable text.
 func (c *caller) identify(r *http.Request) {
 	if c.pid == 0 {
 		return
@@ -317,11 +317,11 @@ func (c *caller) fields() []zap.Field {
 	return fields
 }
 
-// begin notes that a request is being answered. noteIdle ends that.
+// begin marks the connection as serving a request. noteIdle removes the mark.
 func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
 
-// noteIdle is the http.Server's ConnState. A connection is idle once its answer has been written: when ServeHTTP
-// returns, a part of it is still in a buffer.
+// noteIdle is the http.Server's ConnState. A connection becomes idle only when its answer is written: when ServeHTTP
+// returns, part of it is still in a buffer.
 func noteIdle(conn net.Conn, state http.ConnState) {
 	if c, ok := belowTLS(conn).(*callerConn); ok && state == http.StateIdle {
 		c.set(func() { c.serving = false })
@@ -329,7 +329,7 @@ func noteIdle(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// touch notes that the caller was sent something.
+// touch records that the server has sent something to the caller.
 func (c *caller) touch() { c.set(func() {}) }
 
 // keep protects the connection from being closed for a new one.

@@ -10,7 +10,7 @@ import (
 	"echod/server"
 )
 
-// Certificates are what a Plane shows and reloads: a *server.Certificates.
+// Certificates is the part of *server.Certificates that a Plane uses.
 type Certificates interface {
 	Infos() []server.CertificateInfo
 	Reload() (changed bool, err error)

@@ -11,8 +11,9 @@ import (
 	"echod/server"
 )
 
-// Endpoints that change something. Each can be repeated without harm, except that every pause places a hold.
-// Most answer what has changed and the state after that; a pause answers its hold, a notice how many got it.
+// Endpoints that change something. A repeated request has no further effect, except that each pause places a hold,
+// each notify sends a message, and each extension moves the deadline. Most answer with the change and the new state;
+// pause answers with its hold, and notify with the number of clients.
 
 func (p *Plane) postPause(w *response, r *http.Request) error {
 	var connected bool
@@ -107,7 +108,7 @@ func (p *Plane) postNotify(w *response, r *http.Request) error {
 	if message == "" {
 		return invalid("text", "say what to tell the clients")
 	}
-	// A caller that half-closes gets its answer too. The server bounds how long it takes.
+	// A caller that half-closes still gets its answer. The server bounds the time.
 	sent, failed, err := p.srv.Notify(context.WithoutCancel(r.Context()), message)
 	if err != nil {
 		return err
@@ -136,7 +137,7 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	case extend > 0:
 		return p.extendDrain(w, r, extend)
 	}
-	opts := server.DrainOptions{Grace: given(grace), Spread: given(spread), Reason: cmp.Or(reason, "control")}
+	opts := server.DrainOptions{Grace: drainOption(grace), Spread: drainOption(spread), Reason: cmp.Or(reason, "control")}
 	if predecessor {
 		if err := p.srv.DrainPredecessor(opts, now); err != nil {
 			return err
@@ -152,8 +153,9 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	return p.answerDrain(w, Change{Changed: changed})
 }
 
-// given returns an option of a drain: the server's own if d is negative, because the request does not give it.
-func given(d time.Duration) time.Duration {
+// drainOption returns the value of a DrainOptions field for d from a request. If d is negative, the request does not
+// give it, and the server's default applies.
+func drainOption(d time.Duration) time.Duration {
 	switch {
 	case d < 0:
 		return 0
@@ -204,7 +206,7 @@ func postUpgrade(upgrade func(context.Context, time.Duration) (Upgraded, error))
 		if timeout == 0 {
 			return invalid("timeout", "must be more than 0")
 		}
-		// An answer takes as long as the successor needs; a caller that goes does not stop it.
+		// The answer comes when the successor is ready. The upgrade continues if the caller leaves.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Time{})
 		done, err := upgrade(context.WithoutCancel(r.Context()), max(0, timeout))
 		if err != nil {

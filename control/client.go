@@ -32,17 +32,17 @@ const (
 	maxLine      = 1 << 20               // bytes of a line of a stream
 )
 
-// Client talks to a control plane. All methods may be called concurrently. Their errors are a *Problem if the
-// server refused, an *UnreachableError if no server answered, or the cause of ctx's end.
+// Client talks to a control plane. All methods may be called concurrently. Their errors are a *Problem if the server
+// refused, an *UnreachableError if no server answered, or the cause of ctx.
 type Client struct {
 	path string
 	http *http.Client
-	// Claims is what the program says about its user, such as who called sudo: one line of at most 256 bytes. The server
-	// shows it with holds and in the log, as not proved. Set it before the first call.
+	// Claims describes the program's user, such as who called sudo: one line of at most 256 bytes. The server shows
+	// it with holds and in the log, as unverified. Set it before the first call.
 	Claims string
-	// OnAnswer, if not nil, is called with the body of each answer as it came, in a stream with each line.
-	// Problems are not answers. The last line of a Lease comes from a goroutine of its own. Set OnAnswer before the
-	// first call.
+	// OnAnswer, if not nil, is called with the unchanged body of each answer, or with each line of a stream, but not
+	// with Problems. For the last line of a Lease it is called on another goroutine. Set OnAnswer before the first
+	// call.
 	OnAnswer func(body []byte)
 }
 
@@ -52,8 +52,8 @@ func NewClient(path string) *Client {
 	return &Client{path: path, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
-// dialSocket connects to the socket at path, which is always a file: a leading @ has no meaning of its own. While
-// the server's queue is full it tries again.
+// dialSocket connects to the socket at path. The path always names a file, even with a leading @. While the server's
+// queue is full, dialSocket retries.
 func dialSocket(ctx context.Context, path string) (net.Conn, error) {
 	if strings.HasPrefix(path, "@") {
 		path = "./" + path
@@ -96,7 +96,7 @@ var (
 	errBusy     = errors.New("its queue of connections is full")
 )
 
-// Error says what to tell the user.
+// Error returns the message for the user.
 func (e *UnreachableError) Error() string {
 	switch {
 	case errors.Is(e.Err, io.EOF) || errors.Is(e.Err, io.ErrUnexpectedEOF):
@@ -140,8 +140,8 @@ func (p PauseRequest) body() map[string]any {
 	return body
 }
 
-// Upgrade replaces the running program by the one that is on disk now, and keeps the connections. It gives up after
-// timeout; zero means the server's default.
+// Upgrade replaces the running program with the one on disk, and keeps the connections. It gives up after timeout;
+// zero means the server's default.
 func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (Upgraded, error) {
 	body := map[string]string{}
 	if timeout != 0 {
@@ -164,7 +164,7 @@ type ShutdownRequest struct {
 	Predecessor bool // drain only what stayed with the predecessor of an upgrade
 }
 
-// WaitRequest says what to wait for: a state, a number of open connections, or both at once.
+// WaitRequest is the condition to wait for: a state, a number of open connections, or both.
 type WaitRequest struct {
 	State       string         // empty means any
 	Connections *int           // nil means any number
@@ -176,7 +176,7 @@ func (c *Client) Status(ctx context.Context) (out Status, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/status", nil, nil, &out)
 }
 
-// ConnFilter says which connections are meant. The zero value means all.
+// ConnFilter selects connections. The zero value selects all.
 type ConnFilter struct {
 	MinIdle  time.Duration // no byte has moved for at least this long
 	Identity string        // the client's certificate has this name; * stands for any text
@@ -243,7 +243,7 @@ func (c *Client) ResumeAll(ctx context.Context) (out Change, err error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/resume", nil, map[string]any{"all": true}, &out)
 }
 
-// ReleaseHold releases one hold.
+// ReleaseHold releases the hold with the given id.
 func (c *Client) ReleaseHold(ctx context.Context, id string) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/holds/"+id, nil, nil, &out)
 }
@@ -320,8 +320,8 @@ func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) { c.eventsFrom(ctx, url.Values{}, yield) }
 }
 
-// EventsAfter is Events, but begins with the events after the one with the given id. An event of type "missed" stands for
-// those that the server no longer has.
+// EventsAfter is like Events, but begins after the event with the given id. An event of type "missed" replaces those
+// that the server no longer has.
 func (c *Client) EventsAfter(ctx context.Context, id uint64) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		c.eventsFrom(ctx, url.Values{"after": {strconv.FormatUint(id, 10)}}, yield)
@@ -338,8 +338,8 @@ func (c *Client) eventsFrom(ctx context.Context, query url.Values, yield func(Ev
 	}
 }
 
-// readEvents reads events until the stream ends, and returns the last one. There are no more if yield does not want
-// them, or an error has ended them.
+// readEvents reads events until the stream ends, and returns the last one. It reports that there are no more if yield
+// returns false or after an error.
 func (c *Client) readEvents(ctx context.Context, query url.Values, yield func(Event, error) bool) (last Event, more bool) {
 	resp, err := c.stream(ctx, http.MethodGet, "/v1/events", query, nil)
 	if err != nil {
@@ -401,14 +401,14 @@ func (l *Lease) Ended() <-chan struct{} { return l.ended }
 // Why says why the hold ended. Call it once Ended is closed.
 func (l *Lease) Why() string { return l.why.Released }
 
-// Close closes the connection. The server then releases the hold, possibly after Close has returned: to be sure,
-// call ReleaseHold first.
+// Close closes the connection. The server then releases the hold, possibly after Close has returned. To release it
+// before, call ReleaseHold first.
 func (l *Lease) Close() {
 	_ = l.body.Close()
 	<-l.ended
 }
 
-// checkAnswers finds out whether the server answers at all, before a request whose answer may take any time.
+// checkAnswers checks that the server answers, before a request whose answer may take any time.
 func (c *Client) checkAnswers(ctx context.Context) error {
 	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, quietTimeout)
 	if err != nil {
@@ -450,10 +450,10 @@ func (c *Client) stream(ctx context.Context, method, path string, query url.Valu
 	return resp, err
 }
 
-// upgradeRetries is how often a request is made that comes in the moment of an upgrade, before the successor accepts.
+// upgradeRetries is how often a request is repeated during an upgrade, until the successor accepts.
 const upgradeRetries = 50
 
-// send makes a request and returns its answer, unless that is a problem. In the moment of an upgrade it tries again.
+// send makes a request and returns its answer; a problem is returned as an error. It retries during an upgrade.
 func (c *Client) send(
 	ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration,
 ) (resp *http.Response, err error) {

@@ -26,13 +26,13 @@ type Signals struct {
 	in     <-chan os.Signal
 	log    *zap.Logger
 	stacks io.Writer
-	// Seen is called with the name of each signal. Set it before Actor is called; nil is not called.
+	// Seen, if not nil, is called with the name of each signal. Set it before Actor is called.
 	Seen func(name string)
-	// PassOn is called with each signal once it has been handled, to pass it on to another process. Set it before Actor
-	// is called; nil is not called.
+	// PassOn, if not nil, is called with each signal after it was handled, to pass it on to another process. Set it
+	// before Actor is called.
 	PassOn func(sig os.Signal)
-	// Final means that a drain begun by a signal cannot be cancelled, because a supervisor that stops the process kills it
-	// some time after the signal. Set it before Actor is called.
+	// Final makes drains that a signal began impossible to cancel, because a supervisor kills the process some time
+	// after its signal. Set it before Actor is called.
 	Final  bool
 	forced atomic.Pointer[os.Signal]
 }

@@ -15,12 +15,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// SocketOptions says who may use a socket. The zero value admits nobody: use 0o600 for the owner alone.
+// SocketOptions configures access to a socket. With the zero value nobody can connect; use Mode 0o600 for the owner
+// alone.
 type SocketOptions struct {
 	Mode fs.FileMode // permission bits
 	GID  *int        // group of the socket; nil: the process's
 	Name string      // what errors and logs call it; empty: "control socket"
-	// Fixed means that the file is not made again when it is lost. Handed then returns the listener for good.
+	// Fixed means that the file is not made again when it is lost. The listener that Handed returns then never
+	// changes.
 	Fixed bool
 	// Logger logs when the socket's file is removed or replaced while it is open. Nil logs nothing.
 	Logger *zap.Logger
@@ -37,12 +39,12 @@ const (
 	lockSuffix    = ".lock"               // of the file that is locked while a socket is made
 )
 
-// Listen opens a control socket, or another Unix socket, at path. The file is never more open than asked for. A
-// socket that is no longer served is replaced. A socket in use is refused with ErrInUse, and a file that is not a
-// socket is refused too.
+// Listen opens a control socket, or another Unix socket, at path. The file never has more permissions than opts
+// gives. Listen replaces a socket that no server uses. If a server uses it, the error is ErrInUse. A file that is not
+// a socket is an error too.
 //
-// While the listener is open, a file that was removed or replaced is logged and made again, unless another
-// server uses it now. Close removes the file if it is still the listener's own.
+// While the listener is open, it logs when the file is removed or replaced, and makes it again unless another server
+// uses it. Close removes the file if it is still the listener's own.
 func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener, error) {
 	s, err := listenEvery(ctx, path, opts, checkInterval)
 	if err != nil {
@@ -51,8 +53,7 @@ func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener,
 	return s, nil
 }
 
-// Check reports what would keep Listen from opening a socket at path. It creates nothing. That a server uses the socket
-// already is no error.
+// Check returns the error that Listen would return for path, except ErrInUse. It creates nothing.
 func Check(path string, opts SocketOptions) error {
 	full, err := socketPath(path)
 	if err == nil {
@@ -284,7 +285,7 @@ func (s *socket) close(remove bool) error {
 	return s.err
 }
 
-// Handed returns the listener below ln, to be passed to another process: one that has a descriptor.
+// Handed returns the listener with a descriptor that ln wraps, to pass it to another process.
 func Handed(ln net.Listener) net.Listener {
 	if s, ok := ln.(*socket); ok {
 		return s.listener()
@@ -292,7 +293,7 @@ func Handed(ln net.Listener) net.Listener {
 	return ln
 }
 
-// Adopt returns what Listen would have returned, for a control socket that another process has opened and passed on.
+// Adopt is Listen for a control socket that another process has opened and passed to this one.
 func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 	unixLn, ok := ln.(*net.UnixListener)
 	if !ok {

@@ -17,7 +17,7 @@ import (
 	"echod/server"
 )
 
-// Long-lived requests, which end when their caller goes: GET /v1/wait, GET /v1/events and POST
+// Long-lived requests, which end when their caller disconnects: GET /v1/wait, GET /v1/events and POST
 // /v1/pause?while=connected.
 
 var (
@@ -37,7 +37,8 @@ type streams struct {
 	ended chan struct{}        // guarded by mu; closed when one has finished, if shutdown waits for that
 }
 
-// stream is a long-lived request. Its context ends when the caller goes, or when another request needs its place.
+// stream is a long-lived request. Its context ends when the caller disconnects, or when another request needs its
+// place.
 type stream struct {
 	*response
 	who    *caller
@@ -50,7 +51,8 @@ type stream struct {
 	replaced bool      // ended for another, and finishing
 }
 
-// stream makes a request long-lived. With kept it is never ended for another one; the number of these is bounded.
+// stream makes a request long-lived. A kept stream is never ended for another one; the number of kept streams is
+// bounded.
 func (p *Plane) stream(w *response, r *http.Request, kept bool) (*stream, error) {
 	if r.Method == http.MethodHead {
 		return nil, refuseMethod(w, r, http.MethodGet)
@@ -334,9 +336,9 @@ func (p *Plane) continued(nc net.Conn) *stream {
 	return s
 }
 
-// hijacked is the connection of a long-lived response. The Plane takes it over from net/http, which does not
-// notice the caller's end once the caller has sent a single byte after its request, such as a newline from a
-// shell script: a pause would outlive its owner.
+// hijacked is the connection of a long-lived response. net/http does not notice that a caller disconnects if the
+// caller has sent a byte after its request, such as a newline from a shell script. A pause would then outlive its
+// owner. So the Plane hijacks the connection and watches it itself.
 type hijacked struct {
 	mu     sync.Mutex
 	conn   net.Conn // nil before hijack; guarded by mu
@@ -345,8 +347,8 @@ type hijacked struct {
 	leave  []func() // called by close, the last one first
 }
 
-// hijack takes the connection over, and calls gone when the caller goes. A caller that half-closes has gone,
-// unless it mayHalfClose. It needs HTTP/1.
+// hijack takes the connection over from net/http, and calls gone when the caller disconnects. A half-close counts as
+// disconnecting unless mayHalfClose is true. It needs HTTP/1.
 func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error {
 	conn, buffered, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err != nil {
@@ -360,7 +362,7 @@ func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error
 	return nil
 }
 
-// watch calls gone when the caller goes, until close.
+// watch calls gone when the caller disconnects, until close.
 func (w *response) watch(conn net.Conn, in io.Reader, mayHalfClose bool, gone context.CancelCauseFunc) {
 	ended := make(chan struct{})
 	go awaitEnd(conn, in, mayHalfClose, gone, ended)
@@ -370,7 +372,7 @@ func (w *response) watch(conn net.Conn, in io.Reader, mayHalfClose bool, gone co
 	})
 }
 
-// awaitEnd is the goroutine that notices when the caller goes; response.close waits for it.
+// awaitEnd is the goroutine that waits for the caller to disconnect; response.close waits for it.
 func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc,
 	ended chan<- struct{},
 ) {

@@ -18,8 +18,8 @@ import (
 // of an accept loop that is out of files, one second.
 const probeTimeout = 3 * time.Second
 
-// NewWeb returns a Plane that changes nothing, for probes, Prometheus and people. It may be reachable by
-// more than the control socket.
+// NewWeb returns a read-only Plane for probes, Prometheus and people. More callers may reach it than the control
+// socket.
 //
 //	/           a page for people, with the state, limits, traffic and connections; it updates itself
 //	/livez      200 while the accept loops run, also when paused or draining; else 503
@@ -28,9 +28,9 @@ const probeTimeout = 3 * time.Second
 //	/metrics    Options.Metrics
 //	/debug/     Options.Debug
 //
-// The probes say why in a line of text, and answer to every host name, since load balancers choose one of their own.
-// The others answer 421 to names that are not in Options.Hosts, so that a web page whose name was rebound to this
-// address cannot read them.
+// The body of a probe's answer is a line with the reason. Probes answer to every host name, because load balancers
+// choose their own. The other paths answer 421 to names that are not in Options.Hosts, which protects them against
+// DNS rebinding.
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true

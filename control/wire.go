@@ -61,7 +61,7 @@ type Notices struct {
 	Failed uint64 `json:"failed"`
 }
 
-// Listener is an open listener. The accept queue is missing where the system does not tell it.
+// Listener is an open listener. The accept queue is missing on systems that do not report it.
 type Listener struct {
 	Address          string `json:"address"`
 	TLS              bool   `json:"tls,omitempty"`

@@ -12,9 +12,8 @@ type Options struct {
 	Labels prometheus.Labels
 }
 
-// Collector is a prometheus.Collector for the figures of a server's status. At each scrape it reads them at one
-// instant, so that they agree with one another. It may be registered with any registry, and used
-// concurrently.
+// Collector is a prometheus.Collector for the figures of a server's status. Each scrape reads one consistent
+// snapshot. It may be registered with any registry, and used concurrently.
 type Collector struct {
 	status func() server.Status
 

@@ -17,8 +17,8 @@ import (
 	"echod/server"
 )
 
-// check finds out whether a server would start with these flags, and starts none: it accepts no client and creates no
-// file. What is in use by the running server is no error.
+// check returns the error with which a server would fail to start with these flags. It accepts no client and creates
+// no file. It ignores addresses and sockets that are in use, usually by the running server.
 func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 	p, err := f.prepare(nil, log)
 	if err != nil {
@@ -60,8 +60,8 @@ func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 	return nil
 }
 
-// checkAddress reports whether this machine has the address, and whether the process may use the port. It binds a UDP
-// socket: to listen for a moment on TCP could accept a client.
+// checkAddress checks that this machine has the address and that the process may use the port. It binds a UDP socket,
+// because a TCP listener could accept a client.
 func checkAddress(ctx context.Context, hostPort string) error {
 	if _, err := net.ResolveTCPAddr("tcp", hostPort); err != nil {
 		return err

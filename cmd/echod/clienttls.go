@@ -44,7 +44,8 @@ func (t *clientTLS) address(address string) (string, error) {
 	}
 }
 
-// config returns what the flags say; nil if they say nothing. It writes a warning if the server is not verified.
+// config returns the configuration from the flags; nil if none is set. It writes a warning if the server is not
+// verified.
 func (t *clientTLS) config(warnings io.Writer) (*tls.Config, error) {
 	if t.ca == "" && t.cert == "" && t.key == "" && t.serverName == "" && !t.insecure {
 		return nil, nil

@@ -69,7 +69,7 @@ func listenDefault(
 	return nil, "", nil
 }
 
-// prepare makes the directory if it is this user's to make, and checks it.
+// prepare checks the directory. It creates it first if that is the server's task.
 func (p place) prepare() error {
 	if p.own {
 		if err := checkParents(p.dir); err != nil {
@@ -128,8 +128,8 @@ func clientSocket(notes io.Writer) (string, error) {
 	}
 }
 
-// socketOf returns the path of the control socket at which the process pid answers. With an empty path it looks in all
-// places. It does not check who controls them: a server that poses as the process is only asked to upgrade itself.
+// socketOf returns the path of the control socket of process pid. If path is empty, it looks in all places. It does
+// not check who controls them, because the caller only asks that server to upgrade itself.
 func socketOf(ctx context.Context, path string, pid int) (string, error) {
 	paths := []string{cmp.Or(path, os.Getenv("ECHOD_CONTROL"))}
 	if paths[0] == "" {

@@ -175,7 +175,7 @@ func describeDrain(d control.Drain) string {
 	return strings.Join(words, ", ")
 }
 
-// describeDefaultDrain says how long a drain takes that names no times itself.
+// describeDefaultDrain says how long a drain with the default times takes.
 func describeDefaultDrain(st control.Status) string {
 	const end = 2 // seconds for the server to stop after the deadline
 	var parts []string
@@ -219,7 +219,7 @@ func describeHold(h control.Hold) string {
 	return strings.Join(words, ", ")
 }
 
-// describeCaller names a user and their process, and what the process said about itself.
+// describeCaller describes a user, its process, and the process's claims.
 func describeCaller(c control.Caller) string {
 	who := fmt.Sprintf("uid %d, pid %d", c.UID, c.PID)
 	name := c.User
@@ -237,7 +237,7 @@ func describeCaller(c control.Caller) string {
 	return who
 }
 
-// claims says for whom this process acts, as far as sudo and the login say.
+// claims describes the user that this process acts for, according to sudo and the login uid.
 func claims() string {
 	var parts []string
 	if name := os.Getenv("SUDO_USER"); name != "" {

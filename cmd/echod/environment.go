@@ -14,8 +14,8 @@ import (
 // Environment variables that stand in for flags.
 
 // variable returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
-// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the
-// server's environment, and must not take its settings for theirs.
+// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the server's
+// environment, and must not use its settings.
 func variable(cmd *cobra.Command, flag string) string {
 	path := strings.Fields(cmd.CommandPath())
 	name := "echod-"
@@ -70,8 +70,8 @@ func environment(cmd *cobra.Command) ([]string, error) {
 	return readVariables(file.Value.String())
 }
 
-// hasVariable reports whether an environment variable can stand in for a flag. A server whose environment asked it to
-// check only would never start.
+// hasVariable reports whether an environment variable can set a flag. --check and --env-file have none: a server with
+// --check in its environment would never start.
 func hasVariable(f *pflag.Flag) bool {
 	return f.Name != "help" && f.Name != "check" && f.Name != "env-file"
 }
@@ -98,14 +98,14 @@ func nameVariable(cmd *cobra.Command, err error) error {
 	return err
 }
 
-// An unknownVariable is in the environment, and no flag of any command has it.
+// An unknownVariable is a variable of the environment that belongs to no flag.
 type unknownVariable struct {
 	name    string
 	nearest string // the known variable whose name is most like it
 }
 
-// unknownVariables finds the variables that begin with ECHOD_ and mean nothing to any command. They are no error:
-// after a downgrade the variables of the newer version are still set.
+// unknownVariables returns the variables that begin with ECHOD_ and belong to no command. They are not an error,
+// because after a downgrade the variables of the newer version are still set.
 func unknownVariables(root *cobra.Command, environ []string) (unknown []unknownVariable) {
 	known := variables(root, nil)
 	for _, line := range environ {
@@ -132,8 +132,8 @@ func variables(cmd *cobra.Command, names []string) []string {
 	return names
 }
 
-// isForeign reports whether a variable has another meaning: it is set by an upgrade, or by Kubernetes for a service
-// that is called echod.
+// isForeign reports whether a variable that begins with ECHOD_ is not a setting: an upgrade has set it, or Kubernetes
+// for a service named echod.
 func isForeign(name string) bool {
 	for _, prefix := range []string{"ECHOD_INTERNAL_", "ECHOD_SERVICE_", "ECHOD_PORT_"} {
 		if strings.HasPrefix(name, prefix) {

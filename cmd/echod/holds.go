@@ -76,7 +76,7 @@ func (f *holdsFile) reportLost() {
 	f.update()
 }
 
-// takeOver keeps what the predecessor of an upgrade reported.
+// takeOver keeps the lost holds that the predecessor of an upgrade has recorded.
 func (f *holdsFile) takeOver() { f.lost = f.read().Lost }
 
 // onRequest updates the file after a request to the control plane. The drain of a paused server keeps it.

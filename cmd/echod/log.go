@@ -19,8 +19,8 @@ import (
 	"echod/server"
 )
 
-// Of the entries with the same message, the first logPerSecond of each second are logged, and every logThereafter-th
-// of the rest: a flood of connections must not become a flood of log lines.
+// Sampling, so that a flood of connections does not become a flood of log lines. In each second, the first
+// logPerSecond entries with the same message are logged, and then every logThereafter-th.
 const (
 	logPerSecond  = 200
 	logThereafter = 100
@@ -110,9 +110,8 @@ func (e printableEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Fiel
 	return encoded, nil
 }
 
-// samplingCore samples the entries about single connections, of which clients can cause any number. Connections that
-// the server cut off are all logged. So is everything else, above all what operators did: nobody can hide that
-// behind a flood.
+// samplingCore samples the entries about single connections, because clients can cause any number of them. It logs
+// all other entries, and all connections that the server itself ended, so that a flood cannot hide them.
 type samplingCore struct {
 	zapcore.Core
 	sampler zapcore.Core // samples what it passes on to Core

@@ -10,11 +10,11 @@ import (
 	"strings"
 )
 
-// pidFile is the path of a file with the pid of the process that serves: after an upgrade, the successor's. The empty
-// path is none.
+// pidFile is the path of a file with the pid of the serving process, which after an upgrade is the successor's. If it
+// is empty, there is no file.
 type pidFile string
 
-// write makes the file say this process. A reader never sees half of it.
+// write writes this process's pid to the file, atomically.
 func (p pidFile) write() error {
 	if p == "" {
 		return nil
@@ -37,7 +37,7 @@ func (p pidFile) write() error {
 	return nil
 }
 
-// remove removes the file if it says this process.
+// remove removes the file if it has this process's pid.
 func (p pidFile) remove() error {
 	if p == "" {
 		return nil

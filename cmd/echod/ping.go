@@ -111,8 +111,7 @@ type pinger struct {
 	results []pingResult
 }
 
-// A pingResult is what became of a ping. Times are in seconds, and nil for steps that
-// were not completed.
+// A pingResult is the outcome of a ping. Times are in seconds, and nil for steps that were not completed.
 type pingResult struct {
 	Type    string   `json:"type"` // ping
 	Seq     int      `json:"seq"`
