@@ -20,7 +20,7 @@ const (
 
 	commitTimeout   = 5 * time.Second
 	maxHandlerState = 1 << 20 // bytes of one handler's state
-	copyRounds      = 8       // of copying ahead, each for the connections opened during the last
+	copyRounds      = 8       // of sending descriptors ahead; each sends the connections opened during the last
 )
 
 // Errors of a handover.
@@ -39,24 +39,27 @@ var (
 type HandoverOptions struct {
 	// Program names the program and its version, for the successor's log.
 	Program string
-	// Data is passed to the successor as it is, such as settings.
+	// Data is passed to the successor unchanged, for example settings.
 	Data []byte
-	// Extra listeners are passed along by name, such as that of a control plane. The server does not use them.
+	// Extra has further listeners to pass to the successor by name, such as that of a control plane. The server does
+	// not use them.
 	Extra map[string]net.Listener
-	// Kill ends the successor. The server calls it when the successor has not acknowledged the commit in time, and then
-	// continues to serve. So the successor must have ended when Kill returns. It is required.
+	// Kill ends the successor. The server calls it if the successor does not acknowledge the commit in time, and then
+	// continues to serve. So the successor must have ended when Kill returns. Kill is required.
 	Kill func()
-	// Committed, when not nil, is called once the successor is the owner, before this server drains what stayed behind.
+	// Committed, when not nil, is called once the successor is the owner, before this server drains the connections
+	// that it keeps.
 	Committed func()
 	// FreezeTimeout bounds the time in which no connection is served, from the freeze to the successor's acknowledgement.
 	// After it the handover is rolled back. Zero means DefaultFreezeTimeout.
 	FreezeTimeout time.Duration
-	// SafePointTimeout is how much of it handlers have to reach their safe point. Zero means DefaultSafePointTimeout.
+	// SafePointTimeout is the part of FreezeTimeout that handlers have to reach their safe point. Zero means
+	// DefaultSafePointTimeout.
 	SafePointTimeout time.Duration
-	// Keep is how long connections that cannot be handed over are served before they are drained. Zero means that they
-	// are drained at once.
+	// Keep is the time for which this server serves the connections that it cannot hand over, before it drains them.
+	// Zero means that it drains them at once.
 	Keep time.Duration
-	// Drain is the drain of those connections. Zero fields mean Options.Drain's.
+	// Drain configures the drain of those connections. Zero fields mean those of Options.Drain.
 	Drain DrainOptions
 }
 
@@ -319,7 +322,7 @@ type deferredDrain struct {
 	mode drainMode
 }
 
-// predecessor is the sending end of a handover.
+// predecessor is the sending side of a handover.
 type predecessor struct {
 	s      *Server
 	h      *handover
@@ -386,7 +389,7 @@ func (p *predecessor) await(want string) error {
 	return nil
 }
 
-// offer sends the listeners, and what the successor must know to get ready.
+// offer sends the listeners and the options that the successor needs to get ready.
 func (p *predecessor) offer() error {
 	p.s.state.With(func(st *state) { p.acceptors = slices.Concat(st.acceptors, st.adopted) })
 	m := handoverMessage{Type: msgOffer, Format: handoverFormat, Program: p.o.Program, Data: p.o.Data}
@@ -405,7 +408,8 @@ func (p *predecessor) offer() error {
 	return p.send(m, files...)
 }
 
-// copyAhead sends the descriptors of all connections while they are served, which is the slow part.
+// copyAhead sends the descriptors of all connections while they are served. This is the slow part, so it is done
+// before the freeze.
 func (p *predecessor) copyAhead(ctx context.Context) error {
 	for range copyRounds {
 		var batch []*Conn
@@ -566,8 +570,8 @@ func (p *predecessor) freeze() (final finalState, err error) {
 	return final, nil
 }
 
-// awaitParked waits until the handlers are at their safe points. An echo is at one at any time, so that only a lack
-// of CPU time delays it: it is given half of the freeze.
+// awaitParked waits until the handlers are at their safe points. Any point is safe for an echo, so only a lack of CPU
+// time delays it; it gets half of the freeze.
 func (p *predecessor) awaitParked(serving []*Conn) {
 	wait := func(d time.Duration, done func(n *int) bool) {
 		ctx, cancel := context.WithTimeoutCause(context.Background(), d, errWaitOver)
@@ -587,8 +591,8 @@ func (c *Conn) isParkedOrEnding() (yes bool) {
 	return yes
 }
 
-// hold freezes the state of a connection. It reports whether that succeeded: whether the
-// handler is at its safe point, and no write is in progress but a notice, which is interrupted.
+// hold freezes the state of a connection. It interrupts the write of a notice. It reports false if the handler is not
+// at its safe point, or if another write is in progress.
 func (p *predecessor) hold(c *Conn) bool {
 	var parked bool
 	c.closing.With(func(cl *closingState) {
@@ -624,11 +628,10 @@ func (p *predecessor) hold(c *Conn) bool {
 	return parked
 }
 
-// noticeWaits is how often hold looks, a millisecond apart, whether an interrupted notice has stopped.
+// noticeWaits is how often hold checks, once a millisecond, whether an interrupted notice has stopped.
 const noticeWaits = 20
 
-// renderQueued turns the messages that wait in the queue into bytes for the successor. The caller makes sure that
-// nothing else writes.
+// renderQueued renders the queued messages for the successor. The caller makes sure that nothing else writes.
 func (c *Conn) renderQueued() {
 	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 		text := c.render(m)
@@ -766,7 +769,8 @@ func (p *predecessor) commit() error {
 	return nil
 }
 
-// complete does the predecessor's part after the commit: it forgets what it has handed over, and drains the rest.
+// complete does the predecessor's part after the commit: it removes the connections that it has handed over, and
+// drains the rest.
 func (p *predecessor) complete(final finalState) {
 	s := p.s
 	p.report.HandedOver, p.report.Behind = len(final.conns), make(map[string]int)

@@ -17,16 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A receiver is what it takes to learn, together with the bytes that are read from a socket, how many are left. That
-// saves the second read, which would find nothing. See TCP_INQ in the kernel's include/uapi/linux/tcp.h.
+// A receiver holds the arguments of a read that also returns how many bytes are left in the socket. That saves a
+// second read that would find nothing. See TCP_INQ in the kernel's include/uapi/linux/tcp.h.
 type receiver struct {
 	msg     unix.Msghdr
 	vec     unix.Iovec
 	control [unix.SizeofCmsghdr + 8]byte
 }
 
-// queueReportWorks tells whether the kernel counts a pending FIN as a byte that is left, as Linux does from 5.1 on.
-// Older kernels may not, and gVisor, which calls itself Linux 4.4, does not.
+// queueReportWorks reports whether the kernel counts a pending FIN as a byte that is left. Linux does since 5.1.
+// Older kernels may not, and gVisor, which reports itself as Linux 4.4, does not.
 var queueReportWorks = sync.OnceValue(func() bool {
 	var name unix.Utsname
 	if unix.Uname(&name) != nil {
@@ -86,7 +86,7 @@ func (r *receiver) left() int {
 	return int(int32(binary.NativeEndian.Uint32(r.control[unix.SizeofCmsghdr:])))
 }
 
-// writeFD uses send(2), which has a little less to do than write(2).
+// writeFD uses send(2), which is slightly cheaper than write(2).
 func writeFD(fd uintptr, p []byte) (int, error) {
 	raceWrite()
 	return call(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p),

@@ -64,7 +64,7 @@ func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 	return o, nil
 }
 
-// Refuse tells the predecessor why nothing is taken over, and closes the link. The predecessor continues to serve.
+// Refuse refuses the offer, tells the predecessor why, and closes the link. The predecessor continues to serve.
 func (o *Offer) Refuse(why error) {
 	if payload, err := json.Marshal(handoverMessage{Type: msgError, Error: why.Error()}); err == nil {
 		_ = o.link.Send(payload, nil)
@@ -73,9 +73,9 @@ func (o *Offer) Refuse(why error) {
 }
 
 // TakeOver takes over the connections, holds and counters of a predecessor. The server must be new: neither Serve nor
-// Drain was called. It returns when the server is the owner, or an error, which leaves the predecessor the owner; then
-// the server must not be used. The caller then calls ServeListener for each of the listeners, which are those of the
-// offer in the same order. Connections whose handler is no Resumer are refused by the predecessor.
+// Drain was called. TakeOver returns nil when the server is the owner. After an error the predecessor remains the
+// owner, and the server must not be used. The caller then calls ServeListener for each of the listeners, which are
+// those of the offer in the same order. Connections whose handler is no Resumer are refused by the predecessor.
 //
 // Connections that stay with the predecessor count as open until it reports their end; those that it has not reported
 // when it dies count as ReasonLost. TakeOver ignores the end of ctx after the commit.
@@ -167,7 +167,7 @@ func (t *successor) run() error {
 	}
 }
 
-// adopt makes connections of descriptors, and does not touch them.
+// adopt makes Conns from descriptors, without reading or writing.
 func (t *successor) adopt(records []handoverConn, files []any) error {
 	if len(records) != len(files) {
 		closeFiles(files)
