@@ -1,19 +1,19 @@
 // Package control drives a server from outside: through an HTTP API on a Unix socket, through a Go client of
 // that API, through probes over TCP, and through signals.
 //
-// A Plane is an http.Handler with the API that openapi.yaml describes. Serve and Shutdown run it on a
-// listener, usually one that Listen has opened. A Client talks to it. NewWeb makes a Plane that changes
-// nothing, for probes and Prometheus. Signals turns signals into drains.
+// A Plane is an http.Handler with the API that openapi.yaml describes. Serve and Shutdown run it on a listener,
+// usually one that Listen has opened. A Client talks to it. NewWeb makes a read-only Plane for probes and Prometheus.
+// Signals turns signals into drains.
 //
 // Programs that use github.com/oklog/run get an actor for each part: ServerActor, Plane.Actor and
 // Signals.Actor.
 //
 // # Order of the actors
 //
-// Signals and the control plane only ask for a drain. The control plane then answers until the server has
-// stopped, so that operators can follow the drain to its end. A run group interrupts its actors one after
-// another in the order in which they were added. So add the server's actor first, then the signals, and
-// the control plane last: its interrupt returns when the server has stopped.
+// Signals and the control plane only start a drain. The control plane then answers until the server has stopped, so
+// that operators can follow the drain to its end. A run group interrupts its actors one after another in the order in
+// which they were added. So add the server's actor first, then the signals, and the control plane last: its interrupt
+// returns when the server has stopped.
 //
 // # Goroutines
 //
@@ -21,8 +21,8 @@
 //   - A Plane has one goroutine per connection, started by net/http, for at most MaxCallers connections and
 //     for each probe of its own. Shutdown waits for them until its context ends, and then closes them.
 //   - Each listener of a Plane made by NewWeb has one that takes samples for the status page. Serve stops it and waits.
-//   - Each long-lived request (wait, events, pause while connected) has one more, which waits for the caller to go.
-//     The request closes the connection and waits for it.
+//   - Each long-lived request (wait, events, pause while connected) has one more, which waits for the caller to
+//     disconnect. The request closes the connection and waits for it.
 //   - A socket from Listen has one that watches its file. Close stops it and waits for it.
 //   - A Lease has one that reads why the hold ended. Lease.Close stops it and waits for it. The Client's other
 //     goroutines are net/http's; Client.Close ends those that are idle.

@@ -22,8 +22,9 @@ import (
 	"echod/server"
 )
 
-// The status page, at / of a Plane made by NewWeb. The server renders it and escapes what clients and operators say; the
-// script only replaces sections by what the server sends. Without the script the page shows one moment.
+// The status page, at / of a Plane made by NewWeb. The server renders it and escapes texts from clients and
+// operators. The script only replaces sections with those that the server sends. Without the script the page does not
+// update itself.
 
 //go:embed page
 var pageFiles embed.FS
@@ -36,7 +37,7 @@ const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img
 const (
 	pageConns   = 50          // connections shown
 	pageEvery   = time.Second // between two updates
-	pageRest    = 50          // an update that took long is followed by so many times its length without one
+	pageRest    = 50          // the pause after an update is at least this many times as long as the update took
 	pageMaxText = 100         // bytes of a search
 )
 

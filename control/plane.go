@@ -21,9 +21,9 @@ import (
 	"echod/server"
 )
 
-// MaxCallers is how many connections a listener of a Plane keeps open at once, or 15 % of the files that the process
-// may open if that is less. When one more comes, the idlest is closed. A program needs as many open files in reserve
-// for each listener that a Plane serves.
+// MaxCallers is the maximum number of open connections of a Plane's listener. It is 15 % of the process's limit on
+// open files if that is less. A new connection then closes the idlest. The program needs that many spare files for
+// each listener of a Plane.
 const MaxCallers = 48
 
 // Bounds on what callers can make a Plane hold.
@@ -42,26 +42,26 @@ type Options struct {
 	// Logger logs every request that may change something, with the uid and pid of its caller if they are known.
 	// Do not sample these lines: a flood could hide one. Nil logs nothing.
 	Logger *zap.Logger
-	// Metrics answers GET /metrics. Nil: there is no such path.
+	// Metrics answers GET /metrics. If it is nil, the path does not exist.
 	Metrics http.Handler
-	// OnRequest is called after each answer with the path of the route (empty for unknown paths), the method
-	// and the status code. Calls are concurrent. Requests made by Probe are left out. Nil is not called.
+	// OnRequest is called after each answer with the path of the route (empty for unknown paths), the method and the
+	// status code. Calls are concurrent. It is not called for requests made by Probe. It may be nil.
 	OnRequest func(route, method string, code int)
 
-	// Upgrade answers POST /v1/upgrade: it replaces the running program, and gives up after the timeout, which is zero for
-	// the default. Nil: there is no such path.
+	// Upgrade answers POST /v1/upgrade: it replaces the running program, and gives up after the timeout; zero means
+	// the default. If it is nil, the path does not exist.
 	Upgrade func(ctx context.Context, timeout time.Duration) (Upgraded, error)
 
-	// LostHolds are those that the end of the previous process has ended, shown in the status.
+	// LostHolds are the holds that ended with the previous process. The status shows them.
 	LostHolds []Hold
 
 	// Predecessor describes the process that handed over to this one. Nil: there was none.
 	Predecessor *Process
 
-	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil: there are none.
+	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil means none.
 	Certificates Certificates
 
-	// TLSConfig makes a Plane made by NewWeb serve HTTPS. It must have a certificate. Nil: it serves HTTP.
+	// TLSConfig makes a Plane from NewWeb serve HTTPS. It must have a certificate. Nil means HTTP.
 	TLSConfig *tls.Config
 	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
 	// there are no such paths.
@@ -74,8 +74,8 @@ type Options struct {
 // Plane is the control plane of one server: an http.Handler with the API of openapi.yaml. All methods may be
 // called concurrently.
 //
-// It can be mounted in any http.Server. Waits, events and pauses while connected then need HTTP/1.1, and the
-// audit needs ConnContext. Serve and Actor take care of both.
+// Any http.Server can serve a Plane. Waits, events and pauses while connected need HTTP/1.1, and the log of callers
+// needs ConnContext. Serve and Actor set up both.
 type Plane struct {
 	// Set once.
 	srv          *server.Server
@@ -102,7 +102,7 @@ type Plane struct {
 	listeners []*callers // guarded by mu
 }
 
-// An endpoint answers a request. Its error is answered as a problem.
+// An endpoint answers a request. The Plane answers its error as a problem.
 type endpoint func(w *response, r *http.Request) error
 
 // route is an endpoint with its method and its pattern, as http.ServeMux understands it.
@@ -389,8 +389,8 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 }
 
 // Leave stops answering callers, because another process serves the listeners now. The files of Unix sockets stay.
-// Requests in progress are still answered; waits are told to ask again. Connections that callers keep open are closed:
-// their next requests belong to the other process.
+// Requests in progress are still answered, waits with a request to try again. Leave closes idle connections, so that
+// further requests reach the other process.
 func (p *Plane) Leave() {
 	p.left.Store(true)
 	p.http.SetKeepAlivesEnabled(false)

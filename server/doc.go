@@ -1,33 +1,32 @@
-// Package server serves connections of any stream protocol, one goroutine each, and stops gracefully. It is for other
-// protocols what net/http.Server is for HTTP.
+// Package server serves connections of any stream protocol, one goroutine each, and stops gracefully. It does for
+// other protocols what net/http.Server does for HTTP.
 //
 // Write a [Handler], make a [Server] with [New], and [Server.Serve] a listener. The server admits connections within
 // [Limits]; it can be paused and resumed while it serves ([Server.Pause]); and it drains ([Server.Shutdown],
-// [Server.Drain]): it stops accepting, tells every client, gives them time, and only then closes. No byte that was
-// read is lost, and no client that reads its notice and leaves is reset. [Server.Status], [Server.Conns] and
+// [Server.Drain]): it stops accepting, tells every client, gives them time, and then closes. No byte that was read is
+// lost, and no client that reads its notice and leaves is reset. [Server.Status], [Server.Conns] and
 // [Server.Subscribe] show what happens. The server sends nothing to clients unless [Options] has a [Notifier].
 //
 // # The life of a connection
 //
 // An accepted connection enters the connection table. [WrapConn] prepares it, if there is one. Admission then
-// decides: the connection waits, is rejected, or is served by the handler. When the handler returns, or the
-// connection is told to end, the server sends what is pending, half-closes, waits a moment for the client's FIN,
-// closes, and counts the close [Reason]. All these steps are counted under one lock, so that accepted = open + closed
-// at every instant.
+// decides: the connection waits, is rejected, or is served by the handler. When the handler returns, or the server
+// ends the connection, the server sends pending messages, half-closes, lingers for the client's FIN, closes, and
+// counts the close [Reason]. All counting is done under one lock, so that accepted = open + closed at every instant.
 //
 // # Goroutines
 //
 //   - Serve accepts on the goroutine that called it. It returns when the server has stopped. A listener without
-//     SetDeadline has one goroutine more, which Serve waits for.
-//   - Each connection has one goroutine, for WrapConn, the handler, and its end. Another one exists only while a notice
-//     waits for a client that does not read. They end with the connection, at the latest when the drain closes it, and
-//     the drain waits for them. A handler that ignores its context is the exception: the log names it, and it is left
-//     behind, with its OnClose.
+//     SetDeadline has an additional goroutine, which Serve waits for.
+//   - Each connection has one goroutine, for WrapConn, the handler, and its end. Another one exists only while a
+//     notice waits for a client that does not read. They end with the connection, at the latest when the drain closes
+//     it, and the drain waits for them. It does not wait for a handler that ignores its context, and its OnClose: it
+//     logs the handler and stops without it.
 //   - The sweeper closes idle and stalled connections. The first Serve starts it; the drain stops it and waits for it.
 //   - The drain runs on a goroutine of its own, which ends with the server. Serve, Shutdown, Drain, Close and Done wait
 //     for it. Functions of RegisterOnShutdown run on goroutines that the drain waits for.
-//   - A probe has one goroutine, because it may find a lock that is never released. There is one at most. Probe waits
-//     for it until its context ends.
+//   - A probe has one goroutine, because a lock may never be released. There is one at most. Probe waits for it until
+//     its context ends.
 //   - After HandOver one goroutine reports to the successor how the connections that stayed behind end. After TakeOver
 //     one receives these reports. The drain waits for both.
 //

@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// State is where a server is in its life:
+// State is the state of a server:
 //
 //	starting -> running <-> paused -> draining -> stopped
 //
@@ -37,7 +37,7 @@ func ParseState(name string) (State, error) {
 	return 0, fmt.Errorf("unknown state %q: want starting, running, paused, draining or stopped", name)
 }
 
-// Phase is where a connection is in its life.
+// Phase is the state of a connection.
 type Phase int32
 
 // The phases. PhaseClosed is seen by Options.ConnState only.
