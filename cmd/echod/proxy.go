@@ -22,7 +22,7 @@ import (
 func init() {
 	// nginx writes IPv4 addresses into TCP6 headers when a client and the server differ in family.
 	proxyproto.V1AcceptIPv4InTCP6 = true
-	// A bound protects from senders that are not trusted; these here are, and have a time limit.
+	// The bound is against untrusted senders. The proxies are trusted, and have a time limit.
 	proxyproto.MaxV2HeaderSize = math.MaxUint16
 }
 
@@ -97,7 +97,7 @@ func trusts(trusted []netip.Prefix, remote net.Addr) bool {
 	return err == nil && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
-// readProxyClient reads a PROXY header, and returns the client's address; nil if the proxy does not say.
+// readProxyClient reads a PROXY header, and returns the client's address; nil if the header has none.
 func readProxyClient(nc net.Conn) (net.Addr, error) {
 	raw, err := readProxyHeader(nc)
 	if errors.Is(err, io.ErrUnexpectedEOF) {

@@ -506,7 +506,7 @@ func (s *sender) runBulk(ctx context.Context, opts bulk.Options) (summary bulk.S
 // stdinName is the argument that means standard input.
 const stdinName = "-"
 
-// openFiles opens what is written, before anything is sent or overwritten.
+// openFiles opens the output files, before anything is sent or overwritten.
 func (s *sender) openFiles(opts *bulk.Options) (err error) {
 	if err := s.checkFiles(opts.Inputs); err != nil {
 		return err

@@ -270,7 +270,7 @@ func socketAccess(prefix, modeText, groupName string) (opts control.SocketOption
 	return opts, nil
 }
 
-// prepared is what serve needs to open its sockets.
+// prepared holds the checked options and certificates, which serve needs to open its sockets.
 type prepared struct {
 	server  server.Options
 	control control.SocketOptions
@@ -492,7 +492,7 @@ func (f serveFlags) warn(log *zap.Logger) {
 	}
 }
 
-// unsupported lists the features that echod lacks on a system.
+// unsupported lists the features that echod does not have on the given system.
 func unsupported(system string) []string {
 	const (
 		queue   = "the length of the accept queue"

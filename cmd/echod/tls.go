@@ -99,8 +99,8 @@ func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (
 	return server.LoadCertificates(opts)
 }
 
-// authenticatedSuites returns the cipher suites of TLS 1.2 with authenticated encryption. Those with CBC are left out,
-// because of attacks such as Lucky Thirteen. All clients of the last ten years know others.
+// authenticatedSuites returns the cipher suites of TLS 1.2 with authenticated encryption. It leaves out those with
+// CBC, because of attacks such as Lucky Thirteen. All clients of the last ten years support others.
 func authenticatedSuites() (ids []uint16) {
 	for _, suite := range tls.CipherSuites() {
 		if strings.Contains(suite.Name, "_GCM_") || strings.Contains(suite.Name, "_CHACHA20_") {
@@ -110,7 +110,7 @@ func authenticatedSuites() (ids []uint16) {
 	return ids
 }
 
-// withoutClientAuth returns a configuration that asks for no certificate of the client: probes have none.
+// withoutClientAuth returns a configuration that asks for no client certificate, because probes have none.
 func withoutClientAuth(config *tls.Config) *tls.Config {
 	return &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		current, err := config.GetConfigForClient(hello)
@@ -161,7 +161,7 @@ func tlsAddresses(listeners []server.Listener) (addresses []string) {
 	return addresses
 }
 
-// adoptEcho makes listeners that a predecessor has passed on what listenEcho would have made of them.
+// adoptEcho prepares listeners from a predecessor as listenEcho prepares new ones.
 func (s *sockets) adoptEcho(tlsAddresses []string, opts echoOptions) error {
 	for i, ln := range s.echo {
 		address := ln.Addr().String()

@@ -22,19 +22,19 @@ import (
 	"echod/server"
 )
 
-// An upgrade replaces the running program by the one that is on disk now. The predecessor starts the successor, which
-// takes the listeners and connections over from it (package server, HandOver). upgrade_linux.go starts the processes
-// and decides which one stays the parent.
+// An upgrade replaces the running program with the one on disk. The predecessor starts the successor, and hands its
+// listeners and connections over to it (server.HandOver). upgrade_linux.go starts the processes and decides which one
+// stays the parent.
 
 const defaultUpgradeTimeout = 10 * time.Second
 
-// Names of listeners that are passed on besides those of the server.
+// Names of the HandoverOptions.Extra listeners.
 const (
 	handedControl = "control"
 	handedHTTP    = "http"
 )
 
-// handedData is what the predecessor tells the successor besides the server's state.
+// handedData is the HandoverOptions.Data of an upgrade.
 type handedData struct {
 	Version string   `json:"version"`
 	PID     int      `json:"pid"`
@@ -145,7 +145,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	}, nil
 }
 
-// committed gives up everything except the connections that stayed behind.
+// committed stops using everything except the connections that stayed behind.
 func (u *upgrader) committed(successor process) {
 	u.done.Store(true)
 	tellKeeper(successor.pid)
@@ -156,15 +156,15 @@ func (u *upgrader) committed(successor process) {
 	successor.release()
 }
 
-// passOn passes a signal on to the process that serves, once that is the successor. This process's own connections are
-// drained, too. systemd sends signals to both.
+// passOn passes a signal on to the successor once that serves. This process also drains its own connections. (systemd
+// itself sends signals to both.)
 func (u *upgrader) passOn(sig os.Signal) {
 	if u.srv.HandedOver() && !isUnit() {
 		signalServing(sig)
 	}
 }
 
-// takenOver is what a successor was offered.
+// takenOver is the offer that a successor has received.
 type takenOver struct {
 	offer *server.Offer
 	from  handedData
@@ -200,15 +200,15 @@ func (t *takenOver) ticketKeys() []byte {
 	return t.from.TicketKeys
 }
 
-// refuseOffer tells the predecessor why this process cannot take over, if it was started for that and has not received
-// the offer: its command line is wrong.
+// refuseOffer tells the predecessor why this process cannot take over, if an upgrade started it and its command line
+// is invalid.
 func refuseOffer(why error) {
 	if taken, err := receiveOffer(context.Background()); taken != nil && err == nil {
 		taken.offer.Refuse(why)
 	}
 }
 
-// sockets returns the listeners that were passed on, in place of those that the flags ask for.
+// sockets returns the listeners from the predecessor. They replace those in the flags.
 func (t *takenOver) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
 	s.echo, s.http = t.offer.Listeners, t.offer.Extra[handedHTTP]
 	for i := range s.echo {

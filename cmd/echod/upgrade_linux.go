@@ -81,8 +81,8 @@ func isUnit() bool {
 		(parent == 1 || strconv.Itoa(parent) == os.Getenv("MANAGERPID")) // of the user's systemd
 }
 
-// startSuccessor starts the program that is on disk now, with the arguments and the environment of this one. The end of
-// ctx ends the start.
+// startSuccessor starts the program on disk with the arguments and the environment of this one. It gives up when ctx
+// ends.
 func startSuccessor(ctx context.Context) (p process, link server.Link, err error) {
 	path, err := exec.LookPath(os.Args[0])
 	if err != nil {
@@ -175,8 +175,8 @@ func socketPair() (near *net.UnixConn, far *os.File, err error) {
 	return nc.(*net.UnixConn), far, nil
 }
 
-// reportPipe returns the descriptor to which the successor writes its pid. For the first upgrade without a supervisor
-// it makes this process the one that all later generations become children of.
+// reportPipe returns the descriptor to which the successor writes its pid. At the first upgrade without systemd it
+// makes this process the keeper, the parent of all later processes.
 func reportPipe() (*os.File, error) {
 	if os.Getenv(envReport) != "" {
 		return inheritedReport(), nil
@@ -261,8 +261,8 @@ func predecessorLink() (server.Link, error) {
 // gateTimeout bounds the wait for the predecessor to tell the supervisor.
 const gateTimeout = 5 * time.Second
 
-// tellKeeper tells the keeper, if it is another process, that the process pid serves. The predecessor does so before it
-// answers who asked for the upgrade, because that one may send a signal next. The successor does so too, in case the
+// tellKeeper tells the keeper, if it is another process, that the process pid serves. The predecessor does so before
+// it answers the upgrade request, because the caller may send a signal next. The successor does so too, in case the
 // predecessor dies.
 func tellKeeper(pid int) {
 	if os.Getenv(envReport) != "" {
@@ -280,8 +280,8 @@ func awaitSupervisor(ctx context.Context) {
 	_, _ = io.Copy(io.Discard, gate)
 }
 
-// tellSupervisor makes systemd take the successor for the main process, and waits until it does: until then systemd
-// ignores what the successor says (sd_notify(3), MAINPID and BARRIER).
+// tellSupervisor tells systemd that the successor is the main process, and waits until systemd knows: until then it
+// ignores the successor's notifications (sd_notify(3), MAINPID and BARRIER).
 func tellSupervisor(successor process) {
 	socket := os.Getenv("NOTIFY_SOCKET")
 	if !isUnit() {
@@ -359,9 +359,9 @@ var keeping sync.Mutex
 // notifyUpgrade registers for the signal that asks for an upgrade.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 
-// keepIfUpgraded makes this process the keeper if it was the first one and has handed over: the program that started the
-// service must see the same process until the service ends. It passes signals on to the process that serves, and returns
-// that one's exit code.
+// keepIfUpgraded makes this process the keeper if it was the first one and has handed over, because the program that
+// started it watches it until the service ends. The keeper passes signals on to the serving process, and returns its
+// exit code.
 func keepIfUpgraded(caught chan os.Signal) error {
 	if successorPID.Load() == 0 || isKept() {
 		return nil
