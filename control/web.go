@@ -88,19 +88,28 @@ func (p *Plane) getLive(w *response, r *http.Request) error {
 }
 
 func (p *Plane) getReady(w *response, _ *http.Request) error {
-	st := p.srv.Status()
+	ready, line := readiness(p.srv)
+	if !ready {
+		return answerText(w, http.StatusServiceUnavailable, line)
+	}
+	return answerText(w, http.StatusOK, line)
+}
+
+// readiness reports whether new clients should be sent to a server, and why.
+func readiness(srv *server.Server) (ready bool, line string) {
+	st := srv.Status()
 	open := text.Count(st.Connections, "connection")
 	switch {
-	case p.srv.HandedOver():
-		return answerText(w, http.StatusOK, "ready: another process serves after an upgrade")
+	case srv.HandedOver():
+		return true, "ready: another process serves after an upgrade"
 	case st.State != server.StateRunning:
-		return answerText(w, http.StatusServiceUnavailable, notReady(st))
+		return false, notReady(st)
 	case st.Full && st.AtLimit == server.LimitReject:
-		return answerText(w, http.StatusServiceUnavailable, "not ready: full, with "+open)
+		return false, "not ready: full, with " + open
 	case st.Full:
-		return answerText(w, http.StatusOK, "ready: full, with "+open+": new clients wait for a place")
+		return true, "ready: full, with " + open + ": new clients wait for a place"
 	default:
-		return answerText(w, http.StatusOK, "ready: "+open)
+		return true, "ready: " + open
 	}
 }
 

@@ -266,32 +266,6 @@ func TestLoadAcrossAKill(t *testing.T) {
 	}
 }
 
-// In a rolling restart behind HAProxy nothing is refused, reset or lost.
-func TestLoadAcrossARolloutBehindHAProxy(t *testing.T) {
-	slow(t)
-	f := startFleet(t)
-	l := startLoad(t, f.front, "--conns", "20", "--rate", "1000", "--duration", "1m", "--json",
-		"--max-refused", "0", "--max-disconnects", "0")
-	poll(t, "all connections", func() bool {
-		return f.nodes[0].status().Connections+f.nodes[1].status().Connections+f.nodes[2].status().Connections >= 20
-	})
-	for i := range f.nodes {
-		f.nodes[i].signal(syscall.SIGTERM)
-		f.nodes[i].wait(0)
-		f.startNode(i)
-		poll(t, "HAProxy to send it clients again", func() bool {
-			f.awaitServing()
-			return f.nodes[i].status().Accepted > 0
-		})
-	}
-	check(t, l.cmd.Process.Signal(syscall.SIGINT))
-	v := l.report(0)
-	if v.Notices.Heeded < 20 || v.Echoes.Sent != v.Echoes.Returned || v.Echoes.Sent == 0 {
-		t.Errorf("%+v, %+v", v.Notices, v.Echoes)
-	}
-	t.Logf("%+v %+v without service %+v", v.Echoes, v.Notices, v.Outage)
-}
-
 // Any echo server will do.
 func TestLoadAgainstAnotherServer(t *testing.T) {
 	t.Parallel()

@@ -13,6 +13,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -193,6 +194,20 @@ func seconds(t testing.TB, span string) time.Duration {
 	d, err := time.ParseDuration(span)
 	check(t, err)
 	return d
+}
+
+// freePorts returns n free ports.
+func freePorts(t *testing.T, n int) []string {
+	t.Helper()
+	ports := make([]string, n)
+	for i := range ports {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		check(t, err)
+		defer ln.Close() // at the end, so that no port is returned twice
+		_, ports[i], err = net.SplitHostPort(ln.Addr().String())
+		check(t, err)
+	}
+	return ports
 }
 
 const pollEvery = 20 * time.Millisecond

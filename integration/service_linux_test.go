@@ -102,6 +102,64 @@ func (s *systemd) testRestart(t *testing.T) {
 	s.restartUnderLoad(t, "systemctl", "restart", "echod.service")
 }
 
+// heeding is a client that reconnects on each notice, and counts its messages and echoes.
+type heeding struct {
+	sent, back, notices, connects int
+}
+
+func (h *heeding) run(front string, stop *atomic.Bool) error {
+	for !stop.Load() {
+		h.connects++
+		if err := h.connection(front, stop); err != nil {
+			return fmt.Errorf("after %d messages and %d notices: %w", h.sent, h.notices, err)
+		}
+	}
+	return nil
+}
+
+// connection sends messages until it gets a notice.
+func (h *heeding) connection(front string, stop *atomic.Bool) error {
+	p, err := connect(front)
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	for told := false; !told && !stop.Load(); {
+		message := fmt.Sprintf("message %d\n", h.sent)
+		if err := p.send(message); err != nil {
+			return err
+		}
+		h.sent++
+		for answered := false; !answered; {
+			_ = p.SetDeadline(time.Now().Add(patience))
+			line, err := p.in.ReadString('\n')
+			switch {
+			case err != nil:
+				return fmt.Errorf("no echo of %q: %w", message, err)
+			case strings.HasPrefix(line, "SHUTDOWN "):
+				told = true
+				h.notices++
+			case line != message:
+				return fmt.Errorf("got %q, want %q", line, message)
+			default:
+				answered = true
+				h.back++
+			}
+		}
+	}
+	if err := p.CloseWrite(); err != nil {
+		return err
+	}
+	rest, err := p.rest()
+	if strings.HasPrefix(rest, "SHUTDOWN ") { // the notice came while this client was leaving
+		rest = ""
+	}
+	if err == nil && rest != "" {
+		err = fmt.Errorf("got %q before the end of the stream", rest)
+	}
+	return err
+}
+
 // restartUnderLoad runs a command that restarts the service. One client delays the end of the drain, so that the new
 // process has to serve those that connect in the meantime. No client may be refused, and clients that leave when they
 // are notified may not lose data.

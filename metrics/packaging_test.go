@@ -1,13 +1,21 @@
 package metrics
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
+	"math/big"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"echod/server"
 )
@@ -96,7 +104,43 @@ func scraped(t *testing.T) series {
 	serve(t, m, server.Options{Limits: server.Limits{MaxConns: 10}})
 	m.Signal("SIGTERM")
 	m.Request("/v1/status", "GET", 200)
+	m.Request("/v1/upgrade", "POST", 500)
+	m.OnClose(server.ClosedConn{Err: &server.HandshakeError{Failure: server.HandshakeNotTLS}})
+	m.OnClose(server.ClosedConn{Err: &server.HandshakeError{Failure: server.HandshakeAborted}})
+	m.WatchCertificates(selfSigned(t))
 	return seriesOf(scrape(t, m))
+}
+
+// selfSigned returns a certificate that signs itself.
+func selfSigned(t *testing.T) *server.Certificates {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	pair := server.CertificatePair{CertFile: filepath.Join(dir, "cert.pem"), KeyFile: filepath.Join(dir, "key.pem")}
+	for file, block := range map[string]*pem.Block{
+		pair.CertFile: {Type: "CERTIFICATE", Bytes: cert}, pair.KeyFile: {Type: "PRIVATE KEY", Bytes: secret},
+	} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	certs, err := server.LoadCertificates(server.CertificateOptions{Pairs: []server.CertificatePair{pair}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return certs
 }
 
 func TestPackagingNamesExistingSeries(t *testing.T) {

@@ -42,6 +42,15 @@ func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 			return fmt.Errorf("--http %s: %w", f.http, withoutAddress(err))
 		}
 	}
+	if f.agentCheck != "" {
+		full, err := agentAddress(f.agentCheck)
+		if err != nil {
+			return err
+		}
+		if err := checkAddress(ctx, full); err != nil {
+			return fmt.Errorf("--agent-check %s: %w", f.agentCheck, withoutAddress(err))
+		}
+	}
 	for _, address := range f.listen {
 		a, err := parseEchoAddress(address)
 		switch {

@@ -23,6 +23,7 @@ type sockets struct {
 	echo    []server.Listener
 	control net.Listener   // nil with --control off
 	http    net.Listener   // nil without --http
+	agent   net.Listener   // nil without --agent-check
 	unix    []net.Listener // those of echo that are Unix sockets; closing them removes their files
 }
 
@@ -71,6 +72,11 @@ func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *z
 			return s, err
 		}
 	}
+	if f.agentCheck != "" {
+		if s.agent, err = listenAgent(ctx, f.agentCheck, log); err != nil {
+			return s, err
+		}
+	}
 	if len(s.echo) == 0 || f.listenGiven {
 		if err := s.listenEcho(ctx, f.listen, echo); err != nil {
 			return s, err
@@ -84,7 +90,7 @@ func (s sockets) close() {
 		_ = ln.Close()
 	}
 	s.removeUnix()
-	for _, ln := range []net.Listener{s.control, s.http} {
+	for _, ln := range []net.Listener{s.control, s.http, s.agent} {
 		if ln != nil {
 			_ = ln.Close()
 		}
@@ -215,6 +221,29 @@ func listenHTTP(ctx context.Context, address string, log *zap.Logger) (net.Liste
 		return nil, fmt.Errorf("--http %s: %w", address, withoutAddress(err))
 	}
 	log.Info("http open", zap.Stringer("address", ln.Addr()), zap.Bool("tls", isTLS))
+	return ln, nil
+}
+
+// agentAddress returns the address of --agent-check. A port alone is on the loopback interface.
+func agentAddress(address string) (hostPort string, err error) {
+	full, isTLS, err := httpAddress(address)
+	if err != nil || isTLS {
+		return "", usagef("--agent-check %q: want a port such as 9300, or an address such as :9300", address)
+	}
+	return full, nil
+}
+
+// listenAgent listens for HAProxy's agent checks.
+func listenAgent(ctx context.Context, address string, log *zap.Logger) (net.Listener, error) {
+	full, err := agentAddress(address)
+	if err != nil {
+		return nil, err
+	}
+	ln, err := server.Listen(ctx, full)
+	if err != nil {
+		return nil, fmt.Errorf("--agent-check %s: %w", address, withoutAddress(err))
+	}
+	log.Info("agent check open", zap.Stringer("address", ln.Addr()))
 	return ln, nil
 }
 

@@ -58,6 +58,7 @@ type serveFlags struct {
 	http                string
 	httpHosts           []string
 	pprof               bool
+	agentCheck          string
 	logLevel            string
 	logFormat           string
 
@@ -161,6 +162,9 @@ func newServeCommand(use string) *cobra.Command {
 		"host `names` by which callers may address --http, besides IP\n"+
 			"addresses, localhost and this machine's name")
 	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof on --http too")
+	flags.StringVar(&f.agentCheck, "agent-check", "",
+		"`address` that tells HAProxy (agent-check) whether to send new\n"+
+			"clients here; a port alone is on 127.0.0.1")
 	flags.StringVar(&f.logLevel, "log-level", "info",
 		"lowest `level` that is logged: debug, info, warn\nor error")
 	flags.StringVar(&f.logFormat, "log-format", "",
@@ -417,6 +421,11 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		web := control.NewWeb(srv, planeOpts)
 		up.leave = append(up.leave, web.Leave)
 		g.Add(web.Actor(sockets.http))
+	}
+	if sockets.agent != nil {
+		agent := control.NewAgent(srv, sockets.agent, log)
+		up.leave = append(up.leave, agent.Leave)
+		g.Add(agent.Actor())
 	}
 	if tookOver {
 		tellKeeper(os.Getpid())

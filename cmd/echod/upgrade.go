@@ -32,6 +32,7 @@ const defaultUpgradeTimeout = 10 * time.Second
 const (
 	handedControl = "control"
 	handedHTTP    = "http"
+	handedAgent   = "agent"
 )
 
 // handedData is the HandoverOptions.Data of an upgrade.
@@ -126,6 +127,9 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	if u.sockets.http != nil {
 		extra[handedHTTP] = u.sockets.http
 	}
+	if u.sockets.agent != nil {
+		extra[handedAgent] = u.sockets.agent
+	}
 	report, err := u.srv.HandOver(ctx, link, server.HandoverOptions{
 		Program: "echod " + version, Data: data, Extra: extra, Kill: successor.kill,
 		Keep:      cmp.Or(u.keep, u.srv.Status().Grace),
@@ -210,7 +214,7 @@ func refuseOffer(why error) {
 
 // sockets returns the listeners from the predecessor. They replace those in the flags.
 func (t *takenOver) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
-	s.echo, s.http = t.offer.Listeners, t.offer.Extra[handedHTTP]
+	s.echo, s.http, s.agent = t.offer.Listeners, t.offer.Extra[handedHTTP], t.offer.Extra[handedAgent]
 	for i := range s.echo {
 		s.echo[i].EmptyQueue = s.echo[i].Inherited
 	}
