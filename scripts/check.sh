@@ -29,4 +29,5 @@ awk -v least=$least '
 step env SYSTEMS=linux-386 scripts/check-systems.sh
 step env SYSTEMS=linux-arm64 RUN=none scripts/check-systems.sh
 step env MODULE=examples scripts/test.sh
+step go -C packaging/kubernetes test ./...
 step scripts/dist-check.sh

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 vulndb=${VULNDB:+file://$(cd "$VULNDB" && pwd)}
 
-modules='. examples testing'
+modules='. examples testing packaging/kubernetes'
 [ "$(uname)" != Linux ] || modules="$modules bench" # bench runs on Linux only
 
 # The development tools have a module of their own: their dependencies never reach users.
