@@ -229,6 +229,7 @@ var lax = []string{
 	`/v1/shutdown {"now":true,"grace":"5s"}`, `/v1/shutdown {"extend":"0s"}`, `/v1/shutdown {"extend":"5s","grace":"5s"}`,
 	`/v1/pause {"spread":"1s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
 	`/v1/pause {"reason":"x"} {}`,
+	`/v1/settings {"max-conns":"many"}`, `/v1/settings {"deny":{"remove":["198.51.100.1"]}}`,
 }
 
 // someCertificates is one certificate, which reloads with an error.
@@ -245,7 +246,7 @@ func testDocumentAnswers(t *testing.T) {
 	doc := loadDocument(t)
 	r := newRig(t, server.Options{Drain: server.DrainOptions{Grace: time.Hour, Delay: time.Hour}})
 	seen := map[string]bool{}
-	const get, post, del, put = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut
+	const get, post, del, put, patch = http.MethodGet, http.MethodPost, http.MethodDelete, http.MethodPut, http.MethodPatch
 	huge := `{"reason":"` + strings.Repeat("x", maxBody) + `"}`
 	hugeText := strings.Replace(huge, "reason", "text", 1)
 
@@ -287,6 +288,24 @@ func testDocumentAnswers(t *testing.T) {
 		{get, "/v1/conns/closed?limit=2", "", 200},
 		{get, "/v1/conns/closed?limit=all", "", 400},
 		{get, "/v1/status", "", 200},
+
+		{get, "/v1/settings", "", 200},
+		{get, "/v1/settings?x=1", "", 400},
+		{patch, "/v1/settings", `{"max-conns":50,"grace":"1h","deny":["192.0.2.0/24"]}`, 200},
+		{patch, "/v1/settings", `{"max-conns":"50","deny":{"add":["192.0.2.1"],"remove":["192.0.2.0/24"]}}`, 200},
+		{patch, "/v1/settings", `{"max-conns":50}`, 200},
+		{get, "/v1/settings", "", 200},
+		{get, "/v1/status", "", 200},
+		{patch, "/v1/settings", `{"max-conns":"many"}`, 400},
+		{patch, "/v1/settings", `{"max-conns":true}`, 400},
+		{patch, "/v1/settings", `{"max-conns":{"add":["1"]}}`, 400},
+		{patch, "/v1/settings", `{"deny":{"remove":["198.51.100.1"]}}`, 400},
+		{patch, "/v1/settings", `{"deny":{"insert":[]}}`, 400},
+		{patch, "/v1/settings", `{"deny":[1]}`, 400},
+		{patch, "/v1/settings", `{"listen":"x"}`, 400},
+		{patch, "/v1/settings", `{}`, 400},
+		{patch, "/v1/settings", strings.Replace(huge, "reason", "allow", 1), 413},
+		{post, "/v1/settings", `{}`, 405},
 
 		{post, "/v1/notify", `{"text":"back at noon"}`, 200},
 		{post, "/v1/notify", `{"text":""}`, 400},
@@ -440,6 +459,7 @@ func (d document) followStreams(t *testing.T, r *rig, seen map[string]bool) (che
 	hold := pause()
 	d.wantSchema(t, "Hold", hold)
 	d.wantSchema(t, "PauseLine", hold)
+	must[SettingsChanged](t)(r.client.ChangeSettings(t.Context(), map[string]any{"max-conns-per-ip": "100"}))
 	must[Change](t)(r.client.Resume(t.Context()))
 	released := pause()
 	d.wantSchema(t, "Released", released)
@@ -455,13 +475,13 @@ func (d document) followStreams(t *testing.T, r *rig, seen map[string]bool) (che
 		kinds := map[string]bool{}
 		for line := events(); line != nil; line = events() {
 			d.wantSchema(t, "Event", line)
-			for _, kind := range []string{"state", "opened", "closed", "hold", "released"} {
+			for _, kind := range []string{"state", "opened", "closed", "hold", "released", "settings"} {
 				if strings.Contains(string(line), `"type":"`+kind+`"`) {
 					kinds[kind] = true
 				}
 			}
 		}
-		wantEqual(t, "kinds of events that were seen", kinds, map[string]bool{"state": true, "opened": true, "closed": true, "hold": true, "released": true})
+		wantEqual(t, "kinds of events that were seen", kinds, map[string]bool{"state": true, "opened": true, "closed": true, "hold": true, "released": true, "settings": true})
 	}
 }
 

@@ -57,6 +57,8 @@ type Options struct {
 
 	// Predecessor describes the process that handed over to this one. Nil: there was none.
 	Predecessor *Process
+	// Fixed are the settings of the program that cannot change while it runs, for GET /v1/settings.
+	Fixed []Setting
 
 	// Certificates are shown in the status, and reloaded by POST /v1/certificates/reload. Nil means none.
 	Certificates Certificates
@@ -87,6 +89,7 @@ type Plane struct {
 	mux          *http.ServeMux
 	http         *http.Server
 	lostHolds    []Hold
+	fixed        []Setting
 	certificates Certificates        // nil if there are none
 	readOnly     bool                // nothing here changes anything
 	https        bool                // http.TLSConfig was given; net/http sets it later too, for HTTP/2
@@ -124,6 +127,8 @@ func New(srv *server.Server, opts Options) *Plane {
 		{http.MethodPost, "/v1/resume", p.postResume},
 		{http.MethodDelete, "/v1/holds/{id}", p.deleteHold},
 		{http.MethodPost, "/v1/notify", p.postNotify},
+		{http.MethodGet, "/v1/settings", p.getSettings},
+		{http.MethodPatch, "/v1/settings", p.patchSettings},
 		{http.MethodPost, "/v1/certificates/reload", p.postReload},
 		{http.MethodPost, "/v1/shutdown", p.postShutdown},
 		{http.MethodDelete, "/v1/shutdown", p.deleteShutdown},
@@ -153,7 +158,7 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		opts.Logger = zap.NewNop()
 	}
 	p := &Plane{
-		srv: srv, version: opts.Version, predecessor: opts.Predecessor, lostHolds: opts.LostHolds,
+		srv: srv, version: opts.Version, predecessor: opts.Predecessor, lostHolds: opts.LostHolds, fixed: opts.Fixed,
 		certificates: opts.Certificates, log: opts.Logger, onRequest: opts.OnRequest,
 		mux: http.NewServeMux(), linger: lingerTimeout, maxCallers: MaxCallers,
 	}
@@ -265,7 +270,7 @@ func changes(method string) bool { return method != http.MethodGet && method != 
 // knownMethod bounds the values of the metrics' label for methods.
 func knownMethod(method string) string {
 	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
+	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete:
 		return method
 	}
 	return "other"

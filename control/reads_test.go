@@ -22,13 +22,15 @@ func TestStatus(t *testing.T) {
 		time.Sleep(90 * time.Second)
 		must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "backup"}))
 
+		set := must[SettingsChanged](t)(r.client.ChangeSettings(t.Context(), map[string]any{"max-conns": "1"}))
+
 		st := must[Status](t)(r.client.Status(t.Context()))
 		wantEqual(t, "status", st, Status{
 			State: "paused", PID: os.Getpid(), Version: "1.2.3", Started: began, UptimeSeconds: 90,
 			Listeners:   []Listener{{Address: "memory"}},
 			Connections: 1, Phases: map[string]int{"serving": 1}, Accepted: 2, Closed: map[string]uint64{"client-closed": 1}, BytesIn: 12, BytesOut: 12,
 			Holds:        []Hold{{ID: "h1", Reason: "backup", Mode: "hold", Since: began.Add(90 * time.Second)}},
-			GraceSeconds: 60,
+			GraceSeconds: 60, MaxConns: new(1), AtLimit: "wait", Full: true, SettingsChanged: set.Changes,
 		})
 
 		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})

@@ -34,6 +34,13 @@ type Status struct {
 	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
 
 	Told int `json:"told"` // open connections whose clients were told to leave
+	// How many connections are served at once; missing if there is no limit. When the server is full, new clients wait or
+	// are rejected: at_limit says which.
+	MaxConns *int   `json:"max_conns,omitempty"`
+	AtLimit  string `json:"at_limit"`
+	Full     bool   `json:"full"`
+
+	SettingsChanged []SettingChange `json:"settings_changed"` // since the start, at runtime
 
 	// The defaults of a drain.
 	GraceSeconds      float64 `json:"grace_seconds"`
@@ -199,9 +206,12 @@ type Event struct {
 	Missed int         `json:"missed,omitempty"`
 
 	ReleasedBy *Caller `json:"released_by,omitempty"`
+
+	Settings  []SettingChange `json:"settings,omitempty"`
+	ChangedBy *Caller         `json:"changed_by,omitempty"`
 }
 
-// Caller is who released a hold through the control socket.
+// Caller is who released a hold or changed settings through the control socket.
 type Caller struct {
 	UID    int    `json:"uid"`
 	PID    int    `json:"pid"`
@@ -216,8 +226,12 @@ func wireStatus(st server.Status, version string) Status {
 		Listeners:   []Listener{},
 		Connections: st.Connections, Phases: map[string]int{}, Accepted: st.Accepted, Closed: map[string]uint64{},
 		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Notices: Notices{Sent: st.NoticesSent, Failed: st.NoticesFailed},
+		AtLimit: st.AtLimit.String(), Full: st.Full, SettingsChanged: wireChanges(st.Settings),
 		Holds: []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
 		SpreadSeconds: st.Spread.Seconds(), MaxConnAgeSeconds: st.MaxAge.Seconds(), Told: st.Told,
+	}
+	if st.MaxConns > 0 {
+		out.MaxConns = &st.MaxConns
 	}
 	for _, l := range st.Listeners {
 		wl := Listener{Address: l.Address.String(), TLS: l.TLS}
@@ -306,8 +320,16 @@ func wireEvent(e server.Event) Event {
 	if e.Hold != nil {
 		out.Hold = new(NewHold(*e.Hold))
 	}
-	if e.By.PID != 0 {
-		out.ReleasedBy = &Caller{UID: e.By.UID, PID: e.By.PID, User: e.By.User, Claims: e.By.Claims}
+	by := &Caller{UID: e.By.UID, PID: e.By.PID, User: e.By.User, Claims: e.By.Claims}
+	switch {
+	case by.PID == 0:
+	case e.Type == server.EventSettings:
+		out.ChangedBy = by
+	default:
+		out.ReleasedBy = by
+	}
+	if e.Type == server.EventSettings {
+		out.Settings = wireChanges(e.Settings)
 	}
 	return out
 }

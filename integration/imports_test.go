@@ -21,7 +21,8 @@ import (
 )
 
 // TestImports pins the layout: imports run from cmd to internal, control, metrics and client, and from control and
-// metrics to server. control also imports internal/text, which imports nothing of ours. A program that embeds server gets three small modules besides the standard library.
+// metrics to server. control also imports internal/text, which imports nothing of ours. A program that embeds server
+// gets four small modules besides the standard library.
 func TestImports(t *testing.T) {
 	t.Parallel()
 	module := modulePath(t)
@@ -31,7 +32,7 @@ func TestImports(t *testing.T) {
 		ours    []string // packages of this module that it may import, below the module's path
 		modules []string // exactly the other modules that it imports; nil: any
 	}{
-		{"server", "../server/...", []string{"server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys"}},
+		{"server", "../server/...", []string{"server"}, []string{"go.uber.org/multierr", "go.uber.org/zap", "golang.org/x/sys", "golang.org/x/time"}},
 		{"client", "../client", []string{"client"}, []string{"golang.org/x/sync"}},
 		{"load", "../internal/load", []string{"client", "internal/load"}, nil},
 		{"records", "../internal/records", []string{"internal/records"}, []string{"github.com/klauspost/compress", "github.com/ulikunitz/xz", "golang.org/x/text"}},

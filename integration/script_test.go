@@ -106,7 +106,7 @@ func TestScripts(t *testing.T) {
 				ts.Setenv("LOG", ts.MkAbs("log"))
 			},
 			"json": func(ts *testscript.TestScript, _ bool, args []string) {
-				types := []any{control.Status{}, control.Conns{}, control.ClosedConns{}, control.Hold{}, control.Change{}, control.Notified{}, control.Waited{}}
+				types := []any{control.Status{}, control.Conns{}, control.ClosedConns{}, control.Hold{}, control.Change{}, control.Notified{}, control.Waited{}, control.Settings{}, control.SettingsChanged{}}
 				i := slices.IndexFunc(types, func(v any) bool { return reflect.TypeOf(v).Name() == args[0] })
 				dec := json.NewDecoder(strings.NewReader(ts.ReadFile("stdout")))
 				dec.DisallowUnknownFields()

@@ -58,7 +58,8 @@ var states = []server.State{
 // rejections are the close reasons of rejected connections, by the value of the label.
 var rejections = map[string]server.Reason{
 	"paused": server.ReasonRejectedPaused, "limit": server.ReasonRejectedLimit,
-	"draining":     server.ReasonRejectedDraining,
+	"draining": server.ReasonRejectedDraining, "address-limit": server.ReasonRejectedAddressLimit,
+	"rate": server.ReasonRejectedRate, "denied": server.ReasonRejectedDenied,
 	"unidentified": server.ReasonRejectedHandshake,
 }
 

@@ -105,7 +105,13 @@ echod_connections_closed_total{reason="evicted"} 117
 echod_connections_closed_total{reason="forced"} 114
 echod_connections_closed_total{reason="lost"} 115
 echod_connections_closed_total{reason="max-age"} 118
+echod_connections_closed_total{reason="rejected-address-limit"} 119
+echod_connections_closed_total{reason="rejected-rate"} 120
+echod_connections_closed_total{reason="rejected-denied"} 121
 echod_connections_limit 11
+echod_connections_rejected_total{reason="address-limit"} 119
+echod_connections_rejected_total{reason="denied"} 121
+echod_connections_rejected_total{reason="rate"} 120
 echod_connections_rejected_total{reason="draining"} 111
 echod_connections_rejected_total{reason="limit"} 110
 echod_connections_rejected_total{reason="paused"} 109

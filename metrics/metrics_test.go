@@ -147,8 +147,8 @@ func testClients(t *testing.T) {
 	}
 	awaitLines(t, m,
 		`echod_connections_accepted_total 3`, `echod_connections{phase="serving"} 1`,
-		`echod_connections_closed_total{reason="client-closed"} 1`, `echod_connections_closed_total{reason="rejected-limit"} 1`,
-		`echod_connections_rejected_total{reason="limit"} 1`, `echod_connections_rejected_total{reason="paused"} 0`,
+		`echod_connections_closed_total{reason="client-closed"} 1`, `echod_connections_closed_total{reason="rejected-address-limit"} 1`,
+		`echod_connections_rejected_total{reason="address-limit"} 1`, `echod_connections_rejected_total{reason="paused"} 0`,
 		`echod_bytes_total{direction="in"} 7`, `echod_bytes_total{direction="out"} 12`)
 
 	if _, _, err := s.Notify(t.Context(), "hello"); err != nil {

@@ -130,11 +130,29 @@ func (a *acceptor) awaitMayAccept() bool {
 			a.awaitChange(frozen)
 			clear, stop, frozen = a.look()
 		}
+		if !stop && a.awaitRate() {
+			continue
+		}
 		if stop || a.srv.hasFile(0) || a.srv.hasFile(a.spareFiles()) {
 			return clear
 		}
 		a.backOff(errNoFiles) // another server in this process may have the files
 	}
+}
+
+// awaitRate waits until Limits.MaxConnRateTotal has a place for the next client, or until that may have changed, and
+// reports whether it waited.
+func (a *acceptor) awaitRate() bool {
+	set := a.srv.live()
+	wait := set.rates.untilNext(time.Now())
+	if wait == 0 || set.limits.AtLimit == LimitReject {
+		return false
+	}
+	a.srv.awaitFor(wait, func(st *state) bool {
+		clear, _, _ := a.next(st)
+		return !clear || a.srv.live() != set
+	})
+	return true
 }
 
 // look calls next, and records for a handover whether the loop has stopped. It runs once per connection, so it must
@@ -162,9 +180,9 @@ var errNoFiles = errors.New("the limit on open files is reached")
 // clients.
 func (a *acceptor) spareFiles() int {
 	var full bool
-	a.srv.state.With(func(st *state) { full = st.admitted >= a.srv.opts.Limits.MaxConns })
+	a.srv.state.With(func(st *state) { full = st.admitted >= a.srv.live().limits.MaxConns })
 	if full {
-		return a.srv.opts.Limits.spareFiles()
+		return a.srv.live().limits.spareFiles()
 	}
 	return 0
 }
@@ -209,15 +227,18 @@ func (a *acceptor) newConn(nc net.Conn) *Conn {
 func (a *acceptor) enter(c *Conn, isNew bool) {
 	s := a.srv
 	var d decision
-	var why Reason
+	var why, refused Reason
 	var oldest *Conn
+	if !a.prepares() {
+		refused = s.screen(c)
+	}
 	s.state.With(func(st *state) {
 		if isNew {
 			st.addConn(c)
 		}
-		oldest = st.endSlowHandshake(&s.opts.Limits)
+		oldest = st.endSlowHandshake(&s.live().limits)
 		if a.prepares() {
-			if most := s.opts.Limits.MaxHandshakes; oldest == nil && len(st.handshakes) >= most {
+			if most := s.live().limits.MaxHandshakes; oldest == nil && len(st.handshakes) >= most {
 				oldest = st.removeHandshake(0)
 			}
 			st.tasks++
@@ -225,7 +246,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 			return
 		}
 		st.publishOpened(c)
-		d, why = s.admit(st, c)
+		d, why = s.admit(st, c, refused)
 		a.waiting = d == undecided // a handover waits for that
 	})
 	if isNew {
@@ -239,7 +260,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 		return
 	}
 	if d == undecided {
-		d, why = s.awaitAdmission(c, &a.waiting)
+		d, why = s.awaitAdmission(c, refused, &a.waiting)
 	}
 	s.proceed(c, d, why)
 }
@@ -287,18 +308,20 @@ var (
 func (c *Conn) handshake() {
 	s := c.srv
 	defer s.endTask()
-	c.endHandshake(c.prepare())
+	refused, err := c.prepare()
+	c.endHandshake(err)
 
 	var waiting bool
 	s.state.With(func(st *state) {
 		st.removeHandshake(st.indexHandshake(c))
 		st.publishOpened(c)
 	})
-	d, why := s.awaitAdmission(c, &waiting)
+	d, why := s.awaitAdmission(c, refused, &waiting)
 	s.proceed(c, d, why)
 }
 
-func (c *Conn) prepare() (err error) {
+// prepare returns the reason if the client is not to be served. Then there is no TLS handshake.
+func (c *Conn) prepare() (refused Reason, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("WrapConn or a TLS callback panicked: %v\n%s", p, debug.Stack())
@@ -307,31 +330,32 @@ func (c *Conn) prepare() (err error) {
 	if c.from.base != nil {
 		c.closing.With(func(cl *closingState) { cl.extra().parent = c.from.base })
 	}
-	ctx, cancel := context.WithTimeoutCause((*connContext)(c), c.srv.opts.Timeouts.Handshake, errHandshakeTimeout)
+	timeout := c.srv.live().timeouts.Handshake
+	ctx, cancel := context.WithTimeoutCause((*connContext)(c), timeout, errHandshakeTimeout)
 	defer cancel()
-	c.boundHandshake(time.Now().Add(c.srv.opts.Timeouts.Handshake))
+	c.boundHandshake(time.Now().Add(timeout))
 	if c.from.wrap != nil {
 		wrapped, err := c.from.wrap(ctx, c.nc)
 		switch {
 		case err != nil && ctx.Err() != nil:
-			return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+			return 0, fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		case err != nil:
-			return err
+			return 0, err
 		}
 		c.setStream(wrapped)
 	}
-	if c.from.tls != nil {
+	if refused = c.srv.screen(c); refused == 0 && c.from.tls != nil {
 		c.flags.set(flagTLSBegun)
 		if oldest := c.srv.boundHandshakesOf(c); oldest != nil {
 			oldest.end(oldest.handshakeReason(), errHandshakeCrowded)
 		}
 		// Without a Done channel crypto/tls needs no goroutine. The connection's deadline and end interrupt the handshake.
 		if err := c.replaceStream(context.WithoutCancel(ctx), c.from.tls); err != nil {
-			return err
+			return 0, err
 		}
 		c.labelIdentity()
 	}
-	return nil
+	return refused, nil
 }
 
 // Bounds of parking.
@@ -506,7 +530,7 @@ func (a *acceptor) awaitFile() bool {
 		switch {
 		case over && !a.late:
 			return false
-		case a.srv.hasFile(a.srv.opts.Limits.spareFiles()):
+		case a.srv.hasFile(a.srv.live().limits.spareFiles()):
 			return true
 		case a.late:
 			return false

@@ -23,8 +23,10 @@ const (
 
 // admit is the one place that decides whether an accepted connection may be served. It decides and counts under the
 // same lock as every pause and drain, so no connection is admitted during a pause or after a drain began.
-func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
-	d, why := s.decide(st, c)
+//
+// refused is the reason if the client's address alone is enough to reject it.
+func (s *Server) admit(st *state, c *Conn, refused Reason) (decision, Reason) {
+	d, why := s.decide(st, c, refused)
 	switch d {
 	case admit:
 		c.admitted = true
@@ -35,7 +37,7 @@ func (s *Server) admit(st *state, c *Conn) (decision, Reason) {
 	case reject:
 		c.phase.Store(int32(PhaseRejecting))
 		st.tasks++
-		if st.rejecting >= s.maxRejecting(st) {
+		if why == ReasonRejectedDenied || st.rejecting >= s.maxRejecting(st) {
 			return rejectNow, why
 		}
 		c.rejected = true
@@ -53,20 +55,21 @@ func (s *Server) maxRejecting(st *state) int {
 	if s.files == 0 { // files are not limited
 		return math.MaxInt
 	}
-	return max(1, s.opts.Limits.spareFiles(), (s.files-st.admitted)/2)
+	return max(1, s.live().limits.spareFiles(), (s.files-st.admitted)/2)
 }
 
 // awaitAdmission waits for the decision. While it waits, *waiting is true, guarded by s.state.
-func (s *Server) awaitAdmission(c *Conn, waiting *bool) (d decision, why Reason) {
+func (s *Server) awaitAdmission(c *Conn, refused Reason, waiting *bool) (d decision, why Reason) {
 	_ = s.state.Await(context.Background(), func(st *state) bool {
-		d, why = s.admit(st, c)
+		d, why = s.admit(st, c, refused)
 		*waiting = d == undecided
 		return d != undecided
 	})
 	return d, why
 }
 
-func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
+func (s *Server) decide(st *state, c *Conn, refused Reason) (decision, Reason) {
+	limits := &s.live().limits
 	switch {
 	case st.frozen:
 		return undecided, 0
@@ -76,20 +79,24 @@ func (s *Server) decide(st *state, c *Conn) (decision, Reason) {
 		return closeUnserved, 0
 	case st.phase == StateStopped:
 		return reject, ReasonRejectedDraining
+	case refused == ReasonRejectedDenied:
+		return reject, refused
 	case st.notAccepting():
 		if st.drain.over() {
 			return reject, ReasonRejectedDraining
 		}
 		return admit, 0 // it comes from the accept queue: it is told, and has its time like the others
+	case refused != 0:
+		return reject, refused
 	case st.pauseRejects():
 		return reject, ReasonRejectedPaused
 	case len(st.holds) > 0:
 		return undecided, 0
 	case st.atClientLimit(c):
-		return reject, ReasonRejectedLimit
-	case st.admitted < s.opts.Limits.MaxConns:
+		return reject, ReasonRejectedAddressLimit
+	case st.admitted < limits.MaxConns:
 		return admit, 0
-	case s.opts.Limits.AtLimit == LimitReject:
+	case limits.AtLimit == LimitReject:
 		return reject, ReasonRejectedLimit
 	default:
 		return undecided, 0
@@ -106,7 +113,8 @@ func (s *Server) mayAccept(st *state) bool {
 	case len(st.holds) > 0:
 		return false
 	default:
-		return !st.placesTaken(&s.opts.Limits) || st.hasSlowHandshake(&s.opts.Limits)
+		limits := &s.live().limits
+		return !st.placesTaken(limits) || st.hasSlowHandshake(limits)
 	}
 }
 
@@ -209,7 +217,7 @@ type clientKey struct {
 
 // clientKey returns the client that c counts for, and how many connections that may have; 0 means any number.
 func (c *Conn) clientKey() (key clientKey, most int) {
-	limits := &c.srv.opts.Limits
+	limits := &c.srv.live().limits
 	if limits.MaxConnsPerIP == 0 && limits.MaxConnsPerUID == 0 {
 		return key, 0
 	}
@@ -221,11 +229,7 @@ func (c *Conn) clientKey() (key clientKey, most int) {
 	if !key.addr.IsValid() {
 		return key, 0
 	}
-	if !key.addr.Is4() {
-		if prefix, err := key.addr.WithZone("").Prefix(limits.IPv6Prefix); err == nil {
-			key.addr = prefix.Addr()
-		}
-	}
+	key.addr = limits.clientAddr(key.addr.WithZone(""))
 	return key, limits.MaxConnsPerIP
 }
 

@@ -44,7 +44,7 @@ func TestMaxConns(t *testing.T) {
 
 	t.Run("rejections that linger are bounded and hold up nobody", inBubble(Echo, rejecting, func(t *testing.T, r *rig) {
 		r.files = 60 // leaves (60-1)/2 = 29 of them; the spare of the reserve is more where open files are limited
-		most := max(29, r.opts.Limits.spareFiles())
+		most := max(29, r.live().limits.spareFiles())
 		r.dial(t)
 		for range 2 { // those that have gone do not count
 			var clients []*client
@@ -68,7 +68,7 @@ func TestMaxConns(t *testing.T) {
 		s.files = 60
 		serve(t, s, ln)
 		echoed(t, dialTCP(t, ln.Addr()), "x")
-		for range s.opts.Limits.spareFiles() + 8 {
+		for range s.live().limits.spareFiles() + 8 {
 			receivesAll(t, dialTCP(t, ln.Addr()), "BUSY\n")
 		}
 	})

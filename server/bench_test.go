@@ -198,14 +198,14 @@ func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s.opts.Limits.MaxConns = math.MaxInt // regardless of the limit on open files
+	s.live().limits.MaxConns = math.MaxInt // regardless of the limit on open files
 	a := &acceptor{srv: s, handler: h}
 	for range n {
 		c := newConn(a, newAbsentConn())
 		var d decision
 		s.state.With(func(st *state) {
 			st.addConn(c)
-			d, _ = s.admit(st, c)
+			d, _ = s.admit(st, c, 0)
 			st.tasks-- // it has no goroutine
 		})
 		if d != admit {

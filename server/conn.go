@@ -815,6 +815,9 @@ func (c *Conn) rejectNow(why Reason) {
 
 // rejection returns what the client is told when it is not served. The caller holds the write lock.
 func (c *Conn) rejection(why Reason) []byte {
+	if c.from.tls != nil && !c.flags.has(flagTLSBegun) {
+		return nil // the client expects a handshake
+	}
 	n := Notice{Kind: NoticeReject, Rejected: why}
 	if why == ReasonRejectedDraining {
 		c.srv.state.With(func(st *state) { n.Reason, n.Deadline = st.drain.cause.reason, st.drain.deadline })

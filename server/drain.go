@@ -170,8 +170,8 @@ func (d *drain) count(why Reason) {
 		d.atDeadline++
 	case ReasonForced:
 		d.byForce++
-	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedDraining, ReasonRejectedHandshake,
-		ReasonHandshakeFailed:
+	case ReasonRejectedPaused, ReasonRejectedLimit, ReasonRejectedAddressLimit, ReasonRejectedRate, ReasonRejectedDenied,
+		ReasonRejectedDraining, ReasonRejectedHandshake, ReasonHandshakeFailed:
 		d.rejected++
 	case ReasonClientClosed, ReasonClientReset, ReasonClientLeft, ReasonHandlerDone:
 		d.left++
@@ -205,7 +205,7 @@ func (s *Server) StartDrain(o DrainOptions) (changed bool) {
 		mode = drainAdopt
 	}
 	again := max(0, o.Spread)
-	o = o.withDefaults(s.opts.Drain)
+	o = o.withDefaults(s.live().drain)
 	return s.changeDrain(func(_ time.Time, begun bool) (spread, grace time.Duration) {
 		if begun {
 			return o.Spread, o.Grace
@@ -224,7 +224,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	}
 	deadline, hasDeadline := ctx.Deadline()
 	if hasDeadline {
-		o := s.opts.Drain
+		o := s.live().drain
 		o.Final = true
 		s.changeDrain(endingAt(deadline, o), o, drainShorten)
 	} else {
@@ -234,7 +234,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-s.stopped:
 	case <-ctx.Done():
 		if !errors.Is(ctx.Err(), context.DeadlineExceeded) {
-			s.changeDrain(endingAt(time.Now(), DrainOptions{}), s.opts.Drain, drainForce)
+			s.changeDrain(endingAt(time.Now(), DrainOptions{}), s.live().drain, drainForce)
 		}
 		<-s.stopped
 	}

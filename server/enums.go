@@ -62,25 +62,28 @@ type Reason int
 
 // The close reasons.
 const (
-	ReasonClientClosed      Reason = iota + 1 // the client ended its stream (EOF)
-	ReasonClientReset                         // the client reset the connection, or the network lost it
-	ReasonClientLeft                          // EOF from a client that had been told to leave
-	ReasonIdleTimeout                         // no byte moved in either direction for Timeouts.Idle
-	ReasonStalled                             // the client took nothing for Timeouts.Stall while data waited for it
-	ReasonHandlerDone                         // the handler returned nil or closed the connection
-	ReasonHandlerError                        // the handler returned an error
-	ReasonHandlerPanic                        // the handler panicked
-	ReasonKilled                              // Server.Kill or Server.KillFunc
-	ReasonRejectedPaused                      // came during a pause with PauseReject
-	ReasonRejectedLimit                       // came over a limit on connections
-	ReasonRejectedDraining                    // came when the drain could give it no time
-	ReasonRejectedHandshake                   // WrapConn returned an error or took too long
-	ReasonDeadline                            // the grace period was over
-	ReasonForced                              // Server.Close or Server.Force
-	ReasonLost                                // stayed with a predecessor that died; see Server.TakeOver
-	ReasonHandshakeFailed                     // the TLS handshake failed or took too long
-	ReasonEvicted                             // stayed to the end of its grace period in an eviction; see PauseOptions.Evict
-	ReasonMaxAge                              // the same after it had reached Timeouts.MaxAge
+	ReasonClientClosed         Reason = iota + 1 // the client ended its stream (EOF)
+	ReasonClientReset                            // the client reset the connection, or the network lost it
+	ReasonClientLeft                             // EOF from a client that had been told to leave
+	ReasonIdleTimeout                            // no byte moved in either direction for Timeouts.Idle
+	ReasonStalled                                // the client took nothing for Timeouts.Stall while data waited for it
+	ReasonHandlerDone                            // the handler returned nil or closed the connection
+	ReasonHandlerError                           // the handler returned an error
+	ReasonHandlerPanic                           // the handler panicked
+	ReasonKilled                                 // Server.Kill or Server.KillFunc
+	ReasonRejectedPaused                         // came during a pause with PauseReject
+	ReasonRejectedLimit                          // came over Limits.MaxConns
+	ReasonRejectedDraining                       // came when the drain could give it no time
+	ReasonRejectedHandshake                      // WrapConn returned an error or took too long
+	ReasonDeadline                               // the grace period was over
+	ReasonForced                                 // Server.Close or Server.Force
+	ReasonLost                                   // stayed with a predecessor that died; see Server.TakeOver
+	ReasonHandshakeFailed                        // the TLS handshake failed or took too long
+	ReasonEvicted                                // stayed to the end of its grace period in an eviction; see PauseOptions.Evict
+	ReasonMaxAge                                 // the same after it had reached Timeouts.MaxAge
+	ReasonRejectedAddressLimit                   // came over Limits.MaxConnsPerIP or MaxConnsPerUID
+	ReasonRejectedRate                           // came over Limits.MaxConnRate or MaxConnRateTotal
+	ReasonRejectedDenied                         // its address may not connect; see Access
 	reasonEnd
 
 	reasonHandedOver Reason = -1 // not closed: another process serves it
@@ -90,7 +93,9 @@ var reasonNames = [reasonEnd]string{
 	ReasonClientClosed: "client-closed", ReasonClientReset: "client-reset", ReasonClientLeft: "client-left",
 	ReasonIdleTimeout: "idle-timeout", ReasonStalled: "stalled",
 	ReasonHandlerDone: "handler-done", ReasonHandlerError: "handler-error", ReasonHandlerPanic: "handler-panic",
-	ReasonKilled:         "killed",
+	ReasonKilled:               "killed",
+	ReasonRejectedAddressLimit: "rejected-address-limit", ReasonRejectedRate: "rejected-rate",
+	ReasonRejectedDenied: "rejected-denied",
 	ReasonRejectedPaused: "rejected-paused", ReasonRejectedLimit: "rejected-limit",
 	ReasonRejectedDraining:  "rejected-draining",
 	ReasonRejectedHandshake: "rejected-unidentified",

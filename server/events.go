@@ -17,6 +17,7 @@ const (
 	EventClosed       EventType = "closed"
 	EventHoldPlaced   EventType = "hold"
 	EventHoldReleased EventType = "released"
+	EventSettings     EventType = "settings"
 	// EventMissed replaces events that a subscriber has missed, because it is slow or because it comes too late.
 	EventMissed EventType = "missed"
 	// EventUpgraded means that another process serves now. A subscriber of the predecessor gets it as its last event, and
@@ -34,8 +35,10 @@ type Event struct {
 	Closed *ClosedConn // EventClosed
 	Hold   *HoldInfo   // EventHoldPlaced, EventHoldReleased
 	Cause  string      // EventHoldReleased: why
-	By     Caller      // EventHoldReleased: who released it, if a caller did
+	By     Caller      // EventHoldReleased, EventSettings: who asked for it, if a caller did
 	Missed int         // EventMissed: how many; zero if that is not known
+
+	Settings []SettingChange // EventSettings
 }
 
 // eventBuffer is how many events a subscriber may be behind.

@@ -661,7 +661,7 @@ func (c *Conn) stopNotice(rest []byte) (handedOver bool) {
 
 // collect describes everything but the descriptors that were sent ahead.
 func (p *predecessor) collect(conns []*Conn) handoverMessage {
-	m := handoverMessage{Type: msgFinal}
+	m := handoverMessage{Type: msgFinal, Settings: p.s.handoverSettings()}
 	for _, c := range conns {
 		m.Conns = append(m.Conns, p.record(c))
 	}

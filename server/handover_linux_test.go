@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
@@ -100,6 +101,26 @@ func TestG12Handover(t *testing.T) {
 	t.Run("a notice that waits for its client goes along", testHandoverNotice)
 	t.Run("a pause at the commit is not placed on the predecessor", testHandoverPauseAtCommit)
 	t.Run("an eviction goes along", testHandoverEviction)
+	t.Run("settings that were changed go along, also twice", testHandoverSettings)
+}
+
+func testHandoverSettings(t *testing.T) {
+	g, _ := firstGeneration(t, Echo, Options{Limits: Limits{MaxConns: 100}})
+	want := set(t, g.Server, "max-conns=7", "idle-timeout=1h", "deny=192.0.2.0/24")
+	for range 2 {
+		next, _ := g.takeOver(t, Echo, Options{Limits: Limits{MaxConns: 100}})
+		g.served.Wait()
+		g = next
+		wantEqual(t, "settings changed", g.Status().Settings, want)
+	}
+	set(t, g.Server, "max-conns=100", "idle-timeout=0s", "deny=")
+	next, _ := g.takeOver(t, Echo, Options{Limits: Limits{MaxConns: 100}})
+	g.served.Wait()
+	wantEqual(t, "settings changed once undone", len(next.Status().Settings), 0)
+	next.restoreSettings([]handoverSetting{{"later", "1"}, {"max-conns", "many"}, {"max-conns", "1000000000"}})
+	wantEqual(t, "max-conns, lowered to what files allow", next.live().limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
+	_ = next.Close()
+	next.served.Wait()
 }
 
 // testHandoverEviction: some clients are told before the handover and the others after it, each once. All have their

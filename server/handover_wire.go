@@ -53,6 +53,7 @@ type handoverMessage struct {
 	Closed      map[string]uint64 `json:"closed,omitempty"`
 	Transitions map[string]uint64 `json:"transitions,omitempty"`
 	Holds       []HoldInfo        `json:"holds,omitempty"`
+	Settings    []handoverSetting `json:"settings,omitempty"` // those that were changed at runtime
 	Recent      []handoverClosed  `json:"recent,omitempty"`
 
 	NoticesSent   uint64 `json:"notices_sent,omitempty"`
@@ -71,6 +72,12 @@ type handoverMessage struct {
 type handoverListener struct {
 	Address   string `json:"address"`
 	Inherited bool   `json:"inherited,omitempty"`
+}
+
+// handoverSetting is a setting that was changed; see Settings.Set.
+type handoverSetting struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
 }
 
 // handoverConn is a connection that is handed over.

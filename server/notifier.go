@@ -132,6 +132,8 @@ func (l *LineNotifier) Notice(n Notice) []byte {
 		text = wordMessage + " " + n.Text + "\n"
 	case n.Rejected == ReasonRejectedPaused:
 		text = linePaused
+	case n.Rejected == ReasonRejectedDenied:
+		return nil // it learns nothing
 	default:
 		text = lineBusy
 	}

@@ -40,7 +40,10 @@ type Options struct {
 	Limits   Limits
 	Timeouts Timeouts
 	// Drain holds the defaults of every drain.
-	Drain DrainOptions
+	Drain  DrainOptions
+	Access Access
+	// LogLevel, when not nil, is the level of Logger, for Settings.LogLevel.
+	LogLevel *zap.AtomicLevel
 
 	// WrapConn, when not nil, prepares each connection before it is admitted: it reads a PROXY header, performs a TLS
 	// handshake, or authenticates the client.
@@ -84,8 +87,14 @@ type Limits struct {
 	// MaxConnsPerUID is the same for one user id on Unix sockets, on systems that report it. Zero and Off mean no
 	// limit.
 	MaxConnsPerUID int
-	// IPv6Prefix is the number of leading bits of an IPv6 address that identify a client for MaxConnsPerIP. Zero
-	// means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when mapped into IPv6, are
+	// MaxConnRate is how many connections one client address may open in a time. More are rejected with
+	// ReasonRejectedRate.
+	MaxConnRate Rate
+	// MaxConnRateTotal is the same for all addresses together. With LimitQueue more wait in the accept queue, with
+	// LimitReject they are rejected.
+	MaxConnRateTotal Rate
+	// IPv6Prefix is the number of leading bits of an IPv6 address that identify a client for MaxConnsPerIP and
+	// MaxConnRate. Zero means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when mapped into IPv6, are
 	// compared in full.
 	IPv6Prefix int
 	// MaxHandshakes is the maximum number of connections in WrapConn or in a TLS handshake. At the limit, the oldest
@@ -166,6 +175,16 @@ func (o Options) withDefaults() (Options, error) {
 	}
 	if o.Limits.AtLimit != LimitQueue && o.Limits.AtLimit != LimitReject {
 		errs = append(errs, fmt.Errorf("option Limits.AtLimit: unknown value %d", o.Limits.AtLimit))
+	}
+	for name, r := range map[string]Rate{
+		"MaxConnRate": o.Limits.MaxConnRate, "MaxConnRateTotal": o.Limits.MaxConnRateTotal,
+	} {
+		if err := r.check(); err != nil {
+			errs = append(errs, fmt.Errorf("option Limits.%s: %w", name, err))
+		}
+	}
+	if err := o.Access.check(); err != nil {
+		errs = append(errs, err)
 	}
 	if err := o.Drain.check(); err != nil {
 		errs = append(errs, fmt.Errorf("option Drain: %w", err))

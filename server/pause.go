@@ -148,7 +148,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 func (s *Server) evict(st *state, h *Hold) {
 	if h.info.Evict {
 		reason := cmp.Or(h.info.Reason, ReasonEvicted.String())
-		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.opts.Drain.Grace}
+		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.live().drain.Grace}
 		s.tellAll(st, h.cause, st.untold(), h.info.Since.Add(h.info.Spread))
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -37,6 +38,9 @@ type Server struct {
 	rescheduled   chan struct{} // holds a token when the schedule has changed
 	scheduler     chan struct{} // closed when the goroutine of the schedule has returned
 	toPredecessor sync.Mutex    // held while a message is sent to the predecessor
+	settings      atomic.Pointer[liveSettings]
+	initial       Settings      // set once, by New
+	resweep       chan struct{} // holds a token when timeouts have changed
 
 	probing chan struct{} // holds a token while a probe's goroutine runs
 }
@@ -60,7 +64,10 @@ func New(h Handler, opts Options) (*Server, error) {
 
 		rescheduled: make(chan struct{}, 1),
 		scheduler:   make(chan struct{}),
+		resweep:     make(chan struct{}, 1),
 	}
+	s.settings.Store(opts.live())
+	s.initial = s.live().settings()
 	if files, limited := openFilesLimit(); limited && opts.Limits.ReservedFiles > 0 {
 		s.files = max(1, files-opts.Limits.ReservedFiles)
 	}

@@ -282,7 +282,7 @@ func TestEnums(t *testing.T) {
 			}
 			seen[why.String()] = true
 		}
-		wantEqual(t, "number of reasons", len(seen), 19)
+		wantEqual(t, "number of reasons", len(seen), 22)
 	})
 
 	t.Run("unknown values show their number", func(t *testing.T) {

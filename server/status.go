@@ -33,6 +33,8 @@ type Status struct {
 
 	Told int // open connections whose clients were told to leave: by a drain, an eviction, or for their age
 
+	Settings []SettingChange // those that Configure has changed, with their value at the start
+
 	Grace, DrainDelay, Spread time.Duration // of a drain that names none itself
 	MaxAge                    time.Duration // Timeouts.MaxAge; 0 is no limit
 
@@ -77,19 +79,21 @@ type ClosedConn struct {
 
 // Status returns the server's status.
 func (s *Server) Status() Status {
+	set := s.live()
 	status := Status{
-		Started: s.started, Grace: s.opts.Drain.Grace, DrainDelay: s.opts.Drain.Delay, Spread: s.opts.Drain.Spread,
-		MaxAge: s.opts.Timeouts.MaxAge, AtLimit: s.opts.Limits.AtLimit,
+		Started: s.started, Grace: set.drain.Grace, DrainDelay: set.drain.Delay, Spread: set.drain.Spread,
+		MaxAge: set.timeouts.MaxAge, AtLimit: set.limits.AtLimit,
 		Closed: make(map[Reason]uint64), Phases: make(map[Phase]int), Transitions: make(map[State]uint64),
 	}
-	if s.opts.Limits.MaxConns != math.MaxInt {
-		status.MaxConns = s.opts.Limits.MaxConns
+	if set.limits.MaxConns != math.MaxInt {
+		status.MaxConns = set.limits.MaxConns
 	}
+	status.Settings = changesBetween(s.initial, set.settings())
 	var listeners []Listener
 	var conns []*Conn
 	s.state.With(func(st *state) {
 		status.State = st.visible()
-		status.Full = st.admitted >= s.opts.Limits.MaxConns
+		status.Full = st.admitted >= set.limits.MaxConns
 		status.Connections = st.open()
 		status.Behind = len(st.behind)
 		status.Told = st.told

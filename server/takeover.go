@@ -224,6 +224,7 @@ func (t *successor) commit(m handoverMessage) error {
 	if err := t.send(handoverMessage{Type: msgAck}); err != nil {
 		return err
 	}
+	s.restoreSettings(m.Settings)
 	slices.SortFunc(m.Conns, func(a, b handoverConn) int { return cmp.Compare(a.ID, b.ID) })
 	s.state.With(func(st *state) {
 		st.restore(m)

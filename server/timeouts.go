@@ -1,6 +1,7 @@
 package server
 
 import (
+	"math"
 	"math/rand/v2"
 	"time"
 )
@@ -22,31 +23,35 @@ type progress struct {
 // reads and writes need not reset a timer. It acts at most an eighth of the timeout, or a second, late.
 func (s *Server) sweep() {
 	defer close(s.sweeper)
-	interval := time.Duration(0)
-	for _, t := range []time.Duration{s.opts.Timeouts.Idle, s.opts.Timeouts.Stall, s.opts.Timeouts.MaxAge} {
-		if t > 0 && (interval == 0 || t/8 < interval) {
-			interval = t / 8
-		}
-	}
-	if s.opts.CancelWhenGone && interval == 0 {
-		interval = maxSweep
-	}
-	if interval == 0 {
-		<-s.sweepCtx.Done()
-		return
-	}
-	tick := time.NewTicker(min(max(interval, minSweep), maxSweep))
+	tick := time.NewTicker(s.sweepInterval())
 	defer tick.Stop()
 	for {
 		select {
 		case <-s.sweepCtx.Done():
 			return
+		case <-s.resweep:
+			tick.Reset(s.sweepInterval())
 		case now := <-tick.C:
 			for c := range inTurns(s.snapshot(), quietTurn) {
 				s.inspect(c, now)
 			}
 		}
 	}
+}
+
+// sweepInterval is the time between two sweeps. Without a timeout it is as good as for ever.
+func (s *Server) sweepInterval() time.Duration {
+	interval := time.Duration(math.MaxInt64)
+	if s.opts.CancelWhenGone {
+		interval = maxSweep
+	}
+	set := s.live()
+	for _, t := range []time.Duration{set.timeouts.Idle, set.timeouts.Stall, set.timeouts.MaxAge} {
+		if t > 0 {
+			interval = min(interval, max(t/8, minSweep), maxSweep)
+		}
+	}
+	return interval
 }
 
 // stopSweeper stops the sweeper and the goroutine of the schedule, if they were started, and waits for them.
@@ -69,12 +74,12 @@ const maxAgeJitter = 0.1
 // connections opened together end at different times, and a handover does not change it.
 func (c *Conn) maxAge() time.Duration {
 	random := rand.New(rand.NewPCG(c.id, 0)).Float64()
-	return time.Duration(float64(c.srv.opts.Timeouts.MaxAge) * (1 - maxAgeJitter + 2*maxAgeJitter*random))
+	return time.Duration(float64(c.srv.live().timeouts.MaxAge) * (1 - maxAgeJitter + 2*maxAgeJitter*random))
 }
 
 // isOld reports whether the connection has reached its maximum age.
 func (c *Conn) isOld(now time.Time) bool {
-	most := c.srv.opts.Timeouts.MaxAge
+	most := c.srv.live().timeouts.MaxAge
 	if most == 0 {
 		return false
 	}
@@ -91,10 +96,11 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 		c.flags.set(flagOld)
 		s.state.With(func(st *state) { s.tellAll(st, s.age, []*Conn{c}, now) })
 	}
+	timeouts := s.live().timeouts
 	lastMove := s.at(c.active.Load())
 	if moved, waiting := c.waitingSince(now); waiting {
 		// A quarter more, because a kernel opens its receive window in large steps, and not at regular intervals.
-		if stall := s.opts.Timeouts.Stall; stall > 0 {
+		if stall := timeouts.Stall; stall > 0 {
 			if now.Sub(moved) >= stall+stall/4 {
 				c.end(ReasonStalled, ErrStalled)
 			}
@@ -104,7 +110,7 @@ func (s *Server) inspect(c *Conn, now time.Time) {
 			lastMove = moved
 		}
 	}
-	if idle := s.opts.Timeouts.Idle; idle > 0 && now.Sub(lastMove) >= idle {
+	if idle := timeouts.Idle; idle > 0 && now.Sub(lastMove) >= idle {
 		c.end(ReasonIdleTimeout, ErrIdle)
 		return
 	}

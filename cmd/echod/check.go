@@ -20,6 +20,14 @@ import (
 // check returns the error with which a server would fail to start with these flags. It accepts no client and creates
 // no file. It ignores addresses and sockets that are in use, usually by the running server.
 func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
+	if _, err := parseLevel(f.logLevel); err != nil {
+		return err
+	}
+	_, sink, err := newLogger(zap.WarnLevel, f.logFormat, nil)
+	if err != nil {
+		return err
+	}
+	sink.close()
 	p, err := f.prepare(nil, log)
 	if err != nil {
 		return err
@@ -87,7 +95,7 @@ func checkAddress(ctx context.Context, hostPort string) error {
 
 // checkCommand is serve with --check.
 func checkCommand(cmd *cobra.Command, f serveFlags) error {
-	log, sink, err := newLogger("warn", "console", nil)
+	log, sink, err := newLogger(zap.WarnLevel, "console", nil)
 	if err != nil {
 		return err
 	}

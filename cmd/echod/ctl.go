@@ -42,8 +42,8 @@ Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed ou
 succeeded but the pause ended before it did.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, wait, events, " +
-				"upgrade or shutdown")
+			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, settings, set, wait, " +
+				"events, upgrade or shutdown")
 		},
 	}
 	cmd.PersistentFlags().StringVar(&ctl.path, "control", "", "`path` of the control socket")
@@ -53,6 +53,7 @@ succeeded but the pause ended before it did.`,
 	completesFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
+		ctl.settingsCommand(), ctl.setCommand(),
 		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.reloadCommand(),
 		ctl.shutdownCommand(), ctl.upgradeCommand(),
 	)
@@ -140,12 +141,22 @@ func showStatus(out io.Writer, st control.Status) error {
 			c.NotAfter.Local().Format(time.DateTime))
 	}
 	row("connections", "%d open, %d accepted", st.Connections, st.Accepted)
+	if st.Full && st.MaxConns != nil {
+		then := "new clients wait in the accept queue"
+		if st.AtLimit == server.LimitReject.String() {
+			then = "new clients are rejected"
+		}
+		row("full", "max-conns %d is reached: %s", *st.MaxConns, then)
+	}
 	if len(st.Closed) > 0 {
 		reasons := slices.Sorted(maps.Keys(st.Closed))
 		for i, why := range reasons {
 			reasons[i] = fmt.Sprintf("%d %s", st.Closed[why], why)
 		}
 		row("closed", "%s", strings.Join(reasons, ", "))
+	}
+	for _, c := range st.SettingsChanged {
+		row("changed", "%s is %s, at start %s", c.Name, orNone(c.New), orNone(c.Old))
 	}
 	row("bytes", "%s in, %s out", humanize.Bytes(st.BytesIn), humanize.Bytes(st.BytesOut))
 	if st.Drain == nil {
@@ -379,6 +390,15 @@ func describeEvent(e control.Event) string {
 		what = "hold      " + describeHold(*e.Hold)
 	case e.State != "":
 		what = "state     " + e.State
+	case e.Type == string(server.EventSettings):
+		what = "settings "
+		for _, c := range e.Settings {
+			what += fmt.Sprintf(" %s: %s -> %s,", c.Name, orNone(c.Old), orNone(c.New))
+		}
+		what = strings.TrimSuffix(what, ",")
+		if e.ChangedBy != nil {
+			what += " by " + describeCaller(e.ChangedBy.UID, e.ChangedBy.PID)
+		}
 	case e.Missed > 0:
 		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", text.Count(e.Missed, "event"))
 	case e.Type == "upgraded":

@@ -179,8 +179,8 @@ func readVariables(path string) (environ []string, err error) {
 	return environ, nil
 }
 
-// unquote removes quotes and backslashes from a value. Single quotes keep everything. Within double quotes a backslash
-// escapes only a few characters.
+// unquote removes quotes and backslashes from a value. Single quotes keep everything. Within double quotes a
+// backslash escapes only a few characters.
 func unquote(value string) string {
 	var out strings.Builder
 	quote := byte(0)

@@ -47,14 +47,19 @@ func chooseFormat(format string) string {
 	}
 }
 
+func parseLevel(level string) (zap.AtomicLevel, error) {
+	enabled, err := zap.ParseAtomicLevel(level)
+	if err != nil {
+		err = usagef("--log-level %q: want debug, info, warn or error", level)
+	}
+	return enabled, err
+}
+
 // newLogger returns a logger that never blocks its caller, for the formats console, json and journal;
 // an empty format is chosen by what stderr is. onDropped, which may be nil, is told how many entries were
 // dropped and for which cause. The caller closes the sink.
-func newLogger(level, format string, onDropped func(cause string, entries int64)) (*zap.Logger, *logSink, error) {
-	enabled, err := zapcore.ParseLevel(level)
-	if err != nil {
-		return nil, nil, usagef("--log-level %q: want debug, info, warn or error", level)
-	}
+func newLogger(enabled zapcore.LevelEnabler, format string, onDropped func(cause string, entries int64),
+) (*zap.Logger, *logSink, error) {
 	sink := newLogSink(onDropped)
 	var encoder zapcore.Encoder
 	switch format = chooseFormat(format); format {

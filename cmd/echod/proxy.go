@@ -36,37 +36,13 @@ func parseTrusted(ranges []string) (trusted []netip.Prefix, err error) {
 			trusted = append(trusted, trustUnix)
 			continue
 		}
-		prefix, err := parseRange(strings.TrimSpace(text))
+		prefix, err := server.ParseRange(strings.TrimSpace(text))
 		if err != nil {
-			return nil, usagef("--proxy-protocol %q: want an address or a range such as 10.0.0.0/8: %w", text, err)
+			return nil, usagef("--proxy-protocol %w", err)
 		}
-		trusted = append(trusted, prefix.Masked())
+		trusted = append(trusted, prefix)
 	}
 	return trusted, nil
-}
-
-func parseRange(text string) (netip.Prefix, error) {
-	addr, err := netip.ParseAddr(text)
-	switch {
-	case err == nil && addr.Zone() != "":
-		return netip.Prefix{}, errors.New("it has a zone")
-	case err == nil:
-		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
-	case !strings.Contains(text, "/"):
-		return netip.Prefix{}, errNoRange
-	}
-	prefix, err := netip.ParsePrefix(text)
-	const mapped = 96 // bits before the IPv4 address in an IPv4-mapped one
-	switch {
-	case err != nil:
-		return netip.Prefix{}, errNoRange
-	case !prefix.Addr().Is4In6():
-		return prefix, nil
-	case prefix.Bits() < mapped:
-		return netip.Prefix{}, errors.New("it covers more than the IPv4-mapped addresses")
-	default:
-		return netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-mapped), nil
-	}
 }
 
 // proxied reads the PROXY header, version 1 or 2, of connections from trusted addresses. On other
@@ -132,7 +108,6 @@ const (
 )
 
 var (
-	errNoRange   = errors.New("it is neither")
 	errNoHeader  = errors.New("not a PROXY header")
 	errTruncated = errors.New("the connection ended inside it")
 )

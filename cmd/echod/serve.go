@@ -46,6 +46,9 @@ type serveFlags struct {
 	atLimit             string
 	maxConnsPerIP       int
 	maxConnsPerUID      int
+	maxConnRate         string
+	maxConnRateTotal    string
+	allow, deny         []string
 	unixMode, unixGroup string
 	tls                 tlsFlags
 	idleTimeout         time.Duration
@@ -138,12 +141,21 @@ func newServeCommand(use string) *cobra.Command {
 	flags.IntVar(&f.maxConns, "max-conns", 0,
 		"maximum `number` of connections served at once; 0 is as many as\nthe limit of open files allows")
 	flags.StringVar(&f.atLimit, "at-limit", "wait",
-		"`action` for clients beyond --max-conns: wait leaves them in the\n"+
-			"accept queue, reject sends them BUSY")
+		"`action` for clients beyond --max-conns and --max-conn-rate-total:\n"+
+			"wait leaves them in the accept queue, reject sends them BUSY")
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0,
 		"maximum `number` of connections from one address; more are sent\nBUSY; 0 is unlimited")
 	flags.IntVar(&f.maxConnsPerUID, "max-conns-per-uid", 0,
 		"maximum `number` of connections from one user id on Unix\nsockets; more are sent BUSY; 0 is unlimited")
+	flags.StringVar(&f.maxConnRate, "max-conn-rate", "0",
+		"maximum `rate` of new connections from one address, such as 20/s,\n"+
+			"100/m or 5/h; more are sent BUSY; 0 is unlimited")
+	flags.StringVar(&f.maxConnRateTotal, "max-conn-rate-total", "0",
+		"maximum `rate` of new connections in total; --at-limit says what\nhappens to more")
+	flags.StringSliceVar(&f.allow, "allow", nil,
+		"address `ranges` that may connect, such as 10.0.0.0/8, and no\nothers; may be repeated")
+	flags.StringSliceVar(&f.deny, "deny", nil,
+		"address `ranges` that may not connect; where --allow covers an\naddress too, the smaller range decides")
 	flags.DurationVar(&f.idleTimeout, "idle-timeout", 0,
 		"`time` without traffic after which a connection is closed;\n0 is never")
 	flags.DurationVar(&f.maxConnAge, "max-conn-age", 0,
@@ -226,6 +238,19 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	if opts.Limits.AtLimit, err = server.ParseLimitMode(f.atLimit); err != nil {
 		return opts, usagef("--at-limit %q: want wait or reject", f.atLimit)
 	}
+	var access server.Settings
+	for _, setting := range []struct{ name, text string }{
+		{"max-conn-rate", f.maxConnRate},
+		{"max-conn-rate-total", f.maxConnRateTotal},
+		{"allow", strings.Join(f.allow, ",")},
+		{"deny", strings.Join(f.deny, ",")},
+	} {
+		if err := access.Set(setting.name, setting.text); err != nil {
+			return opts, usagef("--%s %w", setting.name, err)
+		}
+	}
+	opts.Access = access.Access
+	opts.Limits.MaxConnRate, opts.Limits.MaxConnRateTotal = access.Limits.MaxConnRate, access.Limits.MaxConnRateTotal
 	notice, err := server.ParseLineNotifier(f.notice)
 	if err != nil {
 		return opts, usagef("--%w", err) // the error begins with "notice"
@@ -320,7 +345,11 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		}
 	}()
 	stats := metrics.New(version)
-	log, sink, err := newLogger(f.logLevel, f.logFormat, stats.LogDropped)
+	level, err := parseLevel(f.logLevel)
+	if err != nil {
+		return err
+	}
+	log, sink, err := newLogger(level, f.logFormat, stats.LogDropped)
 	if err != nil {
 		return err
 	}
@@ -329,7 +358,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
-	p.server.OnClose = stats.OnClose
+	p.server.OnClose, p.server.LogLevel = stats.OnClose, &level
 	srv, err := server.New(server.Echo, p.server)
 	if err != nil {
 		return err
@@ -380,6 +409,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	planeOpts := control.Options{
 		Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request,
 		Upgrade: up.upgrade, Predecessor: predecessor, Hosts: f.httpHosts,
+		Fixed: fixedSettings(cmd.Flags()),
 	}
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)

@@ -61,7 +61,7 @@ func TestLogFormat(t *testing.T) {
 		if journalEnabled() {
 			t.Skip("the journal is available here")
 		}
-		if _, _, err := newLogger("info", "journal", nil); err == nil || !strings.Contains(err.Error(), "--log-format journal") {
+		if _, _, err := newLogger(zap.InfoLevel, "journal", nil); err == nil || !strings.Contains(err.Error(), "--log-format journal") {
 			t.Errorf("error %v, want one that names the flag", err)
 		}
 	})

@@ -1,0 +1,227 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+// Access says which addresses may connect. Clients without an IP address, such as those of Unix sockets, always may.
+type Access struct {
+	// Allow and Deny are ranges of addresses. If there is an Allow, addresses outside of all ranges are denied. Where an
+	// address is in several ranges, the smallest range decides; of two equal ones, Deny does.
+	Allow, Deny []netip.Prefix
+}
+
+// maxRanges bounds Allow and Deny each: every new connection is compared with all of them.
+const maxRanges = 1000
+
+// allows reports whether addr may connect.
+func (a Access) allows(addr netip.Addr) bool {
+	allowed, denied := longest(a.Allow, addr), longest(a.Deny, addr)
+	return denied < 0 && len(a.Allow) == 0 || allowed > denied
+}
+
+// longest returns the length of the longest prefix that contains addr, or -1.
+func longest(ranges []netip.Prefix, addr netip.Addr) int {
+	bits := -1
+	for _, r := range ranges {
+		if r.Bits() > bits && r.Contains(addr) {
+			bits = r.Bits()
+		}
+	}
+	return bits
+}
+
+func (a Access) check() error {
+	var errs []error
+	for name, ranges := range map[string][]netip.Prefix{"Allow": a.Allow, "Deny": a.Deny} {
+		if len(ranges) > maxRanges {
+			errs = append(errs, fmt.Errorf("option Access.%s: %d ranges: at most %d are allowed",
+				name, len(ranges), maxRanges))
+		}
+		for _, r := range ranges {
+			if !r.IsValid() || r.Addr().Is4In6() {
+				errs = append(errs, fmt.Errorf("option Access.%s: %s is not a range of addresses", name, r))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ParseRange parses an address, such as 10.1.2.3, or a range of addresses, such as 10.0.0.0/8. An IPv4-mapped one
+// becomes that of IPv4.
+func ParseRange(text string) (netip.Prefix, error) {
+	prefix, err := parseRange(text)
+	if err != nil {
+		return prefix, fmt.Errorf("%q: want an address or a range such as 10.0.0.0/8: %w", text, err)
+	}
+	return prefix.Masked(), nil
+}
+
+var errNoRange = errors.New("it is neither")
+
+func parseRange(text string) (netip.Prefix, error) {
+	addr, err := netip.ParseAddr(text)
+	switch {
+	case err == nil && addr.Zone() != "":
+		return netip.Prefix{}, errors.New("it has a zone")
+	case err == nil:
+		return netip.PrefixFrom(addr.Unmap(), addr.Unmap().BitLen()), nil
+	case !strings.Contains(text, "/"):
+		return netip.Prefix{}, errNoRange
+	}
+	prefix, err := netip.ParsePrefix(text)
+	const mapped = 96 // bits before the IPv4 address in an IPv4-mapped one
+	switch {
+	case err != nil:
+		return netip.Prefix{}, errNoRange
+	case !prefix.Addr().Is4In6():
+		return prefix, nil
+	case prefix.Bits() < mapped:
+		return netip.Prefix{}, errors.New("it covers more than the IPv4-mapped addresses")
+	default:
+		return netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-mapped), nil
+	}
+}
+
+// Rate is how many new connections are admitted in a time. N may come at once; then places become free at an even
+// pace. The zero Rate is unlimited.
+type Rate struct {
+	N   int
+	Per time.Duration
+}
+
+var rateUnits = map[string]time.Duration{"s": time.Second, "m": time.Minute, "h": time.Hour}
+
+// ParseRate parses a rate such as 20/s, 100/m or 5/h. A number alone is per second, and 0 is unlimited.
+func ParseRate(text string) (Rate, error) {
+	number, unit, ok := strings.Cut(text, "/")
+	n, err := strconv.Atoi(number)
+	per := time.Second
+	if ok {
+		per = rateUnits[unit]
+	}
+	if err != nil || n < 0 || per == 0 {
+		return Rate{}, fmt.Errorf("%q: want a rate such as 20/s, 100/m or 5/h, or 0", text)
+	}
+	if n == 0 {
+		return Rate{}, nil
+	}
+	return Rate{N: n, Per: per}, nil
+}
+
+// String returns the rate in the form of ParseRate, if it has one.
+func (r Rate) String() string {
+	if r == (Rate{}) {
+		return "0"
+	}
+	for unit, per := range rateUnits {
+		if per == r.Per {
+			return fmt.Sprintf("%d/%s", r.N, unit)
+		}
+	}
+	return fmt.Sprintf("%d/%s", r.N, r.Per)
+}
+
+func (r Rate) check() error {
+	if r != (Rate{}) && (r.N <= 0 || r.Per <= 0) {
+		return fmt.Errorf("%d in %s is not a rate", r.N, r.Per)
+	}
+	return nil
+}
+
+func (r Rate) limiter() *rate.Limiter {
+	if r == (Rate{}) {
+		return rate.NewLimiter(rate.Inf, 0)
+	}
+	return rate.NewLimiter(rate.Limit(float64(r.N)/r.Per.Seconds()), r.N)
+}
+
+// rates counts new connections for Limits.MaxConnRate and MaxConnRateTotal.
+type rates struct {
+	perAddress Rate
+	total      *rate.Limiter
+	clients    locked[ratedClients]
+}
+
+// ratedClients are the limiters of clients that came lately, in two generations. When the newer one is full, the
+// older one is forgotten. So the memory is bounded, and an address that keeps coming stays known.
+type ratedClients struct{ newer, older map[netip.Addr]*rate.Limiter }
+
+// maxRated is how many addresses are in a generation.
+const maxRated = 8192
+
+func newRates(l Limits) *rates {
+	return &rates{perAddress: l.MaxConnRate, total: l.MaxConnRateTotal.limiter()}
+}
+
+// allowsClient takes a place for a client, and reports whether there was one.
+func (r *rates) allowsClient(client netip.Addr, now time.Time) (ok bool) {
+	if r.perAddress == (Rate{}) {
+		return true
+	}
+	r.clients.With(func(c *ratedClients) {
+		limiter := c.newer[client]
+		if limiter == nil {
+			if limiter = c.older[client]; limiter == nil {
+				limiter = r.perAddress.limiter()
+			}
+			if c.newer == nil || len(c.newer) >= maxRated {
+				c.newer, c.older = make(map[netip.Addr]*rate.Limiter), c.newer
+			}
+			c.newer[client] = limiter
+		}
+		ok = limiter.AllowN(now, 1)
+	})
+	return ok
+}
+
+// untilNext returns how long it takes until the rate in total has a place.
+func (r *rates) untilNext(now time.Time) time.Duration {
+	missing := 1 - r.total.TokensAt(now)
+	if missing <= 0 || r.total.Limit() == rate.Inf {
+		return 0
+	}
+	return time.Duration(missing / float64(r.total.Limit()) * float64(time.Second))
+}
+
+// screen decides whether c's address may connect, and counts it for the rates. It returns the reason if c is not to
+// be served. It is called once for each connection, when the client's address is known.
+//
+// With LimitQueue the rate in total rejects nobody: the accept loop waits until there is a place.
+func (s *Server) screen(c *Conn) Reason {
+	set := s.live()
+	now := time.Now()
+	if addr := addrOf(c.RemoteAddr()).WithZone(""); addr.IsValid() {
+		switch {
+		case !set.access.allows(addr):
+			return ReasonRejectedDenied
+		case !set.rates.allowsClient(set.limits.clientAddr(addr), now):
+			return ReasonRejectedRate
+		}
+	}
+	if set.limits.AtLimit == LimitQueue {
+		set.rates.total.ReserveN(now, 1)
+		return 0
+	}
+	if !set.rates.total.AllowN(now, 1) {
+		return ReasonRejectedRate
+	}
+	return 0
+}
+
+// clientAddr returns the address that identifies a client: of an IPv6 address, the prefix.
+func (l *Limits) clientAddr(addr netip.Addr) netip.Addr {
+	if !addr.Is4() {
+		if prefix, err := addr.Prefix(l.IPv6Prefix); err == nil {
+			return prefix.Addr()
+		}
+	}
+	return addr
+}

@@ -1,0 +1,368 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// Settings are the options of a server that can change while it serves; see Server.Configure. Zero and Off mean the
+// same as in Options.
+type Settings struct {
+	Limits   Limits // but for ReservedFiles
+	Timeouts Timeouts
+	Drain    DrainOptions  // defaults of later drains; a drain in progress does not change
+	Access   Access        // for new connections; Server.KillFunc closes others
+	LogLevel zapcore.Level // that of Options.LogLevel
+}
+
+// A setting is one of the Settings as text: in the form of a flag of echod, for operators and for a successor.
+type setting struct {
+	name string
+	get  func(*Settings) string
+	set  func(*Settings, string) error
+}
+
+var settingTable = []setting{
+	countSetting("max-conns", func(s *Settings) *int { return &s.Limits.MaxConns }),
+	{
+		"at-limit",
+		func(s *Settings) string { return s.Limits.AtLimit.String() },
+		func(s *Settings, text string) (err error) { s.Limits.AtLimit, err = ParseLimitMode(text); return err },
+	},
+	countSetting("max-conns-per-ip", func(s *Settings) *int { return &s.Limits.MaxConnsPerIP }),
+	countSetting("max-conns-per-uid", func(s *Settings) *int { return &s.Limits.MaxConnsPerUID }),
+	rateSetting("max-conn-rate", func(s *Settings) *Rate { return &s.Limits.MaxConnRate }),
+	rateSetting("max-conn-rate-total", func(s *Settings) *Rate { return &s.Limits.MaxConnRateTotal }),
+	rangesSetting("allow", func(s *Settings) *[]netip.Prefix { return &s.Access.Allow }),
+	rangesSetting("deny", func(s *Settings) *[]netip.Prefix { return &s.Access.Deny }),
+	durationSetting("idle-timeout", func(s *Settings) *time.Duration { return &s.Timeouts.Idle }),
+	durationSetting("stall-timeout", func(s *Settings) *time.Duration { return &s.Timeouts.Stall }),
+	durationSetting("max-conn-age", func(s *Settings) *time.Duration { return &s.Timeouts.MaxAge }),
+	durationSetting("grace", func(s *Settings) *time.Duration { return &s.Drain.Grace }),
+	durationSetting("drain-delay", func(s *Settings) *time.Duration { return &s.Drain.Delay }),
+	durationSetting("spread", func(s *Settings) *time.Duration { return &s.Drain.Spread }),
+	{
+		"log-level",
+		func(s *Settings) string { return s.LogLevel.String() },
+		func(s *Settings, text string) error {
+			level, err := zapcore.ParseLevel(text)
+			if err != nil || level < zapcore.DebugLevel || level > zapcore.ErrorLevel {
+				return fmt.Errorf("%q: want debug, info, warn or error", text)
+			}
+			s.LogLevel = level
+			return nil
+		},
+	},
+}
+
+func countSetting(name string, field func(*Settings) *int) setting {
+	return setting{
+		name,
+		func(s *Settings) string { return strconv.Itoa(max(0, *field(s))) },
+		func(s *Settings, text string) error {
+			n, err := strconv.Atoi(text)
+			if err != nil || n < 0 {
+				return fmt.Errorf("%q: want a number", text)
+			}
+			*field(s) = n
+			return nil
+		},
+	}
+}
+
+func durationSetting(name string, field func(*Settings) *time.Duration) setting {
+	return setting{
+		name,
+		func(s *Settings) string { return max(0, *field(s)).String() },
+		func(s *Settings, text string) error {
+			d, err := time.ParseDuration(text)
+			if err != nil || d < 0 {
+				return fmt.Errorf("%q: want a duration such as 1.5s", text)
+			}
+			if *field(s) = d; d == 0 {
+				*field(s) = Off
+			}
+			return nil
+		},
+	}
+}
+
+func rateSetting(name string, field func(*Settings) *Rate) setting {
+	return setting{
+		name,
+		func(s *Settings) string { return field(s).String() },
+		func(s *Settings, text string) (err error) { *field(s), err = ParseRate(text); return err },
+	}
+}
+
+// rangesSetting is a list of ranges, separated by commas.
+func rangesSetting(name string, field func(*Settings) *[]netip.Prefix) setting {
+	return setting{
+		name,
+		func(s *Settings) string {
+			var texts []string
+			for _, r := range *field(s) {
+				texts = append(texts, r.String())
+			}
+			return strings.Join(texts, ",")
+		},
+		func(s *Settings, text string) error {
+			var ranges []netip.Prefix
+			for part := range strings.SplitSeq(text, ",") {
+				if part = strings.TrimSpace(part); part == "" {
+					continue
+				}
+				r, err := ParseRange(part)
+				if err != nil {
+					return err
+				}
+				ranges = append(ranges, r)
+			}
+			*field(s) = ranges
+			return nil
+		},
+	}
+}
+
+// SettingNames returns the names by which Settings.Set and Settings.Get know the settings. They are those of echod's
+// flags.
+func SettingNames() (names []string) {
+	for _, setting := range settingTable {
+		names = append(names, setting.name)
+	}
+	return names
+}
+
+// ErrUnknownSetting means that no setting has the name.
+var ErrUnknownSetting = errors.New("unknown setting")
+
+// Get returns a setting as text, in the form of echod's flag; empty if its name is unknown.
+func (s *Settings) Get(name string) string {
+	for _, setting := range settingTable {
+		if setting.name == name {
+			return setting.get(s)
+		}
+	}
+	return ""
+}
+
+// Set sets a setting from text, in the form of echod's flag: 0 disables a limit or a timeout. Lists are separated by
+// commas. The error is ErrUnknownSetting, or says what is wrong with the text.
+func (s *Settings) Set(name, text string) error {
+	for _, setting := range settingTable {
+		if setting.name == name {
+			return setting.set(s, text)
+		}
+	}
+	return fmt.Errorf("%w: %s", ErrUnknownSetting, name)
+}
+
+// SettingChange is a setting that has changed.
+type SettingChange struct{ Name, Old, New string }
+
+// changesBetween lists what differs.
+func changesBetween(before, after Settings) (changes []SettingChange) {
+	for _, setting := range settingTable {
+		if from, to := setting.get(&before), setting.get(&after); from != to {
+			changes = append(changes, SettingChange{setting.name, from, to})
+		}
+	}
+	return changes
+}
+
+// liveSettings are the settings in force, with defaults filled in: zero disables. They are immutable.
+type liveSettings struct {
+	limits   Limits
+	timeouts Timeouts
+	drain    DrainOptions
+	access   Access
+	level    zapcore.Level
+	rates    *rates
+}
+
+// live returns the settings in force.
+func (s *Server) live() *liveSettings {
+	if l := s.settings.Load(); l != nil {
+		return l
+	}
+	return &liveSettings{} // of a zero Server
+}
+
+// live returns the settings of options whose defaults are filled in.
+func (o Options) live() *liveSettings {
+	l := &liveSettings{
+		limits: o.Limits, timeouts: o.Timeouts, drain: o.Drain, access: o.Access, rates: newRates(o.Limits),
+	}
+	if o.LogLevel != nil {
+		l.level = o.LogLevel.Level()
+	}
+	return l
+}
+
+// settings returns l in the form of Options.
+func (l *liveSettings) settings() Settings {
+	s := Settings{Limits: l.limits, Timeouts: l.timeouts, Drain: l.drain, Access: l.access, LogLevel: l.level}
+	if s.Limits.MaxConns == math.MaxInt {
+		s.Limits.MaxConns = Off
+	}
+	for _, d := range []*time.Duration{&s.Timeouts.Stall, &s.Drain.Grace, &s.Drain.Delay} {
+		if *d == 0 {
+			*d = Off
+		}
+	}
+	s.Access = Access{Allow: slices.Clone(s.Access.Allow), Deny: slices.Clone(s.Access.Deny)}
+	return s
+}
+
+// Settings returns the settings in force, with defaults filled in.
+func (s *Server) Settings() (now Settings) {
+	if s.log == nil {
+		return now
+	}
+	return s.live().settings()
+}
+
+// Configure changes settings while the server serves: change gets those in force and may modify them. Either all
+// changes take effect or, if change returns an error or a value makes no sense, none. They take effect at once:
+// clients that wait for a higher limit are admitted. A lower limit closes no connection.
+//
+// The changes are logged and published with their caller. They last until the server ends, and go along in a
+// handover. change must not call the server, and may be called more than once.
+func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []SettingChange, err error) {
+	if s.log == nil {
+		return nil, errNotNew
+	}
+	s.awaitThaw()
+	for {
+		before := s.live()
+		after := before.settings()
+		if err := change(&after); err != nil {
+			return nil, fmt.Errorf("configuring: %w", err)
+		}
+		next, err := s.checked(before, after)
+		if err != nil {
+			return nil, fmt.Errorf("configuring: %w", err)
+		}
+		changes = changesBetween(before.settings(), next.settings())
+		if s.replaceSettings(before, next, changes, by) {
+			break
+		}
+	}
+	for _, c := range changes {
+		s.log.Info("setting changed", append([]zap.Field{
+			zap.String("setting", c.Name), zap.String("old", c.Old), zap.String("new", c.New),
+		}, by.fields("")...)...)
+	}
+	return changes, nil
+}
+
+// checked returns the settings that follow from after, or an error that names each that makes no sense.
+func (s *Server) checked(before *liveSettings, after Settings) (*liveSettings, error) {
+	o := s.opts
+	o.Logger = zap.NewNop()
+	o.Limits, o.Timeouts, o.Drain, o.Access = after.Limits, after.Timeouts, after.Drain, after.Access
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	next := o.live()
+	next.level = after.LogLevel
+	switch {
+	case after.Limits.ReservedFiles != before.limits.ReservedFiles:
+		return nil, errors.New("option Limits.ReservedFiles: it cannot change while the server runs")
+	case after.Limits.MaxConns > next.limits.MaxConns:
+		return nil, fmt.Errorf("max-conns: %d: the limit on open files allows at most %d",
+			after.Limits.MaxConns, next.limits.MaxConns)
+	case next.level != before.level && s.opts.LogLevel == nil:
+		return nil, errors.New("log-level: the server was made without Options.LogLevel")
+	}
+	was, is := &before.limits, &next.limits
+	if is.MaxConnRate == was.MaxConnRate && is.MaxConnRateTotal == was.MaxConnRateTotal {
+		next.rates = before.rates // keep the counts
+	}
+	return next, nil
+}
+
+// replaceSettings puts next in force, unless the settings are no longer before.
+func (s *Server) replaceSettings(before, next *liveSettings, changes []SettingChange, by Caller) (done bool) {
+	s.state.With(func(st *state) {
+		if done = s.settings.CompareAndSwap(before, next); !done || len(changes) == 0 {
+			return
+		}
+		s.apply(st, changes, by)
+	})
+	return done
+}
+
+// apply makes changes of s.settings take effect.
+func (s *Server) apply(st *state, changes []SettingChange, by Caller) {
+	if s.opts.LogLevel != nil {
+		s.opts.LogLevel.SetLevel(s.live().level)
+	}
+	s.age.grace = s.live().drain.Grace
+	st.recountClients()
+	st.interruptAcceptors() // one that waits for a client must not accept it over the new limit
+	select {
+	case s.resweep <- struct{}{}:
+	default:
+	}
+	st.publish(Event{Type: EventSettings, Settings: changes, By: by})
+}
+
+// recountClients counts again what each client holds: limits may identify clients in another way now, or count them
+// for the first time.
+func (st *state) recountClients() {
+	clear(st.perClient)
+	for _, c := range st.conns.all() {
+		if c.admitted {
+			st.countClient(c, +1)
+		}
+	}
+}
+
+// changedSettings lists the settings that differ from Options.
+func (s *Server) changedSettings() []SettingChange {
+	return changesBetween(s.initial, s.live().settings())
+}
+
+// handoverSettings lists the settings that differ from Options, for a successor.
+func (s *Server) handoverSettings() (changed []handoverSetting) {
+	for _, c := range s.changedSettings() {
+		changed = append(changed, handoverSetting{Name: c.Name, Value: c.New})
+	}
+	return changed
+}
+
+// restoreSettings puts settings in force that a predecessor had changed, before anything is served. Those that this
+// version does not know, or that make no sense here, are logged and left alone.
+func (s *Server) restoreSettings(changed []handoverSetting) {
+	for _, c := range changed {
+		before := s.live()
+		after := before.settings()
+		err := after.Set(c.Name, c.Value)
+		if err == nil {
+			after.Limits.MaxConns = min(after.Limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
+			var next *liveSettings
+			if next, err = s.checked(before, after); err == nil {
+				s.settings.Store(next)
+			}
+		}
+		if err != nil {
+			s.log.Warn("setting of the predecessor not taken over", zap.String("setting", c.Name),
+				zap.String("value", c.Value), zap.Error(err))
+		}
+	}
+	s.state.With(func(*state) { s.age.grace = s.live().drain.Grace })
+	if s.opts.LogLevel != nil {
+		s.opts.LogLevel.SetLevel(s.live().level)
+	}
+}
