@@ -58,9 +58,10 @@ bench-rollouts: ## compare what clients see in a rollout with nginx, HAProxy and
 pictures: ## make the pictures of README and docs from the real program
 	scripts/pictures.sh
 
-# dist reads DIST (directory), SYSTEMS, PACKAGES and MAINTAINER ('Name <address>') from the environment.
+# dist reads DIST (directory), SYSTEMS (such as 'linux-amd64 linux-arm64'; all), PACKAGES (deb rpm; none) and MAINTAINER
+# ('Name <address>') from the environment.
 export DIST SYSTEMS PACKAGES MAINTAINER
-dist: ## build binaries, SBOMs, .deb and .rpm packages into dist/
+dist: ## build a binary, SBOM, .deb and .rpm package for this system into dist/; SYSTEMS=all: for all
 	VERSION='$(VERSION)' scripts/dist.sh
 
 # bin/echod and not build: under sudo there may be no go, and nothing to build.

@@ -646,7 +646,7 @@ func TestAudit(t *testing.T) {
 			{"DELETE", "/v1/holds/h9", ``, http.StatusNotFound, `no such hold: "h9"`},
 			{"POST", "/v1/pause", `{"ttl":"-1s"}`, http.StatusBadRequest, "ttl: -1s is negative"},
 			{"POST", "/v1/shutdown", `{"grace":"1h"}`, http.StatusAccepted, ""},
-			{"PATCH", "/v1/status", ``, http.StatusMethodNotAllowed, "PATCH is not allowed here: want GET"},
+			{"PATCH", "/v1/status", ``, http.StatusMethodNotAllowed, "PATCH is not allowed here: want GET, HEAD"},
 			{"POST", "/v1/%C2%9B31m%E2%80%AE", ``, http.StatusNotFound, `nothing is at /v1/\u009b31m\u202e`},
 		} {
 			r.logs.TakeAll()

@@ -88,18 +88,6 @@ func (p *Plane) deleteConn(w *response, r *http.Request) error {
 	return p.answerChange(w, Change{Changed: true, Killed: new(1)})
 }
 
-func (p *Plane) deleteConns(w *response, r *http.Request) error {
-	all, minIdle, identity := false, time.Duration(-1), ""
-	if err := decodeQuery(r, fields{"all": boolean(&all), "min_idle": duration(&minIdle), "identity": line(&identity)}); err != nil {
-		return err
-	}
-	if all == (minIdle >= 0 || identity != "") {
-		return invalid("all", "say which connections: either all=true, or min_idle, identity or both")
-	}
-	n := p.srv.KillFunc(func(c server.ConnInfo) bool { return c.Idle >= minIdle && hasIdentity(c, identity) })
-	return p.answerChange(w, Change{Changed: n > 0, Killed: &n})
-}
-
 func (p *Plane) postNotify(w *response, r *http.Request) error {
 	var message string
 	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": line(&message)})); err != nil {

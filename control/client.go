@@ -176,32 +176,6 @@ func (c *Client) Status(ctx context.Context) (out Status, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/status", nil, nil, &out)
 }
 
-// ConnFilter selects connections. The zero value selects all.
-type ConnFilter struct {
-	MinIdle  time.Duration // no byte has moved for at least this long
-	Identity string        // the client's certificate has this name; * stands for any text
-}
-
-func (f ConnFilter) query() url.Values {
-	query := url.Values{}
-	if f.MinIdle != 0 {
-		query.Set("min_idle", f.MinIdle.String())
-	}
-	if f.Identity != "" {
-		query.Set("identity", f.Identity)
-	}
-	return query
-}
-
-// Conns returns up to limit open connections (negative: all) that match the filter.
-func (c *Client) Conns(ctx context.Context, limit int, filter ConnFilter) (out Conns, err error) {
-	query := filter.query()
-	if limit >= 0 {
-		query.Set("limit", strconv.Itoa(limit))
-	}
-	return out, c.call(ctx, http.MethodGet, "/v1/conns", query, nil, &out)
-}
-
 // Closed returns up to limit of the last closed connections (negative: all that the server remembers).
 func (c *Client) Closed(ctx context.Context, limit int) (out ClosedConns, err error) {
 	query := url.Values{}

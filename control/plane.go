@@ -122,6 +122,7 @@ func New(srv *server.Server, opts Options) *Plane {
 		{http.MethodGet, "/v1/conns", p.getConns},
 		{http.MethodDelete, "/v1/conns", p.deleteConns},
 		{http.MethodGet, "/v1/conns/closed", p.getClosed},
+		{http.MethodGet, "/v1/clients", p.getClients},
 		{http.MethodDelete, "/v1/conns/{id}", p.deleteConn},
 		{http.MethodPost, "/v1/pause", p.postPause},
 		{http.MethodPost, "/v1/resume", p.postResume},
@@ -222,10 +223,16 @@ func byMethodOf(endpoints map[string]endpoint, method string) endpoint {
 		for method := range endpoints {
 			allowed = append(allowed, method)
 		}
+		if endpoints[http.MethodGet] != nil && !lasts(r.URL.Path) {
+			allowed = append(allowed, http.MethodHead)
+		}
 		slices.Sort(allowed)
 		return refuseMethod(w, r, strings.Join(allowed, ", "))
 	}
 }
+
+// lasts reports whether GET requests for a path make a stream or a wait, which has no answer to HEAD.
+func lasts(path string) bool { return path == "/v1/wait" || path == "/v1/events" }
 
 func refuseMethod(w *response, r *http.Request, allowed string) error {
 	w.Header().Set("Allow", allowed)

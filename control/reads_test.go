@@ -123,7 +123,10 @@ func testUnknownRoutes(t *testing.T) {
 			wantEqual(t, target+": status", got.status, http.StatusNotFound)
 			wantEqual(t, target+": problem", strings.Contains(got.body, ProblemNotFound), true)
 		}
-		for target, allowed := range map[string]string{"/v1/status": "GET", "/v1/conns": "DELETE, GET", "/v1/pause": "POST", "/v1/holds/h1": "DELETE"} {
+		for target, allowed := range map[string]string{
+			"/v1/status": "GET, HEAD", "/v1/conns": "DELETE, GET, HEAD", "/v1/settings": "GET, HEAD, PATCH", "/v1/pause": "POST",
+			"/v1/holds/h1": "DELETE", "/v1/events": "GET", "/v1/wait": "GET",
+		} {
 			got := r.do(t, http.MethodPut, target, "")
 			wantEqual(t, target+": status", got.status, http.StatusMethodNotAllowed)
 			wantEqual(t, target+": Allow", got.header.Get("Allow"), allowed)

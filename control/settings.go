@@ -101,10 +101,14 @@ func (p *Plane) patchSettings(w *response, r *http.Request) error {
 		}
 		return nil
 	})
-	if problem, ok := errors.AsType[*Problem](err); ok {
+	_, isDraining := errors.AsType[*server.DrainingError](err)
+	problem, isProblem := errors.AsType[*Problem](err)
+	switch {
+	case isProblem:
 		return problem
-	}
-	if err != nil {
+	case isDraining:
+		return err
+	case err != nil:
 		return invalid("body", "%s", strings.TrimPrefix(err.Error(), "configuring: "))
 	}
 	return answerJSON(w, http.StatusOK, SettingsChanged{

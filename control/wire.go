@@ -145,9 +145,10 @@ type ClosedConn struct {
 	Error  string            `json:"error,omitempty"`  // of the handler
 }
 
-// Conns answers GET /v1/conns, the oldest first.
+// Conns answers GET /v1/conns.
 type Conns struct {
 	Connections []Conn `json:"connections"`
+	Next        string `json:"next,omitempty"` // the cursor of the next page, if there is one
 }
 
 // ClosedConns answers GET /v1/conns/closed, the latest first.

@@ -110,7 +110,8 @@ func testMetricsClients(t *testing.T) {
 	second, third := e.served(), e.served()
 	check(t, e.dial().expectRest("BUSY\n"))
 	now = now.with(figures{
-		accepted: 6, openAs("serving"): 3, closedFor("rejected-limit"): 1, `echod_connections_rejected_total{reason="limit"}`: 1,
+		accepted: 6, openAs("serving"): 3, closedFor("rejected-address-limit"): 1,
+		`echod_connections_rejected_total{reason="address-limit"}`: 1,
 		bytesIn: 5 * echo, bytesOut: 5*echo + 5,
 	})
 	// A rejected client counts as open until it has closed its side, or for a moment.
@@ -140,7 +141,7 @@ func testMetricsClients(t *testing.T) {
 	paused := figures{`echod_state{state="paused"}`: 1, `echod_holds`: 2, fmt.Sprintf(`echod_accept_queue_length{listener=%q}`, e.addr): 2}
 	delete(now, `echod_state{state="running"}`)
 	e.expectFigures(now.with(paused))
-	_, err = e.control.Resume(within(t, patience))
+	_, err = e.control.ResumeAll(within(t, patience))
 	check(t, err)
 	for _, p := range waiting {
 		check(t, p.echo("hello\n"))
@@ -313,7 +314,7 @@ func testMetricsRequests(t *testing.T) {
 		{"GET", e.web(), "/readyz", "/readyz", 200},
 		{"GET", e.web(), "/livez", "/livez", 200},
 		{"POST", e.web(), "/livez", "/livez", 405},
-		{"PATCH", e.socket, "/v1/status", "/v1/status", 405},
+		{"PUT", e.socket, "/v1/status", "/v1/status", 405},
 		{"GET", e.web(), "/nowhere", "", 404},
 	} {
 		code, body := ask(t, r.method, r.on, r.path)
@@ -321,7 +322,7 @@ func testMetricsRequests(t *testing.T) {
 			t.Errorf("%s %s answers %d %q, want %d", r.method, r.path, code, body, r.code)
 		}
 		method := r.method
-		if method == "PATCH" {
+		if method == "PUT" {
 			method = "other"
 		}
 		want[fmt.Sprintf("echod_control_requests_total{code=\"%d\",method=%q,route=%q}", r.code, method, r.route)]++

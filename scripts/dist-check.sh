@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 DIST=dist
 VERSION=${VERSION:-$(git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)}
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git --git-dir=.git log -1 --format=%ct 2>/dev/null || echo 0)}
-export DIST VERSION SOURCE_DATE_EPOCH
+SYSTEMS=all
+export DIST VERSION SOURCE_DATE_EPOCH SYSTEMS
 scripts/dist.sh
 
 echo '== lintian, mandoc'

@@ -2,15 +2,18 @@
 # Builds what a release consists of: binaries for all systems, each with an SBOM (CycloneDX), man pages, completions, and
 # .deb and .rpm packages. Two builds of a commit have the same bytes: version and date come from the commit alone.
 #
-# Environment: VERSION as git describes it, DIST (directory), SYSTEMS, PACKAGES, MAINTAINER, SOURCE_DATE_EPOCH.
+# Environment: VERSION as git describes it, DIST (directory), SYSTEMS ('linux-amd64 darwin-arm64', or all; without it
+# only this machine's), PACKAGES (deb, rpm, or none), MAINTAINER, SOURCE_DATE_EPOCH.
 # 'dist.sh package-version' prints the version that packages get.
 set -eu
 cd "$(dirname "$0")/.."
 
 VERSION=${VERSION:-devel}
 DIST=${DIST:-dist}
-SYSTEMS=${SYSTEMS:-linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64}
+SYSTEMS=${SYSTEMS:-$(go env GOOS)-$(go env GOARCH)}
+[ "$SYSTEMS" != all ] || SYSTEMS='linux-amd64 linux-arm64 darwin-amd64 darwin-arm64 windows-amd64'
 PACKAGES=${PACKAGES:-deb rpm}
+[ "$PACKAGES" != none ] || PACKAGES=
 MAINTAINER=${MAINTAINER:-The echod authors <maintainers@echod.invalid>}
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git --git-dir=.git log -1 --format=%ct 2>/dev/null || echo 0)}
 export DIST MAINTAINER SOURCE_DATE_EPOCH

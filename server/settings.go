@@ -241,8 +241,8 @@ func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []S
 	if s.log == nil {
 		return nil, errNotNew
 	}
-	s.awaitThaw()
-	for {
+	for done := false; !done; {
+		s.awaitThaw()
 		before := s.live()
 		after := before.settings()
 		if err := change(&after); err != nil {
@@ -253,8 +253,8 @@ func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []S
 			return nil, fmt.Errorf("configuring: %w", err)
 		}
 		changes = changesBetween(before.settings(), next.settings())
-		if s.replaceSettings(before, next, changes, by) {
-			break
+		if done, err = s.replaceSettings(before, next, changes, by); err != nil {
+			return nil, err
 		}
 	}
 	for _, c := range changes {
@@ -292,15 +292,22 @@ func (s *Server) checked(before *liveSettings, after Settings) (*liveSettings, e
 	return next, nil
 }
 
-// replaceSettings puts next in force, unless the settings are no longer before.
-func (s *Server) replaceSettings(before, next *liveSettings, changes []SettingChange, by Caller) (done bool) {
+// replaceSettings puts next in force. It does nothing if the settings are no longer before, or if a handover has frozen
+// them. The error is a *DrainingError if another process has taken over.
+func (s *Server) replaceSettings(before, next *liveSettings, changes []SettingChange, by Caller,
+) (done bool, err error) {
 	s.state.With(func(st *state) {
-		if done = s.settings.CompareAndSwap(before, next); !done || len(changes) == 0 {
-			return
+		switch {
+		case st.frozen:
+		case st.handedOver && st.drain != nil:
+			err = &DrainingError{Deadline: st.drain.deadline}
+		case s.settings.CompareAndSwap(before, next):
+			if done = true; len(changes) > 0 {
+				s.apply(st, changes, by)
+			}
 		}
-		s.apply(st, changes, by)
 	})
-	return done
+	return done, err
 }
 
 // apply makes changes of s.settings take effect.

@@ -57,7 +57,8 @@ type ConnInfo struct {
 	Remote, Local     net.Addr
 	Phase             Phase
 	Opened            time.Time
-	Idle              time.Duration // since a byte moved last
+	Active            time.Time     // when a byte moved last, or when the connection was opened
+	Idle              time.Duration // since then
 	BytesIn, BytesOut uint64
 	Notified          bool      // of the drain
 	DrainDeadline     time.Time // when it is closed at the latest; zero while its client was not told to leave
@@ -158,10 +159,12 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 // Info describes the connection as it is now.
 func (c *Conn) Info() ConnInfo {
 	deadline, _ := c.DrainDeadline()
+	active := c.srv.at(c.active.Load())
 	return ConnInfo{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()),
 		Opened:  c.srv.at(c.opened),
-		Idle:    max(0, time.Since(c.srv.at(c.active.Load()))),
+		Active:  active,
+		Idle:    max(0, time.Since(active)),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
 		DrainDeadline: deadline, DrainReason: c.DrainReason(), Labels: c.Labels(),
 	}

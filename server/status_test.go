@@ -71,8 +71,8 @@ func TestConns(t *testing.T) {
 			got = append(got, info)
 		}
 		wantEqual(t, "connections", got, []ConnInfo{
-			{ID: 1, Remote: a.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began, Idle: 61 * time.Second},
-			{ID: 2, Remote: b.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began.Add(time.Second), Idle: time.Minute, BytesIn: 3, BytesOut: 3},
+			{ID: 1, Remote: a.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began, Active: began, Idle: 61 * time.Second},
+			{ID: 2, Remote: b.LocalAddr(), Local: r.ln.Addr(), Phase: PhaseServing, Opened: began.Add(time.Second), Active: began.Add(time.Second), Idle: time.Minute, BytesIn: 3, BytesOut: 3},
 		})
 		for range r.Conns() {
 			break // the caller may stop early

@@ -42,7 +42,7 @@ Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed ou
 succeeded but the pause ended before it did.`,
 		Args: takes(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usagef("missing command: status, pause, resume, conns, closed, kill, notify, settings, set, wait, " +
+			return usagef("missing command: status, pause, resume, conns, clients, closed, kill, notify, settings, set, wait, " +
 				"events, upgrade or shutdown")
 		},
 	}
@@ -52,7 +52,7 @@ succeeded but the pause ended before it did.`,
 		"print the server's answer unchanged, as JSON")
 	completesFiles(cmd, "control")
 	cmd.AddCommand(
-		ctl.statusCommand(), ctl.connsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
+		ctl.statusCommand(), ctl.connsCommand(), ctl.clientsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
 		ctl.settingsCommand(), ctl.setCommand(),
 		ctl.pauseCommand(), ctl.resumeCommand(), ctl.killCommand(), ctl.notifyCommand(), ctl.reloadCommand(),
 		ctl.shutdownCommand(), ctl.upgradeCommand(),
@@ -263,94 +263,6 @@ func claims() string {
 	return strings.Join(parts, ", ")
 }
 
-func (ctl *ctl) connsCommand() *cobra.Command {
-	var limit int
-	var filter control.ConnFilter
-	cmd := &cobra.Command{
-		Use:   "conns",
-		Short: "List the open connections, oldest first",
-		Args:  takes(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if limit < -1 {
-				return usagef("--limit %d: want a number, or -1 for all", limit)
-			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				list, err := c.Conns(ctx, limit, filter)
-				if err != nil {
-					return err
-				}
-				header, identified := "ID\tREMOTE\tLOCAL\tSTATE\tOPEN\tIDLE\tIN\tOUT\tNOTIFIED", false
-				if slices.ContainsFunc(list.Connections, func(c control.Conn) bool { return c.Labels[server.LabelSubject] != "" }) {
-					header, identified = header+"\tIDENTITY", true
-				}
-				leaving := slices.ContainsFunc(list.Connections, func(c control.Conn) bool { return c.Drain != nil })
-				if leaving {
-					header += "\tCLOSES IN\tBECAUSE"
-				}
-				return table(out, header, func(row func(...any)) {
-					for _, c := range list.Connections {
-						cells := []any{
-							c.ID, c.Remote, c.Local, c.State, span(time.Since(c.Opened)), seconds(c.IdleSeconds),
-							humanize.Bytes(c.BytesIn), humanize.Bytes(c.BytesOut), yesNo(c.Notified),
-						}
-						if identified {
-							cells = append(cells, text.Printable(cmp.Or(c.Labels[server.LabelSubject], "-")))
-						}
-						if leaving && c.Drain != nil {
-							cells = append(cells, span(max(0, time.Until(c.Drain.Deadline))), c.Drain.Reason)
-						} else if leaving {
-							cells = append(cells, "-", "-")
-						}
-						row(cells...)
-					}
-				})
-			})
-		},
-	}
-	cmd.Flags().IntVar(&limit, "limit", -1, "list at most this `number`; -1 is all")
-	cmd.Flags().DurationVar(&filter.MinIdle, "min-idle", 0,
-		"only connections without traffic for this `time`")
-	cmd.Flags().StringVar(&filter.Identity, "identity", "", "only "+identityUsage)
-	return cmd
-}
-
-func (ctl *ctl) closedCommand() *cobra.Command {
-	var limit int
-	cmd := &cobra.Command{
-		Use:   "closed",
-		Short: "List the last closed connections and why they closed, latest first",
-		Args:  takes(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if limit < -1 {
-				return usagef("--limit %d: want a number, or -1 for all", limit)
-			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				list, err := c.Closed(ctx, limit)
-				if err != nil {
-					return err
-				}
-				return table(out, "ID\tREMOTE\tREASON\tCLOSED\tDURATION\tIN\tOUT\tNOTIFIED", func(row func(...any)) {
-					for _, c := range list.Connections {
-						row(c.ID, c.Remote, c.Reason, c.Closed.Local().Format(time.TimeOnly),
-							seconds(c.DurationSeconds), humanize.Bytes(c.BytesIn),
-							humanize.Bytes(c.BytesOut), yesNo(c.Notified))
-					}
-				})
-			})
-		},
-	}
-	cmd.Flags().IntVar(&limit, "limit", 20,
-		"list at most this `number`; -1 is all that the server remembers,\nup to 1024")
-	return cmd
-}
-
-func yesNo(yes bool) string {
-	if yes {
-		return "yes"
-	}
-	return "no"
-}
-
 func (ctl *ctl) eventsCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "events",
@@ -397,7 +309,7 @@ func describeEvent(e control.Event) string {
 		}
 		what = strings.TrimSuffix(what, ",")
 		if e.ChangedBy != nil {
-			what += " by " + describeCaller(e.ChangedBy.UID, e.ChangedBy.PID)
+			what += " by " + describeCaller(*e.ChangedBy)
 		}
 	case e.Missed > 0:
 		what = fmt.Sprintf("missed    %s: this terminal is slower than the server", text.Count(e.Missed, "event"))
@@ -495,6 +407,7 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 		Short: "Release the hold, the named holds, or all",
 		Long: `Release the hold. If there are several, they are listed, and nothing is released: name
 those to release, or give --all. Each may protect the work of somebody else.`,
+		ValidArgsFunction: ctl.completeHolds,
 		RunE: func(cmd *cobra.Command, holds []string) error {
 			if all && len(holds) > 0 {
 				return usagef("--all and names of holds exclude each other")
@@ -541,69 +454,6 @@ func resume(ctx context.Context, c *control.Client, out io.Writer, all bool) err
 	default:
 		return printLine(out, "released %s: the server is %s", text.Count(*change.Released, "hold"), change.State)
 	}
-}
-
-// identityUsage describes --identity.
-const identityUsage = "clients whose certificate has this `name`: the\n" +
-	"subject, its common name or an alternative name; * stands for\nany text"
-
-func (ctl *ctl) killCommand() *cobra.Command {
-	var all bool
-	var filter control.ConnFilter
-	cmd := &cobra.Command{
-		Use:   "kill ID... | --min-idle TIME | --identity NAME | --all",
-		Short: "Close connections, after writing back what was read",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			filtered := cmd.Flags().Changed("min-idle") || filter.Identity != ""
-			ways := 0
-			for _, given := range []bool{len(args) > 0, filtered, all} {
-				if given {
-					ways++
-				}
-			}
-			if ways != 1 {
-				return usagef("want exactly one of: connection ids, --min-idle or --identity, --all")
-			}
-			ids := make([]uint64, len(args))
-			for i, arg := range args {
-				id, err := strconv.ParseUint(arg, 10, 64)
-				if err != nil {
-					return usagef("%q is not a connection id: see 'echod ctl conns'", arg)
-				}
-				ids[i] = id
-			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
-				switch {
-				case all:
-					change, err := c.KillAll(ctx)
-					return printKilled(out, change, err)
-				case filtered:
-					change, err := c.KillMatching(ctx, filter)
-					return printKilled(out, change, err)
-				}
-				var errs []error
-				for _, id := range ids {
-					_, err := c.Kill(ctx, id)
-					if err == nil {
-						fmt.Fprintf(out, "killed connection %d\n", id)
-					}
-					errs = append(errs, err)
-				}
-				return errors.Join(errs...)
-			})
-		},
-	}
-	cmd.Flags().BoolVar(&all, "all", false, "every connection")
-	cmd.Flags().DurationVar(&filter.MinIdle, "min-idle", 0, "connections without traffic for this `time`")
-	cmd.Flags().StringVar(&filter.Identity, "identity", "", identityUsage)
-	return cmd
-}
-
-func printKilled(out io.Writer, change control.Change, err error) error {
-	if err == nil {
-		err = printLine(out, "killed %s", text.Count(*change.Killed, "connection"))
-	}
-	return err
 }
 
 func (ctl *ctl) notifyCommand() *cobra.Command {
@@ -753,20 +603,6 @@ func drainLeft(change control.Change) string {
 		return "no time left"
 	}
 	return span(max(0, time.Until(change.Drain.Deadline))) + " left"
-}
-
-// table prints rows in columns.
-func table(out io.Writer, head string, rows func(row func(cells ...any))) error {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, head)
-	rows(func(cells ...any) {
-		texts := make([]string, len(cells))
-		for i, cell := range cells {
-			texts[i] = text.Printable(fmt.Sprint(cell))
-		}
-		fmt.Fprintln(w, strings.Join(texts, "\t"))
-	})
-	return w.Flush()
 }
 
 // printLine prints a line for people. Texts from the server become printable.

@@ -30,7 +30,8 @@ func fixedSettings(flags *pflag.FlagSet) (fixed []control.Setting) {
 }
 
 func (ctl *ctl) settingsCommand() *cobra.Command {
-	return &cobra.Command{
+	var wide bool
+	cmd := &cobra.Command{
 		Use:   "settings",
 		Short: "Show the server's settings, and which were changed since it started",
 		Args:  takes(cobra.NoArgs),
@@ -40,21 +41,23 @@ func (ctl *ctl) settingsCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return table(out, "SETTING\tVALUE\tAT START\tCHANGES", func(row func(...any)) {
-					for _, s := range list.Settings {
-						atStart, changes := "", "with ctl set"
-						if s.Value != s.AtStart {
-							atStart = orNone(s.AtStart)
-						}
-						if !s.Changeable {
-							changes = "on restart"
-						}
-						row(s.Name, cut(30, orNone(s.Value)), cut(14, atStart), changes)
+				t := newTable("SETTING\tVALUE~\tAT START~\tCHANGES")
+				for _, s := range list.Settings {
+					atStart, changes := "", "with ctl set"
+					if s.Value != s.AtStart {
+						atStart = orNone(s.AtStart)
 					}
-				})
+					if !s.Changeable {
+						changes = "on restart"
+					}
+					t.row(s.Name, orNone(s.Value), atStart, changes)
+				}
+				return t.print(out, wide)
 			})
 		},
 	}
+	addWide(cmd, &wide)
+	return cmd
 }
 
 // orNone shows an empty value.
@@ -63,14 +66,6 @@ func orNone(value string) string {
 		return "-"
 	}
 	return value
-}
-
-// cut shortens a text to a number of characters.
-func cut(most int, s string) string {
-	if r := []rune(s); len(r) > most {
-		return string(r[:most-1]) + "…"
-	}
-	return s
 }
 
 func (ctl *ctl) setCommand() *cobra.Command {
