@@ -280,7 +280,7 @@ func (s *Server) proceed(c *Conn, d decision, why Reason) {
 		}
 		s.connState(c, PhaseServing)
 		s.tellIfDraining(c)
-		go c.serve()
+		go c.serve(nil)
 	case reject:
 		s.connState(c, PhaseRejecting)
 		go c.reject(why)

@@ -73,7 +73,7 @@ func (s *Server) decide(st *state, c *Conn, refused Reason) (decision, Reason) {
 	switch {
 	case st.frozen:
 		return undecided, 0
-	case st.handedOver && c.isSent():
+	case st.handedOver && c.flags.has(flagSent):
 		return handedOver, 0
 	case c.endReason() != 0:
 		return closeUnserved, 0

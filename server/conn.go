@@ -36,6 +36,8 @@ type Conn struct {
 	writeClosed bool // CloseWrite was called
 	writeBroken bool // a write ended halfway: the client could not parse anything after it
 	flags       connFlags
+	turn        atomic.Int32 // one of the turn constants
+	phase       atomic.Int32
 
 	// Set once, by newConn, or by state when it adds the connection (id).
 	id     uint64
@@ -54,7 +56,6 @@ type Conn struct {
 	gone       bool // the sweeper has seen that the client has gone
 	handshaken bool // the reader has seen that the TLS handshake is complete
 
-	phase   atomic.Int32
 	blocked atomic.Int64 // since when a write is in progress, by Server.clock; 0 when none is
 
 	messages locked[*messageQueue] // nil until the first one
@@ -69,6 +70,8 @@ type connFlags struct{ bits atomic.Uint32 }
 const (
 	flagEchoing          uint32 = 1 << iota // the handler is Echo, which can be interrupted anywhere
 	flagHandingOver                         // the handler is to reach its safe point; set under the lock of closing
+	flagAwaited                             // a handover waits for the handler, or for the end; set like flagHandingOver
+	flagSent                                // another process gets the connection: nothing may change any more
 	flagHandlerWrites                       // a write of the handler is in progress
 	flagHasWriteDeadline                    // the handler has set one
 	flagTLSBegun                            // the TLS handshake before admission has begun
@@ -463,6 +466,9 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 			}
 		}
 	}
+	if c.flags.has(flagSent) {
+		return 0, ErrConnClosed
+	}
 	if err == nil {
 		n, err = c.nc.Read(p)
 	}
@@ -577,12 +583,17 @@ func (c *Conn) cause() (cause error) {
 // end ends the connection with a reason, unless it has one already. It cancels the handler's context and makes reads
 // fail at once. Writes have flushTimeout left.
 func (c *Conn) end(why Reason, cause error) (first bool) {
+	var awaited bool
 	c.closing.With(func(cl *closingState) {
-		if first = cl.reason == 0 && !cl.sent(); first {
+		if first = cl.reason == 0 && !c.flags.has(flagSent); first {
 			cl.reason = why
 			c.cancelIO(cl, cause)
+			awaited = c.endAwaited()
 		}
 	})
+	if awaited {
+		c.srv.countSettled(c)
+	}
 	return first
 }
 
@@ -649,11 +660,15 @@ func (c *Conn) setParent() {
 
 // serve is the goroutine of an admitted connection. Its stack of 2 KiB is more than a third of the memory of an idle
 // connection. The frames from here to where an echo waits just fit into it; one more frame doubles the stack of each
-// connection.
-func (c *Conn) serve() {
+// connection. For a connection that is taken over, owned says whether it is to be served; otherwise owned is nil.
+func (c *Conn) serve(owned <-chan bool) {
 	defer c.srv.endTask()
 	natural := ReasonHandlerError // for a handler that calls runtime.Goexit
 	defer func() { c.close(natural) }()
+	if owned != nil && !<-owned {
+		natural = 0 // the connection is not this goroutine's
+		return
+	}
 	defer func() {
 		if p := recover(); p != nil {
 			natural = c.panicked(p)
@@ -829,9 +844,13 @@ func (c *Conn) rejection(why Reason) []byte {
 // lingers for the client's FIN, closes, and records the end. It lingers because closing a socket with unread input
 // sends an RST, which makes the client's kernel discard data that the client has not read (RFC 1122, 4.2.2.13).
 func (c *Conn) close(natural Reason) {
-	if natural == reasonHandedOver {
+	switch natural {
+	case 0:
+		return
+	case reasonHandedOver:
 		c.release()
 		return
+	default:
 	}
 	c.phase.Store(int32(PhaseClosing))
 	c.srv.connState(c, PhaseClosing)

@@ -75,6 +75,9 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 			}
 		}
 		err := raw.Read(visit)
+		if cp.resumable && !c.takeTurn() {
+			return cp.written, ErrHandover
+		}
 		if len(cp.rest) > 0 {
 			if werr := cp.writeRest(); werr != nil {
 				return cp.written, werr
@@ -125,6 +128,9 @@ func (c *Conn) readError(err error) error {
 // nothing is left.
 func (cp *copier) visit(fd uintptr) (done bool) {
 	c := cp.src
+	if cp.resumable && !c.takeTurn() {
+		return true
+	}
 	if !cp.visited {
 		cp.visited, cp.reportsQ = true, reportQueue(fd)
 	}
@@ -135,7 +141,7 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 		n, left, err := readFD(fd, cp.buf, cp.reportsQ)
 		switch {
 		case wouldBlock(err):
-			cp.release()
+			cp.idle()
 			return false
 		case err != nil:
 			cp.err = err
@@ -155,11 +161,32 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 		}
 		cp.adapt()
 		if left == 0 {
-			cp.release()
+			cp.idle()
 			return false
 		}
 	}
 	return true
+}
+
+// idle gives up what the copier has while the client is silent.
+func (cp *copier) idle() {
+	cp.release()
+	if cp.resumable {
+		cp.src.turn.Store(turnFree)
+	}
+}
+
+// Values of Conn.turn. While it is free, an echo has read and written everything and waits for the client. A handover
+// then takes the turn, so that it need not wake the echo, which takes time when there are thousands.
+const (
+	turnTaken  int32 = iota // by the handler
+	turnFree                // an echo waits for the client
+	turnFrozen              // by a handover: the echo must not touch the socket
+)
+
+// takeTurn takes the turn for the handler, and reports whether it has it.
+func (c *Conn) takeTurn() bool {
+	return c.turn.Load() == turnTaken || c.turn.CompareAndSwap(turnFree, turnTaken)
 }
 
 // writeNow writes rest without waiting, and reports whether that was all. It leaves the remainder, and any error, to
@@ -224,8 +251,8 @@ func (cp *copier) writeRest() (err error) {
 // the rest.
 func (cp *copier) writeResumable() (int, error) {
 	c := cp.src
-	if !cp.locked {
-		c.writeLock.Lock()
+	if !cp.locked && !c.writeLock.TryLock() && !c.writeLock.LockUnless(c.HandingOver()) {
+		return 0, ErrHandover
 	}
 	halfway := cp.locked
 	cp.locked = false
@@ -311,7 +338,7 @@ func (cp *copier) plain() (int64, error) {
 func (c *Conn) echo(pending []byte) error {
 	cp := &copier{src: c, dst: c, echo: true, resumable: true, rest: pending}
 	c.flags.set(flagEchoing)
-	if c.flags.has(flagHandingOver) { // it began before echoing was set, and has interrupted nothing
+	if c.flags.has(flagHandingOver) || !c.takeTurn() { // it began before echoing was set, and has interrupted nothing
 		return Handover(pending)
 	}
 	var err error

@@ -336,7 +336,7 @@ func (s *Server) changeDrain(plan drainPlan, o DrainOptions, mode drainMode) (ch
 		if st.phase == StateStopped {
 			return
 		}
-		if st.committing {
+		if st.frozen && !st.handedOver || st.committing {
 			st.handover.deferred = append(st.handover.deferred, deferredDrain{plan, o, mode})
 			changed = true
 			return
@@ -344,6 +344,9 @@ func (s *Server) changeDrain(plan drainPlan, o DrainOptions, mode drainMode) (ch
 		now := time.Now()
 		if begun = st.drain == nil; begun {
 			s.beginDrain(st, plan, o, now)
+			if st.handover != nil {
+				st.handover.cancel(&DrainingError{Deadline: st.drain.deadline})
+			}
 			callbacks = slices.Clone(st.onShutdown)
 			st.tasks += len(callbacks)
 		}

@@ -3,10 +3,11 @@ package server
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"net"
+	"os"
 	"slices"
 	"time"
 
@@ -91,10 +92,14 @@ func handoverState(err error) (state []byte, ok bool) {
 
 // handover is the predecessor's side of a handover in progress.
 type handover struct {
-	parked   awaited[int]    // handlers that are at their safe point
-	outcome  chan struct{}   // closed at the end
-	deferred []deferredDrain // guarded by Server.state
+	settled  awaited[settled]
+	outcome  chan struct{}           // closed at the end
+	cancel   context.CancelCauseFunc // ends it, unless it has committed
+	deferred []deferredDrain         // guarded by Server.state
 }
+
+// settled counts the connections that were interrupted, and are at their safe point or end.
+type settled struct{ all, echoes int }
 
 // connHandover is a connection's part in a handover.
 type connHandover struct {
@@ -104,7 +109,6 @@ type connHandover struct {
 	finishing bool          // a goroutine waits for the client to take a notice
 	stopped   bool          // it was interrupted, and waits for the outcome
 	unsent    []byte        // what is left of notices
-	sent      bool          // another process gets the connection: nothing may change any more
 }
 
 // HandingOver returns a channel that is closed when the connection is to be handed over to another process: the handler
@@ -123,46 +127,111 @@ func (c *Conn) HandingOver() (signal <-chan struct{}) {
 	return signal
 }
 
-func (cl *closingState) sent() bool { return cl.rare != nil && cl.rare.handover.sent }
-
-// interruptForHandover asks the handler to reach its safe point.
+// interruptForHandover asks the handler to reach its safe point. countSettled is called when it has, or when the
+// connection ends.
 func (c *Conn) interruptForHandover() {
 	c.closing.With(func(cl *closingState) {
-		if cl.reason != 0 || cl.cause != nil {
-			return
-		}
 		h := &cl.extra().handover
 		c.flags.set(flagHandingOver)
+		if cl.reason == 0 {
+			c.flags.set(flagAwaited)
+		}
 		if h.signal != nil {
 			close(h.signal)
+		}
+		if cl.cause != nil {
+			return
 		}
 		if c.flags.has(flagEchoing) {
 			_ = c.nc.SetReadDeadline(longAgo)
 			_ = c.nc.SetWriteDeadline(longAgo)
-		} else if c.idle.CompareAndSwap(idleMarked, idleHandover) {
+			return
+		}
+		if c.idle.CompareAndSwap(idleMarked, idleHandover) {
 			_ = c.nc.SetReadDeadline(longAgo)
+		}
+		if h.finishing {
+			_ = c.nc.SetWriteDeadline(longAgo)
 		}
 	})
 }
 
-// resumeAfterHandover undoes interruptForHandover and hold. Goroutines that wait for the outcome continue after it.
+// endAwaited reports, once, that the handover need no longer wait for the connection. Then the caller, which holds the
+// lock of c.closing, calls countSettled without it.
+func (c *Conn) endAwaited() (awaited bool) {
+	if awaited = c.flags.has(flagAwaited); awaited {
+		c.flags.clear(flagAwaited)
+	}
+	return awaited
+}
+
+func (s *Server) countSettled(c *Conn) {
+	s.changeSettled(func(n *settled) {
+		n.all++
+		if c.from.handler == Echo {
+			n.echoes++
+		}
+	})
+}
+
+// wakeHandover makes a handover look again whether a connection can be frozen.
+func (s *Server) wakeHandover() { s.changeSettled(func(*settled) {}) }
+
+func (s *Server) changeSettled(f func(*settled)) {
+	var h *handover
+	s.state.With(func(st *state) { h = st.handover })
+	if h != nil {
+		h.settled.With(f)
+	}
+}
+
+// freezeEcho freezes the state of an echo that waits for its client, without waking it.
+func (c *Conn) freezeEcho() (frozen bool) {
+	if c.turn.Load() != turnFree || !c.writeLock.TryLock() {
+		return false
+	}
+	c.closing.With(func(cl *closingState) {
+		frozen = cl.reason == 0 && cl.cause == nil && c.turn.CompareAndSwap(turnFree, turnFrozen)
+		if frozen {
+			c.flags.set(flagSent)
+		}
+	})
+	if !frozen {
+		c.unlockWrite()
+		return false
+	}
+	c.writeHeld = true
+	c.renderQueued()
+	return true
+}
+
+// resumeAfterHandover undoes the freeze of a connection. Goroutines that wait for the outcome continue after it.
 func (c *Conn) resumeAfterHandover() {
 	var unsent []byte
 	c.closing.With(func(cl *closingState) {
+		interrupted := c.flags.has(flagHandingOver)
+		c.flags.clear(flagHandingOver | flagAwaited | flagSent)
+		c.turn.CompareAndSwap(turnFrozen, turnFree)
 		if cl.rare == nil {
 			return
 		}
 		h := &cl.rare.handover
 		if !h.stopped {
-			unsent = h.unsent // otherwise its goroutine sends it
+			unsent, h.unsent = h.unsent, nil // otherwise its goroutine sends it
 		}
-		if c.flags.has(flagHandingOver) {
-			h.signal = nil
+		h.parked, h.state = false, nil
+		if !interrupted {
+			return
 		}
-		h.parked, h.state, h.stopped, h.unsent, h.sent = false, nil, false, nil, false
-		c.flags.clear(flagHandingOver)
-		if cl.cause == nil {
+		h.signal = nil
+		if cl.cause != nil {
+			return
+		}
+		// A Read that is being interrupted resets the deadline itself.
+		if idle := c.idle.Load(); idle != idleHandover && idle != idleInterrupted {
 			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
+		}
+		if c.flags.has(flagEchoing) || h.finishing {
 			_ = c.nc.SetWriteDeadline(time.Time{})
 		}
 	})
@@ -189,12 +258,9 @@ func (c *Conn) awaitHandover(saved []byte) (handedOver bool, err error) {
 	for ok {
 		var h *handover
 		c.srv.state.With(func(st *state) { h = st.handover })
-		if h != nil && c.park(saved) {
-			h.parked.With(func(n *int) { *n++ })
+		if h != nil && (c.flags.has(flagSent) || c.park(saved)) {
 			<-h.outcome
-			var sent bool
-			c.closing.With(func(cl *closingState) { sent = cl.sent() })
-			if sent {
+			if c.flags.has(flagSent) {
 				return true, nil
 			}
 		}
@@ -206,32 +272,36 @@ func (c *Conn) awaitHandover(saved []byte) (handedOver bool, err error) {
 
 // park records that the handler is at its safe point. It reports false if the handover no longer waits for it.
 func (c *Conn) park(saved []byte) (parked bool) {
-	if len(saved) > maxHandlerState {
+	fits := len(saved) <= maxHandlerState
+	if !fits {
 		c.srv.log.Warn("handler state is too large to be handed over", zap.Uint64("conn", c.id),
 			zap.Int("bytes", len(saved)))
-		return false
 	}
+	var awaited bool
 	c.closing.With(func(cl *closingState) {
-		if parked = c.flags.has(flagHandingOver) && cl.reason == 0; parked {
-			cl.rare.handover.parked, cl.rare.handover.state = true, saved
+		if parked = fits && c.flags.has(flagHandingOver) && cl.reason == 0; parked {
+			h := &cl.extra().handover
+			h.parked, h.state = true, saved
 		}
+		awaited = c.endAwaited()
 	})
+	if awaited {
+		c.srv.countSettled(c)
+	}
 	return parked
 }
 
 var errNotResumer = errors.New("the handler returned Handover and has no ResumeConn")
 
-// release closes this process's descriptor of a connection that another process serves now.
+// release ends this process's part in a connection that another process serves now. The predecessor closes the
+// descriptor.
 func (c *Conn) release() {
-	c.flags.set(flagClosed)
 	c.closeMessages()
 	c.closing.With(func(cl *closingState) {
 		if cl.ctx != nil {
 			cl.ctx.cancel(ErrHandover)
 		}
 	})
-	_ = c.sock.Close()
-	connFiles.Add(-1)
 }
 
 // HandOver passes the server's listeners, connections, holds and counters over link to another process, in which
@@ -254,13 +324,15 @@ func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (re
 	}
 	o.FreezeTimeout = cmp.Or(o.FreezeTimeout, DefaultFreezeTimeout)
 	o.SafePointTimeout = cmp.Or(o.SafePointTimeout, DefaultSafePointTimeout)
-	h := &handover{outcome: make(chan struct{})}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	h := &handover{outcome: make(chan struct{}), cancel: cancel}
 	if err := s.beginHandover(h); err != nil {
 		return report, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
-	defer stop()
-	p := &predecessor{s: s, h: h, link: link, o: o, copied: make(map[uint64]bool)}
+	p := &predecessor{s: s, h: h, link: link, o: o, copied: make(map[uint64]uint64), seed: maphash.MakeSeed()}
+	p.stop = context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
+	defer p.stop()
 	if err = p.run(ctx); err != nil {
 		s.rollBack(h)
 		_ = link.Close()
@@ -315,7 +387,7 @@ func (s *Server) rollBack(h *handover) {
 	}
 }
 
-// deferredDrain is a drain that was asked for while the commit was in progress.
+// deferredDrain is a drain that was asked for during the freeze.
 type deferredDrain struct {
 	plan drainPlan
 	o    DrainOptions
@@ -328,11 +400,15 @@ type predecessor struct {
 	h      *handover
 	link   Link
 	o      HandoverOptions
-	copied map[uint64]bool // ids of the connections that were sent ahead
+	stop   func() bool // the end of the context no longer ends the handover
 	report HandoverReport
 
 	acceptors []*acceptor
-	behind    map[*Conn]string // connections that stay, and why
+	seed      maphash.Seed
+	copied    map[uint64]uint64 // the hash of the last record that was sent, by the connection's id
+	recent    int               // how many closed connections were sent
+	record    []byte            // space for one
+	behind    map[*Conn]string  // connections that stay, and why
 }
 
 func (p *predecessor) run(ctx context.Context) error {
@@ -359,7 +435,7 @@ func (p *predecessor) run(ctx context.Context) error {
 	if err := p.sendFinal(final); err != nil {
 		return fmt.Errorf("sending the final state: %w", err)
 	}
-	if err := p.commit(); err != nil {
+	if err := p.commit(ctx); err != nil {
 		return err
 	}
 	p.report.Frozen = time.Since(frozen)
@@ -367,13 +443,7 @@ func (p *predecessor) run(ctx context.Context) error {
 	return nil
 }
 
-func (p *predecessor) send(m handoverMessage, files ...any) error {
-	payload, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return p.link.Send(payload, files)
-}
+func (p *predecessor) send(m handoverMessage, files ...any) error { return m.send(p.link, files) }
 
 // await waits for a message of the given type.
 func (p *predecessor) await(want string) error {
@@ -411,6 +481,14 @@ func (p *predecessor) offer() error {
 // copyAhead sends the descriptors of all connections while they are served. This is the slow part, so it is done
 // before the freeze.
 func (p *predecessor) copyAhead(ctx context.Context) error {
+	history := handoverMessage{Type: msgConns}
+	p.s.state.With(func(st *state) { history.Recent = p.closedSince(st) })
+	if err := p.send(history); err != nil {
+		return err
+	}
+	if err := p.await(msgAck); err != nil {
+		return err
+	}
 	for range copyRounds {
 		var batch []*Conn
 		sent := 0
@@ -418,13 +496,13 @@ func (p *predecessor) copyAhead(ctx context.Context) error {
 			if len(batch) == 0 {
 				return nil
 			}
-			err := p.sendConns(msgConns, batch, func(c *Conn) handoverConn { return p.record(c) })
+			err := p.sendConns(batch)
 			sent += len(batch)
 			batch = batch[:0]
 			return err
 		}
 		for c := range inTurns(p.s.snapshot(), quietTurn) {
-			if p.copied[c.id] || p.whyBehind(c) != "" {
+			if _, copied := p.copied[c.id]; copied || p.whyBehind(c) != "" {
 				continue
 			}
 			if batch = append(batch, c); len(batch) == handoverBatch {
@@ -446,24 +524,36 @@ func (p *predecessor) copyAhead(ctx context.Context) error {
 	return nil
 }
 
-// sendConns sends records with their descriptors, and waits for the acknowledgement: descriptors in flight are limited
-// (unix(7), ETOOMANYREFS).
-func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) handoverConn) error {
-	m := handoverMessage{Type: typ}
-	var files []any
+// closedSince returns the closed connections that were not sent yet, newest first.
+func (p *predecessor) closedSince(st *state) (closed []handoverClosed) {
+	n := min(st.recent.added-p.recent, len(st.recent.values))
+	p.recent = st.recent.added
+	for _, c := range st.recent.newestFirst()[:n] {
+		closed = append(closed, recordClosed(c))
+	}
+	return closed
+}
+
+// sendConns sends connections, and waits for the acknowledgement: descriptors in flight are limited (unix(7),
+// ETOOMANYREFS).
+func (p *predecessor) sendConns(conns []*Conn) error {
 	if len(conns) == 0 {
 		return nil
 	}
+	m := handoverMessage{Type: msgConns}
+	var files []any
 	for _, c := range conns {
-		m.Conns = append(m.Conns, record(c))
+		p.addChanged(&m, c)
 		files = append(files, c.sock)
-		p.copied[c.id] = true
 	}
 	err := p.send(m, files...)
 	if errors.Is(err, net.ErrClosed) {
 		left := slices.DeleteFunc(slices.Clone(conns), func(c *Conn) bool { return c.endReason() != 0 })
 		if len(left) < len(conns) {
-			return p.sendConns(typ, left, record) // nothing was sent, because some have ended
+			for _, c := range conns {
+				delete(p.copied, c.id)
+			}
+			return p.sendConns(left) // nothing was sent, because some have ended
 		}
 	}
 	if err != nil {
@@ -472,10 +562,23 @@ func (p *predecessor) sendConns(typ string, conns []*Conn, record func(*Conn) ha
 	return p.await(msgAck)
 }
 
+// addChanged adds the record of c to m, unless the successor has the same already.
+func (p *predecessor) addChanged(m *handoverMessage, c *Conn) {
+	r := p.describe(c)
+	p.record = r.append(p.record[:0])
+	sum := maphash.Bytes(p.seed, p.record)
+	if sent, copied := p.copied[c.id]; copied && sent == sum {
+		return
+	}
+	p.copied[c.id] = sum
+	m.records = appendRecord(m.records, p.record)
+}
+
 // whyBehind returns why c cannot be handed over; empty if it can.
 func (p *predecessor) whyBehind(c *Conn) string {
 	phase := Phase(c.phase.Load())
 	_, resumes := c.from.handler.(Resumer)
+	_, copied := p.copied[c.id]
 	switch {
 	case phase != PhaseServing && phase != PhaseWaiting:
 		return "closing"
@@ -485,7 +588,7 @@ func (p *predecessor) whyBehind(c *Conn) string {
 		return "handshake"
 	case !resumes:
 		return "handler cannot be resumed"
-	case !p.link.Carries(c.sock):
+	case !copied && !p.link.Carries(c.sock):
 		return "no descriptor"
 	case !slices.Contains(p.acceptors, c.from):
 		return "listener is closed"
@@ -493,16 +596,19 @@ func (p *predecessor) whyBehind(c *Conn) string {
 	return ""
 }
 
-// record describes a connection as it is now.
-func (p *predecessor) record(c *Conn) handoverConn {
+// describe returns the record of a connection as it is now.
+func (p *predecessor) describe(c *Conn) handoverConn {
 	r := handoverConn{
 		ID: c.id, Listener: slices.Index(p.acceptors, c.from), Opened: c.srv.at(c.opened),
 		Active:  c.srv.at(c.active.Load()),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
 		Waiting: Phase(c.phase.Load()) == PhaseWaiting,
 	}
-	if c.writeHeld { // otherwise it is still written, and the final record will have it
+	if held := c.writeHeld; held || c.writeLock.TryLock() { // otherwise the record that is sent at the end has it
 		r.LastByte, r.WriteClosed = c.lastByte, c.writeClosed
+		if !held {
+			c.unlockWrite()
+		}
 	}
 	c.closing.With(func(cl *closingState) {
 		if cl.rare == nil {
@@ -532,9 +638,16 @@ type finalState struct {
 func (p *predecessor) freeze() (final finalState, err error) {
 	s := p.s
 	s.state.With(func(st *state) {
+		if st.drain != nil {
+			err = &DrainingError{Deadline: st.drain.deadline}
+			return
+		}
 		st.frozen = true
 		st.interruptAcceptors()
 	})
+	if err != nil {
+		return final, err
+	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), p.o.FreezeTimeout/2, errWaitOver)
 	defer cancel()
 	if err := s.state.Await(ctx, func(st *state) bool {
@@ -550,120 +663,164 @@ func (p *predecessor) freeze() (final finalState, err error) {
 		case why != "":
 			p.behind[c] = why
 		case Phase(c.phase.Load()) == PhaseWaiting:
-			c.closing.With(func(cl *closingState) { cl.extra().handover.sent = cl.reason == 0 })
+			if c.freezeWaiting() {
+				final.conns = append(final.conns, c)
+			}
+		case c.from.handler == Echo && c.freezeEcho():
 			final.conns = append(final.conns, c)
 		default:
 			serving = append(serving, c)
 			c.interruptForHandover()
 		}
 	}
-	p.awaitParked(serving)
+	p.awaitSettled(serving)
+	ctx, cancel = context.WithTimeoutCause(context.Background(), p.o.SafePointTimeout, errWaitOver)
+	defer cancel()
 	for _, c := range serving {
-		if p.hold(c) {
-			final.conns = append(final.conns, c)
+		if why := p.freezeParked(ctx, c); why != "" {
+			p.behind[c] = why
 		} else {
-			p.behind[c] = "handler did not reach its safe point"
+			final.conns = append(final.conns, c)
 		}
 	}
-	slices.SortFunc(final.conns, func(a, b *Conn) int { return cmp.Compare(a.id, b.id) })
 	final.message = p.collect(final.conns)
 	return final, nil
 }
 
-// awaitParked waits until the handlers are at their safe points. Any point is safe for an echo, so only a lack of CPU
-// time delays it; it gets half of the freeze.
-func (p *predecessor) awaitParked(serving []*Conn) {
-	wait := func(d time.Duration, done func(n *int) bool) {
+// awaitSettled waits until the handlers are at their safe points. An echo is at one at any time, so that only a lack
+// of CPU time delays it: it is given half of the freeze.
+func (p *predecessor) awaitSettled(serving []*Conn) {
+	echoes := 0
+	for _, c := range serving {
+		if c.from.handler == Echo {
+			echoes++
+		}
+	}
+	wait := func(d time.Duration, done func(n *settled) bool) {
 		ctx, cancel := context.WithTimeoutCause(context.Background(), d, errWaitOver)
 		defer cancel()
-		_ = p.h.parked.Await(ctx, done)
+		_ = p.h.settled.Await(ctx, done)
 	}
-	wait(p.o.SafePointTimeout, func(n *int) bool { return *n >= len(serving) })
-	echoes := slices.DeleteFunc(slices.Clone(serving), func(c *Conn) bool { return c.from.handler != Echo })
-	wait(p.o.FreezeTimeout/2, func(*int) bool {
-		echoes = slices.DeleteFunc(echoes, (*Conn).isParkedOrEnding)
-		return len(echoes) == 0
-	})
+	wait(p.o.SafePointTimeout, func(n *settled) bool { return n.all >= len(serving) })
+	wait(p.o.FreezeTimeout/2, func(n *settled) bool { return n.echoes >= echoes })
 }
 
-func (c *Conn) isParkedOrEnding() (yes bool) {
-	c.closing.With(func(cl *closingState) { yes = cl.reason != 0 || cl.rare != nil && cl.rare.handover.parked })
-	return yes
-}
-
-// hold freezes the state of a connection. It interrupts the write of a notice. It reports false if the handler is not
-// at its safe point, or if another write is in progress.
-func (p *predecessor) hold(c *Conn) bool {
-	var parked bool
+// freezeWaiting freezes a connection that is not admitted yet, unless it ends.
+func (c *Conn) freezeWaiting() (frozen bool) {
 	c.closing.With(func(cl *closingState) {
-		h := &cl.extra().handover
-		if parked = h.parked && cl.reason == 0; parked && h.finishing {
-			_ = c.nc.SetWriteDeadline(longAgo)
+		if frozen = cl.reason == 0; frozen {
+			c.flags.set(flagSent)
 		}
 	})
-	if !parked {
-		return false
-	}
-	locked := false
-	for range noticeWaits {
-		var stopped bool
-		c.closing.With(func(cl *closingState) { stopped = cl.rare.handover.stopped })
-		if locked = c.writeLock.TryLock(); locked || stopped {
-			break
+	return frozen
+}
+
+// freezeParked freezes a connection whose handler is at its safe point. Otherwise it returns why it stays behind. It
+// waits for writes that are in progress, such as that of a notice, which was interrupted.
+func (p *predecessor) freezeParked(ctx context.Context, c *Conn) (why string) {
+	var locked, stopped bool
+	_ = p.h.settled.Await(ctx, func(*settled) bool {
+		c.closing.With(func(cl *closingState) {
+			switch h := &cl.extra().handover; {
+			case cl.reason != 0:
+				why = "closing"
+			case !h.parked:
+				why = "handler did not reach its safe point"
+			default:
+				why, stopped = "", h.stopped
+			}
+		})
+		if why == "" && !stopped {
+			locked = c.writeLock.TryLock()
 		}
-		time.Sleep(time.Millisecond) // for the goroutine of a notice that was just interrupted
+		return why != "" || stopped || locked
+	})
+	if why == "" && !stopped && !locked {
+		why = "write in progress"
+	}
+	if why != "" {
+		return why
 	}
 	c.closing.With(func(cl *closingState) {
-		h := &cl.rare.handover
-		h.sent = (locked || h.stopped) && cl.reason == 0
-		parked = h.sent
+		if cl.reason != 0 {
+			why = "closing"
+			return
+		}
+		c.flags.set(flagSent)
+		if !c.flags.has(flagEchoing) {
+			_ = c.nc.SetReadDeadline(longAgo) // no goroutine of the handler may read what belongs to the successor
+		}
 	})
 	switch {
-	case parked:
+	case why == "":
 		c.writeHeld = locked
 		c.renderQueued()
 	case locked:
 		c.unlockWrite()
 	}
-	return parked
+	return why
 }
-
-// noticeWaits is how often hold checks, once a millisecond, whether an interrupted notice has stopped.
-const noticeWaits = 20
 
 // renderQueued renders the queued messages for the successor. The caller makes sure that nothing else writes.
 func (c *Conn) renderQueued() {
+	if c.posted.Load() == 0 {
+		return
+	}
 	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 		text := c.render(m)
 		if len(text) == 0 {
 			m.done(messageSilent)
 			continue
 		}
-		c.closing.With(func(cl *closingState) { cl.rare.handover.unsent = append(cl.rare.handover.unsent, text...) })
+		c.closing.With(func(cl *closingState) {
+			h := &cl.extra().handover
+			h.unsent = append(h.unsent, text...)
+		})
 		c.lastByte = text[len(text)-1]
 		m.done(messageSent)
 	}
 }
 
 // stopNotice is called when the write of a notice was interrupted by a handover, with what is left of it. The write
-// lock stays taken. It returns true if another process sends the rest, and false if it is to be sent here.
-func (c *Conn) stopNotice(rest []byte) (handedOver bool) {
-	var h *handover
-	c.srv.state.With(func(st *state) { h = st.handover })
-	if h == nil {
-		return false
+// lock stays taken. If the connection is not handed over, it returns what is to be sent here.
+func (c *Conn) stopNotice(rest []byte) (left []byte, handedOver bool) {
+	c.closing.With(func(cl *closingState) {
+		h := &cl.extra().handover
+		h.unsent, h.stopped = slices.Clone(rest), true
+	})
+	c.srv.wakeHandover()
+	for again := true; again; {
+		var h *handover
+		c.srv.state.With(func(st *state) { h = st.handover })
+		if h != nil {
+			<-h.outcome
+		}
+		if c.flags.has(flagSent) {
+			return nil, true
+		}
+		c.closing.With(func(cl *closingState) {
+			if again = c.flags.has(flagHandingOver); again {
+				return // by the next handover
+			}
+			h := &cl.rare.handover
+			left, h.unsent, h.stopped = h.unsent, nil, false
+		})
 	}
-	c.closing.With(func(cl *closingState) { cl.rare.handover.unsent, cl.rare.handover.stopped = rest, true })
-	<-h.outcome
-	c.closing.With(func(cl *closingState) { handedOver = cl.sent() })
-	return handedOver
+	return left, false
 }
 
 // collect describes everything but the descriptors that were sent ahead.
 func (p *predecessor) collect(conns []*Conn) handoverMessage {
-	m := handoverMessage{Type: msgFinal, Settings: p.s.handoverSettings()}
+	m := handoverMessage{Type: msgFinal, Count: len(conns), Settings: p.s.handoverSettings()}
+	known := 0 // of the connections that were sent ahead
 	for _, c := range conns {
-		m.Conns = append(m.Conns, p.record(c))
+		if _, copied := p.copied[c.id]; copied {
+			p.addChanged(&m, c)
+			known++
+		}
+	}
+	if known < len(p.copied) {
+		m.Gone = p.goneOf(conns)
 	}
 	p.s.state.With(func(st *state) {
 		st.recordEnds = true
@@ -695,23 +852,35 @@ func (p *predecessor) collect(conns []*Conn) handoverMessage {
 		}
 		m.Holds = st.holdInfos()
 		m.FirstEvent, m.LastEvent = st.history.first, st.history.last
-		for _, c := range st.recent.newestFirst() {
-			m.Recent = append(m.Recent, recordClosed(c))
-		}
+		m.Recent = p.closedSince(st)
 	})
 	return m
+}
+
+// goneOf returns the connections that were sent ahead and are not in conns.
+func (p *predecessor) goneOf(conns []*Conn) (gone []uint64) {
+	handed := make(map[uint64]bool, len(conns))
+	for _, c := range conns {
+		handed[c.id] = true
+	}
+	for id := range p.copied {
+		if !handed[id] {
+			gone = append(gone, id)
+		}
+	}
+	return gone
 }
 
 // sendFinal sends the final state: first, with their descriptors, the connections that were not sent ahead.
 func (p *predecessor) sendFinal(final finalState) error {
 	var missing []*Conn
 	for _, c := range final.conns {
-		if !p.copied[c.id] {
+		if _, copied := p.copied[c.id]; !copied {
 			missing = append(missing, c)
 		}
 	}
 	for batch := range slices.Chunk(missing, handoverBatch) {
-		if err := p.sendConns(msgConns, batch, p.record); err != nil {
+		if err := p.sendConns(batch); err != nil {
 			return err
 		}
 	}
@@ -746,15 +915,24 @@ func (p *predecessor) sendHoldConns() error {
 }
 
 // commit makes the successor the owner.
-func (p *predecessor) commit() error {
-	var drain bool
+func (p *predecessor) commit(ctx context.Context) error {
+	if !p.stop() {
+		return context.Cause(ctx)
+	}
+	var refused error
 	p.s.state.With(func(st *state) {
-		if drain = st.drain != nil; !drain {
+		switch {
+		case st.drain != nil:
+			refused = &DrainingError{Deadline: st.drain.deadline}
+		case len(p.h.deferred) > 0:
+			spread, grace := p.h.deferred[0].plan(time.Now(), true)
+			refused = &DrainingError{Deadline: time.Now().Add(spread + grace)}
+		default:
 			st.committing = true
 		}
 	})
-	if drain {
-		return errors.New("a drain has begun")
+	if refused != nil {
+		return refused
 	}
 	// A successor that has acknowledged may have read from a client. Waiting longer is better than to kill it then.
 	_ = p.link.SetDeadline(time.Now().Add(max(p.o.FreezeTimeout, commitTimeout)))
@@ -762,11 +940,20 @@ func (p *predecessor) commit() error {
 	if err == nil {
 		err = p.await(msgAck)
 	}
-	if err != nil {
-		p.o.Kill()
-		return fmt.Errorf("committing: %w", err)
+	if errors.Is(err, os.ErrDeadlineExceeded) { // this process may have been stopped while the answer came
+		_ = p.link.SetDeadline(time.Now().Add(p.o.SafePointTimeout))
+		err = p.await(msgAck)
 	}
-	return nil
+	if err == nil {
+		return nil
+	}
+	p.o.Kill()
+	_ = p.link.SetDeadline(time.Now().Add(p.o.SafePointTimeout))
+	if p.await(msgAck) == nil {
+		p.s.log.Error("the successor was killed just after it had taken over; its connections are lost")
+		return nil
+	}
+	return fmt.Errorf("committing: %w", err)
 }
 
 // complete does the predecessor's part after the commit: it removes the connections that it has handed over, and
@@ -795,12 +982,17 @@ func (p *predecessor) complete(final finalState) {
 		deferred, p.h.deferred = p.h.deferred, nil
 		close(p.h.outcome)
 	})
-	for _, c := range final.conns {
-		if c.writeHeld {
-			c.writeHeld = false
-			c.writeLock.Unlock()
+	for _, d := range deferred { // before forwardEnds, which sends too, and which closes the link at the end
+		o := d.o
+		m := handoverMessage{Type: msgDrain, Drain: &o, Force: d.mode == drainForce}
+		spread, grace := d.plan(time.Now(), true)
+		o.Spread, o.Grace = cmp.Or(spread, Off), cmp.Or(max(0, grace), Off)
+		if err := p.send(m); err != nil {
+			s.log.Error("cannot pass a drain on to the successor", zap.Error(err))
 		}
 	}
+	s.startTask()
+	go s.closeHandedOver(final.conns)
 	go s.forwardEnds(p.link)
 	if p.o.Committed != nil {
 		p.o.Committed()
@@ -812,14 +1004,21 @@ func (p *predecessor) complete(final finalState) {
 	s.state.With(func(st *state) { st.frozen = false }) // not earlier, or a pause would be placed here and not there
 	s.wakeSchedule()
 	for _, d := range deferred {
-		o := d.o
-		m := handoverMessage{Type: msgDrain, Drain: &o, Force: d.mode == drainForce}
-		spread, grace := d.plan(time.Now(), true)
-		o.Spread, o.Grace = cmp.Or(spread, Off), cmp.Or(max(0, grace), Off)
-		if err := p.send(m); err != nil {
-			s.log.Error("cannot pass a drain on to the successor", zap.Error(err))
-		}
 		s.changeDrain(d.plan, d.o, d.mode)
+	}
+}
+
+// closeHandedOver closes this process's descriptors of connections that another process serves now. Goroutines that
+// still wait for their clients end with that. It takes its time, because the successor needs the CPUs.
+func (s *Server) closeHandedOver(conns []*Conn) {
+	defer s.endTask()
+	for c := range inTurns(conns, quietTurn) {
+		if c.writeHeld {
+			c.writeHeld = false
+			c.writeLock.Unlock()
+		}
+		_ = c.sock.Close()
+		connFiles.Add(-1)
 	}
 }
 
@@ -856,11 +1055,7 @@ func (s *Server) forwardEnds(link Link) {
 			return len(ends) > 0 || stopped
 		})
 		if len(ends) > 0 {
-			payload, err := json.Marshal(handoverMessage{Type: msgEnded, Ends: ends})
-			if err == nil {
-				err = link.Send(payload, nil)
-			}
-			if err != nil {
+			if err := (handoverMessage{Type: msgEnded, Ends: ends}).send(link, nil); err != nil {
 				s.log.Warn("cannot tell the successor which connections have ended", zap.Error(err))
 				return
 			}
@@ -914,8 +1109,3 @@ func (s *Server) awaitThaw() error {
 
 // HandedOver reports whether another process serves now, after HandOver.
 func (s *Server) HandedOver() bool { return s.isHandedOver() }
-
-func (c *Conn) isSent() (yes bool) {
-	c.closing.With(func(cl *closingState) { yes = cl.sent() })
-	return yes
-}

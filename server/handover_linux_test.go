@@ -101,6 +101,7 @@ func TestG12Handover(t *testing.T) {
 	t.Run("a notice that waits for its client goes along", testHandoverNotice)
 	t.Run("a pause at the commit is not placed on the predecessor", testHandoverPauseAtCommit)
 	t.Run("an eviction goes along", testHandoverEviction)
+	t.Run("the successor tells a client whose window is shut", testHandoverShut)
 	t.Run("settings that were changed go along, also twice", testHandoverSettings)
 }
 
@@ -442,7 +443,7 @@ func testHandoverRollback(t *testing.T) {
 	c := dialTCP(t, addr)
 	send(t, c, "before")
 	receives(t, c, "before")
-	for step := range 4 { // the successor receives the offer, the connections, the final state and the commit
+	for step := range 5 { // the successor receives the offer, the history, the connections, the final state and the commit
 		near, far := linkPair(t)
 		failed := make(chan error, 1)
 		successor, _ := newServer(t, Echo, Options{})
@@ -464,7 +465,7 @@ func testHandoverRollback(t *testing.T) {
 		if err := <-failed; err == nil {
 			t.Errorf("step %d: taking over succeeded", step)
 		}
-		if killed.Load() != (step == 3) {
+		if killed.Load() != (step == 4) {
 			t.Errorf("step %d: the successor was killed: %t; want that only once the commit was sent", step, killed.Load())
 		}
 		text := fmt.Sprintf("after step %d", step)
@@ -517,6 +518,42 @@ func testHandoverNotice(t *testing.T) {
 	if err != nil || len(got) != 32<<20+1 || got[len(got)-1] != 'y' || bytes.Count(got, []byte("m")) != 32<<20 {
 		t.Errorf("read %d bytes, error %v; want the whole message and then the echo", len(got), err)
 	}
+	_ = next.Close()
+	next.served.Wait()
+}
+
+// testHandoverShut: the echo has read what it cannot write, which is its state. The successor writes that, and then the
+// notice of its drain.
+func testHandoverShut(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	c := dialTCP(t, addr)
+	want := bytes.Repeat([]byte("x"), 32<<20) // more than the socket buffers take
+	sent := make(chan error, 1)
+	go func() {
+		_, err := c.Write(want)
+		sent <- err
+	}()
+	await(t, "the echo to wait for its client", func() bool {
+		for info := range g.Conns() {
+			return info.BytesIn > info.BytesOut
+		}
+		return false
+	})
+	next, report := g.takeOver(t, Echo, Options{})
+	if report.HandedOver != 1 {
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+	}
+	got := make([]byte, len(want))
+	if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("reading the echo: %v", err)
+	}
+	if err := <-sent; err != nil {
+		t.Error(err)
+	}
+	next.StartDrain(DrainOptions{Grace: time.Minute, Reason: "stop"})
+	receives(t, c, "\nSHUTDOWN 60 stop\n")
+	_ = c.CloseWrite()
+	receivesAll(t, c, "")
 	_ = next.Close()
 	next.served.Wait()
 }

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,8 +10,9 @@ import (
 	"time"
 )
 
-// handoverFormat is the version of the format. Fields may be added without a new one: unknown fields are ignored.
-const handoverFormat = 1
+// handoverFormat is the version of the format. Fields may be added without a new one: unknown fields are ignored. The
+// offer keeps its form in every version, so that a process can read the version of another.
+const handoverFormat = 2
 
 // handoverBatch is how many descriptors go with one message: SCM_MAX_FD of unix(7) allows 253.
 const handoverBatch = 200
@@ -17,6 +20,10 @@ const handoverBatch = 200
 // The messages. The predecessor sends an offer, and the successor answers that it is ready. Then come any number of
 // batches of connections, the final state, and the commit, each acknowledged. After the commit the predecessor reports
 // the ends of connections that stayed behind, and drains that were asked for in the meantime.
+//
+// A message is a line of JSON, followed by the records of connections. Only the final state and the commit are sent
+// while no connection is served. So the final state has the records of those connections only that have changed since
+// they were sent ahead, and the records are binary.
 const (
 	msgOffer  = "offer"
 	msgReady  = "ready"
@@ -42,7 +49,9 @@ type handoverMessage struct {
 	Listeners []handoverListener `json:"listeners,omitempty"` // their descriptors come first,
 	Extra     []string           `json:"extra,omitempty"`     // then those of the extra ones
 
-	Conns []handoverConn `json:"conns,omitempty"` // conns: one descriptor each; final: all that are handed over
+	Recent []handoverClosed `json:"recent,omitempty"` // conns, final: closed since the last message, newest first
+	Gone   []uint64         `json:"gone,omitempty"`   // final: connections that were sent ahead and are not handed over
+	Count  int              `json:"count,omitempty"`  // final: connections that are
 
 	Behind      []handoverBehind  `json:"behind,omitempty"` // final
 	LastID      uint64            `json:"last_id,omitempty"`
@@ -54,7 +63,6 @@ type handoverMessage struct {
 	Transitions map[string]uint64 `json:"transitions,omitempty"`
 	Holds       []HoldInfo        `json:"holds,omitempty"`
 	Settings    []handoverSetting `json:"settings,omitempty"` // those that were changed at runtime
-	Recent      []handoverClosed  `json:"recent,omitempty"`
 
 	NoticesSent   uint64 `json:"notices_sent,omitempty"`
 	NoticesFailed uint64 `json:"notices_failed,omitempty"`
@@ -67,6 +75,35 @@ type handoverMessage struct {
 	Ends  []handoverEnd `json:"ends,omitempty"`  // ended
 	Drain *DrainOptions `json:"drain,omitempty"` // drain
 	Force bool          `json:"force,omitempty"`
+
+	records []byte // conns: one for each descriptor; final: those that have changed
+}
+
+// send sends the message with files.
+func (m handoverMessage) send(link Link, files []any) error {
+	payload, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	if len(m.records) > 0 {
+		payload = append(append(payload, '\n'), m.records...)
+	}
+	return link.Send(payload, files)
+}
+
+// receiveMessage receives a message and the files that came with it. There are none if it fails.
+func receiveMessage(link Link) (m handoverMessage, files []any, err error) {
+	payload, files, err := link.Receive()
+	if err != nil {
+		return m, nil, err
+	}
+	head, records, _ := bytes.Cut(payload, []byte{'\n'})
+	if err := json.Unmarshal(head, &m); err != nil {
+		closeFiles(files)
+		return m, nil, fmt.Errorf("reading a handover message: %w", err)
+	}
+	m.records = records
+	return m, files, nil
 }
 
 type handoverListener struct {
@@ -80,27 +117,193 @@ type handoverSetting struct {
 	Value string `json:"value"`
 }
 
-// handoverConn is a connection that is handed over.
+// handoverConn is the record of a connection that is handed over.
 type handoverConn struct {
-	ID            uint64            `json:"id"`
-	Listener      int               `json:"listener"` // index in the offer
-	Waiting       bool              `json:"waiting,omitempty"`
-	Opened        time.Time         `json:"opened"`
-	Active        time.Time         `json:"active"`
-	BytesIn       uint64            `json:"bytes_in,omitempty"`
-	BytesOut      uint64            `json:"bytes_out,omitempty"`
-	LastByte      byte              `json:"last_byte,omitempty"`
-	WriteClosed   bool              `json:"write_closed,omitempty"`
-	Notified      bool              `json:"notified,omitempty"`
-	Remote        string            `json:"remote,omitempty"` // where it differs from the socket's
-	Labels        map[string]string `json:"labels,omitempty"`
-	ReadDeadline  time.Time         `json:"read_deadline,omitzero"`
-	WriteDeadline time.Time         `json:"write_deadline,omitzero"`
-	DrainDeadline time.Time         `json:"drain_deadline,omitzero"`
-	DrainReason   string            `json:"drain_reason,omitempty"`
-	DrainClosed   string            `json:"drain_closed,omitempty"` // the close reason at the deadline
-	State         []byte            `json:"state,omitempty"`        // of the handler
-	Unsent        []byte            `json:"unsent,omitempty"`       // of notices; goes first
+	ID                          uint64
+	Listener                    int  // index in the offer
+	Waiting                     bool // it is not admitted yet
+	Opened, Active              time.Time
+	BytesIn, BytesOut           uint64
+	LastByte                    byte
+	WriteClosed                 bool
+	Notified                    bool
+	Remote                      string // where it differs from the socket's
+	Labels                      map[string]string
+	ReadDeadline, WriteDeadline time.Time
+	DrainDeadline               time.Time
+	DrainReason                 string
+	DrainClosed                 string // the close reason at the deadline
+	State                       []byte // of the handler
+	Unsent                      []byte // of notices; goes first
+}
+
+// Tags of the fields of a record. They never change their meaning.
+const (
+	tagID = iota + 1
+	tagListener
+	tagWaiting
+	tagOpened
+	tagActive
+	tagBytesIn
+	tagBytesOut
+	tagLastByte
+	tagWriteClosed
+	tagNotified
+	tagRemote
+	tagLabels
+	tagReadDeadline
+	tagWriteDeadline
+	tagDrainDeadline
+	tagDrainReason
+	tagState
+	tagUnsent
+	tagDrainClosed
+)
+
+// append appends the record to p. Each field is a byte with its tag, and a uvarint; a field with the lowest bit of that
+// byte set has as many bytes after it. Fields that are zero are left out. A reader skips tags that it does not know.
+func (r *handoverConn) append(p []byte) []byte {
+	number := func(tag byte, v uint64) {
+		if v != 0 {
+			p = binary.AppendUvarint(append(p, tag<<1), v)
+		}
+	}
+	flag := func(tag byte, v bool) {
+		if v {
+			number(tag, 1)
+		}
+	}
+	at := func(tag byte, t time.Time) {
+		if !t.IsZero() {
+			number(tag, uint64(t.UnixNano()))
+		}
+	}
+	text := func(tag byte, v []byte) {
+		if len(v) > 0 {
+			p = append(binary.AppendUvarint(append(p, tag<<1|1), uint64(len(v))), v...)
+		}
+	}
+	number(tagID, r.ID)
+	number(tagListener, uint64(r.Listener))
+	flag(tagWaiting, r.Waiting)
+	at(tagOpened, r.Opened)
+	at(tagActive, r.Active)
+	number(tagBytesIn, r.BytesIn)
+	number(tagBytesOut, r.BytesOut)
+	number(tagLastByte, uint64(r.LastByte))
+	flag(tagWriteClosed, r.WriteClosed)
+	flag(tagNotified, r.Notified)
+	text(tagRemote, []byte(r.Remote))
+	if len(r.Labels) > 0 {
+		labels, _ := json.Marshal(r.Labels) // a map of strings always has an encoding
+		text(tagLabels, labels)
+	}
+	at(tagReadDeadline, r.ReadDeadline)
+	at(tagWriteDeadline, r.WriteDeadline)
+	at(tagDrainDeadline, r.DrainDeadline)
+	text(tagDrainReason, []byte(r.DrainReason))
+	text(tagState, r.State)
+	text(tagUnsent, r.Unsent)
+	text(tagDrainClosed, []byte(r.DrainClosed))
+	return p
+}
+
+var errRecord = errors.New("a connection's record is damaged")
+
+// parse reads a record that append made, in this version or in another one.
+func (r *handoverConn) parse(p []byte) error {
+	for len(p) > 0 {
+		key := p[0]
+		v, n := binary.Uvarint(p[1:])
+		if n <= 0 {
+			return errRecord
+		}
+		p = p[1+n:]
+		if key&1 == 0 {
+			r.setNumber(key>>1, v)
+			continue
+		}
+		if v > uint64(len(p)) {
+			return errRecord
+		}
+		if err := r.setText(key>>1, p[:v:v]); err != nil {
+			return err
+		}
+		p = p[v:]
+	}
+	return nil
+}
+
+func (r *handoverConn) setNumber(tag byte, v uint64) {
+	switch tag {
+	case tagID:
+		r.ID = v
+	case tagListener:
+		r.Listener = int(v)
+	case tagWaiting:
+		r.Waiting = v != 0
+	case tagOpened:
+		r.Opened = time.Unix(0, int64(v))
+	case tagActive:
+		r.Active = time.Unix(0, int64(v))
+	case tagBytesIn:
+		r.BytesIn = v
+	case tagBytesOut:
+		r.BytesOut = v
+	case tagLastByte:
+		r.LastByte = byte(v)
+	case tagWriteClosed:
+		r.WriteClosed = v != 0
+	case tagNotified:
+		r.Notified = v != 0
+	case tagReadDeadline:
+		r.ReadDeadline = time.Unix(0, int64(v))
+	case tagWriteDeadline:
+		r.WriteDeadline = time.Unix(0, int64(v))
+	case tagDrainDeadline:
+		r.DrainDeadline = time.Unix(0, int64(v))
+	}
+}
+
+func (r *handoverConn) setText(tag byte, v []byte) error {
+	switch tag {
+	case tagRemote:
+		r.Remote = string(v)
+	case tagLabels:
+		return json.Unmarshal(v, &r.Labels)
+	case tagDrainReason:
+		r.DrainReason = string(v)
+	case tagDrainClosed:
+		r.DrainClosed = string(v)
+	case tagState:
+		r.State = v
+	case tagUnsent:
+		r.Unsent = v
+	}
+	return nil
+}
+
+// appendRecord appends a record to those of a message.
+func appendRecord(records, record []byte) []byte {
+	return append(binary.AppendUvarint(records, uint64(len(record))), record...)
+}
+
+// parseRecords reads the records of a message. They keep p.
+func parseRecords(p []byte) (records []handoverConn, err error) {
+	for len(p) > 0 {
+		length, n := binary.Uvarint(p)
+		if n <= 0 || length > uint64(len(p)-n) {
+			return nil, errRecord
+		}
+		p = p[n:]
+		var r handoverConn
+		if err := r.parse(p[:length]); err != nil {
+			return nil, err
+		}
+		records = append(records, r)
+		p = p[length:]
+	}
+	return records, nil
 }
 
 // handoverBehind is a connection that stays with the predecessor.
@@ -184,15 +387,4 @@ func parseAddr(s string) net.Addr {
 		return addr
 	}
 	return wireAddr(s)
-}
-
-func receiveMessage(link Link) (m handoverMessage, files []any, err error) {
-	payload, files, err := link.Receive()
-	if err != nil {
-		return m, nil, err
-	}
-	if err := json.Unmarshal(payload, &m); err != nil {
-		return m, files, fmt.Errorf("reading a handover message: %w", err)
-	}
-	return m, files, nil
 }

@@ -115,9 +115,12 @@ type lockWaiter struct {
 func (l *writeLock) TryLock() bool { return l.state.CompareAndSwap(lockFree, lockHeld) }
 
 // Lock takes the lock, and waits for it if necessary.
-func (l *writeLock) Lock() {
+func (l *writeLock) Lock() { l.LockUnless(nil) }
+
+// LockUnless is Lock, except that it gives up when canceled is closed. It reports whether it has the lock.
+func (l *writeLock) LockUnless(canceled <-chan struct{}) bool {
 	if l.TryLock() {
-		return
+		return true
 	}
 	w := &lockWaiter{ready: make(chan struct{})}
 	var waits bool
@@ -133,9 +136,33 @@ func (l *writeLock) Lock() {
 			}
 		}
 	})
-	if waits {
-		<-w.ready
+	if !waits {
+		return true
 	}
+	select {
+	case <-w.ready:
+		return true
+	case <-canceled:
+	}
+	return !l.removeWaiter(w)
+}
+
+// removeWaiter reports false if the lock was passed to w already.
+func (l *writeLock) removeWaiter(w *lockWaiter) (removed bool) {
+	l.waiters.With(func(first **lockWaiter) {
+		at := first
+		for *at != nil && *at != w {
+			at = &(*at).next
+		}
+		if removed = *at == w; !removed {
+			return
+		}
+		*at = w.next
+		if *first == nil {
+			l.state.Store(lockHeld)
+		}
+	})
+	return removed
 }
 
 // Unlock releases the lock, or passes it to the next waiter.
@@ -145,6 +172,10 @@ func (l *writeLock) Unlock() {
 	}
 	l.waiters.With(func(first **lockWaiter) {
 		w := *first
+		if w == nil { // the last one has given up
+			l.state.Store(lockFree)
+			return
+		}
 		*first = w.next
 		if *first == nil {
 			l.state.Store(lockHeld)

@@ -72,9 +72,11 @@ type ring[T any] struct {
 	size   int
 	values []T
 	next   int
+	added  int // how many values were added in all
 }
 
 func (r *ring[T]) add(v T) {
+	r.added++
 	if len(r.values) < r.size {
 		r.values = append(r.values, v)
 		return

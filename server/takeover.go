@@ -1,10 +1,8 @@
 package server
 
 import (
-	"cmp"
 	"container/heap"
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"net"
@@ -66,9 +64,7 @@ func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 
 // Refuse refuses the offer, tells the predecessor why, and closes the link. The predecessor continues to serve.
 func (o *Offer) Refuse(why error) {
-	if payload, err := json.Marshal(handoverMessage{Type: msgError, Error: why.Error()}); err == nil {
-		_ = o.link.Send(payload, nil)
-	}
+	_ = handoverMessage{Type: msgError, Error: why.Error()}.send(o.link, nil)
 	_ = o.link.Close()
 }
 
@@ -88,7 +84,7 @@ func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) e
 		o.Refuse(err)
 		return err
 	}
-	t := &successor{s: s, link: o.link, conns: make(map[uint64]*Conn)}
+	t := &successor{s: s, link: o.link, conns: make(map[uint64]*resumption)}
 	for _, l := range listeners {
 		t.acceptors = append(t.acceptors, newAcceptor(s, l))
 	}
@@ -98,14 +94,17 @@ func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) e
 		_ = o.link.SetDeadline(time.Time{})
 	}
 	if err != nil {
-		t.abandon()
+		for _, r := range t.conns {
+			r.abandon()
+		}
+		t.closeHoldConns()
 		if cause := context.Cause(ctx); cause != nil {
 			err = fmt.Errorf("%w: %w", cause, err)
 		}
 		o.Refuse(err)
 		return fmt.Errorf("taking over: %w", err)
 	}
-	s.log.Info("took over", zap.Int("connections", len(t.started)), zap.Int("behind", t.behind),
+	s.log.Info("took over", zap.Int("connections", t.count), zap.Int("behind", t.behind),
 		zap.String("from", o.Program))
 	return nil
 }
@@ -115,8 +114,9 @@ type successor struct {
 	s         *Server
 	link      Link
 	acceptors []*acceptor
-	conns     map[uint64]*Conn // that were sent ahead
-	started   []resumption
+	conns     map[uint64]*resumption // by id
+	recent    []handoverClosed       // oldest first
+	count     int                    // connections that were taken over
 	behind    int
 	holdConns map[string]net.Conn // of holds, by id
 }
@@ -125,15 +125,11 @@ type successor struct {
 type resumption struct {
 	c      *Conn
 	record handoverConn
+	active bool      // its record has changed since it was sent ahead
+	owned  chan bool // for serve, which was started ahead; nil if it was not
 }
 
-func (t *successor) send(m handoverMessage) error {
-	payload, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	return t.link.Send(payload, nil)
-}
+func (t *successor) send(m handoverMessage) error { return m.send(t.link, nil) }
 
 func (t *successor) run() error {
 	if err := t.send(handoverMessage{Type: msgReady}); err != nil {
@@ -147,11 +143,11 @@ func (t *successor) run() error {
 		}
 		switch {
 		case m.Type == msgConns:
-			err = t.adopt(m.Conns, files)
+			err = t.adopt(m, files)
 		case m.Type == msgHoldConns:
 			err = t.adoptHoldConns(m.HoldIDs, files)
 		case m.Type == msgFinal:
-			final, err = &m, t.check(m)
+			final, err = &m, t.prepare(m)
 		case m.Type == msgCommit && final != nil:
 			return t.commit(*final)
 		default:
@@ -167,25 +163,30 @@ func (t *successor) run() error {
 	}
 }
 
-// adopt makes Conns from descriptors, without reading or writing.
-func (t *successor) adopt(records []handoverConn, files []any) error {
-	if len(records) != len(files) {
+// adopt makes connections of descriptors, and does not touch them.
+func (t *successor) adopt(m handoverMessage, files []any) error {
+	t.addRecent(m.Recent)
+	records, err := parseRecords(m.records)
+	if err == nil && len(records) != len(files) {
+		err = fmt.Errorf("got %d descriptors for %d connections", len(files), len(records))
+	}
+	if err != nil {
 		closeFiles(files)
-		return fmt.Errorf("got %d descriptors for %d connections", len(files), len(records))
+		return err
 	}
 	for i, r := range records {
 		nc, ok := files[i].(net.Conn)
-		if !ok || r.Listener < 0 || r.Listener >= len(t.acceptors) {
+		if !ok || r.Listener < 0 || r.Listener >= len(t.acceptors) || t.conns[r.ID] != nil {
 			closeFiles(files[i:])
 			return fmt.Errorf("connection %d: not a connection of an offered listener", r.ID)
 		}
 		c := newConn(t.acceptors[r.Listener], nc)
 		c.id = r.ID
-		if old := t.conns[r.ID]; old != nil {
-			_ = old.sock.Close()
-			connFiles.Add(-1)
+		t.conns[r.ID] = &resumption{c: c, record: r}
+		if err := t.conns[r.ID].prepare(); err != nil {
+			closeFiles(files[i+1:])
+			return err
 		}
-		t.conns[r.ID] = c
 	}
 	return nil
 }
@@ -204,16 +205,71 @@ func (t *successor) adoptHoldConns(ids []string, files []any) error {
 	return nil
 }
 
-// check returns an error if a connection is missing or cannot be served.
-func (t *successor) check(m handoverMessage) error {
-	for _, r := range m.Conns {
-		c := t.conns[r.ID]
-		if c == nil {
-			return fmt.Errorf("connection %d came without a descriptor", r.ID)
+// closeHoldConns closes the connections of holds that this server does not have.
+func (t *successor) closeHoldConns() {
+	for id, nc := range t.holdConns {
+		_ = nc.Close()
+		delete(t.holdConns, id)
+	}
+}
+
+// prepare does as much as is possible ahead of the commit. Starting thousands of goroutines takes tens of milliseconds.
+func (r *resumption) prepare() error {
+	if _, ok := r.c.from.handler.(Resumer); !ok && !r.record.Waiting {
+		return fmt.Errorf("connection %d: the handler cannot resume it", r.record.ID)
+	}
+	r.c.restore(r.record)
+	resume := r.record.Waiting || len(r.record.State) > 0 || r.c.from.handler != Echo
+	if r.owned == nil && !resume {
+		r.owned = make(chan bool, 1)
+		r.c.srv.startTask()
+		go r.c.serve(r.owned) // for an echo without state the same as to resume it
+	} else if resume {
+		r.discard()
+	}
+	return nil
+}
+
+// discard ends the goroutine that was started ahead.
+func (r *resumption) discard() {
+	if r.owned != nil {
+		r.owned <- false
+		r.owned = nil
+	}
+}
+
+func (t *successor) addRecent(newestFirst []handoverClosed) {
+	for _, c := range slices.Backward(newestFirst) {
+		t.recent = append(t.recent, c)
+	}
+}
+
+// prepare applies the final state to the connections that were sent ahead. The error says which connection is missing
+// or cannot be served.
+func (t *successor) prepare(m handoverMessage) error {
+	t.addRecent(m.Recent)
+	for _, id := range m.Gone {
+		if r := t.conns[id]; r != nil {
+			r.abandon()
+			delete(t.conns, id)
 		}
-		if _, ok := c.from.handler.(Resumer); !ok && !r.Waiting {
-			return fmt.Errorf("connection %d: the handler cannot resume it", r.ID)
+	}
+	changed, err := parseRecords(m.records)
+	if err != nil {
+		return err
+	}
+	for _, record := range changed {
+		r := t.conns[record.ID]
+		if r == nil {
+			return fmt.Errorf("connection %d came without a descriptor", record.ID)
 		}
+		r.record, r.active = record, true
+		if err := r.prepare(); err != nil {
+			return err
+		}
+	}
+	if len(t.conns) != m.Count {
+		return fmt.Errorf("got %d connections of %d", len(t.conns), m.Count)
 	}
 	return nil
 }
@@ -221,19 +277,22 @@ func (t *successor) check(m handoverMessage) error {
 // commit makes this server the owner. It sends the acknowledgement before it reads or writes any connection.
 func (t *successor) commit(m handoverMessage) error {
 	s := t.s
+	ids := slices.Sorted(maps.Keys(t.conns))
 	if err := t.send(handoverMessage{Type: msgAck}); err != nil {
 		return err
 	}
 	s.restoreSettings(m.Settings)
-	slices.SortFunc(m.Conns, func(a, b handoverConn) int { return cmp.Compare(a.ID, b.ID) })
+	var active, idle []*resumption
 	s.state.With(func(st *state) {
 		st.restore(m)
-		for _, r := range m.Conns {
-			c := t.conns[r.ID]
-			delete(t.conns, r.ID)
-			c.restore(r)
+		for _, c := range t.recent {
+			st.recent.add(c.conn())
+		}
+		for _, id := range ids {
+			r := t.conns[id]
+			c := r.c
 			st.conns.add(c)
-			if r.Waiting {
+			if r.record.Waiting {
 				c.from.parked = append(c.from.parked, c)
 				continue
 			}
@@ -241,14 +300,20 @@ func (t *successor) commit(m handoverMessage) error {
 			c.phase.Store(int32(PhaseServing))
 			st.admitted++
 			st.countClient(c, +1)
-			st.tasks++
+			if r.owned == nil {
+				st.tasks++
+			}
 			if c.told {
 				st.told++
-				st.schedule.Push(entry{at: r.DrainDeadline, c: c})
+				st.schedule.Push(entry{at: r.record.DrainDeadline, c: c})
 			}
-			t.started = append(t.started, resumption{c, r})
+			if r.active {
+				active = append(active, r)
+			} else {
+				idle = append(idle, r)
+			}
 		}
-		t.behind = len(st.behind)
+		t.count, t.behind = len(ids), len(st.behind)
 		st.adopted = append(st.adopted, t.acceptors...)
 		st.following, st.predecessor = make(chan struct{}), t.link
 		heap.Init(&st.schedule)
@@ -258,26 +323,37 @@ func (t *successor) commit(m handoverMessage) error {
 			delete(t.holdConns, h.ID)
 		}
 	})
-	t.abandon() // what was closed since it was sent ahead
-	for _, r := range t.started {
-		go r.c.serveResumed(r.record)
+	t.closeHoldConns()
+	for _, r := range slices.Concat(active, idle) { // those first whose clients wait
+		r.start()
 	}
 	go s.followPredecessor(t.link)
 	return nil
 }
 
-// abandon closes the descriptors of connections that this server does not own. That sends nothing on the wire, because
-// the predecessor has them, too.
-func (t *successor) abandon() {
-	for id, c := range t.conns {
-		_ = c.sock.Close()
-		connFiles.Add(-1)
-		delete(t.conns, id)
+// start serves the connection.
+func (r *resumption) start() {
+	r.c.srv.connState(r.c, PhaseServing)
+	if len(r.record.Unsent) > 0 {
+		r.c.writeLock.Lock()
+		r.c.srv.startTask()
+		go r.c.finishMessage(&message{done: func(messageResult) {}}, r.record.Unsent)
 	}
-	for id, nc := range t.holdConns {
-		_ = nc.Close()
-		delete(t.holdConns, id)
+	if r.owned != nil {
+		r.owned <- true
+		return
 	}
+	go r.c.serveWith(func(ctx context.Context) error {
+		return r.c.from.handler.(Resumer).ResumeConn(ctx, r.c, r.record.State)
+	})
+}
+
+// abandon closes the descriptor of a connection that this server does not own. That sends nothing on the wire, because
+// the predecessor has it, too.
+func (r *resumption) abandon() {
+	r.discard()
+	_ = r.c.sock.Close()
+	connFiles.Add(-1)
 }
 
 // restore takes over the counters.
@@ -301,16 +377,13 @@ func (st *state) restore(m handoverMessage) {
 		}
 	}
 	st.transitions[StateRunning]-- // the handover is not a new start
-	for _, c := range slices.Backward(m.Recent) {
-		st.recent.add(c.conn())
-	}
 	st.behind = make(map[uint64]handoverBehind, len(m.Behind))
 	for _, b := range m.Behind {
 		st.behind[b.ID] = b
 	}
 }
 
-// restore takes over what is known of a connection.
+// restore takes over what is known of a connection: first ahead of the freeze, and again if that has changed.
 func (c *Conn) restore(r handoverConn) {
 	c.opened, c.lastByte, c.writeClosed = c.srv.clockAt(r.Opened), r.LastByte, r.WriteClosed
 	c.active.Store(c.srv.clockAt(r.Active))
@@ -320,10 +393,11 @@ func (c *Conn) restore(r handoverConn) {
 		c.flags.set(flagNotified)
 	}
 	c.told = !r.DrainDeadline.IsZero()
-	if r.Remote == "" && len(r.Labels) == 0 && r.ReadDeadline.IsZero() && r.WriteDeadline.IsZero() && !c.told {
-		return
-	}
+	plain := r.Remote == "" && len(r.Labels) == 0 && r.ReadDeadline.IsZero() && r.WriteDeadline.IsZero() && !c.told
 	c.closing.With(func(cl *closingState) {
+		if plain && cl.rare == nil {
+			return
+		}
 		x := cl.extra()
 		x.labels = maps.Clone(r.Labels)
 		if r.Remote != "" {
@@ -336,23 +410,8 @@ func (c *Conn) restore(r handoverConn) {
 		if c.told {
 			x.drain = connDrain{begun: true, deadline: r.DrainDeadline, reason: r.DrainReason, closed: parseReason(r.DrainClosed)}
 		}
-	})
-	if !r.ReadDeadline.IsZero() {
 		_ = c.nc.SetReadDeadline(r.ReadDeadline)
-	}
-}
-
-// serveResumed is the goroutine of a connection that was taken over.
-func (c *Conn) serveResumed(r handoverConn) {
-	c.srv.connState(c, PhaseServing)
-	if len(r.Unsent) > 0 {
-		c.writeLock.Lock()
-		if n, err := c.write(r.Unsent); err != nil {
-			c.writeBroken = c.writeBroken || n < len(r.Unsent)
-		}
-		c.unlockWrite()
-	}
-	c.serveWith(func(ctx context.Context) error { return c.from.handler.(Resumer).ResumeConn(ctx, c, r.State) })
+	})
 }
 
 // restoreHold places a hold that the predecessor had.
@@ -404,13 +463,9 @@ func (s *Server) DrainPredecessor(o DrainOptions, force bool) error {
 	if link == nil {
 		return ErrNoPredecessor
 	}
-	payload, err := json.Marshal(handoverMessage{Type: msgDrain, Drain: &o, Force: force})
-	if err == nil {
-		s.toPredecessor.Lock()
-		defer s.toPredecessor.Unlock()
-		err = link.Send(payload, nil)
-	}
-	if err != nil {
+	s.toPredecessor.Lock()
+	defer s.toPredecessor.Unlock()
+	if err := (handoverMessage{Type: msgDrain, Drain: &o, Force: force}).send(link, nil); err != nil {
 		return fmt.Errorf("draining the predecessor: %w", err)
 	}
 	return nil

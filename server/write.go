@@ -58,6 +58,9 @@ func (c *Conn) post(m *message) {
 // unlockWrite releases the write lock, and sends what was posted in the meantime.
 func (c *Conn) unlockWrite() {
 	c.writeLock.Unlock()
+	if c.flags.has(flagHandingOver) {
+		c.srv.wakeHandover() // it may wait for the lock
+	}
 	c.deliver()
 }
 
@@ -95,9 +98,15 @@ func (c *Conn) deliver() {
 func (c *Conn) finishMessage(m *message, rest []byte) {
 	defer c.srv.endTask()
 	c.setFinishing(true)
-	n, err := c.write(rest)
+	n, err := 0, error(nil)
+	if !c.flags.has(flagHandingOver) {
+		n, err = c.write(rest)
+	} else {
+		err = os.ErrDeadlineExceeded // the handover began before it knew of this write
+	}
 	for err != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.flags.has(flagHandingOver) {
-		if rest = rest[n:]; c.stopNotice(rest) {
+		var handedOver bool
+		if rest, handedOver = c.stopNotice(rest[n:]); handedOver {
 			c.writeLock.Unlock()
 			m.done(messageSent)
 			return
@@ -211,6 +220,8 @@ func (c *Conn) Write(p []byte) (int, error) {
 // writeError returns why writes fail; nil if they do not. The caller holds the write lock.
 func (c *Conn) writeError() error {
 	switch {
+	case c.flags.has(flagSent):
+		return ErrConnClosed
 	case c.writeClosed:
 		return ErrWriteClosed
 	case c.writeBroken:
