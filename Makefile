@@ -1,7 +1,7 @@
 # GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
 
 .DEFAULT_GOAL := help
-.PHONY: build run test check check-long check-systems lint fuzz simulate faults soak bench bench-quick bench-rollouts pictures dist install module clean help
+.PHONY: build run test check check-long check-systems lint fuzz simulate faults soak bench bench-quick bench-upgrade bench-rollouts pictures dist install module clean help
 
 # --git-dir=.git: an unpacked archive inside another repository must not take that repository's version.
 VERSION = $(shell git --git-dir=.git describe --tags --always --dirty 2>/dev/null || echo devel)
@@ -51,6 +51,9 @@ bench: ## compare echod with other echo servers, for half an hour on a quiet mac
 
 bench-quick: ## the same in two minutes, into bench/out
 	scripts/bench.sh -quick
+
+bench-upgrade: ## measure upgrades under 9,000 connections, for two minutes; writes docs/benchmarks-upgrade.md
+	scripts/bench.sh -upgrade
 
 bench-rollouts: ## compare what clients see in a rollout with nginx, HAProxy and others; writes docs/comparison.md
 	scripts/bench-rollouts.sh

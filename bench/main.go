@@ -35,20 +35,22 @@ func main() {
 
 // flags are the command line flags.
 type flags struct {
-	quick  bool
-	only   string
-	shapes string
-	rounds int
-	length time.Duration
-	tls    bool
-	render bool
-	out    string
+	quick   bool
+	upgrade bool
+	only    string
+	shapes  string
+	rounds  int
+	length  time.Duration
+	tls     bool
+	render  bool
+	out     string
 }
 
 func benchMain(ctx context.Context, args []string) error {
 	var f flags
 	set := flag.NewFlagSet("bench", flag.ExitOnError)
 	set.BoolVar(&f.quick, "quick", false, "take two minutes: one pinned round, memory of 1,000 connections only")
+	set.BoolVar(&f.upgrade, "upgrade", false, "measure upgrades of echod under its connections, and nothing else")
 	set.StringVar(&f.only, "only", "", "measure only these `servers`, such as echod;gnet")
 	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
 	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds instead of the default")
@@ -64,6 +66,9 @@ func benchMain(ctx context.Context, args []string) error {
 	}
 	if err := os.MkdirAll(plotsDir(f.out), 0o755); err != nil {
 		return err
+	}
+	if f.upgrade {
+		return upgradeMain(ctx, f)
 	}
 	if f.render {
 		r, err := readResults(resultsFile(f.out))

@@ -202,23 +202,25 @@ func (p *process) resident() (total int64, err error) {
 			return 0, err
 		}
 	}
-	own, err := p.ownResident()
+	own, err := residentOf(p.pid(), "Rss:")
 	return total + own, err
 }
 
-func (p *process) ownResident() (int64, error) {
+// residentOf returns the resident memory of a process in bytes: a line of /proc/PID/smaps_rollup. Rss counts all of it,
+// and Pss only a part of what it shares with others.
+func residentOf(pid int, name string) (int64, error) {
 	// The figure in /proc/PID/status is cheaper, but each CPU updates it with a delay.
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.pid()))
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
 	if err != nil {
 		return 0, fmt.Errorf("reading the resident memory: %w", err)
 	}
 	for line := range bytes.Lines(text) {
-		if fields := strings.Fields(string(line)); len(fields) == 3 && fields[0] == "Rss:" {
+		if fields := strings.Fields(string(line)); len(fields) == 3 && fields[0] == name {
 			kib, err := strconv.ParseInt(fields[1], 10, 64)
 			return kib << 10, err
 		}
 	}
-	return 0, errors.New("reading the resident memory: no Rss line")
+	return 0, fmt.Errorf("reading the resident memory: no %s line", name)
 }
 
 // cpus are the CPUs that a process may use. Empty means all.
@@ -288,6 +290,8 @@ type job string
 const (
 	jobRun     job = "run"     // put load on the server and print a load.Result
 	jobHold    job = "hold"    // open connections, print null, keep them open until stdin ends
+	jobPulse   job = "pulse"   // the same, and send a message each pulseInterval, print a load.Result
+	jobBusy    job = "busy"    // put load on the server until stdin ends, print a load.Result
 	jobDrain   job = "drain"   // open connections, stop the server, print a load.Drained
 	jobDisturb job = "disturb" // make a disturbance once a second until stdin ends, and print the number
 )
@@ -313,8 +317,15 @@ func loadMain(args []string, in io.Reader, out io.Writer) error {
 	if err := json.Unmarshal([]byte(args[1]), &spec); err != nil {
 		return fmt.Errorf("reading the spec: %w", err)
 	}
-	if job(args[0]) == jobRun {
+	switch job(args[0]) {
+	case jobRun:
 		result, err := load.Run(spec)
+		if err != nil {
+			return err
+		}
+		return answer.Encode(result)
+	case jobBusy:
+		result, err := load.RunUntil(spec, ended(in))
 		if err != nil {
 			return err
 		}
@@ -325,11 +336,21 @@ func loadMain(args []string, in io.Reader, out io.Writer) error {
 		return err
 	}
 	defer held.Close()
-	if job(args[0]) == jobHold {
+	switch job(args[0]) {
+	case jobHold:
 		if err := answer.Encode(nil); err != nil {
 			return err
 		}
 		return held.ReadUntil(ended(in))
+	case jobPulse:
+		if err := answer.Encode(nil); err != nil {
+			return err
+		}
+		pulses, err := held.Pulse(ended(in), pulseInterval)
+		if err != nil {
+			return err
+		}
+		return answer.Encode(pulses)
 	}
 	drained, err := held.Drain()
 	if err != nil {

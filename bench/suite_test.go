@@ -201,3 +201,18 @@ func TestDelayIsTheLeastOfTheLongestWaits(t *testing.T) {
 		t.Errorf("delayed by %v ms, %t; want 18", got, ok)
 	}
 }
+
+// TestUpgrades upgrades the real program under a few connections.
+func TestUpgrades(t *testing.T) {
+	b, err := build(t.Context(), t.TempDir(), contenders[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := measureUpgrades(t.Context(), b, 60, 10, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(s.Frozen) != 1 || s.Frozen[0] <= 0 || s.Gap <= 0 || s.Before <= 0 || s.Peak < s.Before || s.After <= 0 {
+		t.Errorf("measured %+v; want figures in all fields", s)
+	}
+}

@@ -9,6 +9,9 @@ if [ "$(uname)" != Linux ]; then
 	exit 1
 fi
 go run . "$@"
+if [ "$*" = -upgrade ]; then
+	cp out/benchmarks-upgrade.md ../docs/
+fi
 if [ $# -eq 0 ]; then
 	mkdir -p ../docs/benchmarks
 	cp out/benchmarks.md ../docs/

@@ -57,6 +57,7 @@ func (r *runner) holdOne(i int) error {
 			return err
 		}
 	}
+	s.finish()
 	return nil
 }
 
@@ -103,6 +104,41 @@ func (h *Held) ReadUntil(done <-chan struct{}) error {
 			if _, err := r.readText(int(e.Fd)); err != nil {
 				return fmt.Errorf("connection %d: %w", e.Fd, err)
 			}
+		}
+	}
+}
+
+// Pulse sends a message on one connection after another, one each interval, until done is closed, and waits for the
+// last echoes. A connection that still waits for its echo is left out.
+func (h *Held) Pulse(done <-chan struct{}, interval time.Duration) (Result, error) {
+	r := h.runner
+	if err := h.watch(); err != nil {
+		return Result{}, err
+	}
+	r.ending = true // serve begins no messages
+	r.echoes = 0
+	begun := r.now()
+	due := begun
+	for next := 0; ; {
+		select {
+		case <-done:
+			result := r.result(r.now() - begun)
+			return result, r.finish()
+		default:
+		}
+		for now := r.now(); due <= now; due += interval {
+			s := r.streams[next]
+			next = (next + 1) % len(r.streams)
+			if s.inFlight > 0 {
+				continue
+			}
+			s.begin(r.spec.Size, due)
+			if err := s.flush(); err != nil {
+				return Result{}, err
+			}
+		}
+		if err := r.until(due); err != nil {
+			return Result{}, err
 		}
 	}
 }

@@ -260,3 +260,18 @@ func TestRunOverTLS(t *testing.T) {
 		h.Close()
 	})
 }
+
+func TestPulseMeasuresEachMessage(t *testing.T) {
+	spec := specFor(serve(t, echo))
+	h, err := Hold(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	done := make(chan struct{})
+	time.AfterFunc(50*time.Millisecond, func() { close(done) })
+	r, err := h.Pulse(done, time.Millisecond)
+	if err != nil || r.Echoes < int64(spec.Conns) || r.Max <= 0 {
+		t.Errorf("measured %+v, %v; want echoes on every connection", r, err)
+	}
+}

@@ -40,6 +40,38 @@ func Run(spec Spec) (Result, error) {
 	return result, r.finish()
 }
 
+// RunUntil is Run until done is closed. It measures no CPU times.
+func RunUntil(spec Spec, done <-chan struct{}) (Result, error) {
+	debug.SetGCPercent(-1)
+	defer debug.SetGCPercent(100)
+	r, err := newRunner(spec)
+	if err != nil {
+		return Result{}, err
+	}
+	defer r.close()
+	if err := r.openAll(); err != nil {
+		return Result{}, err
+	}
+	if err := r.until(r.now() + spec.Warmup); err != nil {
+		return Result{}, err
+	}
+	r.echoes = 0
+	r.latencies.Reset()
+	begun := r.now()
+	for {
+		const interval = 20 * time.Millisecond // between checks of done
+		if err := r.until(r.now() + interval); err != nil {
+			return Result{}, err
+		}
+		select {
+		case <-done:
+			result := r.result(r.now() - begun)
+			return result, r.finish()
+		default:
+		}
+	}
+}
+
 // A runner is one run.
 type runner struct {
 	spec    Spec
@@ -144,11 +176,18 @@ func (r *runner) measure() (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
+	result := r.result(ended - begun)
+	result.ServerCPU, result.LoadCPU = serverAfter-server, ownAfter-own
+	return result, nil
+}
+
+// result returns what was counted, without CPU times.
+func (r *runner) result(elapsed time.Duration) Result {
 	at := func(percent float64) time.Duration { return time.Duration(r.latencies.ValueAtPercentile(percent)) }
 	return Result{
-		Echoes: r.echoes, Elapsed: ended - begun, ServerCPU: serverAfter - server, LoadCPU: ownAfter - own,
+		Echoes: r.echoes, Elapsed: elapsed,
 		P50: at(50), P99: at(99), P999: at(99.9), Max: time.Duration(r.latencies.Max()),
-	}, nil
+	}
 }
 
 // until handles events until the given time.
