@@ -734,7 +734,11 @@ func (m *model) judgeReason(t *trace, l life, c server.ClosedConn, bad func(stri
 			bad(rule, "%v, and no hold rejects", c.Reason)
 		}
 	case server.ReasonRejectedLimit:
-		if !(p.MaxConns > 0 && p.RejectFull) && p.PerAddress == 0 {
+		if !(p.MaxConns > 0 && p.RejectFull) {
+			bad(rule, "%v, and there is no limit", c.Reason)
+		}
+	case server.ReasonRejectedAddressLimit:
+		if p.PerAddress == 0 {
 			bad(rule, "%v, and there is no limit", c.Reason)
 		}
 	case server.ReasonRejectedDraining:
@@ -787,7 +791,7 @@ func (m *model) judgeNotices(t *trace, l life, c server.ClosedConn, echo int, no
 		case len(notices) > 1 || echo > 0:
 			bad("a client is told what concerns it", "it was told %q as one of %d notices", n, len(notices))
 		case n == "PAUSED" && (c.Reason == server.ReasonRejectedPaused || ended):
-		case n == "BUSY" && (c.Reason == server.ReasonRejectedLimit || ended):
+		case n == "BUSY" && (c.Reason == server.ReasonRejectedLimit || c.Reason == server.ReasonRejectedAddressLimit || ended):
 		default:
 			bad("a client is told what concerns it", "it was told %q as notice %d, and was closed as %v", n, i, c.Reason)
 		}
@@ -796,7 +800,7 @@ func (m *model) judgeNotices(t *trace, l life, c server.ClosedConn, echo int, no
 		bad("told once", "it was told %d times that the server drains", told)
 	}
 	switch c.Reason {
-	case server.ReasonRejectedPaused, server.ReasonRejectedLimit, server.ReasonRejectedDraining:
+	case server.ReasonRejectedPaused, server.ReasonRejectedLimit, server.ReasonRejectedAddressLimit, server.ReasonRejectedDraining:
 		if t.sawEOF() && len(notices) != 1 {
 			bad("a client is told what concerns it", "%v, and it was told %q", c.Reason, notices)
 		}
@@ -876,7 +880,8 @@ func (m *model) judgeBytes(t *trace, c server.ClosedConn, echo int, bad func(str
 }
 
 func isRejection(r server.Reason) bool {
-	return r == server.ReasonRejectedPaused || r == server.ReasonRejectedLimit || r == server.ReasonRejectedDraining
+	return r == server.ReasonRejectedPaused || r == server.ReasonRejectedLimit || r == server.ReasonRejectedAddressLimit ||
+		r == server.ReasonRejectedDraining
 }
 
 // judgeOrder expects that clients are accepted and admitted in the order in which they connected.
@@ -936,7 +941,7 @@ func (m *model) judgeLimits(lives map[*trace]life) {
 		}
 	}
 	for t, l := range lives {
-		if len(l.closed) == 0 || l.closed[0].Reason != server.ReasonRejectedLimit {
+		if len(l.closed) == 0 || l.closed[0].Reason != server.ReasonRejectedLimit && l.closed[0].Reason != server.ReasonRejectedAddressLimit {
 			continue
 		}
 		// It was rejected at some time after it connected. Enough others must have been served at one such time.
