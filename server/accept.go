@@ -236,13 +236,12 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 		if isNew {
 			st.addConn(c)
 		}
-		oldest = st.endSlowHandshake(&s.live().limits)
 		if a.prepares() {
-			if most := s.live().limits.MaxHandshakes; oldest == nil && len(st.handshakes) >= most {
+			if most := s.live().limits.MaxHandshakes; len(st.handshakes) >= most {
 				oldest = st.removeHandshake(0)
 			}
 			st.tasks++
-			st.handshakes = append(st.handshakes, handshake{c: c, began: time.Now()})
+			st.handshakes = append(st.handshakes, handshake{c: c})
 			return
 		}
 		st.publishOpened(c)

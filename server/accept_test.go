@@ -275,32 +275,6 @@ func TestWrapConn(t *testing.T) {
 		})
 	}))
 
-	t.Run("a handshake takes a place, until it is slow and a client waits for the place",
-		inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxConns: 2}}, func(t *testing.T, r *rig) {
-			a, b, c, d := r.dial(t), r.dial(t), r.dial(t), r.dial(t)
-			wantPhases(t, r.Server, PhaseWaiting, PhaseWaiting) // the others are in the accept queue
-			a.send(t, "local\nx")
-			a.has(t, "x")
-			wantPhases(t, r.Server, PhaseServing, PhaseWaiting)
-			time.Sleep(slowHandshake + parkInterval)
-			b.ends(t, "") // its place is c's
-			c.send(t, "local\ny")
-			c.has(t, "y")
-			wantPhases(t, r.Server, PhaseServing, PhaseServing)
-			c.leave(t)
-			d.send(t, "local\nz")
-			d.has(t, "z")
-			wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedHandshake: 1, ReasonClientClosed: 1})
-		}))
-
-	t.Run("a slow handshake keeps its place while nobody waits for it",
-		inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxConns: 1}}, func(t *testing.T, r *rig) {
-			c := r.dial(t)
-			time.Sleep(DefaultHandshakeTimeout / 2)
-			c.send(t, "local\nx")
-			c.has(t, "x")
-		}))
-
 	t.Run("a server that rejects tells each client after its handshake",
 		inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxConns: 1, AtLimit: LimitReject}}, func(t *testing.T, r *rig) {
 			slow, good, late := r.dial(t), r.dial(t), r.dial(t)
@@ -310,19 +284,6 @@ func TestWrapConn(t *testing.T) {
 			late.ends(t, "BUSY\n")
 			slow.send(t, "local\n")
 			slow.ends(t, "BUSY\n")
-		}))
-
-	t.Run("in a drain slow handshakes are over when they are over",
-		inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxConns: 1}}, func(t *testing.T, r *rig) {
-			slow := r.dial(t)
-			time.Sleep(slowHandshake - time.Millisecond)
-			queued := r.dial(t)
-			r.StartDrain(DrainOptions{Grace: time.Hour, Reason: "x"})
-			time.Sleep(2 * slowHandshake)
-			for _, c := range []*client{queued, slow} {
-				c.send(t, "local\n")
-				c.has(t, "SHUTDOWN 3598 x\n")
-			}
 		}))
 
 	for name, prepare := range map[string]func(*testing.T, *rig){

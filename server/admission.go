@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
-	"time"
 )
 
 // decision is what admission decides for an accepted connection.
@@ -114,40 +113,15 @@ func (s *Server) mayAccept(st *state) bool {
 		return false
 	default:
 		limits := &s.live().limits
-		return !st.placesTaken(limits) || st.hasSlowHandshake(limits)
+		return limits.AtLimit == LimitReject || st.admitted < limits.MaxConns
 	}
 }
 
-// A handshake is a connection in WrapConn or in its TLS handshake. While clients wait at the limit, it takes one of the
-// MaxConns places.
+// A handshake is a connection in WrapConn or in its TLS handshake. It takes no place of MaxConns, so that clients that are
+// slow or silent keep nobody out. MaxHandshakes bounds their number.
 type handshake struct {
 	c      *Conn
-	began  time.Time
 	client clientKey // of a TLS handshake, if the connections of each client are bounded
-}
-
-// slowHandshake is the time for which a handshake keeps its place while other clients wait. A handshake normally
-// takes a few round trips.
-const slowHandshake = time.Second
-
-// placesTaken reports whether new clients have to wait. With LimitReject nobody waits: a client gets the next place
-// when its handshake is over, or is told that there is none.
-func (st *state) placesTaken(limits *Limits) bool {
-	return limits.AtLimit == LimitQueue && st.admitted+len(st.handshakes) >= limits.MaxConns
-}
-
-// hasSlowHandshake reports whether a waiting client can take the place of a slow handshake.
-func (st *state) hasSlowHandshake(limits *Limits) bool {
-	return st.placesTaken(limits) && st.admitted < limits.MaxConns && time.Since(st.handshakes[0].began) >= slowHandshake
-}
-
-// endSlowHandshake removes and returns the connection with the slowest handshake if a new client needs its place. The
-// caller must end the connection. In a drain no client waits for a place.
-func (st *state) endSlowHandshake(limits *Limits) *Conn {
-	if st.notAccepting() || !st.hasSlowHandshake(limits) {
-		return nil
-	}
-	return st.removeHandshake(0)
 }
 
 // removeHandshake removes handshake i, and returns its connection; nil if there is none.

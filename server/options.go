@@ -74,9 +74,8 @@ type Limits struct {
 	// files allows, minus ReservedFiles; a larger number is lowered to that. Off means no limit, not even that of
 	// open files.
 	//
-	// With LimitQueue, connections in a handshake (WrapConn, TLS) count too. While clients wait for a place, the
-	// server closes a connection whose handshake has taken more than a second. With LimitReject, handshakes do not
-	// count: the server admits or rejects the client after its handshake.
+	// Connections in a handshake (WrapConn, TLS) do not count: the server admits, queues or rejects the client after its
+	// handshake. MaxHandshakes bounds them.
 	MaxConns int
 	// AtLimit is what happens to clients beyond MaxConns.
 	AtLimit LimitMode

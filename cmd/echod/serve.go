@@ -142,7 +142,7 @@ func newServeCommand(use string) *cobra.Command {
 		"maximum `number` of connections served at once; 0 is as many as\nthe limit of open files allows")
 	flags.StringVar(&f.atLimit, "at-limit", "wait",
 		"`action` for clients beyond --max-conns and --max-conn-rate-total:\n"+
-			"wait leaves them in the accept queue, reject sends them BUSY")
+			"wait leaves them in the accept queue,\nreject sends them BUSY")
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0,
 		"maximum `number` of connections from one address; more are sent\nBUSY; 0 is unlimited")
 	flags.IntVar(&f.maxConnsPerUID, "max-conns-per-uid", 0,
