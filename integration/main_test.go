@@ -13,6 +13,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -22,6 +23,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -196,18 +198,28 @@ func seconds(t testing.TB, span string) time.Duration {
 	return d
 }
 
-// freePorts returns n free ports.
+// The ports of freePorts lie below those that Linux gives to clients and to listeners on port 0 (ip_local_port_range,
+// from 32768), which would take them before the test does.
+const firstFreePort, freePortCount = 15_000, 17_000
+
+var nextFreePort atomic.Uint32
+
+// freePorts returns n free ports, each only once.
 func freePorts(t *testing.T, n int) []string {
 	t.Helper()
-	ports := make([]string, n)
-	for i := range ports {
-		ln, err := net.Listen("tcp", "127.0.0.1:0")
-		check(t, err)
-		defer ln.Close() // at the end, so that no port is returned twice
-		_, ports[i], err = net.SplitHostPort(ln.Addr().String())
-		check(t, err)
+	nextFreePort.CompareAndSwap(0, 1+rand.Uint32N(freePortCount)) // another run of the tests begins elsewhere
+	var ports []string
+	for range freePortCount {
+		port := strconv.Itoa(firstFreePort + int(nextFreePort.Add(1)%freePortCount))
+		if ln, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
+			check(t, ln.Close())
+			if ports = append(ports, port); len(ports) == n {
+				return ports
+			}
+		}
 	}
-	return ports
+	t.Fatalf("no %d ports are free", n)
+	return nil
 }
 
 const pollEvery = 20 * time.Millisecond

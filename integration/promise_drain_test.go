@@ -118,8 +118,6 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 		}
 		e.wait(0)
 	})
-
-	t.Run("fifteen thousand clients", testDrainOfFifteenThousand)
 }
 
 // Clients in the accept queue are served, told once, and have the whole grace period.
@@ -156,10 +154,10 @@ func testDrainOfPausedClients(t *testing.T, start func(flags ...string) *echod) 
 	}
 }
 
-// testDrainOfFifteenThousand: half of the clients leave when told. The others have the whole grace period, and then
-// read a FIN. One goroutine runs all clients, one after another: what the others receive in the meantime waits in their
-// sockets.
-func testDrainOfFifteenThousand(t *testing.T) {
+// TestG6DrainOfFifteenThousandClients: half of the clients leave when told. The others have the whole grace period, and
+// then read a FIN. It does not run beside other tests, because it uses all CPUs. One goroutine runs all clients, one
+// after another: what the others receive in the meantime waits in their sockets.
+func TestG6DrainOfFifteenThousandClients(t *testing.T) {
 	slow(t)
 	const n = 15_000
 	var limit syscall.Rlimit

@@ -116,9 +116,15 @@ func testResumeServesTheQueue(t *testing.T, start func(flags ...string) *echod) 
 		check(t, peers[i].send(fmt.Sprintf("sent by %d during the pause\n", i)))
 		want = append(want, peers[i].LocalAddr().String())
 	}
-	// One may have been accepted in the moment of the pause: it waits at the gate.
-	if st := e.status(); st.Connections+e.queued(st) != clients || len(e.admitted()) != 0 {
-		t.Errorf("%d open, %d admitted, %d in the queue; want none admitted of %d", st.Connections, len(e.admitted()), e.queued(st), clients)
+	// One may have been accepted in the moment of the pause: it waits at the gate. Linux does not tell how many wait in the
+	// queue of a Unix socket.
+	st := e.status()
+	queued := clients - st.Connections
+	if st.Listeners[0].AcceptQueue != nil {
+		queued = *st.Listeners[0].AcceptQueue
+	}
+	if st.Connections+queued != clients || len(e.admitted()) != 0 {
+		t.Errorf("%d open, %d admitted, %d in the queue; want none admitted of %d", st.Connections, len(e.admitted()), queued, clients)
 	}
 	if change := e.resume(); !change.Changed || change.State != "running" {
 		t.Errorf("resume answers %+v", change)
