@@ -163,7 +163,7 @@ func (s *upgradeScene) upgrade(ctx context.Context, b built, p *process) error {
 	out, err := exec.CommandContext(ctx, b.command[0], args...).Output()
 	took := time.Since(began)
 	close(done)
-	s.Peak = max(s.Peak, <-sampled)
+	s.Peak = max(s.Peak, s.Before, <-sampled) // between two samples it can only have been more
 	if err != nil {
 		return fmt.Errorf("upgrading: %w\n%w", err, p.stderrText())
 	}
