@@ -119,7 +119,7 @@ func decodeQuery(r *http.Request, want fields) error {
 
 // literal returns a parameter's text as JSON: a number, true, false, or else a string.
 func literal(text string) json.RawMessage {
-	if _, err := strconv.Atoi(text); err == nil || text == "true" || text == "false" {
+	if _, err := strconv.ParseInt(text, 10, 64); err == nil || text == "true" || text == "false" {
 		return json.RawMessage(text)
 	}
 	quoted, _ := json.Marshal(text) // a string can always be encoded

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -358,6 +359,9 @@ func testHandoverBehind(t *testing.T) {
 	c := dialTCP(t, addr)
 	send(t, c, "x")
 	receives(t, c, "x")
+	for g.Status().BytesOut == 0 { // the client can have it before the write returns
+		runtime.Gosched()
+	}
 	next, report := g.takeOver(t, plain, Options{})
 	wantEqual(t, "behind", report.Behind, map[string]int{"handler cannot be resumed": 1})
 	st := next.Status()
