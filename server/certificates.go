@@ -326,8 +326,8 @@ type ticketKey struct {
 	Created time.Time `json:"created"`
 }
 
-// Bounds of ticket keys. A ticket is valid for a day at most, although crypto/tls promises clients a week: whoever gets
-// hold of a key can decrypt no more than that.
+// Bounds of ticket keys. A ticket is valid for at most a day, although crypto/tls promises clients a week. So a stolen key
+// decrypts the tickets of one day only.
 const (
 	ticketKeySize = 32
 	ticketKeyUse  = 12 * time.Hour   // for which new tickets are encrypted with a key
