@@ -3,9 +3,11 @@ package simulate
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -327,3 +329,73 @@ func (t *trace) sawReset() bool {
 
 // sawEOF reports whether the stream ended cleanly.
 func (t *trace) sawEOF() bool { return errors.Is(t.end, io.EOF) }
+
+// lag is how long it can take until what the server writes at once has reached a client that reads.
+func (t *trace) lag() time.Duration {
+	rounds := 2 + 4<<10/t.plan.Window
+	return time.Duration(2*rounds)*t.plan.Delay + t.plan.Manner.Think
+}
+
+// prompt reports whether the client has read all the time, so that the server's bounds are enough for it.
+func (t *trace) prompt() bool { return !t.idled && t.lag() < flushTime/2 && t.plan.Manner.Deaf == 0 }
+
+// parse splits what a client has received into the echo of what it sent, of which it returns the length, and the
+// server's notices. A notice is a line of its own: if the byte before it is not the end of a line, a newline comes first.
+//
+// An added newline can look like one of the client's own. Then the echo may be a byte longer or shorter, and read says
+// which length is expected.
+func (t *trace) parse(read int) (echo int, notices []string, err error) {
+	at := []int{0} // where the echo may be
+	choose := func() int {
+		if slices.Contains(at, read) {
+			return read
+		}
+		return slices.Max(at)
+	}
+	rest := t.got
+	sent := func(p int, chunk []byte) bool {
+		if p+len(chunk) > t.offered {
+			return false
+		}
+		want := make([]byte, len(chunk))
+		content(t.plan.ID, p, want)
+		return bytes.Equal(want, chunk)
+	}
+	for {
+		i := bytes.IndexAny(rest, "SNPB")
+		chunk, isLast := rest, i < 0
+		if !isLast {
+			chunk = rest[:i]
+		}
+		var next []int
+		for _, p := range at {
+			if (isLast || len(chunk) == 0 || chunk[len(chunk)-1] == '\n') && sent(p, chunk) {
+				next = append(next, p+len(chunk))
+			}
+			if n := len(chunk) - 1; !isLast && n > 0 && chunk[n] == '\n' && chunk[n-1] != '\n' && sent(p, chunk[:n]) {
+				next = append(next, p+n)
+			}
+			if isLast && len(chunk) > 0 && chunk[len(chunk)-1] == '\n' && !t.sawEOF() && sent(p, chunk[:len(chunk)-1]) {
+				next = append(next, p+len(chunk)-1) // a notice was cut off after its newline
+			}
+		}
+		if at = next; len(at) == 0 {
+			return 0, notices, fmt.Errorf("%q after %d bytes and %d notices is neither echo nor notice", clip(chunk), len(t.got)-len(rest), len(notices))
+		}
+		if isLast {
+			return choose(), notices, nil
+		}
+		rest = rest[i:]
+		end := bytes.IndexByte(rest, '\n')
+		if end < 0 {
+			if t.sawEOF() && t.prompt() { // otherwise the server may have given up in the middle
+				return 0, notices, fmt.Errorf("the notice %q is cut off", clip(rest))
+			}
+			return choose(), notices, nil
+		}
+		notices = append(notices, string(rest[:end]))
+		rest = rest[end+1:]
+	}
+}
+
+func clip(p []byte) []byte { return p[:min(len(p), 60)] }

@@ -486,3 +486,14 @@ func bubbleOf(stack string) string {
 	}
 	return stack[i : i+end]
 }
+
+// snapshot copies what the servers have said about the clients.
+func (w *world) snapshot() map[*trace]life {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	lives := make(map[*trace]life)
+	for t, l := range w.lives {
+		lives[t] = *l
+	}
+	return lives
+}

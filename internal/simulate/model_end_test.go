@@ -1,0 +1,203 @@
+package simulate
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"echod/server"
+)
+
+// judgeEnd judges everything when all is over.
+func (m *model) judgeEnd() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	lives := m.w.snapshot()
+	for _, t := range m.w.traces {
+		t.mu.Lock()
+		m.judgeClient(t, lives[t])
+		t.mu.Unlock()
+	}
+	m.judgeOrder(lives)
+	m.judgeLimits(lives)
+	m.judgeMessages()
+	m.judgeCounts(lives)
+}
+
+// judgeOrder expects that clients are accepted and admitted in the order in which they connected.
+func (m *model) judgeOrder(lives map[*trace]life) {
+	for _, service := range []bool{false, true} {
+		var queue []*trace
+		for _, t := range m.w.traces {
+			if t.plan.Service == service && len(lives[t].ids) > 0 {
+				queue = append(queue, t)
+			}
+		}
+		slices.SortFunc(queue, func(a, b *trace) int { return cmp.Compare(lives[a].ids[0], lives[b].ids[0]) })
+		var last, served *trace
+		for _, t := range queue {
+			if last != nil && t.connected.Before(last.connected) && !m.w.shape.sockets {
+				m.w.violate("clients are accepted in order", "client %d connected before client %d, and was accepted after it", t.plan.ID, last.plan.ID)
+			}
+			last = t
+			if lives[t].served.IsZero() {
+				continue
+			}
+			if served != nil && lives[t].served.Before(lives[served].served) && !m.w.shape.sockets {
+				m.w.violate("clients are served in order", "client %d was served before client %d", t.plan.ID, served.plan.ID)
+			}
+			served = t
+		}
+	}
+}
+
+// judgeLimits expects that never more clients are served than allowed, and that none is turned away before that.
+func (m *model) judgeLimits(lives map[*trace]life) {
+	p := m.w.h.Server
+	if p.MaxConns == 0 && p.PerAddress == 0 {
+		return
+	}
+	at := func(when time.Time, address int, strict bool) (n int) {
+		for t, l := range lives {
+			if l.served.IsZero() || len(l.closed) == 0 || address >= 0 && t.plan.Address != address || strict && m.staysBehind(l, when) {
+				continue
+			}
+			from, to := l.served, l.closed[0].Closed
+			if strict && from.Before(when) && to.After(when) || !strict && !from.After(when) && !to.Before(when) {
+				n++
+			}
+		}
+		return n
+	}
+	for t, l := range lives {
+		if l.served.IsZero() || m.drain != nil && !l.served.Before(m.drain.acceptUntil) {
+			continue // a drain serves those in the queue too
+		}
+		if n := at(l.served, -1, true); p.MaxConns > 0 && n >= p.MaxConns {
+			m.w.violate("limits hold", "client %d was served besides %d others", t.plan.ID, n)
+		}
+		if n := at(l.served, t.plan.Address, true); p.PerAddress > 0 && n >= p.PerAddress {
+			m.w.violate("limits hold", "client %d was served besides %d others of its address", t.plan.ID, n)
+		}
+	}
+	for t, l := range lives {
+		if len(l.closed) == 0 || l.closed[0].Reason != server.ReasonRejectedLimit && l.closed[0].Reason != server.ReasonRejectedAddressLimit {
+			continue
+		}
+		// It was rejected at some time after it connected. Enough others must have been served at one such time.
+		busy := false
+		times := []time.Time{t.connected}
+		for _, other := range lives {
+			if other.served.After(t.connected) && !other.served.After(l.closed[0].Closed) {
+				times = append(times, other.served)
+			}
+		}
+		for _, when := range times {
+			busy = busy || p.MaxConns > 0 && p.RejectFull && at(when, -1, false) >= p.MaxConns
+			busy = busy || p.PerAddress > 0 && at(when, t.plan.Address, false) >= p.PerAddress
+		}
+		if !busy && !m.w.shape.sockets && m.w.h.Network.Accept == 0 && len(m.holds) == 0 && p.MaxConns == 0 {
+			m.w.violate("limits reject only beyond them", "client %d was rejected, and its address had room", t.plan.ID)
+		}
+	}
+}
+
+// judgeMessages expects that as many clients got an operator's message as the answer says.
+func (m *model) judgeMessages() {
+	for _, o := range m.ops {
+		if o.plan.Do != "notify" || o.code != 200 {
+			continue
+		}
+		got, uncertain := 0, 0
+		for _, t := range m.w.traces {
+			if t.connected.IsZero() {
+				continue
+			}
+			_, notices, err := t.parse(t.sent)
+			switch {
+			case err != nil:
+				return
+			case slices.Contains(notices, "NOTICE "+o.text):
+				got++
+			case !t.sawEOF() || !t.prompt():
+				uncertain++
+			}
+		}
+		if got > o.notified.Sent+o.notified.Failed || got+uncertain < o.notified.Sent {
+			m.w.violate("messages are counted", "%q: answered sent %d, failed %d, and %d clients have it", o.text, o.notified.Sent, o.notified.Failed, got)
+		}
+	}
+}
+
+// judgeCounts expects that the owner's counters are exact in the end.
+func (m *model) judgeCounts(lives map[*trace]life) {
+	g := m.w.current()
+	st := g.srv.Status()
+	var accepted, bytesIn, bytesOut uint64
+	notified, lost := 0, false
+	closed := make(map[server.Reason]uint64)
+	for _, l := range lives {
+		if len(l.closed) == 0 {
+			continue
+		}
+		accepted++
+		if end, ok := g.srv.Report(); ok && l.closedBy != g && l.closed[0].Closed.After(end.Ended) || m.stopsAtOnce(g) && l.closedBy != g &&
+			st.Closed[server.ReasonLost] > closed[server.ReasonLost] && st.Closed[l.closed[0].Reason] == closed[l.closed[0].Reason] {
+			closed[server.ReasonLost]++ // the predecessor had not reported its end when the successor stopped
+			lost = true
+			continue
+		}
+		closed[l.closed[0].Reason]++
+		bytesIn += l.closed[0].BytesIn
+		bytesOut += l.closed[0].BytesOut
+		if l.closedBy == g && l.closed[0].Notified {
+			notified++
+		}
+	}
+	if st.State != server.StateStopped || st.Connections != 0 {
+		m.w.violate("a drain ends", "%s is %v with %d connections", g.name, st.State, st.Connections)
+	}
+	if st.Accepted != accepted || (st.BytesIn != bytesIn || st.BytesOut != bytesOut) && !lost {
+		m.w.violate("counts are exact", "%s: accepted %d, bytes in %d, out %d; its connections add up to %d, %d and %d", g.name,
+			st.Accepted, st.BytesIn, st.BytesOut, accepted, bytesIn, bytesOut)
+	}
+	for _, why := range server.Reasons() {
+		if st.Closed[why] != closed[why] {
+			m.w.violate("counts are exact", "%s: closed %v %d, and there were %d", g.name, why, st.Closed[why], closed[why])
+		}
+	}
+	if n := closed[server.ReasonKilled]; n != uint64(m.killed) && !lost {
+		m.w.violate("counts are exact", "operators were told of %d killed connections, and %d were closed for it", m.killed, n)
+	}
+	rep, ok := g.srv.Report()
+	if !ok {
+		return
+	}
+	d := m.drain
+	if d == nil {
+		return
+	}
+	if rep.Notified != notified {
+		m.w.violate("counts are exact", "the drain's report says that %d were notified, and %d were", rep.Notified, notified)
+	}
+	deaf := slices.ContainsFunc(m.w.traces, func(t *trace) bool { return t.plan.Manner.Deaf > 0 })
+	if !d.forced.IsZero() && !deaf && rep.Ended.After(d.forced.Add(forceTime+m.w.slack())) && !d.uncertain {
+		m.w.violate("force closes everything at once", "it was forced at %v, and ended at %v",
+			d.forced.Sub(m.w.began), rep.Ended.Sub(m.w.began))
+	}
+	if rep.Ended.After(d.latest.Add(drainBudget + m.w.slack())) {
+		m.w.violate("closed within the bound", "the drain ended at %v, and its deadline was %v", rep.Ended.Sub(m.w.began), d.latest.Sub(m.w.began))
+	}
+	last := d.acceptUntil
+	if d.uncertain {
+		last = last.Add(commitTime + freezeTime)
+	}
+	for _, l := range lives {
+		if len(l.closed) > 0 {
+			last = latest(last, l.closed[0].Closed)
+		}
+	}
+	if limit := last.Add(backoffTime + 500*time.Millisecond + m.w.slack()); rep.Ended.After(limit) && rep.Stuck == 0 {
+		m.w.violate("a drain ends when all have left", "it ended at %v, and the last one left at %v", rep.Ended.Sub(m.w.began), last.Sub(m.w.began))
+	}
+}
