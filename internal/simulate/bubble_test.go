@@ -30,7 +30,7 @@ func (b *bubble) open(g *generation) error {
 	defer b.net.mu.Unlock()
 	g.proc = b.net.process(g.name)
 	echo, service := b.net.listen(echoPort, g.proc), b.net.listen(servicePort, g.proc)
-	echo.faulty, service.faulty = true, true
+	echo.injectFaults, service.injectFaults = true, true
 	b.queues = [2]*acceptQueue{echo.acceptQueue, service.acceptQueue}
 	g.echo, g.service, g.control = echo, service, b.net.listen(controlPort, g.proc)
 	return nil

@@ -20,33 +20,33 @@ type clientConn interface {
 	Reset()
 }
 
-// trace is what one client did and saw. The model judges it.
+// trace records what one client did and saw, for the model.
 type trace struct {
 	plan clientPlan
 
 	mu   sync.Mutex
 	cond *sync.Cond
 
-	conn      clientConn // nil until connected
-	connected time.Time  // zero: the connection was refused
-	sent      int        // bytes that the network took
-	offered   int        // bytes that it was asked to take
-	sending   bool       // a write is in progress
-	finished  time.Time  // half-closed
-	closed    time.Time  // closed, or reset, before the server ended the stream
-	wasReset  bool       // by this client
-	got       []byte
-	gotAt     time.Time     // the last byte
-	sentAt    time.Time     // the network took the last byte
-	moved     time.Time     // a byte moved in either direction
-	longest   time.Duration // without one, from the connect to moved
-	end       error         // io.EOF, or why reading failed
-	endAt     time.Time
-	told      time.Time // saw the notice of the drain
-	shutSince time.Time // not zero while it does not read
-	idled     bool      // it has not read for a while at least once
-	left      bool      // everything of it has ended
-	served    int       // bytes that the service had echoed when it returned its state
+	conn            clientConn // nil until connected
+	connected       time.Time  // zero: the connection was refused
+	sent            int        // bytes that the network accepted
+	offered         int        // bytes that the client has tried to send
+	sending         bool       // a write is in progress
+	finished        time.Time  // when the client half-closed
+	closed          time.Time  // when the client closed or reset, before the server ended the stream
+	wasReset        bool       // closed with an RST
+	got             []byte
+	lastGot         time.Time     // when the last byte arrived
+	lastSent        time.Time     // when the network accepted the last byte
+	lastMoved       time.Time     // a byte moved in either direction
+	longestQuiet    time.Duration // without a byte in either direction, before lastMoved
+	end             error         // io.EOF, or why reading failed
+	endAt           time.Time
+	told            time.Time // when it read the notice of the drain
+	notReadingSince time.Time // zero while it reads
+	stoppedReading  bool      // it has stopped reading at least once
+	done            bool      // its goroutines have ended
+	served          int       // bytes that the service had echoed at the handover
 }
 
 // content is what client id sends from byte n on: lines of lower-case letters. No line begins like a notice.
@@ -63,7 +63,7 @@ func content(id, n int, p []byte) {
 }
 
 var (
-	wordShutdown = []byte("SHUTDOWN ")
+	shutdownWord = []byte("SHUTDOWN ")
 	errGivenUp   = errors.New("the client gave up")
 )
 
@@ -79,7 +79,7 @@ func (t *trace) run(dial func(*clientPlan) (clientConn, error), log func(string,
 	defer func() {
 		t.mu.Lock()
 		defer t.mu.Unlock()
-		t.left = true
+		t.done = true
 	}()
 	time.Sleep(t.plan.Start)
 	nc, err := dial(&t.plan)
@@ -88,7 +88,7 @@ func (t *trace) run(dial func(*clientPlan) (clientConn, error), log func(string,
 		return
 	}
 	t.mu.Lock()
-	t.conn, t.connected, t.moved = nc, time.Now(), time.Now()
+	t.conn, t.connected, t.lastMoved = nc, time.Now(), time.Now()
 	t.mu.Unlock()
 	var reader sync.WaitGroup
 	reader.Go(func() { t.read(nc, log) })
@@ -103,7 +103,7 @@ func (t *trace) read(nc clientConn, log func(string, ...any)) {
 	p := make([]byte, 32<<10)
 	for {
 		t.mu.Lock()
-		for !t.shutSince.IsZero() && t.closed.IsZero() {
+		for !t.notReadingSince.IsZero() && t.closed.IsZero() {
 			t.cond.Wait()
 		}
 		t.mu.Unlock()
@@ -111,10 +111,10 @@ func (t *trace) read(nc clientConn, log func(string, ...any)) {
 		t.mu.Lock()
 		if n > 0 {
 			t.got = append(t.got, p[:n]...)
-			t.gotAt = time.Now()
+			t.lastGot = time.Now()
 			t.move()
 			if t.told.IsZero() {
-				if i := bytes.Index(t.got, wordShutdown); i >= 0 && bytes.IndexByte(t.got[i:], '\n') >= 0 {
+				if i := bytes.Index(t.got, shutdownWord); i >= 0 && bytes.IndexByte(t.got[i:], '\n') >= 0 {
 					t.told = time.Now()
 					log("client %d: told", t.plan.ID)
 				}
@@ -137,10 +137,10 @@ func (t *trace) read(nc clientConn, log func(string, ...any)) {
 	}
 }
 
-// move notes that a byte has moved. The caller holds mu.
+// move notes that a byte has lastMoved. The caller holds mu.
 func (t *trace) move() {
-	t.longest = max(t.longest, time.Since(t.moved))
-	t.moved = time.Now()
+	t.longestQuiet = max(t.longestQuiet, time.Since(t.lastMoved))
+	t.lastMoved = time.Now()
 }
 
 // ended reports whether the stream has ended for the client. The caller holds mu.
@@ -181,10 +181,10 @@ func (t *trace) takeSteps(nc clientConn, log func(string, ...any)) {
 			t.send(nc, s.N)
 		case "wait":
 			t.waitFor(s.D, func() bool { return false })
-		case "shut":
-			t.shut(s.D)
+		case "stopreading":
+			t.stopReading(s.D)
 		case "await":
-			t.waitFor(forever, func() bool { return len(t.got) >= t.sent && t.shutSince.IsZero() })
+			t.waitFor(forever, func() bool { return len(t.got) >= t.sent && t.notReadingSince.IsZero() })
 		case "finish":
 			t.finish(nc, log)
 		case "close", "reset":
@@ -236,7 +236,7 @@ func (t *trace) send(nc clientConn, n int) {
 		p = p[k:]
 		t.mu.Lock()
 		t.sent += k
-		t.sentAt = time.Now()
+		t.lastSent = time.Now()
 		t.move()
 		heed := t.mustHeed()
 		if heed {
@@ -263,22 +263,22 @@ func (t *trace) flood(nc clientConn) {
 	_ = nc.Close()
 }
 
-// shut stops reading for d, while the steps go on.
-func (t *trace) shut(d time.Duration) {
+// stopReading stops reading for d. The steps go on meanwhile.
+func (t *trace) stopReading(d time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if !t.shutSince.IsZero() {
+	if !t.notReadingSince.IsZero() {
 		return
 	}
-	t.shutSince, t.idled = time.Now(), true
-	time.AfterFunc(d, t.open)
+	t.notReadingSince, t.stoppedReading = time.Now(), true
+	time.AfterFunc(d, t.resumeReading)
 }
 
-// open reads again.
-func (t *trace) open() {
+// resumeReading lets the client read again.
+func (t *trace) resumeReading() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.shutSince = time.Time{}
+	t.notReadingSince = time.Time{}
 	t.cond.Broadcast()
 }
 
@@ -314,7 +314,7 @@ func (t *trace) giveUp() {
 	if !t.ended() {
 		t.end, t.endAt = errGivenUp, time.Now()
 	}
-	t.shutSince = time.Time{}
+	t.notReadingSince = time.Time{}
 	t.cond.Broadcast()
 	t.mu.Unlock()
 	if nc != nil {
@@ -333,11 +333,13 @@ func (t *trace) sawEOF() bool { return errors.Is(t.end, io.EOF) }
 // lag is how long it can take until what the server writes at once has reached a client that reads.
 func (t *trace) lag() time.Duration {
 	rounds := 2 + 4<<10/t.plan.Window
-	return time.Duration(2*rounds)*t.plan.Delay + t.plan.Manner.Think
+	return time.Duration(2*rounds)*t.plan.Delay + t.plan.Handler.Think
 }
 
-// prompt reports whether the client has read all the time, so that the server's bounds are enough for it.
-func (t *trace) prompt() bool { return !t.idled && t.lag() < flushTime/2 && t.plan.Manner.Deaf == 0 }
+// readsPromptly reports whether the client has read all the time, so that the server's bounds are enough for it.
+func (t *trace) readsPromptly() bool {
+	return !t.stoppedReading && t.lag() < flushTime/2 && t.plan.Handler.Hang == 0
+}
 
 // parse splits what a client has received into the echo of what it sent, of which it returns the length, and the
 // server's notices. A notice is a line of its own: if the byte before it is not the end of a line, a newline comes first.
@@ -388,7 +390,7 @@ func (t *trace) parse(read int) (echo int, notices []string, err error) {
 		rest = rest[i:]
 		end := bytes.IndexByte(rest, '\n')
 		if end < 0 {
-			if t.sawEOF() && t.prompt() { // otherwise the server may have given up in the middle
+			if t.sawEOF() && t.readsPromptly() { // otherwise the server may have given up in the middle
 				return 0, notices, fmt.Errorf("the notice %q is cut off", clip(rest))
 			}
 			return choose(), notices, nil

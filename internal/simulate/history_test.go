@@ -8,15 +8,15 @@ import (
 	"time"
 )
 
-// A history is everything that is drawn from a seed: how the server is configured, what the network, the clients and
-// the operators do, and when. It does not fix the order in which Go runs goroutines that are ready at the same time.
+// A history is everything that a seed determines: the server's options, what the network, the clients and the operators
+// do, and when. It does not determine the order in which Go runs goroutines that are ready at the same time.
 type history struct {
 	Seed    uint64
 	Server  serverPlan
 	Network faultPlan
 	Clients []clientPlan
 	Ops     []opPlan
-	Horizon time.Duration // until then clients come, and operators act; then the server settles and is drained
+	Horizon time.Duration // clients connect and operators act until then; afterwards the server settles and drains
 }
 
 // serverPlan is the server's options. Zero is the server's default.
@@ -35,28 +35,28 @@ type clientPlan struct {
 	Start   time.Duration
 	Address int // clients with the same address count together
 	Service bool
-	Manner  manner // of the handler, for clients of the service; the others are served by server.Echo
-	Window  int    // bytes
+	Handler handlerPlan // for clients of the service; server.Echo serves the others
+	Window  int         // bytes
 	Delay   time.Duration
 	Steps   []step
 	Heeds   bool          // stops sending once it was told
-	Leaves  time.Duration // after it was told, it half-closes; -1: it stays
-	Floods  bool          // goes on sending after the server's end of stream
+	Leaves  time.Duration // from the notice until it half-closes; -1: it stays
+	Floods  bool          // continues to send after the server has ended the stream
 }
 
-// manner is how the service's handler treats a client.
-type manner struct {
-	Think  time.Duration // between reading and writing
-	Errors int           // bytes after which it returns an error; 0: never
-	Panics int           // or panics
-	Done   int           // or returns nil
-	Deaf   time.Duration // after the first byte it ignores everything for so long
-	Polite bool          // returns when it is told to drain and has no request
+// handlerPlan is how the service's handler treats a client.
+type handlerPlan struct {
+	Think          time.Duration // between reading and writing
+	ErrorAfter     int           // bytes after which it returns an error; 0: never
+	PanicAfter     int           // or panics
+	ReturnAfter    int           // or returns nil
+	Hang           time.Duration // after the first read; it ignores its context meanwhile
+	ReturnsOnDrain bool          // returns when it is told to drain and has no request
 }
 
 // step is one action of a client.
 type step struct {
-	Do string        // send, wait, shut, open, await, finish, close, reset
+	Do string        // send, wait, stopreading, await, finish, close, reset
 	N  int           // bytes to send
 	D  time.Duration // to wait
 }
@@ -84,7 +84,7 @@ type linkFault struct {
 type shape struct {
 	clients  int // at most
 	horizon  time.Duration
-	scale    time.Duration // of pauses between steps
+	scale    time.Duration // unit of the waits between steps
 	timeouts time.Duration // unit of timeouts and grace periods
 	delay    time.Duration // of the network, at most
 	bulk     int           // bytes in one send, at most
@@ -92,15 +92,15 @@ type shape struct {
 	sockets  bool
 }
 
-// bubbled is the shape of histories in a bubble, where time costs nothing.
-var bubbled = shape{
+// bubbleShape is the shape of histories in a bubble, where waiting takes no real time.
+var bubbleShape = shape{
 	clients: 30, horizon: 20 * time.Second, scale: 2 * time.Second, timeouts: time.Second, delay: 50 * time.Millisecond,
 	bulk: 200 << 10, upgrades: true,
 }
 
-// draw makes the history of a seed.
+// draw generates the history of a seed.
 func draw(seed uint64, sh shape) *history {
-	d := &drawing{rand.New(rand.NewPCG(seed, 0x68697374)), sh}
+	d := &generator{rand.New(rand.NewPCG(seed, 0x68697374)), sh}
 	h := &history{Seed: seed, Horizon: d.between(sh.horizon/10, sh.horizon)}
 	h.Server = d.server()
 	h.Network = d.network()
@@ -111,76 +111,76 @@ func draw(seed uint64, sh shape) *history {
 	return h
 }
 
-type drawing struct {
+type generator struct {
 	*rand.Rand
 	shape shape
 }
 
-func (d *drawing) between(a, b time.Duration) time.Duration {
+func (d *generator) between(a, b time.Duration) time.Duration {
 	if b <= a {
 		return a
 	}
 	return a + time.Duration(d.Int64N(int64(b-a)))
 }
 
-// one reports true once in n times.
-func (d *drawing) one(n int) bool { return d.IntN(n) == 0 }
+// oneIn reports true once in n times.
+func (d *generator) oneIn(n int) bool { return d.IntN(n) == 0 }
 
-func (d *drawing) server() (s serverPlan) {
+func (d *generator) server() (s serverPlan) {
 	unit := d.shape.timeouts
 	s.Grace = d.between(unit/5, 5*unit)
-	if d.one(3) {
+	if d.oneIn(3) {
 		s.MaxConns = 1 + d.IntN(10)
-		s.RejectFull = d.one(2)
+		s.RejectFull = d.oneIn(2)
 	}
-	if d.one(5) {
+	if d.oneIn(5) {
 		s.PerAddress = 1 + d.IntN(3)
 	}
-	if d.one(3) {
+	if d.oneIn(3) {
 		s.Idle = d.between(unit, 6*unit)
 	}
-	if d.one(2) {
+	if d.oneIn(2) {
 		s.Stall = d.between(3*unit/2, 4*unit)
 	}
-	if d.one(5) {
+	if d.oneIn(5) {
 		s.Delay = d.between(unit/10, 2*unit)
 	}
 	return s
 }
 
-func (d *drawing) network() (f faultPlan) {
+func (d *generator) network() (f faultPlan) {
 	f.Segment = 1 + d.IntN(32<<10)
-	if d.one(6) {
+	if d.oneIn(6) {
 		f.Segment = 1 + d.IntN(2000)
 	}
-	if d.one(3) {
+	if d.oneIn(3) {
 		f.Accept = d.Float64() / 3
 	}
-	if d.one(2) {
+	if d.oneIn(2) {
 		f.AcceptSlips = d.Float64() / 2
 	}
 	return f
 }
 
-func (d *drawing) client(id int, horizon time.Duration) clientPlan {
+func (d *generator) client(id int, horizon time.Duration) clientPlan {
 	c := clientPlan{
 		ID: id, Start: d.between(0, horizon), Address: d.IntN(4), Window: 1 << (10 + d.IntN(7)),
-		Heeds: !d.one(4), Leaves: -1,
+		Heeds: !d.oneIn(4), Leaves: -1,
 	}
-	if d.one(3) { // many come at the same time
+	if d.oneIn(3) { // many come at the same time
 		c.Start = horizon / 4 * time.Duration(d.IntN(4))
 	}
-	if !d.one(3) {
+	if !d.oneIn(3) {
 		c.Delay = d.between(0, d.shape.delay)
 	}
-	if d.one(3) {
+	if d.oneIn(3) {
 		c.Leaves = d.between(0, d.shape.timeouts)
 	}
-	if d.one(3) {
-		c.Service, c.Manner = true, d.manner()
+	if d.oneIn(3) {
+		c.Service, c.Handler = true, d.handler()
 	}
-	c.Floods = d.one(10)
-	if d.one(12) { // a probe
+	c.Floods = d.oneIn(10)
+	if d.oneIn(12) { // a probe
 		c.Steps = []step{{Do: [...]string{"close", "reset", "finish"}[d.IntN(3)]}}
 		return c
 	}
@@ -196,54 +196,54 @@ func (d *drawing) client(id int, horizon time.Duration) clientPlan {
 	return c
 }
 
-func (d *drawing) step() step {
+func (d *generator) step() step {
 	switch d.IntN(9) {
 	case 0, 1, 2:
 		return step{Do: "send", N: 1 + d.IntN(200)}
 	case 3:
 		n := 1 + d.IntN(20<<10)
-		if d.one(3) {
+		if d.oneIn(3) {
 			n = 1 + d.IntN(d.shape.bulk)
 		}
 		return step{Do: "send", N: n}
 	case 4, 5:
 		return step{Do: "wait", D: d.between(0, d.shape.scale)}
 	case 6:
-		return step{Do: "shut", D: d.between(0, 3*d.shape.scale)}
+		return step{Do: "stopreading", D: d.between(0, 3*d.shape.scale)}
 	default:
 		return step{Do: "await"}
 	}
 }
 
-func (d *drawing) manner() (m manner) {
-	if d.one(2) {
+func (d *generator) handler() (m handlerPlan) {
+	if d.oneIn(2) {
 		m.Think = d.between(0, d.shape.timeouts/5)
 	}
-	m.Polite = d.one(2)
+	m.ReturnsOnDrain = d.oneIn(2)
 	n := 1 + d.IntN(3000)
 	switch d.IntN(8) {
 	case 0:
-		m.Errors = n
+		m.ErrorAfter = n
 	case 1:
-		m.Panics = n
+		m.PanicAfter = n
 	case 2:
-		m.Done = n
+		m.ReturnAfter = n
 	case 3:
-		m.Deaf = d.between(0, 5*d.shape.timeouts)
+		m.Hang = d.between(0, 5*d.shape.timeouts)
 	}
 	return m
 }
 
-func (d *drawing) ops(horizon time.Duration, clients int) (ops []opPlan) {
+func (d *generator) ops(horizon time.Duration, clients int) (ops []opPlan) {
 	unit := d.shape.timeouts
 	for range d.IntN(12) {
 		op := opPlan{At: d.between(0, horizon), Which: d.IntN(clients)}
 		switch d.IntN(12) {
 		case 0, 1, 2:
 			op.Do, op.Mode = "pause", [...]string{"hold", "reject"}[d.IntN(2)]
-			if d.one(2) {
+			if d.oneIn(2) {
 				op.TTL = d.between(unit/10, 5*unit)
-				op.While = d.one(3)
+				op.While = d.oneIn(3)
 			}
 		case 3:
 			op.Do = "resume"
@@ -263,13 +263,13 @@ func (d *drawing) ops(horizon time.Duration, clients int) (ops []opPlan) {
 				break
 			}
 			op.Do = "upgrade"
-			if d.one(2) {
-				op.Fault = linkFault{Successor: d.one(2), At: 1 + d.IntN(8), Do: [...]string{"break", "delay", "stall"}[d.IntN(3)]}
-				if op.Fault.Successor && d.one(4) {
+			if d.oneIn(2) {
+				op.Fault = linkFault{Successor: d.oneIn(2), At: 1 + d.IntN(8), Do: [...]string{"break", "delay", "stall"}[d.IntN(3)]}
+				if op.Fault.Successor && d.oneIn(4) {
 					op.Fault.Do = "die"
 				}
 			} else {
-				op.Refuse = d.one(8)
+				op.Refuse = d.oneIn(8)
 			}
 		}
 		ops = append(ops, op)
@@ -280,9 +280,9 @@ func (d *drawing) ops(horizon time.Duration, clients int) (ops []opPlan) {
 		}
 	}
 	// How it ends. A drain may come early, and be changed.
-	if !d.one(3) {
+	if !d.oneIn(3) {
 		drain := opPlan{At: d.between(horizon/4, horizon), Do: "drain", TTL: d.between(0, 5*unit)}
-		if d.one(3) {
+		if d.oneIn(3) {
 			drain.TTL = -1 // the default
 		}
 		ops = append(ops, drain)
@@ -361,7 +361,7 @@ func (c *clientPlan) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "client %d from address %d, window %d, delay %v", c.ID, c.Address, c.Window, c.Delay)
 	if c.Service {
-		fmt.Fprintf(&b, ", service %+v", c.Manner)
+		fmt.Fprintf(&b, ", service %+v", c.Handler)
 	}
 	b.WriteString(":")
 	for _, s := range c.Steps {

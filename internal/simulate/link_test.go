@@ -14,21 +14,21 @@ import (
 // memoryLink is one end of an in-memory server.Link. It passes further handles of the same endpoints, as a Unix socket
 // passes descriptors.
 type memoryLink struct {
-	net   *network
-	owner *process
-	in    *mailbox
-	out   *mailbox
-	limit timeLimit
-	shut  bool
+	net    *network
+	owner  *process
+	in     *mailbox
+	out    *mailbox
+	limit  timeLimit
+	closed bool
 
 	count int // messages that were sent or received
 	state *commit
 	fault linkFault // for this side, if At is not 0
 }
 
-// commit is how far a handover is. The link between processes breaks only if one of them dies. Once the successor is the
-// owner that is a crash, which loses connections with an upgrade as without one.
-type commit struct{ asked, done bool }
+// commit is the progress of a handover. Both ends of the link share it. Faults stop once it is acknowledged: between
+// processes the link then breaks only if the owner crashes, which loses its connections with or without an upgrade.
+type commit struct{ sent, acknowledged bool }
 
 // mailbox is one direction of a link.
 type mailbox struct {
@@ -39,7 +39,7 @@ type mailbox struct {
 
 type mail struct {
 	message []byte
-	files   []closer // handles of nobody
+	files   []closer // handles in transit
 	at      time.Time
 }
 
@@ -63,7 +63,7 @@ func (n *network) links(predecessor, successor *process, fault linkFault) (near,
 // step counts a message, and reports how the fault affects it. The caller holds the network's lock.
 func (l *memoryLink) step() (delay time.Duration, err error) {
 	l.count++
-	if l.fault.At != l.count || l.state.done {
+	if l.fault.At != l.count || l.state.acknowledged {
 		return 0, nil
 	}
 	switch l.fault.Do {
@@ -85,7 +85,7 @@ func (l *memoryLink) Send(message []byte, files []any) error {
 	l.net.mu.Lock()
 	defer l.net.mu.Unlock()
 	switch {
-	case l.shut:
+	case l.closed:
 		return net.ErrClosed
 	case l.limit.passed():
 		return os.ErrDeadlineExceeded
@@ -96,13 +96,13 @@ func (l *memoryLink) Send(message []byte, files []any) error {
 	for _, f := range files {
 		switch f := f.(type) {
 		case *handle:
-			if f.shut {
+			if f.closed {
 				l.discard(m)
 				return net.ErrClosed
 			}
 			m.files = append(m.files, f.open(l.owner))
 		case *listener:
-			if f.shut {
+			if f.closed {
 				l.discard(m)
 				return net.ErrClosed
 			}
@@ -115,9 +115,9 @@ func (l *memoryLink) Send(message []byte, files []any) error {
 		return err
 	}
 	if isCommit(message) {
-		l.state.asked = true
-	} else if l.state.asked {
-		l.state.done = true
+		l.state.sent = true
+	} else if l.state.sent {
+		l.state.acknowledged = true
 	}
 	m.at = time.Now().Add(delay)
 	l.out.mail = append(l.out.mail, m)
@@ -146,7 +146,7 @@ func (l *memoryLink) Receive() ([]byte, []any, error) {
 	defer l.net.mu.Unlock()
 	for {
 		switch {
-		case l.shut:
+		case l.closed:
 			return nil, nil, net.ErrClosed
 		case l.limit.passed():
 			return nil, nil, os.ErrDeadlineExceeded
@@ -202,10 +202,10 @@ func (l *memoryLink) Close() error {
 }
 
 func (l *memoryLink) close() {
-	if l.shut {
+	if l.closed {
 		return
 	}
-	l.shut = true
+	l.closed = true
 	l.limit.stop()
 	l.owner.remove(l)
 	for _, m := range l.in.mail {
@@ -230,7 +230,7 @@ func (l *listener) moveTo(p *process) {
 	p.add(l)
 }
 
-// own adds what was made without the network's lock.
+// own adds c to the process. Unlike add it takes the network's lock.
 func (p *process) own(c closer) {
 	p.net.mu.Lock()
 	defer p.net.mu.Unlock()

@@ -8,42 +8,42 @@ import (
 	"echod/server"
 )
 
-// judgeEnd judges everything when all is over.
-func (m *model) judgeEnd() {
+// checkEnd checks the whole history after every client and server has ended.
+func (m *model) checkEnd() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	lives := m.w.snapshot()
+	records := m.w.snapshot()
 	for _, t := range m.w.traces {
 		t.mu.Lock()
-		m.judgeClient(t, lives[t])
+		m.checkClient(t, records[t])
 		t.mu.Unlock()
 	}
-	m.judgeOrder(lives)
-	m.judgeLimits(lives)
-	m.judgeMessages()
-	m.judgeCounts(lives)
+	m.checkOrder(records)
+	m.checkLimits(records)
+	m.checkMessages()
+	m.checkCounts(records)
 }
 
-// judgeOrder expects that clients are accepted and admitted in the order in which they connected.
-func (m *model) judgeOrder(lives map[*trace]life) {
+// checkOrder requires clients to be accepted and served in the order in which they connected.
+func (m *model) checkOrder(records map[*trace]connRecord) {
 	for _, service := range []bool{false, true} {
 		var queue []*trace
 		for _, t := range m.w.traces {
-			if t.plan.Service == service && len(lives[t].ids) > 0 {
+			if t.plan.Service == service && len(records[t].ids) > 0 {
 				queue = append(queue, t)
 			}
 		}
-		slices.SortFunc(queue, func(a, b *trace) int { return cmp.Compare(lives[a].ids[0], lives[b].ids[0]) })
+		slices.SortFunc(queue, func(a, b *trace) int { return cmp.Compare(records[a].ids[0], records[b].ids[0]) })
 		var last, served *trace
 		for _, t := range queue {
 			if last != nil && t.connected.Before(last.connected) && !m.w.shape.sockets {
 				m.w.violate("clients are accepted in order", "client %d connected before client %d, and was accepted after it", t.plan.ID, last.plan.ID)
 			}
 			last = t
-			if lives[t].served.IsZero() {
+			if records[t].served.IsZero() {
 				continue
 			}
-			if served != nil && lives[t].served.Before(lives[served].served) && !m.w.shape.sockets {
+			if served != nil && records[t].served.Before(records[served].served) && !m.w.shape.sockets {
 				m.w.violate("clients are served in order", "client %d was served before client %d", t.plan.ID, served.plan.ID)
 			}
 			served = t
@@ -51,15 +51,16 @@ func (m *model) judgeOrder(lives map[*trace]life) {
 	}
 }
 
-// judgeLimits expects that never more clients are served than allowed, and that none is turned away before that.
-func (m *model) judgeLimits(lives map[*trace]life) {
+// checkLimits requires that no more clients are served than the limits allow, and that none is rejected below them.
+func (m *model) checkLimits(records map[*trace]connRecord) {
 	p := m.w.h.Server
 	if p.MaxConns == 0 && p.PerAddress == 0 {
 		return
 	}
-	at := func(when time.Time, address int, strict bool) (n int) {
-		for t, l := range lives {
-			if l.served.IsZero() || len(l.closed) == 0 || address >= 0 && t.plan.Address != address || strict && m.staysBehind(l, when) {
+	// servedAt counts the connections that were served at that time; strictly, or including its limits.
+	servedAt := func(when time.Time, address int, strict bool) (n int) {
+		for t, l := range records {
+			if l.served.IsZero() || len(l.closed) == 0 || address >= 0 && t.plan.Address != address || strict && m.stayedBehind(l, when) {
 				continue
 			}
 			from, to := l.served, l.closed[0].Closed
@@ -69,41 +70,41 @@ func (m *model) judgeLimits(lives map[*trace]life) {
 		}
 		return n
 	}
-	for t, l := range lives {
+	for t, l := range records {
 		if l.served.IsZero() || m.drain != nil && !l.served.Before(m.drain.acceptUntil) {
-			continue // a drain serves those in the queue too
+			continue // a drain also serves the clients in the accept queue
 		}
-		if n := at(l.served, -1, true); p.MaxConns > 0 && n >= p.MaxConns {
+		if n := servedAt(l.served, -1, true); p.MaxConns > 0 && n >= p.MaxConns {
 			m.w.violate("limits hold", "client %d was served besides %d others", t.plan.ID, n)
 		}
-		if n := at(l.served, t.plan.Address, true); p.PerAddress > 0 && n >= p.PerAddress {
+		if n := servedAt(l.served, t.plan.Address, true); p.PerAddress > 0 && n >= p.PerAddress {
 			m.w.violate("limits hold", "client %d was served besides %d others of its address", t.plan.ID, n)
 		}
 	}
-	for t, l := range lives {
+	for t, l := range records {
 		if len(l.closed) == 0 || l.closed[0].Reason != server.ReasonRejectedLimit && l.closed[0].Reason != server.ReasonRejectedAddressLimit {
 			continue
 		}
-		// It was rejected at some time after it connected. Enough others must have been served at one such time.
+		// The client was rejected at some time after it connected. At that time enough others must have been served.
 		busy := false
 		times := []time.Time{t.connected}
-		for _, other := range lives {
+		for _, other := range records {
 			if other.served.After(t.connected) && !other.served.After(l.closed[0].Closed) {
 				times = append(times, other.served)
 			}
 		}
 		for _, when := range times {
-			busy = busy || p.MaxConns > 0 && p.RejectFull && at(when, -1, false) >= p.MaxConns
-			busy = busy || p.PerAddress > 0 && at(when, t.plan.Address, false) >= p.PerAddress
+			busy = busy || p.MaxConns > 0 && p.RejectFull && servedAt(when, -1, false) >= p.MaxConns
+			busy = busy || p.PerAddress > 0 && servedAt(when, t.plan.Address, false) >= p.PerAddress
 		}
 		if !busy && !m.w.shape.sockets && m.w.h.Network.Accept == 0 && len(m.holds) == 0 && p.MaxConns == 0 {
-			m.w.violate("limits reject only beyond them", "client %d was rejected, and its address had room", t.plan.ID)
+			m.w.violate("only a full limit rejects", "client %d was rejected, and its address had room", t.plan.ID)
 		}
 	}
 }
 
-// judgeMessages expects that as many clients got an operator's message as the answer says.
-func (m *model) judgeMessages() {
+// checkMessages requires that as many clients got an operator's message as the answer said.
+func (m *model) checkMessages() {
 	for _, o := range m.ops {
 		if o.plan.Do != "notify" || o.code != 200 {
 			continue
@@ -119,7 +120,7 @@ func (m *model) judgeMessages() {
 				return
 			case slices.Contains(notices, "NOTICE "+o.text):
 				got++
-			case !t.sawEOF() || !t.prompt():
+			case !t.sawEOF() || !t.readsPromptly():
 				uncertain++
 			}
 		}
@@ -129,21 +130,21 @@ func (m *model) judgeMessages() {
 	}
 }
 
-// judgeCounts expects that the owner's counters are exact in the end.
-func (m *model) judgeCounts(lives map[*trace]life) {
+// checkCounts requires the last server's counters to be the sums over all clients, and the drain to have ended in time.
+func (m *model) checkCounts(records map[*trace]connRecord) {
 	g := m.w.current()
 	st := g.srv.Status()
 	var accepted, bytesIn, bytesOut uint64
 	notified, lost := 0, false
 	closed := make(map[server.Reason]uint64)
-	for _, l := range lives {
+	for _, l := range records {
 		if len(l.closed) == 0 {
 			continue
 		}
 		accepted++
-		if end, ok := g.srv.Report(); ok && l.closedBy != g && l.closed[0].Closed.After(end.Ended) || m.stopsAtOnce(g) && l.closedBy != g &&
+		if end, ok := g.srv.Report(); ok && l.closedBy != g && l.closed[0].Closed.After(end.Ended) || m.stoppedAtOnce(g) && l.closedBy != g &&
 			st.Closed[server.ReasonLost] > closed[server.ReasonLost] && st.Closed[l.closed[0].Reason] == closed[l.closed[0].Reason] {
-			closed[server.ReasonLost]++ // the predecessor had not reported its end when the successor stopped
+			closed[server.ReasonLost]++ // the predecessor had not reported its close when the successor stopped
 			lost = true
 			continue
 		}
@@ -180,19 +181,19 @@ func (m *model) judgeCounts(lives map[*trace]life) {
 	if rep.Notified != notified {
 		m.w.violate("counts are exact", "the drain's report says that %d were notified, and %d were", rep.Notified, notified)
 	}
-	deaf := slices.ContainsFunc(m.w.traces, func(t *trace) bool { return t.plan.Manner.Deaf > 0 })
-	if !d.forced.IsZero() && !deaf && rep.Ended.After(d.forced.Add(forceTime+m.w.slack())) && !d.uncertain {
+	hangs := slices.ContainsFunc(m.w.traces, func(t *trace) bool { return t.plan.Handler.Hang > 0 })
+	if !d.forcedAt.IsZero() && !hangs && rep.Ended.After(d.forcedAt.Add(forceTime+m.w.slack())) && !d.uncertain {
 		m.w.violate("force closes everything at once", "it was forced at %v, and ended at %v",
-			d.forced.Sub(m.w.began), rep.Ended.Sub(m.w.began))
+			d.forcedAt.Sub(m.w.began), rep.Ended.Sub(m.w.began))
 	}
 	if rep.Ended.After(d.latest.Add(drainBudget + m.w.slack())) {
-		m.w.violate("closed within the bound", "the drain ended at %v, and its deadline was %v", rep.Ended.Sub(m.w.began), d.latest.Sub(m.w.began))
+		m.w.violate("a drain closes all clients in time", "the drain ended at %v, and its deadline was %v", rep.Ended.Sub(m.w.began), d.latest.Sub(m.w.began))
 	}
 	last := d.acceptUntil
 	if d.uncertain {
 		last = last.Add(commitTime + freezeTime)
 	}
-	for _, l := range lives {
+	for _, l := range records {
 		if len(l.closed) > 0 {
 			last = latest(last, l.closed[0].Closed)
 		}

@@ -7,8 +7,8 @@ import (
 	"echod/control"
 )
 
-// judgeStatus judges a status. It is exact if no operator did anything meanwhile.
-func (m *model) judgeStatus(g *generation, st control.Status, exact bool) {
+// checkStatus checks a status. Unless exact is set, an operator acted at the same time, and only the sum is checked.
+func (m *model) checkStatus(g *generation, st control.Status, exact bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := time.Now()
@@ -22,8 +22,8 @@ func (m *model) judgeStatus(g *generation, st control.Status, exact bool) {
 	if g != m.w.current() || !exact {
 		return
 	}
-	m.judgeTimeouts(now)
-	m.judgeRejects(now)
+	m.checkTimeouts(now)
+	m.checkRejects(now)
 	if st.Accepted < m.accepted || st.BytesIn < m.bytesIn {
 		m.w.violate("counters never go back", "%s: accepted %d after %d, bytes in %d after %d", g.name, st.Accepted, m.accepted, st.BytesIn, m.bytesIn)
 	}
@@ -38,14 +38,14 @@ func (m *model) judgeStatus(g *generation, st control.Status, exact bool) {
 		if st.State != "draining" && st.State != "stopped" {
 			m.w.violate("the state is true", "%s is %s in a drain", g.name, st.State)
 		} else if st.Drain != nil {
-			m.judgeDeadline(st.Drain.Deadline)
+			m.checkDeadline(st.Drain.Deadline)
 		}
 		return
 	}
 	var want []string
 	for _, h := range m.holds {
-		if h.fades && now.Sub(h.ended) < 100*time.Millisecond || !h.expires.IsZero() && now.Sub(h.expires).Abs() < 10*time.Millisecond+m.w.late() {
-			return // it may be over or not
+		if h.callerLeft && now.Sub(h.earliestEnd) < 100*time.Millisecond || !h.expires.IsZero() && now.Sub(h.expires).Abs() < 10*time.Millisecond+m.w.expirySlack() {
+			return // it may have ended or not
 		}
 		if h.live(now) {
 			want = append(want, h.id+" "+h.mode)
@@ -69,8 +69,9 @@ func (m *model) judgeStatus(g *generation, st control.Status, exact bool) {
 	}
 }
 
-// judgeRest judges a server that had time to come to rest: nobody pauses or drains it.
-func (m *model) judgeRest() {
+// checkSettled checks a server that has been left alone for a while, not paused and not draining. It must have served
+// every client and echoed every byte.
+func (m *model) checkSettled() {
 	now := time.Now()
 	served, full := 0, false
 	for _, l := range m.w.snapshot() {
@@ -81,17 +82,17 @@ func (m *model) judgeRest() {
 	if p := m.w.h.Server; p.MaxConns > 0 {
 		full = served >= p.MaxConns
 	}
-	lives := m.w.snapshot()
+	records := m.w.snapshot()
 	for _, t := range m.w.traces {
-		l := lives[t]
+		l := records[t]
 		t.mu.Lock()
 		open := !t.connected.IsZero() && !t.ended()
 		if open && l.served.IsZero() && !full && len(l.closed) == 0 {
 			m.w.violate("clients are served", "client %d has waited since %v", t.plan.ID, t.connected.Sub(m.w.began))
 		}
-		reads := t.shutSince.IsZero()
-		moved := latest(t.gotAt, t.sentAt, l.served)
-		if open && reads && !l.served.IsZero() && t.plan.Manner.Deaf == 0 && now.Sub(moved) > 5*m.w.shape.timeouts {
+		reads := t.notReadingSince.IsZero()
+		lastMoved := latest(t.lastGot, t.lastSent, l.served)
+		if open && reads && !l.served.IsZero() && t.plan.Handler.Hang == 0 && now.Sub(lastMoved) > 5*m.w.shape.timeouts {
 			if echo, _, err := t.parse(t.sent); err == nil && echo < t.sent {
 				m.w.violate("what is sent is echoed", "client %d has %d of %d bytes", t.plan.ID, echo, t.sent)
 			}
@@ -100,46 +101,46 @@ func (m *model) judgeRest() {
 	}
 }
 
-// judgeRejects expects that nobody waits while a hold rejects, whichever other holds there are.
-func (m *model) judgeRejects(now time.Time) {
+// checkRejects requires that no client waits while any hold rejects, whatever the other holds are.
+func (m *model) checkRejects(now time.Time) {
 	i := slices.IndexFunc(m.holds, func(h *modelHold) bool { return h.mode == "reject" && h.live(now) })
-	if i < 0 || m.drain != nil || m.upgradedLately(now) {
+	if i < 0 || m.drain != nil || m.recentUpgrade(now) {
 		return
 	}
-	lives := m.w.snapshot()
+	records := m.w.snapshot()
 	for _, t := range m.w.traces {
-		l := lives[t]
+		l := records[t]
 		t.mu.Lock()
 		waits := !t.connected.IsZero() && l.served.IsZero() && len(l.closed) == 0 && len(t.got) == 0 && !t.ended()
 		if since := latest(t.connected, m.holds[i].inForce); waits && now.Sub(since) > backoffTime+2*t.plan.Delay+m.w.slack() {
-			m.w.violate("a hold that rejects lets nobody wait", "client %d waits since %v", t.plan.ID, since.Sub(m.w.began))
+			m.w.violate("no client waits while a hold rejects", "client %d waits since %v", t.plan.ID, since.Sub(m.w.began))
 		}
 		t.mu.Unlock()
 	}
 }
 
-// judgeTimeouts expects that no client is served that is idle, or that takes nothing, for too long.
-func (m *model) judgeTimeouts(now time.Time) {
+// checkTimeouts requires that clients which are idle or stalled for too long are closed.
+func (m *model) checkTimeouts(now time.Time) {
 	p := m.w.h.Server
-	if p.Idle == 0 && p.Stall == 0 || m.upgradedLately(now) {
+	if p.Idle == 0 && p.Stall == 0 || m.recentUpgrade(now) {
 		return
 	}
-	lives := m.w.snapshot()
+	records := m.w.snapshot()
 	for _, t := range m.w.traces {
-		l := lives[t]
+		l := records[t]
 		t.mu.Lock()
-		open := !t.connected.IsZero() && !t.ended() && !l.served.IsZero() && len(l.closed) == 0 && t.plan.Manner.Deaf == 0
+		open := !t.connected.IsZero() && !t.ended() && !l.served.IsZero() && len(l.closed) == 0 && t.plan.Handler.Hang == 0
 		margin := time.Second + flushTime + lingerTime + 2*t.lag() + m.w.slack()
-		moved := latest(t.moved, l.served)
-		if open && t.shutSince.IsZero() && p.Idle > 0 && now.Sub(moved) > p.Idle*sweepPercent/100+margin {
-			m.w.violate("idle clients are closed", "client %d is idle since %v", t.plan.ID, moved.Sub(m.w.began))
+		lastMoved := latest(t.lastMoved, l.served)
+		if open && t.notReadingSince.IsZero() && p.Idle > 0 && now.Sub(lastMoved) > p.Idle*sweepPercent/100+margin {
+			m.w.violate("idle clients are closed", "client %d is idle since %v", t.plan.ID, lastMoved.Sub(m.w.began))
 		}
-		// More is on its way to the client than its window and the server's buffer hold.
+		// More data is outstanding than the client's window and the server's buffer can hold.
 		blocked := t.sent-len(t.got) > 2*t.plan.Window+2*4<<10 && !m.w.shape.sockets
-		if open && !t.shutSince.IsZero() && blocked && p.Stall > 0 &&
-			now.Sub(latest(moved, t.shutSince)) > p.Stall*sweepPercent/100+margin {
+		if open && !t.notReadingSince.IsZero() && blocked && p.Stall > 0 &&
+			now.Sub(latest(lastMoved, t.notReadingSince)) > p.Stall*sweepPercent/100+margin {
 			m.w.violate("stalled clients are closed", "client %d has taken nothing since %v",
-				t.plan.ID, t.shutSince.Sub(m.w.began))
+				t.plan.ID, t.notReadingSince.Sub(m.w.began))
 		}
 		t.mu.Unlock()
 	}

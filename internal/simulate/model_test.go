@@ -6,69 +6,81 @@ import (
 	"time"
 )
 
-// The model says what clients and operators may see. It knows what the operators did and what they were answered, what
-// each client did and saw, and what the server says about itself; it knows nothing about how the server works. Where
-// two things happen at the same instant, either order is right.
+// The model specifies what clients and operators may observe. It knows the operators' requests and their answers, what
+// each client did and saw, and what the server reports about itself. It does not know how the server works. If two
+// things happen at the same instant, the model accepts either order.
+//
+// Each check* method states some rules. A rule that does not hold is a violation (world.violate).
+//
+//	model_operators_test.go  the answer to each request
+//	model_status_test.go     the status, at any time
+//	model_clients_test.go    each client, at the end
+//	model_end_test.go        all clients and counters, at the end
 
-// Bounds that the server promises, or that follow from its documentation.
+// Time limits that the server promises, or that follow from its documentation.
 const (
-	drainBudget  = 2 * time.Second        // after the deadline everything is closed
-	tellTime     = 300 * time.Millisecond // after the end of accepting everybody was told
-	flushTime    = time.Second            // for what was read when the server ends a connection
-	abortTime    = 1350 * time.Millisecond
-	lingerTime   = 300 * time.Millisecond // for the client's FIN after the server's
-	forceTime    = 800 * time.Millisecond // until everything is closed by force
-	answerTime   = time.Second            // of the control plane
-	freezeTime   = 500 * time.Millisecond // in an upgrade
-	commitTime   = 5500 * time.Millisecond
-	backoffTime  = time.Second // after accepting failed
-	keepTime     = time.Second // asked for in an upgrade: until what stays behind is told
-	sweepPercent = 125         // of a timeout, within which it takes effect, and at most a second more
+	drainBudget  = 2 * time.Second         // from the deadline until all connections are closed
+	tellTime     = 300 * time.Millisecond  // from the end of accepting until every client is told
+	flushTime    = time.Second             // to write what was read, when the server closes a connection
+	abortTime    = 1350 * time.Millisecond // from the deadline until connections may be closed by force
+	lingerTime   = 300 * time.Millisecond  // from the server's FIN to the client's
+	forceTime    = 800 * time.Millisecond  // from a forced drain until all connections are closed
+	answerTime   = time.Second             // for an answer of the control plane
+	freezeTime   = 500 * time.Millisecond  // the freeze of an upgrade
+	commitTime   = 5500 * time.Millisecond // the wait for a successor's acknowledgement
+	backoffTime  = time.Second             // between accepts that fail
+	keepTime     = time.Second             // HandoverOptions.Keep in each upgrade
+	sweepPercent = 125                     // a timeout takes effect within so much of it, and a second
 )
 
 type model struct {
 	w *world
 
 	mu       sync.Mutex
-	holds    []*modelHold
-	drain    *modelDrain
+	holds    []*modelHold // all that were ever placed
+	drain    *modelDrain  // nil until one is requested
 	ops      []*opResult
 	pending  map[*opResult]bool
 	messages int
-	killed   int // as answered
+	killed   int // the sum of the answers to kills
+
+	// The counters in the last status.
 	accepted uint64
 	bytesIn  uint64
 	reasons  map[string]uint64
 }
 
-// modelHold is a hold that an operator has placed.
+// modelHold is a hold that an operator has placed. It begins between requested and inForce. Once it is released, or its
+// caller has left, it ends between earliestEnd and latestEnd.
 type modelHold struct {
-	id      string
-	mode    string
-	asked   time.Time // it is in force after this
-	inForce time.Time // since when the operator knows
-	expires time.Time // zero: never
-	ended   time.Time // since when it may be over; zero: not released
-	gone    time.Time // since when it is certainly over
-	fades   bool      // its caller has gone, and the server may not know yet
+	id          string
+	mode        string
+	requested   time.Time
+	inForce     time.Time // when the operator got the answer
+	expires     time.Time // zero: never
+	earliestEnd time.Time // zero: not released
+	latestEnd   time.Time
+	callerLeft  bool // the server may not have noticed yet
 }
 
-// modelDrain is the drain, as an operator may expect it. Where a request overlaps an upgrade, the times are bounds.
+// modelDrain is the drain that the operators requested. Its deadline is between earliest and latest: a request that
+// overlaps an upgrade may take effect after it.
 type modelDrain struct {
-	began       time.Time     // when it was asked for
-	acceptUntil time.Time     // new clients are served until then
-	deadline    time.Time     // the earliest
-	latest      time.Time     // and the latest that it may be
+	began       time.Time     // when it was requested
+	acceptUntil time.Time     // the server admits new clients until then
+	earliest    time.Time     // of the deadline
+	latest      time.Time     // of the deadline
 	spread      time.Duration // how long the first request took
-	uncertain   bool          // it was asked for during an upgrade, which it may have to wait for
-	forced      time.Time     // when it was forced
+	uncertain   bool          // the request overlapped an upgrade
+	forcedAt    time.Time     // zero: not forced
 }
 
 func newModel(w *world) *model {
 	return &model{w: w, pending: make(map[*opResult]bool), reasons: make(map[string]uint64)}
 }
 
-func (m *model) begin(r *opResult) {
+// started records a request that has no answer yet.
+func (m *model) started(r *opResult) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.pending[r] = true
@@ -81,8 +93,9 @@ func (m *model) draining() bool {
 	return m.drain != nil
 }
 
-// bound is when the drain of a generation must be over. One that has handed over keeps what stayed behind for a while.
-func (m *model) bound(g *generation) time.Time {
+// drainLimit returns when the drain of a generation must have ended. After a handover the drain covers the connections
+// that stayed behind, and begins after keepTime.
+func (m *model) drainLimit(g *generation) time.Time {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, o := range m.ops {
@@ -100,7 +113,7 @@ func (m *model) nextMessage() int {
 	return m.messages
 }
 
-// holdID is the id of a hold for an operator to release, who may have the wrong one.
+// holdID returns the id that an operator releases. The hold may have ended, or never existed.
 func (m *model) holdID(which int) string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -110,85 +123,85 @@ func (m *model) holdID(which int) string {
 	return m.holds[which%len(m.holds)].id
 }
 
-// leaves notes that the caller of a hold that is tied to its connection is about to go.
-func (m *model) leaves(id string) {
+// callerLeaves records that the caller of a hold is about to close its connection, which ends the hold.
+func (m *model) callerLeaves(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, h := range m.holds {
-		if h.id == id && h.ended.IsZero() {
-			h.ended, h.gone, h.fades = time.Now(), time.Now().Add(100*time.Millisecond), true
+		if h.id == id && h.earliestEnd.IsZero() {
+			h.earliestEnd, h.latestEnd, h.callerLeft = time.Now(), time.Now().Add(100*time.Millisecond), true
 		}
 	}
 }
 
-// live reports whether the hold stands at time now.
+// live reports whether the hold is in force.
 func (h *modelHold) live(now time.Time) bool {
-	return h.ended.IsZero() && (h.expires.IsZero() || now.Before(h.expires))
+	return h.earliestEnd.IsZero() && (h.expires.IsZero() || now.Before(h.expires))
 }
 
-// over is when the hold may have ended at the earliest.
-func (h *modelHold) over() time.Time {
-	end := h.ended
+// mayEnd returns the earliest time at which the hold may have ended; zero if it has no end yet.
+func (h *modelHold) mayEnd() time.Time {
+	end := h.earliestEnd
 	if !h.expires.IsZero() && (end.IsZero() || h.expires.Before(end)) {
 		end = h.expires
 	}
 	return end
 }
 
-func (d *modelDrain) shorten(deadline, latest time.Time) {
-	if deadline.Before(d.deadline) {
-		d.deadline = deadline
+// shorten brings the bounds of the deadline forward. It never postpones them.
+func (d *modelDrain) shorten(earliest, latest time.Time) {
+	if earliest.Before(d.earliest) {
+		d.earliest = earliest
 	}
 	if latest.Before(d.latest) {
 		d.latest = latest
 	}
-	if d.deadline.Before(d.acceptUntil) {
-		d.acceptUntil = d.deadline
+	if d.earliest.Before(d.acceptUntil) {
+		d.acceptUntil = d.earliest
 	}
 }
 
-// overlapsUpgrade reports whether an upgrade was in progress while r was. Only one process answers in the end, and it
-// may be another one than was asked.
+// overlapsUpgrade reports whether an upgrade was in progress during r. Then either process may have answered.
 func (m *model) overlapsUpgrade(r *opResult) bool {
 	return slices.ContainsFunc(m.ops, func(o *opResult) bool {
 		return o != r && o.plan.Do == "upgrade" && !o.began.After(r.ended) && (m.pending[o] || !o.ended.Before(r.began))
 	})
 }
 
-// upgradedLately reports whether there was an upgrade, in whose freeze nobody is served, rejected or closed.
-func (m *model) upgradedLately(now time.Time) bool {
+// recentUpgrade reports whether an upgrade ended less than 2 s ago. Its freeze delays every other action.
+func (m *model) recentUpgrade(now time.Time) bool {
 	return slices.ContainsFunc(m.ops, func(o *opResult) bool { return o.plan.Do == "upgrade" && now.Sub(o.ended) < 2*time.Second })
 }
 
-// staysBehind reports whether a connection was with a predecessor at that time, where limits do not count it.
-func (m *model) staysBehind(l life, when time.Time) bool {
+// stayedBehind reports whether a connection was not handed over, so that limits no longer counted it at that time.
+func (m *model) stayedBehind(l connRecord, when time.Time) bool {
 	return slices.ContainsFunc(m.ops, func(o *opResult) bool { return o.upgraded && o.on == l.closedBy && !o.began.After(when) })
 }
 
-// stopsAtOnce reports whether a generation stopped in the moment in which it took over.
-func (m *model) stopsAtOnce(g *generation) bool {
+// stoppedAtOnce reports whether a generation stopped right after it took over.
+func (m *model) stoppedAtOnce(g *generation) bool {
 	rep, ok := g.srv.Report()
 	return ok && slices.ContainsFunc(m.ops, func(o *opResult) bool { return o.upgraded && rep.Ended.Sub(o.ended) < 100*time.Millisecond })
 }
 
-// late is how late the server may be on a busy machine.
-func (w *world) late() time.Duration {
+// expirySlack is how late a hold may expire on a busy machine.
+func (w *world) expirySlack() time.Duration {
 	if w.shape.sockets {
 		return w.slack()
 	}
 	return 0
 }
 
-// least is how long a client must have been quiet at least to be closed for a timeout. On a busy machine the client's
-// clock and the server's are not looked at in the same instant.
-func (w *world) least(timeout time.Duration) time.Duration {
+// minQuiet is how long a client must have been quiet, by its own clock, before the server may close it for a timeout. On
+// a busy machine the client and the server note the same byte at different times.
+func (w *world) minQuiet(timeout time.Duration) time.Duration {
 	if w.shape.sockets {
 		return timeout / 2
 	}
 	return timeout
 }
 
-// skew is how far apart the same event can be for the server and for an operator.
+// skew is how far apart the server and an operator can see the same event.
 func (w *world) skew() time.Duration {
 	if w.shape.sockets {
 		return 200 * time.Millisecond

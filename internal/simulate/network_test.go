@@ -11,15 +11,17 @@ import (
 	"time"
 )
 
-// An in-memory network for a synctest bubble. It behaves like TCP over a network with delays: what is sent arrives later,
-// in order, in pieces; a window bounds what is on the way or unread; each direction ends by itself; a close with unread
-// input, and data that arrives after the close, reset the connection. Endpoints can be shared by several handles, as a
-// socket is by descriptors in several processes.
+// An in-memory network for a synctest bubble. It behaves like TCP over a network with delays:
 //
-// All waits are on sync.Cond, which synctest sees. Calls that the server makes under its locks, such as SetDeadline,
-// never wait.
+//   - Data arrives late, in order, and in pieces. A window limits what is in flight or unread.
+//   - Each direction ends on its own.
+//   - A close with unread input resets the connection, and so does data that arrives after the close.
+//   - Several handles can share an endpoint, as descriptors in several processes share a socket.
+//
+// All waits are on sync.Cond, because synctest does not see through a mutex. Calls that the server makes under its locks,
+// such as SetDeadline, never wait.
 
-// network is all connections and listeners of one history. Its mutex guards everything below.
+// network has all connections and listeners of one history. Its mutex guards everything below.
 type network struct {
 	mu     sync.Mutex
 	random *rand.Rand
@@ -31,7 +33,7 @@ type faultPlan struct {
 	Delay       time.Duration // of each segment, at most
 	Segment     int           // bytes that travel together, at most
 	Accept      float64       // share of accepts that fail
-	AcceptSlips float64       // share of interrupted accepts that return a connection all the same, as the kernel's may
+	AcceptSlips float64       // share of interrupted accepts that still return a connection, as in the kernel
 }
 
 func newNetwork(seed uint64, faults faultPlan) *network {
@@ -39,23 +41,23 @@ func newNetwork(seed uint64, faults faultPlan) *network {
 }
 
 // delay draws the delay of a segment. Many have none, so that order is also left to the scheduler.
-func (n *network) delay(most time.Duration) time.Duration {
-	if most == 0 || n.random.IntN(3) == 0 {
+func (n *network) delay(maximum time.Duration) time.Duration {
+	if maximum == 0 || n.random.IntN(3) == 0 {
 		return 0
 	}
-	return time.Duration(n.random.Int64N(int64(most)))
+	return time.Duration(n.random.Int64N(int64(maximum)))
 }
 
 // stream is one direction of a connection.
 type stream struct {
 	net      *network
 	cond     *sync.Cond
-	flight   []segment
+	segments []segment
 	arrived  []byte // and not read yet
-	window   int    // bound on what is in flight or unread
+	window   int    // bound on what is in segments or unread
 	inFlight int
 	last     time.Time // when the newest segment arrives
-	most     time.Duration
+	maxDelay time.Duration
 	finSent  bool
 	fin      bool    // the FIN has arrived
 	closed   bool    // the receiver has closed
@@ -72,12 +74,12 @@ type segment struct {
 
 // send puts a segment on its way.
 func (s *stream) send(g segment) {
-	at := time.Now().Add(s.net.delay(s.most))
+	at := time.Now().Add(s.net.delay(s.maxDelay))
 	if at.Before(s.last) {
 		at = s.last
 	}
 	g.at, s.last = at, at
-	s.flight = append(s.flight, g)
+	s.segments = append(s.segments, g)
 	s.inFlight += len(g.data)
 	if wait := time.Until(at); wait > 0 {
 		time.AfterFunc(wait, func() {
@@ -90,11 +92,11 @@ func (s *stream) send(g segment) {
 	s.deliver()
 }
 
-// deliver lets the segments arrive that are due.
+// deliver delivers the segments that are due.
 func (s *stream) deliver() {
-	for len(s.flight) > 0 && !s.flight[0].at.After(time.Now()) {
-		g := s.flight[0]
-		s.flight = s.flight[1:]
+	for len(s.segments) > 0 && !s.segments[0].at.After(time.Now()) {
+		g := s.segments[0]
+		s.segments = s.segments[1:]
 		s.inFlight -= len(g.data)
 		switch {
 		case s.reset:
@@ -131,14 +133,14 @@ type handle struct {
 	*endpoint
 	owner       *process
 	read, write timeLimit
-	shut        bool
+	closed      bool
 	linger0     bool
 }
 
 // pair makes a connection.
 func (n *network) pair(local, remote net.Addr, window int, delay time.Duration) (served, client *endpoint) {
-	up := &stream{net: n, cond: sync.NewCond(&n.mu), window: window, most: delay}
-	down := &stream{net: n, cond: sync.NewCond(&n.mu), window: window, most: delay}
+	up := &stream{net: n, cond: sync.NewCond(&n.mu), window: window, maxDelay: delay}
+	down := &stream{net: n, cond: sync.NewCond(&n.mu), window: window, maxDelay: delay}
 	up.reverse, down.reverse = down, up
 	served = &endpoint{net: n, in: up, out: down, local: local, remote: remote}
 	client = &endpoint{net: n, in: down, out: up, local: remote, remote: local}
@@ -157,7 +159,7 @@ func (h *handle) Read(p []byte) (int, error) {
 	defer h.net.mu.Unlock()
 	for {
 		switch {
-		case h.shut:
+		case h.closed:
 			return 0, net.ErrClosed
 		case h.read.passed():
 			return 0, os.ErrDeadlineExceeded
@@ -186,7 +188,7 @@ func (h *handle) Write(p []byte) (written int, err error) {
 	defer h.net.mu.Unlock()
 	for {
 		switch {
-		case h.shut:
+		case h.closed:
 			return written, net.ErrClosed
 		case h.write.passed():
 			return written, os.ErrDeadlineExceeded
@@ -200,8 +202,8 @@ func (h *handle) Write(p []byte) (written int, err error) {
 		room := h.out.window - h.out.inFlight - len(h.out.arrived)
 		if room > 0 {
 			k := min(room, len(p)-written)
-			if most := h.net.faults.Segment; most > 0 {
-				k = min(k, 1+h.net.random.IntN(most))
+			if size := h.net.faults.Segment; size > 0 {
+				k = min(k, 1+h.net.random.IntN(size))
 			}
 			h.out.send(segment{data: slices.Clone(p[written : written+k])})
 			written += k
@@ -214,7 +216,7 @@ func (h *handle) Write(p []byte) (written int, err error) {
 func (h *handle) CloseWrite() error {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
-	if h.shut || h.in.reset {
+	if h.closed || h.in.reset {
 		return syscall.ENOTCONN
 	}
 	if !h.out.finSent {
@@ -229,7 +231,7 @@ func (h *handle) CloseWrite() error {
 func (h *handle) Close() error {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
-	if h.shut {
+	if h.closed {
 		return net.ErrClosed
 	}
 	h.close()
@@ -237,10 +239,10 @@ func (h *handle) Close() error {
 }
 
 func (h *handle) close() {
-	if h.shut {
+	if h.closed {
 		return
 	}
-	h.shut = true
+	h.closed = true
 	h.read.stop()
 	h.write.stop()
 	h.owner.remove(h)
@@ -272,7 +274,7 @@ func (h *handle) Reset() {
 func (h *handle) SetReadDeadline(t time.Time) error {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
-	if h.shut {
+	if h.closed {
 		return net.ErrClosed
 	}
 	h.read.set(t, h.in.cond)
@@ -282,7 +284,7 @@ func (h *handle) SetReadDeadline(t time.Time) error {
 func (h *handle) SetWriteDeadline(t time.Time) error {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
-	if h.shut {
+	if h.closed {
 		return net.ErrClosed
 	}
 	h.write.set(t, h.out.cond)
@@ -297,7 +299,7 @@ func (h *handle) SetDeadline(t time.Time) error {
 func (h *handle) LocalAddr() net.Addr  { return h.local }
 func (h *handle) RemoteAddr() net.Addr { return h.remote }
 
-// timeLimit is a deadline that wakes those who wait on a cond.
+// timeLimit is a deadline. When it passes it wakes the waiters of a cond.
 type timeLimit struct {
 	at    time.Time
 	timer *time.Timer
@@ -330,23 +332,22 @@ const backlog = 64
 
 // acceptQueue is a listening socket, which several handles can share.
 type acceptQueue struct {
-	net     *network
-	cond    *sync.Cond
-	addr    net.Addr
-	waiting []*endpoint
-	handles int
-	closed  bool
-	faulty  bool    // accepts may fail
-	trouble []error // of the next ones
-	calm    bool    // the next one does not fail, so that the network lets everything happen in the end
+	net          *network
+	cond         *sync.Cond
+	addr         net.Addr
+	waiting      []*endpoint
+	handles      int
+	injectFaults bool    // accepts may fail
+	nextErrors   []error // that the next accepts return
+	succeedNext  bool    // after a series of errors one accept succeeds, so that every history makes progress
 }
 
 // listener is a descriptor of an accept queue.
 type listener struct {
 	*acceptQueue
-	owner *process
-	limit timeLimit
-	shut  bool
+	owner  *process
+	limit  timeLimit
+	closed bool
 }
 
 // listen opens a listener.
@@ -368,7 +369,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	for {
 		late := l.limit.passed()
 		switch {
-		case l.shut:
+		case l.closed:
 			return nil, l.failed(net.ErrClosed)
 		case late && (len(l.waiting) == 0 || l.net.random.Float64() >= l.net.faults.AcceptSlips):
 			return nil, l.failed(os.ErrDeadlineExceeded)
@@ -386,15 +387,15 @@ func (l *listener) Accept() (net.Conn, error) {
 
 // fault draws whether accept(2) fails now: for lack of files, several times in a row.
 func (l *listener) fault() (err error) {
-	if l.faulty && !l.calm && len(l.trouble) == 0 && l.net.random.Float64() < l.net.faults.Accept {
+	if l.injectFaults && !l.succeedNext && len(l.nextErrors) == 0 && l.net.random.Float64() < l.net.faults.Accept {
 		for range 1 + l.net.random.IntN(4) {
-			l.trouble = append(l.trouble, []error{syscall.EMFILE, syscall.ECONNABORTED, syscall.ENFILE, syscall.ENOBUFS}[l.net.random.IntN(4)])
+			l.nextErrors = append(l.nextErrors, []error{syscall.EMFILE, syscall.ECONNABORTED, syscall.ENFILE, syscall.ENOBUFS}[l.net.random.IntN(4)])
 		}
 	}
-	if len(l.trouble) > 0 {
-		err, l.trouble = l.trouble[0], l.trouble[1:]
+	if len(l.nextErrors) > 0 {
+		err, l.nextErrors = l.nextErrors[0], l.nextErrors[1:]
 	}
-	l.calm = err != nil && len(l.trouble) == 0
+	l.succeedNext = err != nil && len(l.nextErrors) == 0
 	return err
 }
 
@@ -405,7 +406,7 @@ func (l *listener) failed(err error) error {
 func (l *listener) SetDeadline(t time.Time) error {
 	l.net.mu.Lock()
 	defer l.net.mu.Unlock()
-	if l.shut {
+	if l.closed {
 		return net.ErrClosed
 	}
 	l.limit.set(t, l.cond)
@@ -416,7 +417,7 @@ func (l *listener) SetDeadline(t time.Time) error {
 func (l *listener) Close() error {
 	l.net.mu.Lock()
 	defer l.net.mu.Unlock()
-	if l.shut {
+	if l.closed {
 		return net.ErrClosed
 	}
 	l.close()
@@ -424,17 +425,16 @@ func (l *listener) Close() error {
 }
 
 func (l *listener) close() {
-	if l.shut {
+	if l.closed {
 		return
 	}
-	l.shut = true
+	l.closed = true
 	l.limit.stop()
 	l.owner.remove(l)
 	l.cond.Broadcast()
 	if l.handles--; l.handles > 0 {
 		return
 	}
-	l.closed = true
 	for _, e := range l.waiting {
 		e.in.closed = true
 		e.out.sendReset()
@@ -448,7 +448,7 @@ func (l *listener) Addr() net.Addr { return l.addr }
 func (q *acceptQueue) dial(from net.Addr, window int, delay time.Duration, owner *process) (*handle, error) {
 	q.net.mu.Lock()
 	defer q.net.mu.Unlock()
-	if q.closed || len(q.waiting) >= backlog {
+	if q.handles == 0 || len(q.waiting) >= backlog {
 		return nil, syscall.ECONNREFUSED
 	}
 	served, client := q.net.pair(q.addr, from, window, delay)
@@ -475,14 +475,14 @@ func (n *network) process(name string) *process {
 func (p *process) add(c closer)    { p.open[c] = struct{}{} }
 func (p *process) remove(c closer) { delete(p.open, c) }
 
-// kill closes everything that the process has open.
+// kill ends the process: it closes everything that the process has open.
 func (p *process) kill() {
 	p.net.mu.Lock()
 	defer p.net.mu.Unlock()
 	p.die()
 }
 
-// die is kill for callers that hold the network's lock.
+// die is kill. The caller holds the network's lock.
 func (p *process) die() {
 	p.dead = true
 	for c := range p.open {

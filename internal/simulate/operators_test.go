@@ -31,18 +31,18 @@ type opResult struct {
 
 // perform performs one action, and gives the result to the model.
 func (w *world) perform(op opPlan) {
-	w.acting.Add(1)
-	w.steps.Add(1)
+	w.opsInProgress.Add(1)
+	w.opEvents.Add(1)
 	defer func() {
-		w.steps.Add(1)
-		w.acting.Add(-1)
+		w.opEvents.Add(1)
+		w.opsInProgress.Add(-1)
 	}()
 	r := &opResult{plan: op, on: w.current(), began: time.Now()}
-	w.model.begin(r)
+	w.model.started(r)
 	w.act(r)
 	r.ended = time.Now()
 	w.note("operator: %s: %s", op, r.answer())
-	w.model.judgeOp(r)
+	w.model.checkOp(r)
 }
 
 func (w *world) act(r *opResult) {
@@ -109,7 +109,7 @@ func (w *world) pause(r *opResult) {
 	if code == http.StatusCreated && err == nil {
 		r.err = json.Unmarshal(line, &r.hold)
 		time.AfterFunc(op.TTL, func() {
-			w.model.leaves(r.hold.ID)
+			w.model.callerLeaves(r.hold.ID)
 			_ = nc.Close()
 		})
 	} else if nc != nil {
@@ -121,13 +121,13 @@ func (w *world) pause(r *opResult) {
 func (w *world) idOf(t *trace) uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if ids := w.lives[t].ids; len(ids) > 0 {
+	if ids := w.records[t].ids; len(ids) > 0 {
 		return ids[0]
 	}
 	return 0
 }
 
-var errRefuses = errors.New("refused by the test")
+var errRefused = errors.New("refused by the test")
 
 // upgrade hands the server over to the next generation.
 func (w *world) upgrade(r *opResult) {
@@ -162,9 +162,9 @@ func (w *world) upgrade(r *opResult) {
 	})
 	r.upgraded = r.err == nil
 	if err := <-taken; err == nil && !r.upgraded && !w.platform.isDead(to) {
-		w.violate("one owner", "HandOver: %v, and TakeOver succeeded", r.err)
+		w.violate("an upgrade leaves one owner", "HandOver: %v, and TakeOver succeeded", r.err)
 	} else if err != nil && r.upgraded {
-		w.violate("one owner", "HandOver succeeded, and TakeOver: %v", err)
+		w.violate("an upgrade leaves one owner", "HandOver succeeded, and TakeOver: %v", err)
 	}
 }
 
@@ -177,11 +177,11 @@ func (w *world) takeOver(to *generation, link server.Link, refuse bool) error {
 		return err
 	}
 	if refuse || len(offer.Listeners) != 2 {
-		offer.Refuse(errRefuses)
+		offer.Refuse(errRefused)
 		for _, l := range offer.Listeners {
 			_ = l.Close()
 		}
-		return errRefuses
+		return errRefused
 	}
 	if err := to.start(w); err != nil {
 		return err

@@ -10,11 +10,11 @@ import (
 	"echod/server"
 )
 
-// service is a handler that echoes like server.Echo, but in requests, and with the manner that is drawn for each client.
-// It keeps a count across handovers.
+// service is a handler that echoes one request after another, and behaves as the plan of each client says. At a handover
+// it passes on how many bytes it has echoed.
 type service struct{ w *world }
 
-var errOfHandler = errors.New("the handler has had enough")
+var errHandler = errors.New("the handler has had enough")
 
 func (s service) ServeConn(ctx context.Context, c *server.Conn) error { return s.serve(ctx, c, 0) }
 
@@ -25,7 +25,7 @@ func (s service) ResumeConn(ctx context.Context, c *server.Conn, state []byte) e
 		want := t.served
 		t.mu.Unlock()
 		if echoed != want {
-			s.w.violate("handler state", "client %d: the handler resumed with %d bytes, and had returned %d", t.plan.ID, echoed, want)
+			s.w.violate("a handler resumes with its state", "client %d: the handler resumed with %d bytes, and had returned %d", t.plan.ID, echoed, want)
 		}
 	}
 	return s.serve(ctx, c, echoed)
@@ -36,7 +36,7 @@ func (s service) serve(ctx context.Context, c *server.Conn, echoed int) error {
 	if t == nil {
 		return errors.New("unknown client")
 	}
-	manner := t.plan.Manner
+	plan := t.plan.Handler
 	buf := make([]byte, 4<<10)
 	for {
 		c.MarkIdle()
@@ -48,7 +48,7 @@ func (s service) serve(ctx context.Context, c *server.Conn, echoed int) error {
 			t.served = echoed
 			t.mu.Unlock()
 			return server.Handover(binary.BigEndian.AppendUint64(nil, uint64(echoed)))
-		case errors.Is(err, server.ErrDraining) && !manner.Polite:
+		case errors.Is(err, server.ErrDraining) && !plan.ReturnsOnDrain:
 			continue
 		case errors.Is(err, io.EOF):
 			return nil
@@ -56,10 +56,10 @@ func (s service) serve(ctx context.Context, c *server.Conn, echoed int) error {
 			return err
 		}
 		if echoed == 0 {
-			time.Sleep(manner.Deaf)
+			time.Sleep(plan.Hang)
 		}
-		if manner.Think > 0 {
-			think := time.NewTimer(manner.Think)
+		if plan.Think > 0 {
+			think := time.NewTimer(plan.Think)
 			select {
 			case <-think.C:
 			case <-ctx.Done():
@@ -71,11 +71,11 @@ func (s service) serve(ctx context.Context, c *server.Conn, echoed int) error {
 		switch {
 		case err != nil:
 			return err
-		case manner.Errors > 0 && echoed >= manner.Errors:
-			return errOfHandler
-		case manner.Panics > 0 && echoed >= manner.Panics:
+		case plan.ErrorAfter > 0 && echoed >= plan.ErrorAfter:
+			return errHandler
+		case plan.PanicAfter > 0 && echoed >= plan.PanicAfter:
 			panic("the handler panics")
-		case manner.Done > 0 && echoed >= manner.Done:
+		case plan.ReturnAfter > 0 && echoed >= plan.ReturnAfter:
 			return nil
 		}
 	}

@@ -30,12 +30,12 @@ var (
 	socketSeeds = flag.Int("sockets", 0, "how many fresh seeds to run on loopback")
 	socketSeed  = flag.Uint64("socketseed", 0, "run this seed only, on loopback")
 
-	first   = flag.Uint64("first", 0, "the first of the seeds; 0: a random one")
-	file    = flag.String("history", "", "run the history in this file only")
-	all     = flag.Bool("all", false, "go on after a failure, and report the first one of each rule")
-	brief   = flag.Bool("brief", false, "do not run failures again")
-	save    = flag.String("save", "", "write histories that fail into this directory")
-	verbose = flag.Bool("show", false, "print what happens, also if nothing fails")
+	firstSeed   = flag.Uint64("first", 0, "the first of the seeds; 0: a random one")
+	historyFile = flag.String("history", "", "run the history in this file only")
+	keepGoing   = flag.Bool("all", false, "go on after a failure, and report the first one of each rule")
+	noReruns    = flag.Bool("brief", false, "do not run failures again")
+	saveDir     = flag.String("save", "", "write histories that fail into this directory")
+	show        = flag.Bool("show", false, "print what happens, also if nothing fails")
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -49,7 +49,7 @@ func runInBubble(t *testing.T, h *history) (w *world) {
 		}
 	}()
 	synctest.Test(t, func(*testing.T) {
-		w = newWorld(h, bubbled)
+		w = newWorld(h, bubbleShape)
 		w.platform = newBubble(w)
 		w.run()
 	})
@@ -59,20 +59,20 @@ func runInBubble(t *testing.T, h *history) (w *world) {
 // TestSimulation runs fresh seeds, or the one that is asked for.
 func TestSimulation(t *testing.T) {
 	run := func(h *history) *world { return runInBubble(t, h) }
-	if *file != "" {
-		judge(t, run, run(load(t, *file)), "")
+	if *historyFile != "" {
+		reportFailure(t, run, run(load(t, *historyFile)), "")
 		return
 	}
-	simulate(t, run, bubbled, *seed, *seeds, runtime.GOMAXPROCS(0))
+	simulate(t, run, bubbleShape, *seed, *seeds, runtime.GOMAXPROCS(0))
 }
 
 // simulate runs fresh seeds, or only the given one, some at a time.
 func simulate(t *testing.T, run func(*history) *world, sh shape, only uint64, seeds, parallel int) {
 	if only != 0 {
-		judge(t, run, run(draw(only, sh)), "")
+		reportFailure(t, run, run(draw(only, sh)), "")
 		return
 	}
-	from := *first
+	from := *firstSeed
 	if from == 0 {
 		from = rand.Uint64() >> 24
 	}
@@ -89,7 +89,7 @@ func simulate(t *testing.T, run func(*history) *world, sh shape, only uint64, se
 		})
 	}
 	for i := range uint64(seeds) {
-		if failures.count() > 0 && !*all {
+		if failures.count() > 0 && !*keepGoing {
 			break
 		}
 		next <- from + i
@@ -103,7 +103,7 @@ func simulate(t *testing.T, run func(*history) *world, sh shape, only uint64, se
 		t.Logf("rule %q: %d times in %d histories, first after %d", f.rule, f.times, done.Load(), f.after)
 	}
 	for _, f := range failures.list {
-		judge(t, run, f.w, f.rule)
+		reportFailure(t, run, f.w, f.rule)
 	}
 }
 
@@ -119,7 +119,7 @@ func TestFailedBefore(t *testing.T) {
 			for range 3 { // a seed does not fix the scheduler
 				run := func(h *history) *world { return runInBubble(t, h) }
 				w := run(h)
-				judge(t, run, w, "")
+				reportFailure(t, run, w, "")
 				if t.Failed() {
 					return
 				}
@@ -173,17 +173,17 @@ func (w *world) rules() (rules []string) {
 // reruns is how often a failure is run again, to see how often it occurs.
 const reruns = 100
 
-// judge reports a history that violates the model, by a rule or by any: in short, and how to run it again.
-func judge(t *testing.T, run func(*history) *world, w *world, rule string) {
+// reportFailure reports a history that violates the model, by a rule or by any: in short, and how to run it again.
+func reportFailure(t *testing.T, run func(*history) *world, w *world, rule string) {
 	t.Helper()
 	h := w.h
-	if *verbose {
+	if *show {
 		t.Log(w.report())
 	}
 	if len(w.violations) == 0 {
 		return
 	}
-	if *brief {
+	if *noReruns {
 		t.Errorf("seed %d:\n%s", h.Seed, w.details())
 		return
 	}
@@ -202,8 +202,8 @@ func judge(t *testing.T, run func(*history) *world, w *world, rule string) {
 		small = shrink(run, w, rule)
 	}
 	name := ""
-	if *save != "" {
-		name = filepath.Join(*save, fmt.Sprintf("%d.json", h.Seed))
+	if *saveDir != "" {
+		name = filepath.Join(*saveDir, fmt.Sprintf("%d.json", h.Seed))
 		if text, err := json.MarshalIndent(small.h, "", " "); err == nil {
 			_ = os.WriteFile(name, append(text, '\n'), 0o644)
 		}

@@ -17,8 +17,8 @@ import (
 	"echod/server"
 )
 
-// onSockets is the shape of histories on loopback, where time passes, and where the server uses descriptors.
-var onSockets = shape{
+// socketShape is the shape of histories on loopback, where time passes, and where the server uses descriptors.
+var socketShape = shape{
 	clients: 20, horizon: 2 * time.Second, scale: 200 * time.Millisecond, timeouts: 500 * time.Millisecond, bulk: 4 << 20,
 	upgrades: true, sockets: true,
 }
@@ -174,7 +174,7 @@ func (l *faultyLink) Receive() ([]byte, []any, error) {
 
 // runOnSockets runs a history on loopback.
 func runOnSockets(h *history) *world {
-	w := newWorld(h, onSockets)
+	w := newWorld(h, socketShape)
 	w.platform = newSockets(w)
 	w.run()
 	return w
@@ -185,5 +185,5 @@ func TestSockets(t *testing.T) {
 	if *socketSeeds == 0 && *socketSeed == 0 {
 		t.Skip("-sockets=0")
 	}
-	simulate(t, runOnSockets, onSockets, *socketSeed, *socketSeeds, 24)
+	simulate(t, runOnSockets, socketShape, *socketSeed, *socketSeeds, 24)
 }

@@ -24,16 +24,16 @@ import (
 	"echod/server"
 )
 
-// world runs one history: servers, control planes, clients and operators. It notes what happens, and asks the model.
+// world runs one history: servers, control planes, clients and operators. It records what happens, for the model.
 type world struct {
-	h        *history
-	shape    shape
-	began    time.Time
-	platform platform
-	model    *model
-	traces   []*trace
-	steps    atomic.Int64 // changes whenever an operator begins or ends something
-	acting   atomic.Int32 // operators' requests in progress
+	h             *history
+	shape         shape
+	began         time.Time
+	platform      platform
+	model         *model
+	traces        []*trace
+	opEvents      atomic.Int64 // changes whenever an operator begins or ends something
+	opsInProgress atomic.Int32 // operators' requests in progress
 
 	mu         sync.Mutex
 	log        []string
@@ -41,7 +41,7 @@ type world struct {
 	byAddr     map[string]*trace
 	owner      *generation // to which operators talk
 	all        []*generation
-	lives      map[*trace]*life
+	records    map[*trace]*connRecord
 }
 
 // violation is a broken invariant.
@@ -50,8 +50,8 @@ type violation struct {
 	At           time.Duration
 }
 
-// life is what the servers say about a client's connection.
-type life struct {
+// connRecord is what the servers reported about one client's connection.
+type connRecord struct {
 	ids      []uint64
 	served   time.Time // when it was admitted
 	admitted int       // how often
@@ -65,9 +65,9 @@ type platform interface {
 	open(g *generation) error
 	dial(c *clientPlan) (clientConn, error)
 	dialControl(g *generation) (net.Conn, error)
-	// replace makes the listeners and the link of the next generation.
+	// links makes the link between two generations, and the second one's control listener.
 	links(from, to *generation, fault linkFault) (near, far server.Link, err error)
-	// kill ends the next generation as SIGKILL would.
+	// kill ends a generation as SIGKILL would.
 	kill(g *generation)
 	isDead(g *generation) bool
 }
@@ -82,16 +82,16 @@ type generation struct {
 	service net.Listener
 	control net.Listener
 	serving sync.WaitGroup
-	owned   bool // it was the owner of the connections
+	owned   bool // it has owned the connections
 }
 
 func newWorld(h *history, sh shape) *world {
-	w := &world{h: h, shape: sh, began: time.Now(), byAddr: make(map[string]*trace), lives: make(map[*trace]*life)}
+	w := &world{h: h, shape: sh, began: time.Now(), byAddr: make(map[string]*trace), records: make(map[*trace]*connRecord)}
 	w.model = newModel(w)
 	for _, c := range h.Clients {
 		t := newTrace(c)
 		w.traces = append(w.traces, t)
-		w.lives[t] = &life{}
+		w.records[t] = &connRecord{}
 	}
 	return w
 }
@@ -164,7 +164,7 @@ func (w *world) sawPhase(g *generation, c *server.Conn, phase server.Phase) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	l := w.lives[t]
+	l := w.records[t]
 	switch phase {
 	case server.PhaseWaiting:
 		l.ids = append(l.ids, c.ID())
@@ -185,14 +185,15 @@ func (w *world) sawClose(g *generation, c server.ClosedConn) {
 		return
 	}
 	w.mu.Lock()
-	l := w.lives[t]
+	l := w.records[t]
 	l.closed = append(l.closed, c)
 	l.closedBy = g
 	w.mu.Unlock()
 	w.note("client %d: closed by %s, %v, in %d out %d", t.plan.ID, g.name, c.Reason, c.BytesIn, c.BytesOut)
 }
 
-// errorCore notes what a server logs as an error. Panics of handlers, and handlers that ignore their context, are drawn.
+// errorCore reports each error that a server logs as a violation, except those that a history causes on purpose: handlers
+// that panic or ignore their context.
 type errorCore struct {
 	zapcore.LevelEnabler
 	w *world
@@ -211,7 +212,7 @@ func (c *errorCore) Write(e zapcore.Entry, _ []zapcore.Field) error {
 	switch e.Message {
 	case "handler panicked", "handler ignores its context and is left behind":
 	default:
-		c.w.violate("errors in the log", "%s", e.Message)
+		c.w.violate("no unexpected error is logged", "%s", e.Message)
 	}
 	return nil
 }
@@ -257,11 +258,11 @@ func (g *generation) stop() {
 func (w *world) run() {
 	first := &generation{name: "server 1", owned: true}
 	if err := w.platform.open(first); err != nil {
-		w.violate("start", "%v", err)
+		w.violate("a server starts", "%v", err)
 		return
 	}
 	if err := first.start(w); err != nil {
-		w.violate("start", "%v", err)
+		w.violate("a server starts", "%v", err)
 		return
 	}
 	w.owner, w.all = first, []*generation{first}
@@ -273,12 +274,12 @@ func (w *world) run() {
 		clients.Go(func() { t.run(w.platform.dial, w.note) })
 	}
 	over := make(chan struct{})
-	checks.Go(func() { w.check(over) })
+	checks.Go(func() { w.monitor(over) })
 	w.operate()
 	w.settle()
 	w.finish()
 	for _, t := range w.traces {
-		t.open()
+		t.resumeReading()
 	}
 	w.sleep(5 * w.shape.timeouts)
 	for _, t := range w.traces {
@@ -290,8 +291,8 @@ func (w *world) run() {
 	for _, g := range w.all {
 		g.stop()
 	}
-	w.sleep(10 * w.shape.timeouts) // deaf handlers
-	w.model.judgeEnd()
+	w.sleep(10 * w.shape.timeouts) // until handlers that hang have returned
+	w.model.checkEnd()
 	w.checkGoroutines()
 }
 
@@ -304,7 +305,7 @@ func (w *world) current() *generation {
 	return w.owner
 }
 
-// operate performs the operators' actions. Notices and upgrades take a while, so that others happen meanwhile.
+// operate performs the operators' actions. Messages and upgrades take time, so other actions run beside them.
 func (w *world) operate() {
 	var long sync.WaitGroup
 	for _, op := range w.h.Ops {
@@ -319,7 +320,7 @@ func (w *world) operate() {
 	long.Wait()
 }
 
-// settle lets the server come to rest, unless it drains: everybody must have been served then.
+// settle resumes the server and leaves it alone for a while, unless it drains. Then every client must have been served.
 func (w *world) settle() {
 	if w.model.draining() {
 		return
@@ -327,7 +328,7 @@ func (w *world) settle() {
 	w.perform(opPlan{Do: "resume"})
 	w.sleep(8 * w.shape.timeouts)
 	if !w.model.draining() {
-		w.model.judgeRest()
+		w.model.checkSettled()
 	}
 }
 
@@ -340,11 +341,11 @@ func (w *world) finish() {
 		if g.srv == nil || !g.owned || w.platform.isDead(g) {
 			continue
 		}
-		wait := max(0, time.Until(w.model.bound(g))) + w.slack()
+		wait := max(0, time.Until(w.model.drainLimit(g))) + w.slack()
 		select {
 		case <-g.srv.Done():
 		case <-time.After(wait):
-			w.violate("a drain ends", "%s has not stopped by %v", g.name, w.model.bound(g).Sub(w.began))
+			w.violate("a drain ends", "%s has not stopped by %v", g.name, w.model.drainLimit(g).Sub(w.began))
 		}
 	}
 }
@@ -363,8 +364,8 @@ func (w *world) slack() time.Duration {
 	return 20 * time.Millisecond
 }
 
-// check looks at the server again and again, as a monitoring system would.
-func (w *world) check(over <-chan struct{}) {
+// monitor requests the status periodically, as a monitoring system would, and checks it.
+func (w *world) monitor(over <-chan struct{}) {
 	interval := w.shape.timeouts / 3
 	for i := 0; ; i++ {
 		select {
@@ -373,7 +374,7 @@ func (w *world) check(over <-chan struct{}) {
 		case <-time.After(interval + time.Duration(i%7)*time.Millisecond + 1):
 		}
 		g := w.current()
-		before, busy := w.steps.Load(), w.acting.Load() > 0
+		before, busy := w.opEvents.Load(), w.opsInProgress.Load() > 0
 		status, err := w.status(g, i%4 == 0)
 		if err != nil {
 			select {
@@ -383,12 +384,12 @@ func (w *world) check(over <-chan struct{}) {
 			}
 			continue
 		}
-		exact := !busy && w.steps.Load() == before && w.acting.Load() == 0
-		w.model.judgeStatus(g, status, exact)
+		exact := !busy && w.opEvents.Load() == before && w.opsInProgress.Load() == 0
+		w.model.checkStatus(g, status, exact)
 	}
 }
 
-// status asks for the status, every now and then through the control plane's socket.
+// status requests the status, over the control plane's socket or by a direct call.
 func (w *world) status(g *generation, socket bool) (control.Status, error) {
 	var st control.Status
 	if !socket {
@@ -452,7 +453,7 @@ func (w *world) call(g *generation, method, path, body string, keep bool) (code 
 	return res.StatusCode, answer, nil, err
 }
 
-// checkGoroutines finds goroutines of this bubble that have not ended.
+// checkGoroutines reports goroutines of this bubble that have not ended.
 func (w *world) checkGoroutines() {
 	if w.shape.sockets {
 		return
@@ -488,12 +489,12 @@ func bubbleOf(stack string) string {
 }
 
 // snapshot copies what the servers have said about the clients.
-func (w *world) snapshot() map[*trace]life {
+func (w *world) snapshot() map[*trace]connRecord {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	lives := make(map[*trace]life)
-	for t, l := range w.lives {
-		lives[t] = *l
+	records := make(map[*trace]connRecord)
+	for t, l := range w.records {
+		records[t] = *l
 	}
-	return lives
+	return records
 }
