@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// pattern is what clients send, from an offset of their own: no newlines and no capitals, so that a notice can always
-// be told from an echo. Its length is prime, so that bytes that are lost, repeated or moved do not match.
+// pattern is what clients send, each from its own offset. It has no newlines and no capitals, so that a notice is never
+// mistaken for an echo. Its length is prime, so that bytes that are lost, repeated or moved do not match.
 var pattern = func() []byte {
 	rng := rand.New(rand.NewPCG(1, 2))
 	p := make([]byte, 1_048_573)
@@ -31,15 +31,15 @@ func piece(offset, n int64) []byte {
 	return pattern[at:min(at+n, int64(len(pattern)))]
 }
 
-// A transport is a way to the server.
+// A transport connects to the server, directly or through a proxy with network faults.
 type transport struct {
 	name    string
 	dial    func() (net.Conn, error)
 	proxied bool // has no half-close
 }
 
-// A session is one connection of a well-behaved client: it sends, checks every byte that comes back, stops when it is
-// told to, and reads to the end.
+// A session is one connection of a well-behaved client. It sends, checks every byte that comes back, stops when a notice
+// says so, and reads to the end.
 type session struct {
 	nc     net.Conn
 	from   transport
@@ -70,8 +70,8 @@ func newSession(nc net.Conn, from transport, rng *rand.Rand) *session {
 	return s
 }
 
-// read checks what comes, until the end of the stream. pace, if not 0, is how many bytes it reads a second at most,
-// until it is told to leave.
+// read checks what arrives, until the end of the stream. If pace is not 0, it reads at most that many bytes a second,
+// until a notice tells it to leave.
 func (s *session) read(pace int) {
 	buf := make([]byte, 64<<10)
 	var line []byte
@@ -86,7 +86,7 @@ func (s *session) read(pace int) {
 				part = buf[:min(len(buf), max(1, pace/20))]
 			}
 		}
-		_ = s.nc.SetReadDeadline(time.Now().Add(patience))
+		_ = s.nc.SetReadDeadline(time.Now().Add(busyTimeout))
 		n, err := s.nc.Read(part)
 		for p := part[:n]; len(p) > 0; {
 			if inLine {
@@ -145,7 +145,7 @@ func (s *session) notice(line string) {
 	}
 }
 
-// write sends n bytes in chunks of at most so many, and sleeps for think between them. It stops when it is told to.
+// write sends n bytes in chunks of at most chunk bytes, and sleeps for think between them. A notice stops it.
 func (s *session) write(n int64, chunk int, think time.Duration) error {
 	for s.sent.Load() < n {
 		for s.sent.Load()-s.got.Load() >= s.window {
@@ -163,7 +163,7 @@ func (s *session) write(n int64, chunk int, think time.Duration) error {
 		at := s.sent.Load()
 		p := piece(s.offset+at, min(int64(chunk), n-at, s.window))
 		s.sent.Add(int64(len(p))) // before, because the echo may be faster than the return of Write
-		_ = s.nc.SetWriteDeadline(time.Now().Add(patience))
+		_ = s.nc.SetWriteDeadline(time.Now().Add(busyTimeout))
 		if w, err := s.nc.Write(p); err != nil {
 			s.sent.Add(int64(w - len(p)))
 			return err
@@ -179,7 +179,7 @@ func (s *session) write(n int64, chunk int, think time.Duration) error {
 	return nil
 }
 
-// awaitEcho waits until everything has come back, or nothing more will.
+// awaitEcho waits until everything has come back, or the stream has ended.
 func (s *session) awaitEcho(ended <-chan struct{}) {
 	for s.got.Load() < s.sent.Load() {
 		select {
@@ -190,7 +190,7 @@ func (s *session) awaitEcho(ended <-chan struct{}) {
 	}
 }
 
-// run is the life of a session.
+// run runs the session: one of five kinds, drawn at random.
 func (s *session) run(rng *rand.Rand, stop <-chan struct{}) outcome {
 	var n int64
 	var chunk, pace int
@@ -204,7 +204,7 @@ func (s *session) run(rng *rand.Rand, stop <-chan struct{}) outcome {
 		n, chunk, pace = 64<<10+rng.Int64N(1<<20), 64<<10, 200<<10
 	case 3: // is idle between messages
 		n, chunk, think = int64(2+rng.IntN(8)), 1, time.Duration(500+rng.IntN(2000))*time.Millisecond
-	default: // a message, and away
+	default: // sends one message and leaves
 		n, chunk = int64(1+rng.IntN(64<<10)), 64<<10
 	}
 	if s.from.proxied {
@@ -219,7 +219,7 @@ func (s *session) run(rng *rand.Rand, stop <-chan struct{}) outcome {
 	})
 	helpers.Go(func() {
 		select {
-		case <-stop: // the clients rest: leave in order
+		case <-stop: // all clients are to leave
 			s.tell.Do(func() { close(s.told) })
 		case <-ended:
 		}
@@ -233,7 +233,7 @@ func (s *session) run(rng *rand.Rand, stop <-chan struct{}) outcome {
 	}
 	<-ended
 	_ = s.nc.Close()
-	return s.judge(writeErr)
+	return s.classify(writeErr)
 }
 
 // outcome is how a session ended.
@@ -248,22 +248,22 @@ type outcome struct {
 type outcomeKind string
 
 const (
-	complete  outcomeKind = "complete"     // everything came back
-	rejected  outcomeKind = "turned away"  // PAUSED, BUSY, or too late for a drain
-	toldAway  outcomeKind = "told, left"   // everything came back after the notice of a drain
-	refused   outcomeKind = "refused"      // through a proxy, before anything came back
-	cut       outcomeKind = "cut off"      // it ended without a notice, or with some bytes missing
-	corrupted outcomeKind = "corrupted"    // bytes that were not sent
-	stuck     outcomeKind = "nothing came" // for a minute
+	complete     outcomeKind = "complete"     // everything came back
+	rejected     outcomeKind = "turned away"  // PAUSED, BUSY, or too late for a drain
+	leftWhenTold outcomeKind = "told, left"   // everything came back after the notice of a drain
+	refused      outcomeKind = "refused"      // through a proxy, before anything came back
+	cut          outcomeKind = "cut off"      // it ended without a notice, or with some bytes missing
+	corrupted    outcomeKind = "corrupted"    // bytes that were not sent
+	stuck        outcomeKind = "nothing came" // for a minute
 )
 
-func (s *session) judge(writeErr error) outcome {
+func (s *session) classify(writeErr error) outcome {
 	o := outcome{at: time.Now()}
-	shutdown, turned := 0, false
+	shutdown, rejectedByNotice := 0, false
 	for _, line := range s.notices {
 		switch {
 		case strings.HasPrefix(line, "SHUTDOWN 0 "), line == "PAUSED", line == "BUSY":
-			turned = true
+			rejectedByNotice = true
 		case strings.HasPrefix(line, "SHUTDOWN "):
 			shutdown++
 		case !strings.HasPrefix(line, "NOTICE "):
@@ -280,10 +280,10 @@ func (s *session) judge(writeErr error) outcome {
 	switch {
 	case s.corrupt != "":
 		o.kind = corrupted
-	case turned && s.got.Load() == 0:
+	case rejectedByNotice && s.got.Load() == 0:
 		o.kind = rejected
 	case all && inOrder && writeErr == nil && shutdown > 0:
-		o.kind = toldAway
+		o.kind = leftWhenTold
 	case all && inOrder && writeErr == nil && s.from.proxied && !closedByUs:
 		o.kind = cut
 	case all && inOrder && writeErr == nil:
@@ -301,7 +301,7 @@ func (s *session) judge(writeErr error) outcome {
 	return o
 }
 
-// dialTLS performs the handshake too, within patience: the server may be busy.
+// dialTLS connects and performs the handshake.
 func dialTLS(address string, config *tls.Config) (net.Conn, error) {
-	return tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", address, config)
+	return tls.DialWithDialer(&net.Dialer{Timeout: busyTimeout}, "tcp", address, config)
 }

@@ -1,9 +1,8 @@
-// Command soak runs the real echod for as long as one likes, under clients, operators and faults that are drawn from a
-// seed, and checks its promises from outside throughout. It ends with a report, and with exit code 1 if a promise was
-// broken.
+// Command soak runs the real echod under clients, operators and faults that a seed determines, and checks its promises
+// from outside all the time. It ends with a report, and with exit code 1 if a promise was broken.
 //
-// Run it with 'make soak TIME=1h'. The first half of the time is for the program as it is released, the second for one
-// with the race detector.
+// Run it with 'make soak TIME=1h'. The first half of the time it runs the program as released, the second half with
+// the race detector.
 //
 // Goroutines: each phase has clients, rude clients and callers, one operator, one watcher and one reader of events. The
 // phase stops them and waits for them. Toxiproxy has its own, which end with its proxies.

@@ -13,17 +13,17 @@ import (
 	"echod/control"
 )
 
-// operate does what operators do, and what happens to servers, one thing after another. Now and then it lets the clients
-// rest, so that the watcher can compare figures.
+// operate performs operators' actions and faults, one after another. From time to time it makes all clients leave, so
+// that the watcher can compare figures.
 func (p *phase) operate(ctx context.Context, d time.Duration) {
 	restEvery := min(max(d/8, 12*time.Second), 2*time.Minute)
 	nextRest := time.Now().Add(restEvery)
-	type deed struct {
+	type action struct {
 		weight int
 		kind   string
 		do     func(context.Context) error
 	}
-	deeds := []deed{
+	deeds := []action{
 		{3, "pause", p.pauseHold},
 		{2, "pause-reject", p.pauseReject},
 		{2, "pause-crash", p.pauseCrash},
@@ -38,30 +38,30 @@ func (p *phase) operate(ctx context.Context, d time.Duration) {
 		{2, "sigstop", p.freeze},
 		{1, "files", p.exhaust},
 	}
-	var deck []deed // dealt out before it is shuffled again, so that short runs have all kinds
+	var queue []action // actions left of a shuffled round, so that short runs have all kinds
 	for ctx.Err() == nil {
 		pause(ctx, time.Duration(200+p.rng.IntN(1200))*time.Millisecond)
 		if time.Now().After(nextRest) {
-			p.sleepAll()
-			p.watch.rest(ctx)
-			p.awake()
+			p.disconnectClients()
+			p.watch.checkIdle(ctx)
+			p.admitClients()
 			nextRest = time.Now().Add(restEvery)
 		}
 		if ctx.Err() != nil {
 			return
 		}
-		if len(deck) == 0 {
+		if len(queue) == 0 {
 			for _, x := range deeds {
-				deck = append(deck, slices.Repeat([]deed{x}, p.settings.weight(x.kind, x.weight))...)
+				queue = append(queue, slices.Repeat([]action{x}, p.settings.weight(x.kind, x.weight))...)
 			}
-			p.rng.Shuffle(len(deck), func(i, k int) { deck[i], deck[k] = deck[k], deck[i] })
+			p.rng.Shuffle(len(queue), func(i, k int) { queue[i], queue[k] = queue[k], queue[i] })
 		}
-		if len(deck) == 0 {
+		if len(queue) == 0 {
 			continue // -mix leaves no fault
 		}
-		x := deck[0]
-		deck = deck[1:]
-		p.note(x.kind)
+		x := queue[0]
+		queue = queue[1:]
+		p.countFault(x.kind)
 		if err := x.do(ctx); err != nil && ctx.Err() == nil {
 			p.violate("%s: %v", x.kind, err)
 		}
@@ -69,7 +69,7 @@ func (p *phase) operate(ctx context.Context, d time.Duration) {
 }
 
 func (p *phase) within() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), patience)
+	return context.WithTimeout(context.Background(), busyTimeout)
 }
 
 // serving lists the connections that are being served.
@@ -121,14 +121,14 @@ func (p *phase) pauseReject(context.Context) error {
 	return err
 }
 
-// pauseCrash holds the server paused until the caller's connection ends without a word.
+// pauseCrash pauses the server while a caller is connected, and resets that caller's connection.
 func (p *phase) pauseCrash(context.Context) error {
-	nc, err := net.DialTimeout("unix", p.socket, patience)
+	nc, err := net.DialTimeout("unix", p.socket, busyTimeout)
 	if err != nil {
 		return err
 	}
 	defer nc.Close()
-	_ = nc.SetDeadline(time.Now().Add(patience))
+	_ = nc.SetDeadline(time.Now().Add(busyTimeout))
 	if _, err := nc.Write([]byte("POST /v1/pause?while=connected HTTP/1.1\r\nHost: echod\r\nContent-Length: 0\r\n\r\n")); err != nil {
 		return err
 	}
@@ -158,7 +158,7 @@ func (p *phase) killOne(context.Context) error {
 	if err != nil {
 		return nil // it has left in the meantime
 	}
-	p.killed(*change.Killed)
+	p.expectKilled(*change.Killed)
 	return nil
 }
 
@@ -167,7 +167,7 @@ func (p *phase) killIdle(context.Context) error {
 	defer cancel()
 	change, err := p.control.KillMatching(ctx, control.ConnFilter{MinIdle: 2 * time.Second})
 	if err == nil && change.Killed != nil {
-		p.killed(*change.Killed)
+		p.expectKilled(*change.Killed)
 	}
 	return err
 }
@@ -179,7 +179,7 @@ func (p *phase) notifyAll(context.Context) error {
 	return err
 }
 
-// upgrade expects that another process serves afterwards, and that no client has noticed. Clients over TLS are told.
+// upgrade requires that another process serves afterwards, and that no client notices, except those over TLS.
 func (p *phase) upgrade(ctx context.Context) error {
 	before, err := p.status(ctx)
 	if err != nil {
@@ -188,17 +188,17 @@ func (p *phase) upgrade(ctx context.Context) error {
 	if err := p.signal(syscall.SIGUSR2); err != nil {
 		return err
 	}
-	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(busyTimeout); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if now, err := p.status(context.Background()); err == nil && now.PID != before.PID {
 			p.watch.upgraded()
 			return nil
 		}
 	}
-	p.note("upgrade rolled back")
-	return fmt.Errorf("process %d still serves after %s", before.PID, patience)
+	p.countFault("upgrade rolled back")
+	return fmt.Errorf("process %d still serves after %s", before.PID, busyTimeout)
 }
 
-// restart ends the server by a signal, and expects that all clients are told and it exits in time.
+// restart ends the server by a signal, and requires that it exits in time and with the right code.
 func (p *phase) restart(context.Context) error {
 	sig := []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP}[p.rng.IntN(4)]
 	return p.endBy("restart", func() error { return p.signal(sig) })
@@ -213,11 +213,11 @@ func (p *phase) restartByControl(context.Context) error {
 	})
 }
 
-// lateness is what a drain may take after its deadline, with allowance for a busy machine.
+// lateness is how long after its deadline a drain may end on a busy machine.
 const lateness = 10 * time.Second
 
 func (p *phase) endBy(why string, begin func() error) error {
-	done := p.excuse(why, false) // clients may be refused, and not cut off
+	done := p.disrupt(why, false) // clients may be refused, but not cut off
 	defer done()
 	if err := begin(); err != nil {
 		return err
@@ -236,7 +236,7 @@ func (p *phase) endBy(why string, begin func() error) error {
 }
 
 func (p *phase) force(context.Context) error {
-	done := p.excuse("forced end", true)
+	done := p.disrupt("forced end", true)
 	defer done()
 	if err := p.signal(syscall.SIGTERM); err != nil {
 		return err
@@ -262,10 +262,10 @@ func (p *phase) crash(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	done := p.excuse("SIGKILL", true)
+	done := p.disrupt("SIGKILL", true)
 	defer done()
 	_ = syscall.Kill(st.PID, syscall.SIGKILL)
-	_, err = p.wait(patience)
+	_, err = p.wait(busyTimeout)
 	p.kill()
 	if started := p.start(); started != nil {
 		return started
@@ -285,7 +285,7 @@ func (p *phase) freeze(ctx context.Context) error {
 	return syscall.Kill(st.PID, syscall.SIGCONT)
 }
 
-// exhaust connects more clients than the server has files, and expects that it answers its operator.
+// exhaust connects more clients than the server has files, and requires that it still answers its operator.
 func (p *phase) exhaust(ctx context.Context) error {
 	crowd := make([]net.Conn, 0, p.settings.files+100)
 	defer func() {
@@ -307,7 +307,7 @@ func (p *phase) exhaust(ctx context.Context) error {
 	return nil
 }
 
-// checkLog looks for what must not be in the server's log.
+// checkLog reports data races, panics and errors in the server's log.
 func (p *phase) checkLog() {
 	text, err := os.ReadFile(p.log.Name())
 	if err != nil {

@@ -17,39 +17,39 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// A phase soaks one build.
+// A phase is a soak of one build of the program.
 type phase struct {
 	*server
-	settings settings
-	name     string
-	seed     uint64
-	rng      *rand.Rand // the operator's
-	ways     []transport
-	proxies  []*toxiproxy.Proxy
-	watch    *watcher
+	settings   settings
+	name       string
+	seed       uint64
+	rng        *rand.Rand // the operator's
+	transports []transport
+	proxies    []*toxiproxy.Proxy
+	watch      *watcher
 
-	resting atomic.Pointer[chan struct{}] // closed while the clients rest
+	leaving atomic.Pointer[chan struct{}] // closed while all clients are to leave
 	began   time.Time
 	took    time.Duration
 
-	mu        sync.Mutex
-	faults    map[string]int // by kind
-	excuses   []excuse
-	outcomes  map[outcomeKind]int64
-	byWay     map[string]int64
-	cuts      []outcome
-	bytes     int64
-	refused   int64
-	kills     int // connections that the operator has killed
-	excused   int // clients that were cut off by something that cuts clients off
-	behind    int // of these, by a kill
-	lost      int // without
-	violation []string
-	unnamed   int // violations beyond those that are listed
+	mu          sync.Mutex
+	faults      map[string]int // by kind
+	disruptions []disruption
+	outcomes    map[outcomeKind]int64
+	byTransport map[string]int64
+	cuts        []outcome
+	bytes       int64
+	refused     int64
+	kills       int // connections that the operator has killed
+	explained   int // clients that a disruption cut off
+	cutByKill   int // of these, by a kill
+	lost        int // without
+	violation   []string
+	unlisted    int // violations beyond those that are listed
 }
 
-// An excuse is a time in which some clients may be cut off, or refused.
-type excuse struct {
+// A disruption is a time in which clients may be refused or cut off.
+type disruption struct {
 	from, until time.Time // until is zero while it lasts
 	why         string
 	cuts        bool // clients that are connected may be cut off
@@ -63,21 +63,21 @@ func newPhase(s settings, name, program string, seed uint64) (*phase, error) {
 	}
 	p := &phase{
 		server: srv, settings: s, name: name, seed: seed, rng: rand.New(rand.NewPCG(seed, 1)),
-		faults: make(map[string]int), outcomes: make(map[outcomeKind]int64), byWay: make(map[string]int64),
+		faults: make(map[string]int), outcomes: make(map[outcomeKind]int64), byTransport: make(map[string]int64),
 	}
 	p.watch = newWatcher(p)
-	p.awake()
+	p.admitClients()
 	return p, nil
 }
 
-// connectTimeout bounds a connect. While the server is at its limit, it takes as long as the limit lasts.
-const connectTimeout = patience
+// connectTimeout limits a connect. While the server is at its connection limit, a connect waits.
+const connectTimeout = busyTimeout
 
-func (p *phase) makeWays() error {
+func (p *phase) makeTransports() error {
 	dial := func(network, address string) func() (net.Conn, error) {
 		return func() (net.Conn, error) { return net.DialTimeout(network, address, connectTimeout) }
 	}
-	p.ways = []transport{
+	p.transports = []transport{
 		{name: "tcp", dial: dial("tcp", p.tcp)},
 		{name: "unix", dial: dial("unix", p.unix)},
 		{name: "tls", dial: func() (net.Conn, error) { return dialTLS(p.tls, p.clientTLS) }},
@@ -104,12 +104,12 @@ func (p *phase) makeWays() error {
 				return fmt.Errorf("toxic %s: %w", toxic, err)
 			}
 		}
-		p.ways = append(p.ways, transport{name: name, dial: dial("tcp", proxy.Listen), proxied: true})
+		p.transports = append(p.transports, transport{name: name, dial: dial("tcp", proxy.Listen), proxied: true})
 	}
 	return nil
 }
 
-// breaks reports whether a way breaks connections. Its clients are checked for bytes that were not sent, and no more.
+// breaks reports whether a transport breaks connections. Of its clients only corrupted bytes are a violation.
 func (t transport) breaks() bool {
 	switch t.name {
 	case "resetting network", "silent network", "cutting network":
@@ -118,12 +118,12 @@ func (t transport) breaks() bool {
 	return false
 }
 
-// run soaks for d.
+// run runs the phase for d.
 func (p *phase) run(ctx context.Context, d time.Duration) {
 	p.began = time.Now()
 	defer func() { p.took = time.Since(p.began) }()
 	defer p.server.close()
-	if err := errors.Join(p.makeWays(), p.start()); err != nil {
+	if err := errors.Join(p.makeTransports(), p.start()); err != nil {
 		p.violate("%v", err)
 		return
 	}
@@ -133,7 +133,7 @@ func (p *phase) run(ctx context.Context, d time.Duration) {
 	watchCtx, stopWatching := context.WithCancel(context.Background())
 	watching.Go(func() { p.watch.run(watchCtx) })
 	watching.Go(func() { p.watch.followEvents(watchCtx) })
-	p.watch.rest(ctx) // the first figures, of a server that nobody uses
+	p.watch.checkIdle(ctx) // the first figures, of a server that nobody uses
 	for i := range p.settings.clients {
 		tasks.Go(func() { p.client(ctx, uint64(i)) })
 	}
@@ -143,7 +143,7 @@ func (p *phase) run(ctx context.Context, d time.Duration) {
 	tasks.Go(func() { p.rudeCaller(ctx) })
 	p.operate(ctx, d)
 	stop()
-	p.sleepAll()
+	p.disconnectClients()
 	tasks.Wait()
 	p.finish()
 	stopWatching()
@@ -153,11 +153,11 @@ func (p *phase) run(ctx context.Context, d time.Duration) {
 	}
 }
 
-// finish ends the server with a drain that has nobody to tell.
+// finish drains the server, which has no clients any more.
 func (p *phase) finish() {
-	p.watch.rest(context.Background())
+	p.watch.checkIdle(context.Background())
 	p.watch.expectNoMoreEvents.Store(true)
-	done := p.excuse("the last drain", true)
+	done := p.disrupt("the last drain", true)
 	_ = p.signal(15)
 	code, err := p.wait(grace + 30*time.Second)
 	done()
@@ -168,35 +168,35 @@ func (p *phase) finish() {
 		p.violate("%d processes are left after the end", len(left))
 	}
 	p.checkLog()
-	p.judgeCuts()
+	p.checkCuts()
 }
 
-// sleepAll tells the clients to leave, and awake lets new ones come.
-func (p *phase) sleepAll() { close(*p.resting.Load()) }
+// disconnectClients tells the clients to leave, and admitClients lets new ones connect.
+func (p *phase) disconnectClients() { close(*p.leaving.Load()) }
 
-func (p *phase) awake() { p.resting.Store(new(make(chan struct{}))) }
+func (p *phase) admitClients() { p.leaving.Store(new(make(chan struct{}))) }
 
-// client has sessions, one after another.
+// client runs one session after another.
 func (p *phase) client(ctx context.Context, n uint64) {
 	rng := rand.New(rand.NewPCG(p.seed, 100+n))
 	for ctx.Err() == nil {
-		rest := *p.resting.Load()
+		leave := *p.leaving.Load()
 		select {
-		case <-rest:
+		case <-leave:
 			pause(ctx, 50*time.Millisecond)
 			continue
 		default:
 		}
-		way := p.ways[rng.IntN(len(p.ways))]
+		tr := p.transports[rng.IntN(len(p.transports))]
 		began := time.Now()
-		nc, err := way.dial()
+		nc, err := tr.dial()
 		if err != nil {
-			p.couldNotConnect(way, began, err)
+			p.connectFailed(tr, began, err)
 			pause(ctx, time.Duration(100+rng.IntN(400))*time.Millisecond)
 			continue
 		}
-		s := newSession(nc, way, rng)
-		o := s.run(rng, rest)
+		s := newSession(nc, tr, rng)
+		o := s.run(rng, leave)
 		p.count(s, o)
 		wait := 50
 		if o.kind == refused {
@@ -213,14 +213,14 @@ func pause(ctx context.Context, d time.Duration) {
 	}
 }
 
-func (p *phase) couldNotConnect(way transport, began time.Time, err error) {
+func (p *phase) connectFailed(tr transport, began time.Time, err error) {
 	p.mu.Lock()
 	p.refused++
 	p.mu.Unlock()
-	if !way.proxied {
-		p.later(outcome{
+	if !tr.proxied {
+		p.checkLater(outcome{
 			kind: cut, connecting: true, at: time.Now(),
-			detail: fmt.Sprintf("%s: cannot connect: %v, after %s", way.name, err, time.Since(began).Round(time.Millisecond)),
+			detail: fmt.Sprintf("%s: cannot connect: %v, after %s", tr.name, err, time.Since(began).Round(time.Millisecond)),
 		})
 	}
 }
@@ -228,7 +228,7 @@ func (p *phase) couldNotConnect(way transport, began time.Time, err error) {
 func (p *phase) count(s *session, o outcome) {
 	p.mu.Lock()
 	p.outcomes[o.kind]++
-	p.byWay[s.from.name]++
+	p.byTransport[s.from.name]++
 	p.bytes += s.got.Load()
 	p.mu.Unlock()
 	switch {
@@ -236,52 +236,52 @@ func (p *phase) count(s *session, o outcome) {
 		p.violate("%s", o.detail)
 	case o.kind == refused || o.kind == cut || o.kind == stuck:
 		if !s.from.breaks() {
-			p.later(o)
+			p.checkLater(o)
 		}
 	}
 }
 
-// later judges an end when it is known which faults there were at the time.
-func (p *phase) later(o outcome) {
+// checkLater keeps an outcome until it is known which disruptions there were at that time.
+func (p *phase) checkLater(o outcome) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.cuts = append(p.cuts, o)
 }
 
-// excuse begins a time in which clients may be refused, and, if cuts is true, cut off.
-func (p *phase) excuse(why string, cuts bool) (end func()) {
+// disrupt begins a disruption: clients may be refused and, if cuts is true, cut off. The caller ends it.
+func (p *phase) disrupt(why string, cuts bool) (end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	i := len(p.excuses)
-	p.excuses = append(p.excuses, excuse{from: time.Now(), why: why, cuts: cuts})
+	i := len(p.disruptions)
+	p.disruptions = append(p.disruptions, disruption{from: time.Now(), why: why, cuts: cuts})
 	return func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.excuses[i].until = time.Now()
+		p.disruptions[i].until = time.Now()
 	}
 }
 
-// killed excuses n clients from now on.
-func (p *phase) killed(n int) {
+// expectKilled records that an operator kills n clients now.
+func (p *phase) expectKilled(n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.kills += n
 	now := time.Now()
-	p.excuses = append(p.excuses, excuse{from: now.Add(-time.Second), until: now.Add(time.Second), why: "kill", cuts: true, kills: n})
+	p.disruptions = append(p.disruptions, disruption{from: now.Add(-time.Second), until: now.Add(time.Second), why: "kill", cuts: true, kills: n})
 }
 
 // slack is how long after a fault a client may notice it.
 const slack = 5 * time.Second
 
-// judgeCuts looks for clients that were cut off, or refused, without a reason.
-func (p *phase) judgeCuts() {
+// checkCuts reports clients that were cut off or refused while no disruption allowed it.
+func (p *phase) checkCuts() {
 	p.mu.Lock()
-	cuts, excuses := p.cuts, p.excuses
+	cuts, disruptions := p.cuts, p.disruptions
 	p.mu.Unlock()
 	for _, o := range cuts {
-		excused := false
-		for i := range excuses {
-			e := &excuses[i]
+		explained := false
+		for i := range disruptions {
+			e := &disruptions[i]
 			if o.at.Before(e.from) || !e.until.IsZero() && o.at.After(e.until.Add(slack)) || !e.cuts && !o.connecting {
 				continue
 			}
@@ -290,13 +290,13 @@ func (p *phase) judgeCuts() {
 					continue
 				}
 				e.kills--
-				p.behind++
+				p.cutByKill++
 			}
-			excused = true
+			explained = true
 			break
 		}
-		if excused {
-			p.excused++
+		if explained {
+			p.explained++
 			continue
 		}
 		p.lost++
@@ -311,19 +311,19 @@ func (p *phase) violate(format string, args ...any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.violation) >= maxViolations {
-		p.unnamed++
+		p.unlisted++
 		return
 	}
 	log.Printf("VIOLATION: %s", text)
 	p.violation = append(p.violation, text)
 }
 
-// rudeClient keeps to nothing.
+// rudeClient floods, resets, stays silent, or sends garbage.
 func (p *phase) rudeClient(ctx context.Context, n uint64) {
 	rng := rand.New(rand.NewPCG(p.seed, 10_000+n))
 	for ctx.Err() == nil {
 		select {
-		case <-*p.resting.Load():
+		case <-*p.leaving.Load():
 			pause(ctx, 50*time.Millisecond)
 			continue
 		default:
@@ -339,7 +339,7 @@ func (p *phase) rudeClient(ctx context.Context, n uint64) {
 		}
 		_ = nc.SetDeadline(time.Now().Add(time.Duration(rng.IntN(4000)) * time.Millisecond))
 		what := rng.IntN(5)
-		p.note([]string{"flood, read nothing", "reset", "silent", "TLS garbage", "half a message, then reset"}[what])
+		p.countFault([]string{"flood, read nothing", "reset", "silent", "TLS garbage", "half a message, then reset"}[what])
 		switch what {
 		case 0:
 			block := make([]byte, 64<<10)
@@ -364,7 +364,7 @@ func (p *phase) rudeClient(ctx context.Context, n uint64) {
 	}
 }
 
-// rudeCaller bothers the control socket and the HTTP listener.
+// rudeCaller sends broken or slow requests to the control socket and the HTTP listener.
 func (p *phase) rudeCaller(ctx context.Context) {
 	rng := rand.New(rand.NewPCG(p.seed, 20_000))
 	for ctx.Err() == nil {
@@ -384,12 +384,12 @@ func (p *phase) rudeCaller(ctx context.Context) {
 		}[rng.IntN(5)]))
 		_, _ = nc.Read(make([]byte, 100))
 		_ = nc.Close()
-		p.note("rude caller")
+		p.countFault("rude caller")
 	}
 }
 
-// note counts a fault.
-func (p *phase) note(kind string) {
+// countFault counts a fault.
+func (p *phase) countFault(kind string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.faults[kind]++

@@ -58,18 +58,18 @@ func (r *report) String() string {
 		return n
 	})
 	line("MB echoed and checked", func(p result) string { return fmt.Sprintf("%.1f", float64(p.bytes)/1e6) })
-	for _, kind := range []outcomeKind{complete, toldAway, rejected, refused, cut, stuck, corrupted} {
+	for _, kind := range []outcomeKind{complete, leftWhenTold, rejected, refused, cut, stuck, corrupted} {
 		number(string(kind), func(p result) int64 { return p.outcomes[kind] })
 	}
 	number("connects that failed", func(p result) int64 { return p.refused })
 	number("connections that the operator killed", func(p result) int64 { return int64(p.kills) })
-	number("cut off or refused, with a reason", func(p result) int64 { return int64(p.excused) })
+	number("cut off or refused, with a reason", func(p result) int64 { return int64(p.explained) })
 	number("**lost**: cut off or refused, without a reason", func(p result) int64 { return int64(p.lost) })
 	number("status requests checked", func(p result) int64 { return p.watch.statuses.Load() })
 	line("slowest status", func(p result) string { return p.watch.slowest.Round(time.Millisecond).String() })
 	number("scrapes of metrics checked", func(p result) int64 { return p.watch.scrapes.Load() })
 	number("events checked", func(p result) int64 { return p.watch.events.Load() })
-	number("times without clients, compared", func(p result) int64 { return int64(len(p.watch.rests)) })
+	number("times without clients, compared", func(p result) int64 { return int64(len(p.watch.idleFigures)) })
 	for _, figure := range []struct {
 		what string
 		of   func(figures) int64
@@ -81,7 +81,7 @@ func (r *report) String() string {
 	} {
 		of := figure.of
 		line(figure.what+": at first, most, at last", func(p result) string {
-			rests := p.watch.rests
+			rests := p.watch.idleFigures
 			if len(rests) == 0 {
 				return "-"
 			}
@@ -101,7 +101,7 @@ func (r *report) String() string {
 	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
 		number("fault: "+kind, func(p result) int64 { return int64(p.faults[kind]) })
 	}
-	number("**violations**", func(p result) int64 { return int64(len(p.violation) + p.unnamed) })
+	number("**violations**", func(p result) int64 { return int64(len(p.violation) + p.unlisted) })
 	for _, p := range r.phases {
 		for _, text := range p.violation {
 			fmt.Fprintf(&out, "\n- %s: %s", p.name, text)

@@ -29,9 +29,9 @@ import (
 )
 
 const (
-	grace      = 6 * time.Second
-	stallAfter = 5 * time.Second
-	patience   = 60 * time.Second // for what should happen soon, on a busy machine
+	grace       = 6 * time.Second
+	stallAfter  = 5 * time.Second
+	busyTimeout = 60 * time.Second // for anything that should happen soon; the machine is busy
 )
 
 // A server is echod, through all its restarts and upgrades. Its addresses stay the same.
@@ -129,7 +129,7 @@ func (s *server) start() error {
 	s.cmd, s.exited = cmd, exited
 	s.mu.Unlock()
 	s.lineage.Add(1)
-	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(busyTimeout); ; time.Sleep(20 * time.Millisecond) {
 		if _, err := s.status(context.Background()); err == nil {
 			return nil
 		}
@@ -145,7 +145,7 @@ func (s *server) start() error {
 	}
 }
 
-// status is bounded by a second, as an operator expects it (G16).
+// status requests the status. G16 promises an answer within a second.
 func (s *server) status(ctx context.Context) (control.Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
@@ -173,12 +173,12 @@ func (s *server) wait(d time.Duration) (code int, err error) {
 	}
 }
 
-// kill ends what is left.
+// kill kills every process that is left.
 func (s *server) kill() {
 	for _, pid := range s.processes() {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
-	_, _ = s.wait(patience)
+	_, _ = s.wait(busyTimeout)
 }
 
 func (s *server) close() {

@@ -13,7 +13,7 @@ import (
 	"echod/control"
 )
 
-// A watcher reads from outside whether the server keeps its promises: its status, metrics and events, and /proc.
+// A watcher checks the server from outside: its status, metrics and events, and /proc.
 type watcher struct {
 	*phase
 	upgrades           atomic.Int64
@@ -23,8 +23,8 @@ type watcher struct {
 	statuses, scrapes, events, missed atomic.Int64
 	slowest                           time.Duration // answer to a status request
 
-	mu    sync.Mutex
-	rests []figures
+	mu          sync.Mutex
+	idleFigures []figures
 
 	seen eventsSeen
 
@@ -33,14 +33,14 @@ type watcher struct {
 	switched time.Time // when another one did
 }
 
-// catchUp is how long the counters of a process that took over may lack connections that ended during the handover: it
-// learns of them in the next message.
+// catchUp is how long after an upgrade the counters may lack connections that ended during the handover. The new process
+// learns of them from the old one's next message.
 const catchUp = 2 * time.Second
 
-// mayLag reports whether an upgrade was a moment ago.
+// mayLag reports whether an upgrade was so recent that counters may lag.
 func (w *watcher) mayLag() bool { return time.Since(w.switched) < catchUp }
 
-// figures of a server that has no clients.
+// figures is what a server without clients uses.
 type figures struct {
 	at         time.Duration
 	pid        int
@@ -84,7 +84,7 @@ func (w *watcher) run(ctx context.Context) {
 		case w.stopped.Load() > 0 || ctx.Err() != nil || w.lineage.Load() != lineage:
 			continue
 		case err != nil:
-			w.later(outcome{kind: cut, connecting: true, detail: fmt.Sprintf("status: %v, after %s", err, took.Round(time.Millisecond)), at: began})
+			w.checkLater(outcome{kind: cut, connecting: true, detail: fmt.Sprintf("status: %v, after %s", err, took.Round(time.Millisecond)), at: began})
 			continue
 		}
 		w.statuses.Add(1)
@@ -104,8 +104,8 @@ func (w *watcher) run(ctx context.Context) {
 	}
 }
 
-// check compares a status with itself and with an earlier one of the same counters. It reports whether later ones are to
-// be compared with this one.
+// check checks that a status adds up, and compares it with an earlier one. It reports whether later ones should be
+// compared with this one.
 func (w *watcher) check(last, st control.Status) bool {
 	closed := uint64(0)
 	for _, n := range st.Closed {
@@ -160,7 +160,7 @@ func (w *watcher) compare(last, now map[string]float64) {
 	}
 }
 
-// eventsSeen is what the events of one lineage have said.
+// eventsSeen is the connections that the events of one lineage have reported.
 type eventsSeen struct {
 	sync.Mutex
 	lineage        int64
@@ -210,12 +210,12 @@ func (s *eventsSeen) take(w *watcher, e control.Event) {
 	}
 }
 
-// rest waits until all clients have left, and notes the figures of the server.
-func (w *watcher) rest(ctx context.Context) {
+// checkIdle waits until all clients have left, and records what the idle server uses.
+func (w *watcher) checkIdle(ctx context.Context) {
 	if ctx.Err() != nil {
 		ctx = context.Background()
 	}
-	within, cancel := context.WithTimeout(ctx, patience+stallAfter)
+	within, cancel := context.WithTimeout(ctx, busyTimeout+stallAfter)
 	defer cancel()
 	if _, err := w.control.Wait(within, control.WaitRequest{Connections: new(int)}); err != nil {
 		st, _ := w.status(context.Background())
@@ -224,7 +224,7 @@ func (w *watcher) rest(ctx context.Context) {
 	}
 	var f figures
 	var err error
-	for range 40 { // what has just ended takes a moment to go
+	for range 40 { // closing takes a moment
 		if f, err = w.figures(ctx); err == nil && w.settled(f) {
 			break
 		}
@@ -241,7 +241,7 @@ func (w *watcher) rest(ctx context.Context) {
 	w.seen.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.rests = append(w.rests, f)
+	w.idleFigures = append(w.idleFigures, f)
 	if problem := w.growth(f); problem != "" {
 		w.mu.Unlock()
 		w.violate("%s", problem)
@@ -255,20 +255,19 @@ func (w *watcher) settled(f figures) bool {
 	return w.growth(f) == ""
 }
 
-// Allowances for growth over the first figures. A process that took over has some files more: the link to the first
-// process.
+// Allowed growth over the first figures. A process that took over has a few more files, for the link to the first one.
 const (
 	moreFiles      = 6
 	moreGoroutines = 8
 	moreHeap       = 12 << 20
 )
 
-// growth compares with the first figures: those of a process without a past. w.mu is held.
+// growth compares f with the first figures, those of a process that has had no clients. The caller holds w.mu.
 func (w *watcher) growth(f figures) string {
-	if len(w.rests) == 0 {
+	if len(w.idleFigures) == 0 {
 		return ""
 	}
-	first := w.rests[0]
+	first := w.idleFigures[0]
 	switch {
 	case f.fds > first.fds+moreFiles:
 		return fmt.Sprintf("descriptors grew from %d to %d (process %d, %d upgrades)", first.fds, f.fds, f.pid, f.upgrades)
