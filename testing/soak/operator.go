@@ -121,7 +121,7 @@ func (p *phase) pauseReject(context.Context) error {
 	return err
 }
 
-// pauseCrash pauses the server while a caller is connected, and resets that caller's connection.
+// pauseCrash pauses the server while a caller is connected, and closes that connection without a release.
 func (p *phase) pauseCrash(context.Context) error {
 	nc, err := net.DialTimeout("unix", p.socket, busyTimeout)
 	if err != nil {
