@@ -27,7 +27,8 @@ type echod struct {
 	addr    string   // the first of them
 	log     *journal
 	control *control.Client
-	connect func() (*peer, error) // connects a client to addr
+
+	connectWithin func(timeout time.Duration) (*peer, error) // connects a client to addr
 
 	exited chan struct{}
 	gone   time.Time // when it exited; valid once exited is closed
@@ -61,8 +62,11 @@ func startAs(t testing.TB, wrapper []string, flags ...string) *echod {
 func startEmbedding(t testing.TB, flags ...string) *echod {
 	t.Helper()
 	socket := filepath.Join(shortDir(t), "c")
-	args := append([]string{"--listen", "127.0.0.1:0", "--control", socket}, flags...)
-	return launch(t, exec.Command(built(t, embedBinary), args...), socket)
+	flags = append(flags, "--control", socket)
+	if !slices.Contains(flags, "--listen") {
+		flags = append(flags, "--listen", "127.0.0.1:0")
+	}
+	return launch(t, exec.Command(built(t, embedBinary), flags...), socket)
 }
 
 // launch starts a server and waits for all of its listeners.
@@ -79,7 +83,7 @@ func launch(t testing.TB, cmd *exec.Cmd, socket string) *echod {
 		e.addrs = append(e.addrs, e.awaitNth(i+1, "listening").str("address"))
 	}
 	e.addr = e.addrs[0]
-	e.connect = func() (*peer, error) { return connect(e.addr) }
+	e.connectWithin = func(timeout time.Duration) (*peer, error) { return connectOver("tcp", e.addr, timeout) }
 	return e
 }
 

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -26,20 +27,26 @@ func (e *echod) web() string {
 	return e.awaitLog("http open").str("address")
 }
 
-// ask makes a request on a connection of its own, over TCP, or over a Unix socket if address is a path.
+// ask makes a request on a connection of its own: over TCP, over TLS if address begins with tls://, or over a Unix
+// socket if address is a path.
 func ask(t testing.TB, method, address, path string) (status int, body string) {
 	t.Helper()
-	network := "tcp"
+	network, scheme := "tcp", "http://"
 	if strings.HasPrefix(address, "/") {
 		network = "unix"
 	}
+	address, overTLS := strings.CutPrefix(address, "tls://")
+	if overTLS {
+		scheme = "https://"
+	}
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // TestTLSHealth verifies it
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, network, address)
 		},
 	}}
-	req, err := http.NewRequestWithContext(within(t, patience), method, "http://echod"+path, http.NoBody)
+	req, err := http.NewRequestWithContext(within(t, patience), method, scheme+"echod"+path, http.NoBody)
 	check(t, err)
 	resp, err := client.Do(req)
 	check(t, err)

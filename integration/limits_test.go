@@ -52,6 +52,15 @@ func (p *peer) expectNoticeAndEnd(stays bool) error {
 	return err
 }
 
+// expectToldAndEnd checks that the peer is told of the drain, and that the connection ends with a FIN.
+func (p *peer) expectToldAndEnd() error {
+	line, err := p.in.ReadString('\n')
+	if err != nil || !drainNotice.MatchString(line) {
+		return fmt.Errorf("told %q (%w)", line, err)
+	}
+	return p.leave()
+}
+
 // TestG11DrainWithFewFiles drains with 500 clients in the accept queue and idle callers on the control socket and
 // --http.
 func TestG11DrainWithFewFiles(t *testing.T) {
@@ -96,7 +105,12 @@ func TestG11DrainWithFewFiles(t *testing.T) {
 func TestG4NoGraceTellsALongQueue(t *testing.T) {
 	t.Parallel()
 	slow(t)
-	e := start(t, "--grace", "0s")
+	overSome(t, []transport{transportTCP, transportUnix}, testNoGraceTellsALongQueue) // a TLS handshake takes time
+}
+
+func testNoGraceTellsALongQueue(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "0s")
 	served := e.crowd(100)
 	e.pause(control.PauseRequest{})
 	peers := append(e.queue(3000), served...)
@@ -118,28 +132,32 @@ func TestG3RefusedOnResume(t *testing.T) {
 		name, text string
 		flags      []string
 		resume     func(e *echod)
+		transports []transport
 	}{
-		{"at the connection limit", "BUSY\n", []string{"--max-conns", "5", "--at-limit", "reject"}, func(e *echod) { e.resume() }},
-		{"at the limit per address", "BUSY\n", []string{"--max-conns-per-ip", "5"}, func(e *echod) { e.resume() }},
-		{"by a second pause in mode reject", "PAUSED\n", nil, func(e *echod) { e.pause(control.PauseRequest{Mode: "reject"}) }},
+		{"at the connection limit", "BUSY\n", []string{"--max-conns", "5", "--at-limit", "reject"}, func(e *echod) { e.resume() }, transports},
+		// Over TLS the limit bounds the handshakes too, and clients beyond it end in the middle of theirs.
+		{"at the limit per client", "BUSY\n", []string{"--max-conns-per-ip", "5", "--max-conns-per-uid", "5"}, func(e *echod) { e.resume() }, []transport{transportTCP, transportUnix}},
+		{"by a second pause in mode reject", "PAUSED\n", nil, func(e *echod) { e.pause(control.PauseRequest{Mode: "reject"}) }, transports},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			e := start(t, c.flags...)
-			e.pause(control.PauseRequest{})
-			const clients = 500
-			peers := e.queue(clients)
-			c.resume(e)
-			each(t, clients, func(i int) error {
-				defer peers[i].Close()
-				line, err := peers[i].in.ReadString('\n')
-				if line == "mine\n" && c.flags != nil {
-					return peers[i].leave() // one of the first
-				}
-				if err != nil || line != c.text {
-					return fmt.Errorf("got %q (%w)", line, err)
-				}
-				return peers[i].leave()
+			overSome(t, c.transports, func(t *testing.T, over transport) {
+				t.Parallel()
+				e := over.start(t, c.flags...)
+				e.pause(control.PauseRequest{})
+				const clients = 500
+				peers := e.queue(clients)
+				c.resume(e)
+				each(t, clients, func(i int) error {
+					defer peers[i].Close()
+					line, err := peers[i].in.ReadString('\n')
+					if line == "mine\n" && c.flags != nil {
+						return peers[i].leave() // one of the first
+					}
+					if err != nil || line != c.text {
+						return fmt.Errorf("got %q (%w)", line, err)
+					}
+					return peers[i].leave()
+				})
 			})
 		})
 	}

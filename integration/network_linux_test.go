@@ -203,6 +203,24 @@ func (n *network) start(t *testing.T, flags ...string) *echod {
 	return e
 }
 
+// startOver is start for clients that come over a transport; connectWithin connects them from their namespace.
+func (n *network) startOver(t *testing.T, over transport, flags ...string) *echod {
+	t.Helper()
+	e := over.startWith(t, func(flags ...string) (e *echod) {
+		for i, flag := range flags {
+			flags[i] = strings.Replace(flag, "127.0.0.1:", serverIP+":", 1)
+		}
+		check(t, n.server.do(func() { e = start(t, flags...) }))
+		return e
+	}, flags...)
+	connect := e.connectWithin
+	e.connectWithin = func(timeout time.Duration) (p *peer, err error) {
+		failed := n.client.do(func() { p, err = connect(timeout) })
+		return p, errors.Join(failed, err)
+	}
+	return e
+}
+
 // connect connects a peer from the clients' namespace.
 func (n *network) connect(addr string, timeout time.Duration) (p *peer, err error) {
 	failed := n.client.do(func() {
@@ -233,54 +251,18 @@ func (n *network) signalAt(e *echod, count int) (sent chan struct{}, begun *time
 	return sent, begun
 }
 
-// expectToldAndEnd checks that the peer is told of the drain, and that the connection ends with a FIN.
-func (p *peer) expectToldAndEnd() error {
-	line, err := p.in.ReadString('\n')
-	if err != nil || !drainNotice.MatchString(line) {
-		return fmt.Errorf("told %q (%w)", line, err)
-	}
-	return p.leave()
-}
+// farRoundTrip is the round trip time of a client far away.
+const farRoundTrip = 200 * time.Millisecond
 
 func TestG15PromisesHoldOverANetwork(t *testing.T) {
 	t.Parallel()
-	const roundTrip = 200 * time.Millisecond
-
 	t.Run("clients whose handshakes are in progress are told", func(t *testing.T) {
-		t.Parallel()
-		n := newNetwork(t, roundTrip, 0)
-		e := n.start(t, "--grace", "20s")
-		const clients = 20
-		var connected atomic.Int32
-		signalled, begun := n.signalAt(e, clients/2) // no client has seen its SYN-ACK by then
-		each(t, 2*clients, func(i int) error {
-			if i >= clients { // these come once the drain has begun
-				<-signalled
-			}
-			p, err := n.connect(e.addr, patience)
-			if errors.Is(err, syscall.ECONNREFUSED) { // its SYN came too late
-				<-signalled
-				if took := time.Since(*begun); took > 3*time.Second+roundTrip {
-					return fmt.Errorf("refused after %s", took)
-				}
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			defer p.Close()
-			connected.Add(1)
-			return p.expectToldAndEnd()
-		})
-		e.wait(0)
-		if sum := e.awaitLog("drained"); sum.num("notified") != int(connected.Load()) || connected.Load() < clients/2 {
-			t.Errorf("%d clients were connected; the summary is %s", connected.Load(), sum.text)
-		}
+		overSome(t, []transport{transportTCP, transportTLS}, testDrainTellsHandshakesInProgress)
 	})
 
 	t.Run("the signal at the first connect that succeeds is a drain", func(t *testing.T) {
 		t.Parallel()
-		n := newNetwork(t, roundTrip, 0)
+		n := newNetwork(t, farRoundTrip, 0)
 		starts := 4
 		if os.Getenv("ECHOD_TEST_SLOW") == "1" {
 			starts = 20
@@ -314,37 +296,12 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 		loss int
 	}{{"a drain of fifty clients loses no byte", 0}, {"nor does it with 5 percent of packets lost", 5}} {
 		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
 			if c.loss > 0 {
 				slow(t)
 			}
-			n := newNetwork(t, roundTrip, c.loss)
-			e := n.start(t, "--grace", "25s")
-			const clients, warm = 50, 16 << 10
-			streams := make([]*stream, clients)
-			each(t, clients, func(i int) error {
-				p, err := n.connect(e.addr, patience)
-				streams[i] = &stream{
-					peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 25 SIGTERM\n"),
-					told: make(chan struct{}), progress: make(chan struct{}, 1),
-				}
-				return err
+			overSome(t, []transport{transportTCP, transportTLS}, func(t *testing.T, over transport) {
+				testDrainOverANetwork(t, over, c.loss)
 			})
-			var ready, signalled sync.WaitGroup
-			ready.Add(clients)
-			signalled.Go(func() {
-				ready.Wait()
-				_ = e.cmd.Process.Signal(syscall.SIGTERM)
-			})
-			each(t, clients, func(i int) error {
-				defer streams[i].Close()
-				return streams[i].run(warm, ready.Done)
-			})
-			signalled.Wait()
-			e.wait(0)
-			if sum := e.awaitLog("drained"); sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
-				t.Errorf("the summary is %s", sum.text)
-			}
 		})
 	}
 
@@ -353,7 +310,7 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 	// remembers nothing of clients that it has sent one.
 	t.Run("clients of an accept queue that overflows are told or refused", func(t *testing.T) {
 		t.Parallel()
-		n := newNetwork(t, roundTrip, 0)
+		n := newNetwork(t, farRoundTrip, 0)
 		var err error
 		check(t, n.server.do(func() {
 			err = errors.Join(os.WriteFile("/proc/sys/net/core/somaxconn", []byte("16"), 0),
@@ -390,7 +347,7 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 	}{{"1s", time.Second}, {"20s", 3 * time.Second}} {
 		t.Run("clients are refused though a handshake never completes, grace "+c.grace, func(t *testing.T) {
 			t.Parallel()
-			n := newNetwork(t, roundTrip, 0)
+			n := newNetwork(t, farRoundTrip, 0)
 			e := n.start(t, "--grace", c.grace)
 			stays, err := n.connect(e.addr, patience)
 			check(t, err)
@@ -402,7 +359,7 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 			defer half.Close()
 			begun := e.signal(syscall.SIGTERM)
 			for {
-				p, err := n.connect(e.addr, 2*roundTrip)
+				p, err := n.connect(e.addr, 2*farRoundTrip)
 				if err == nil {
 					_ = p.Close()
 					t.Fatal("a client could connect")
@@ -410,12 +367,75 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 				if errors.Is(err, syscall.ECONNREFUSED) {
 					break
 				}
-				if took := time.Since(begun); took > c.most+3*roundTrip {
+				if took := time.Since(begun); took > c.most+3*farRoundTrip {
 					t.Fatalf("after %s, clients that connect are not refused: %v", took, err)
 				}
 			}
 			t.Logf("refused after %s", time.Since(begun))
 		})
+	}
+}
+
+func testDrainTellsHandshakesInProgress(t *testing.T, over transport) {
+	t.Parallel()
+	n := newNetwork(t, farRoundTrip, 0)
+	e := n.startOver(t, over, "--grace", "20s")
+	const clients = 20
+	var connected atomic.Int32
+	signalled, begun := n.signalAt(e, clients/2) // no client has seen its SYN-ACK by then
+	each(t, 2*clients, func(i int) error {
+		if i >= clients { // these come once the drain has begun
+			<-signalled
+		}
+		p, err := e.connectWithin(patience)
+		if errors.Is(err, syscall.ECONNREFUSED) { // its SYN came too late
+			<-signalled
+			if took := time.Since(*begun); took > 3*time.Second+farRoundTrip {
+				return fmt.Errorf("refused after %s", took)
+			}
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		connected.Add(1)
+		return p.expectToldAndEnd()
+	})
+	e.wait(0)
+	if sum := e.awaitLog("drained"); sum.num("notified") != int(connected.Load()) || connected.Load() < clients/2 {
+		t.Errorf("%d clients were connected; the summary is %s", connected.Load(), sum.text)
+	}
+}
+
+func testDrainOverANetwork(t *testing.T, over transport, loss int) {
+	t.Parallel()
+	n := newNetwork(t, farRoundTrip, loss)
+	e := n.startOver(t, over, "--grace", "25s")
+	const clients, warm = 50, 16 << 10
+	streams := make([]*stream, clients)
+	each(t, clients, func(i int) error {
+		p, err := e.connectWithin(patience)
+		streams[i] = &stream{
+			peer: p, seed: uint64(i), notice: []byte("SHUTDOWN 25 SIGTERM\n"),
+			told: make(chan struct{}), progress: make(chan struct{}, 1),
+		}
+		return err
+	})
+	var ready, signalled sync.WaitGroup
+	ready.Add(clients)
+	signalled.Go(func() {
+		ready.Wait()
+		_ = e.cmd.Process.Signal(syscall.SIGTERM)
+	})
+	each(t, clients, func(i int) error {
+		defer streams[i].Close()
+		return streams[i].run(warm, ready.Done)
+	})
+	signalled.Wait()
+	e.wait(0)
+	if sum := e.awaitLog("drained"); sum.num("notified") != clients || sum.num("left_by_themselves") != clients {
+		t.Errorf("the summary is %s", sum.text)
 	}
 }
 

@@ -13,8 +13,11 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // peer is a client of a test. Its methods return errors, so that many clients can run concurrently.
@@ -30,10 +33,16 @@ type peerConn interface {
 }
 
 // connect connects a peer over TCP whose reads and writes have a deadline.
-func connect(addr string) (*peer, error) { return connectOver("tcp", addr) }
+func connect(addr string) (*peer, error) { return connectOver("tcp", addr, patience) }
 
-func connectOver(network, addr string) (*peer, error) {
-	nc, err := net.DialTimeout(network, addr, patience)
+// aMoment is a short timeout to connect to a server that may have stopped listening: at the start of a drain the kernel
+// drops SYNs, and a client sends a dropped SYN again only after a second.
+const aMoment = 300 * time.Millisecond
+
+func connectSoon(addr string) (*peer, error) { return connectOver("tcp", addr, aMoment) }
+
+func connectOver(network, addr string, timeout time.Duration) (*peer, error) {
+	nc, err := net.DialTimeout(network, addr, timeout)
 	if err != nil {
 		return nil, err
 	}
@@ -53,13 +62,16 @@ type tlsPeer struct {
 	err   error      // of the first write, once it is over
 }
 
-func connectTLS(addr string, roots *x509.CertPool) (*peer, error) {
-	nc, err := net.DialTimeout("tcp", addr, patience)
+func connectTLS(addr string, roots *x509.CertPool, timeout time.Duration) (*peer, error) {
+	nc, err := net.DialTimeout("tcp", addr, timeout)
 	if err != nil {
 		return nil, err
 	}
-	session := tls.Client(finIsError{nc}, &tls.Config{RootCAs: roots, ServerName: "localhost"})
-	return newPeer(&tlsPeer{Conn: session, tcp: nc.(*net.TCPConn)})
+	return newPeer(overTLS(nc.(*net.TCPConn), roots))
+}
+
+func overTLS(nc *net.TCPConn, roots *x509.CertPool) *tlsPeer {
+	return &tlsPeer{Conn: tls.Client(finIsError{nc}, &tls.Config{RootCAs: roots, ServerName: "localhost"}), tcp: nc}
 }
 
 // finIsError makes an error of a FIN, so that a TLS client sees io.EOF only after a close_notify.
@@ -110,43 +122,79 @@ func (p *tlsPeer) awaitFirst() error {
 	return p.err
 }
 
-// overEach runs a subtest with a server that clients reach over TCP, and the slow tests with TLS and with a Unix socket.
-func overEach(t *testing.T, f func(t *testing.T, start func(flags ...string) *echod)) {
+// A transport is how the clients of a test reach the server.
+type transport struct {
+	name string
+	// listen returns the flags of a server, and what connects a client to it.
+	listen func(t testing.TB) (flags []string, connect func(e *echod, timeout time.Duration) (*peer, error))
+}
+
+var transports = []transport{transportTCP, transportTLS, transportUnix}
+
+var (
+	transportTCP = transport{"TCP", func(testing.TB) ([]string, func(*echod, time.Duration) (*peer, error)) {
+		return []string{"--listen", "127.0.0.1:0"}, func(e *echod, timeout time.Duration) (*peer, error) {
+			return connectOver("tcp", e.addr, timeout)
+		}
+	}}
+	transportTLS = transport{"TLS", func(t testing.TB) ([]string, func(*echod, time.Duration) (*peer, error)) {
+		flags, roots := tlsFlags(t, t.TempDir())
+		return append(flags, "--listen", "tls://127.0.0.1:0"), func(e *echod, timeout time.Duration) (*peer, error) {
+			return connectTLS(e.addr, roots, timeout)
+		}
+	}}
+	transportUnix = transport{"a Unix socket", func(t testing.TB) ([]string, func(*echod, time.Duration) (*peer, error)) {
+		path := filepath.Join(shortDir(t), "echo")
+		return []string{"--listen", "unix://" + path}, func(_ *echod, timeout time.Duration) (*peer, error) {
+			return connectOver("unix", path, timeout)
+		}
+	}}
+)
+
+// start starts a server that clients reach over tr.
+func (tr transport) start(t testing.TB, flags ...string) *echod { return tr.startAs(t, nil, flags...) }
+
+func (tr transport) startAs(t testing.TB, wrapper []string, flags ...string) *echod {
 	t.Helper()
-	for name, start := range map[string]func(t testing.TB, flags ...string) *echod{
-		"over TCP": start,
-		"over TLS": func(t testing.TB, flags ...string) *echod {
-			e, _, _ := startTLS(t, flags...)
-			return e
-		},
-		"over a Unix socket": func(t testing.TB, flags ...string) *echod {
-			path := filepath.Join(shortDir(t), "echo")
-			e := start(t, append(flags, "--listen", "unix://"+path)...)
-			e.connect = func() (*peer, error) { return connectOver("unix", path) }
-			return e
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			if name != "over TCP" {
+	return tr.startWith(t, func(flags ...string) *echod { return startAs(t, wrapper, flags...) }, flags...)
+}
+
+func (tr transport) startEmbedding(t testing.TB, flags ...string) *echod {
+	t.Helper()
+	return tr.startWith(t, func(flags ...string) *echod { return startEmbedding(t, flags...) }, flags...)
+}
+
+func (tr transport) startWith(t testing.TB, start func(flags ...string) *echod, flags ...string) *echod {
+	t.Helper()
+	more, connect := tr.listen(t)
+	e := start(append(flags, more...)...)
+	e.connectWithin = func(timeout time.Duration) (*peer, error) { return connect(e, timeout) }
+	return e
+}
+
+// overEach runs a subtest with clients that come over TCP, and the slow tests with TLS and with a Unix socket.
+func overEach(t *testing.T, f func(t *testing.T, over transport)) {
+	t.Helper()
+	overSome(t, transports, f)
+}
+
+// overSome is overEach for a test that makes no sense over the other transports.
+func overSome(t *testing.T, some []transport, f func(t *testing.T, over transport)) {
+	t.Helper()
+	for _, tr := range some {
+		t.Run("over "+tr.name, func(t *testing.T) {
+			if tr.name != transportTCP.name {
 				slow(t)
 			}
-			t.Parallel()
-			f(t, func(flags ...string) *echod { return start(t, flags...) })
+			f(t, tr)
 		})
 	}
 }
 
-// connectSoon is connect with a short timeout, for servers that may have stopped listening: at the start of a drain the
-// kernel drops SYNs, and a client sends a dropped SYN again only after a second.
-func connectSoon(addr string) (*peer, error) {
-	nc, err := net.DialTimeout("tcp", addr, 300*time.Millisecond)
-	if err != nil {
-		return nil, err
-	}
-	return newPeer(nc.(peerConn))
-}
+// connect connects a peer to the server's first listener.
+func (e *echod) connect() (*peer, error) { return e.connectWithin(patience) }
 
-// dial connects a peer to the server's first listener.
+// dial is connect. The end of the test closes the peer.
 func (e *echod) dial() *peer {
 	e.t.Helper()
 	p, err := e.connect()
@@ -223,23 +271,43 @@ func (p *peer) leave() error {
 	return p.expectRest("")
 }
 
-// tcp returns the peer's TCP connection.
-func (p *peer) tcp() *net.TCPConn {
+// socket is what is below a peer's stream.
+type socket interface {
+	syscall.Conn
+	SetReadBuffer(bytes int) error
+}
+
+func (p *peer) socket() socket {
 	if session, ok := p.peerConn.(*tlsPeer); ok {
 		return session.tcp
 	}
-	return p.peerConn.(*net.TCPConn)
+	return p.peerConn.(socket)
 }
 
-// vanish closes the connection with an RST.
+// vanish closes the connection so that the server sees a reset: with an RST or, on a Unix socket, with input unread.
 func (p *peer) vanish() error {
-	_ = p.tcp().SetLinger(0)
-	return p.Close()
+	if tcp, ok := p.socket().(*net.TCPConn); ok { // not its TLS session, which would send close_notify
+		_ = tcp.SetLinger(0)
+		return tcp.Close()
+	}
+	if err := p.send("unread"); err != nil {
+		return err
+	}
+	raw, err := p.socket().SyscallConn()
+	if err != nil {
+		return err
+	}
+	var failed error
+	err = raw.Read(func(fd uintptr) bool {
+		_, _, failed = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return failed != unix.EAGAIN
+	})
+	return errors.Join(err, failed, p.Close())
 }
 
 // flood writes without reading until a write fails.
 func (p *peer) flood() {
-	_ = p.tcp().SetReadBuffer(4 << 10)
+	_ = p.socket().SetReadBuffer(4 << 10)
 	block := bytes.Repeat([]byte("flood\n"), 8<<10)
 	for {
 		if _, err := p.Write(block); err != nil {

@@ -23,12 +23,15 @@ import (
 )
 
 func TestG7(t *testing.T) {
-	t.Run("at each step of a drain the control socket answers truthfully", testControlDrain)
+	t.Run("at each step of a drain the control socket answers truthfully", func(t *testing.T) {
+		t.Parallel()
+		overEach(t, testControlDrain)
+	})
 }
 
-func testControlDrain(t *testing.T) {
+func testControlDrain(t *testing.T, over transport) {
 	t.Parallel()
-	e := start(t, "--grace", "20s")
+	e := over.start(t, "--grace", "20s")
 	peers := e.crowd(3)
 	events := e.events()
 	e.signal(syscall.SIGTERM)
@@ -103,12 +106,15 @@ func (e *echod) events() <-chan []control.Event {
 }
 
 func TestG8(t *testing.T) {
-	t.Run("counts agree at every instant, whatever ends connections", testCounts)
+	t.Run("counts agree at every instant, whatever ends connections", func(t *testing.T) {
+		t.Parallel()
+		overEach(t, testCounts)
+	})
 }
 
-func testCounts(t *testing.T) {
+func testCounts(t *testing.T, over transport) {
 	t.Parallel()
-	e := start(t, "--max-conns", "60", "--at-limit", "reject")
+	e := over.start(t, "--max-conns", "60", "--at-limit", "reject")
 	stop := make(chan struct{})
 	var looking sync.WaitGroup
 	looking.Go(func() {
@@ -132,7 +138,7 @@ func testCounts(t *testing.T) {
 
 	polite, rude, doomed := e.crowd(20), e.crowd(15), e.crowd(25)
 	each(t, 10, func(int) error {
-		p, err := connect(e.addr)
+		p, err := e.connect()
 		if err != nil {
 			return err
 		}
@@ -174,8 +180,22 @@ func TestG16(t *testing.T) {
 
 func testIdleCallers(t *testing.T) {
 	t.Parallel()
+	t.Run("over TCP", func(t *testing.T) {
+		t.Parallel()
+		testIdleCallersOn(t, "", "--http", "0")
+	})
+	t.Run("over TLS", func(t *testing.T) {
+		slow(t)
+		t.Parallel()
+		flags, _ := tlsFlags(t, t.TempDir())
+		testIdleCallersOn(t, "tls://", append(flags, "--http", "tls://127.0.0.1:0")...)
+	})
+}
+
+// testIdleCallersOn starts servers with these flags, whose --http has this scheme.
+func testIdleCallersOn(t *testing.T, scheme string, flags ...string) {
 	for _, state := range []string{"running", "draining"} {
-		e := start(t, "--http", "0", "--grace", "1h")
+		e := start(t, append(flags, "--grace", "1h")...)
 		p := e.served()
 		if state == "draining" {
 			e.signal(syscall.SIGTERM)
@@ -197,7 +217,9 @@ func testIdleCallers(t *testing.T) {
 		if got := e.ctl("status"); got.code != 0 || !strings.Contains(got.stdout, state) {
 			t.Errorf("while %s, ctl status: %+v", state, got)
 		}
-		e.expectWeb("/livez", 200, state)
+		if code, body := ask(t, http.MethodGet, scheme+e.web(), "/livez"); code != 200 || !strings.Contains(body, state) {
+			t.Errorf("while %s, /livez answers %d %q", state, code, body)
+		}
 		lease, err := e.control.PauseWhileConnected(within(t, patience), control.PauseRequest{})
 		if state == "running" {
 			check(t, err)

@@ -30,47 +30,7 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 	// A client that the server lets connect must be told, though clients keep coming while the drain begins.
 	t.Run("clients of a connect storm", func(t *testing.T) {
 		t.Parallel()
-		e := start(t, "--grace", "20s")
-		const workers, least, most = 8, 20, 2000
-		var told atomic.Int64
-		var connected, signalled sync.WaitGroup
-		connected.Add(workers) // done when a worker has its first clients, or none
-		signalled.Go(func() {
-			connected.Wait()
-			_ = e.cmd.Process.Signal(syscall.SIGTERM)
-		})
-		each(t, workers, func(int) error {
-			var peers []*peer
-			for len(peers) < most {
-				p, err := connectSoon(e.addr)
-				if err != nil {
-					break // the server accepts no more
-				}
-				defer p.Close()
-				if peers = append(peers, p); len(peers) == least {
-					connected.Done()
-				}
-			}
-			if len(peers) < least {
-				connected.Done()
-				return fmt.Errorf("only %d clients could connect", len(peers))
-			}
-			for _, p := range peers {
-				if err := p.expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
-					return err
-				}
-				told.Add(1)
-				if err := p.leave(); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		signalled.Wait()
-		e.wait(0)
-		if sum := e.awaitLog("drained"); sum.num("notified") != int(told.Load()) {
-			t.Errorf("%d clients were told; the summary is %s", told.Load(), sum.text)
-		}
+		overEach(t, testDrainInAStorm)
 	})
 
 	t.Run("clients that a pause keeps in the accept queue", func(t *testing.T) {
@@ -105,24 +65,72 @@ func TestG4DrainTellsEveryClientOnce(t *testing.T) {
 
 	t.Run("on a line of its own", func(t *testing.T) {
 		t.Parallel()
-		e := start(t, "--grace", "20s")
-		silent, midLine, atLine := e.dial(), e.dial(), e.served()
-		check(t, midLine.echo("no newline"))
-		e.awaitOpen(3)
-		e.signal(syscall.SIGINT)
-		check(t, silent.expect("SHUTDOWN 20 SIGINT\n"))
-		check(t, midLine.expect("\nSHUTDOWN 20 SIGINT\n"))
-		check(t, atLine.expect("SHUTDOWN 20 SIGINT\n"))
-		for _, p := range []*peer{silent, midLine, atLine} {
-			check(t, p.leave())
-		}
-		e.wait(0)
+		overEach(t, testNoticeOnALineOfItsOwn)
 	})
 }
 
+func testNoticeOnALineOfItsOwn(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "20s")
+	silent, midLine, atLine := e.dial(), e.dial(), e.served()
+	check(t, midLine.echo("no newline"))
+	e.awaitOpen(3)
+	e.signal(syscall.SIGINT)
+	check(t, silent.expect("SHUTDOWN 20 SIGINT\n"))
+	check(t, midLine.expect("\nSHUTDOWN 20 SIGINT\n"))
+	check(t, atLine.expect("SHUTDOWN 20 SIGINT\n"))
+	for _, p := range []*peer{silent, midLine, atLine} {
+		check(t, p.leave())
+	}
+	e.wait(0)
+}
+
+func testDrainInAStorm(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "20s")
+	const workers, least, most = 8, 20, 2000
+	var told atomic.Int64
+	var connected, signalled sync.WaitGroup
+	connected.Add(workers) // done when a worker has its first clients, or none
+	signalled.Go(func() {
+		connected.Wait()
+		_ = e.cmd.Process.Signal(syscall.SIGTERM)
+	})
+	each(t, workers, func(int) error {
+		var peers []*peer
+		for len(peers) < most {
+			p, err := e.connectWithin(aMoment)
+			if err != nil {
+				break // the server accepts no more
+			}
+			defer p.Close()
+			if peers = append(peers, p); len(peers) == least {
+				connected.Done()
+			}
+		}
+		if len(peers) < least {
+			connected.Done()
+			return fmt.Errorf("only %d clients could connect", len(peers))
+		}
+		for _, p := range peers {
+			if err := p.expectToldAndEnd(); err != nil { // a TLS client may be told later, after its handshake
+				return err
+			}
+			told.Add(1)
+		}
+		return nil
+	})
+	signalled.Wait()
+	e.wait(0)
+	if sum := e.awaitLog("drained"); sum.num("notified") != int(told.Load()) {
+		t.Errorf("%d clients were told; the summary is %s", told.Load(), sum.text)
+	}
+}
+
 // Clients in the accept queue are served, told once, and have the whole grace period.
-func testDrainOfPausedClients(t *testing.T, start func(flags ...string) *echod) {
-	e := start("--grace", "20s")
+func testDrainOfPausedClients(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "20s")
 	old := e.served()
 	e.pause(control.PauseRequest{})
 	const clients, notice = 50, "SHUTDOWN 20 SIGTERM\n"
@@ -227,64 +235,75 @@ func TestG5DrainLosesNoByte(t *testing.T) {
 	// Not even a client that keeps sending until it reads the FIN sees a reset.
 	t.Run("clients that read to the end and never stop sending", func(t *testing.T) {
 		t.Parallel()
-		e := start(t, "--grace", "300ms")
-		const notice = "SHUTDOWN 1 SIGTERM\n"
-		peers := e.crowd(5)
-		var senders sync.WaitGroup
-		for _, p := range peers {
-			senders.Go(func() {
-				for p.send("x") == nil { // small, so that the server can read what is on the way while it lingers
-				}
-			})
-		}
-		each(t, len(peers), func(i int) error { return peers[i].expect("xxx") })
-		e.signal(syscall.SIGTERM)
-		each(t, len(peers), func(i int) error {
-			got, err := peers[i].rest()
-			_ = peers[i].Close()
-			if err != nil {
-				return fmt.Errorf("%d bytes, then %w", len(got), err)
-			}
-			got, err = onlyOnce(got, notice)
-			if strings.Trim(got, "x") != "\n" && strings.Trim(got, "x") != "" {
-				return fmt.Errorf("not an echo: %.300q", strings.Trim(got, "x"))
-			}
-			return err
-		})
-		senders.Wait()
-		e.wait(0)
+		overEach(t, testDrainOfSenders)
 	})
 
 	// The client has read nothing yet, and keeps sending. Unread input at close would make the kernel send an RST and
 	// discard what waits to be sent.
 	t.Run("a killed client", func(t *testing.T) {
 		t.Parallel()
-		e := start(t)
-		p := e.dial()
-		check(t, p.tcp().SetReadBuffer(16<<10))
-		const size = 128 << 10
-		data := string(randomBytes(1, size))
-		check(t, p.send(data))
-		poll(t, "the echo of all bytes", func() bool { return e.status().BytesOut == size })
-		_, err := e.control.Kill(within(t, patience), 1)
-		check(t, err)
-		for range 10 {
-			check(t, p.send("x"))
-		}
-		got, err := p.rest()
-		check(t, err)
-		// A read that was in progress when the connection was killed may return these bytes too.
-		if more, ok := strings.CutPrefix(got, data); !ok || strings.Trim(more, "x") != "" {
-			t.Errorf("got %d bytes, want the %d that the server had read", len(got), len(data))
-		}
-		_ = p.Close()
-		e.awaitOpen(0)
-		e.expectAccounts(map[string]uint64{"killed": 1})
+		overEach(t, testKillLosesNoByte)
 	})
 }
 
-func testDrainOfStreams(t *testing.T, start func(flags ...string) *echod) {
-	e := start("--grace", "20s")
+func testKillLosesNoByte(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t)
+	p := e.dial()
+	check(t, p.socket().SetReadBuffer(16<<10))
+	const size = 128 << 10
+	data := string(randomBytes(1, size))
+	check(t, p.send(data))
+	poll(t, "the echo of all bytes", func() bool { return e.status().BytesOut == size })
+	_, err := e.control.Kill(within(t, patience), 1)
+	check(t, err)
+	for range 10 {
+		check(t, p.send("x"))
+	}
+	got, err := p.rest()
+	check(t, err)
+	// A read that was in progress when the connection was killed may return these bytes too.
+	if more, ok := strings.CutPrefix(got, data); !ok || strings.Trim(more, "x") != "" {
+		t.Errorf("got %d bytes, want the %d that the server had read", len(got), len(data))
+	}
+	_ = p.Close()
+	e.awaitOpen(0)
+	e.expectAccounts(map[string]uint64{"killed": 1})
+}
+
+func testDrainOfSenders(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "300ms")
+	const notice = "SHUTDOWN 1 SIGTERM\n"
+	peers := e.crowd(5)
+	var senders sync.WaitGroup
+	for _, p := range peers {
+		senders.Go(func() {
+			for p.send("x") == nil { // small, so that the server can read what is on the way while it lingers
+			}
+		})
+	}
+	each(t, len(peers), func(i int) error { return peers[i].expect("xxx") })
+	e.signal(syscall.SIGTERM)
+	each(t, len(peers), func(i int) error {
+		got, err := peers[i].rest()
+		_ = peers[i].Close()
+		if err != nil {
+			return fmt.Errorf("%d bytes, then %w", len(got), err)
+		}
+		got, err = onlyOnce(got, notice)
+		if strings.Trim(got, "x") != "\n" && strings.Trim(got, "x") != "" {
+			return fmt.Errorf("not an echo: %.300q", strings.Trim(got, "x"))
+		}
+		return err
+	})
+	senders.Wait()
+	e.wait(0)
+}
+
+func testDrainOfStreams(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "20s")
 	const clients, warm = 200, 16 << 10
 	streams := make([]*stream, clients)
 	ready := make(chan struct{}, clients)
@@ -421,7 +440,12 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 // echoes and a FIN, and not one byte more, whatever operators do.
 func TestG13SilentWithoutNotifier(t *testing.T) {
 	t.Parallel()
-	e := startEmbedding(t, "--silent", "--grace", "300ms")
+	overEach(t, testSilentWithoutNotifier)
+}
+
+func testSilentWithoutNotifier(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.startEmbedding(t, "--silent", "--grace", "300ms")
 	p := e.served()
 	e.pause(control.PauseRequest{Mode: "reject"})
 	check(t, e.dial().expectRest("")) // rejected
@@ -439,82 +463,95 @@ func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 	// Each signal that starts a drain. The deadline is far away: the server must stop when the last client has left.
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP} {
 		t.Run("and the server stops when the last has left, after "+control.SignalName(sig), func(t *testing.T) {
-			e := start(t, "--grace", "60s")
-			peers := e.crowd(300)
-			begun := e.signal(sig)
-			e.expectTold(peers, begun, "SHUTDOWN 60 "+control.SignalName(sig)+"\n")
-			e.awaitLog("signal received", "signal", control.SignalName(sig))
-			each(t, len(peers), func(i int) error { return peers[i].echo(fmt.Sprintf("%d, in the grace period\n", i)) })
-			e.expectState("draining")
-			last, others := peers[0], peers[1:]
-			each(t, len(others), func(i int) error { return others[i].leave() })
-			check(t, last.echo("still here\n"))
-			left := time.Now()
-			check(t, last.leave())
-			e.wait(0)
-			if took := e.gone.Sub(left); took > 2*time.Second {
-				t.Errorf("the server stopped %s after the last client had left", took)
+			if sig != syscall.SIGTERM {
+				testServerStopsAfterTheLast(t, transportTCP, sig)
+				return
 			}
-			if sum := e.awaitLog("drained"); sum.num("left_by_themselves") != 300 || sum.num("notices_failed") != 0 {
-				t.Errorf("the summary is %s", sum.text)
-			}
+			overEach(t, func(t *testing.T, over transport) { testServerStopsAfterTheLast(t, over, sig) })
 		})
 	}
-
-	// Beside 20 clients that flood and never read, 300 others get the notice as soon, are served, and read a FIN at the
-	// deadline, not before.
-	t.Run("beside clients that flood and never read", func(t *testing.T) {
-		const grace = 1500 * time.Millisecond
-		e := start(t, "--grace", grace.String())
-		peers := e.crowd(300)
-		var flooders sync.WaitGroup
-		defer flooders.Wait()
-		for range 20 {
-			p := e.dial()
-			flooders.Go(p.flood)
-		}
-		e.awaitOpen(320)
-		e.awaitBlocked(20)
-
-		begun := e.signal(syscall.SIGTERM)
-		e.expectTold(peers, begun, "SHUTDOWN 2 SIGTERM\n")
-		each(t, len(peers), func(i int) error { return peers[i].echo("in the grace period\n") })
-		each(t, len(peers), func(i int) error {
-			err := peers[i].expectRest("") // a FIN: a reset is an error
-			early := grace - time.Since(begun)
-			_ = peers[i].Close()
-			if err == nil && early > 0 {
-				err = fmt.Errorf("closed %s before the deadline", early)
-			}
-			return err
-		})
-		e.wait(0)
-		if took := e.gone.Sub(begun); took > goneBy(grace) {
-			t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
-		}
-		if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 320 {
-			t.Errorf("the summary is %s", sum.text)
-		}
-	})
-
+	t.Run("beside clients that flood and never read", func(t *testing.T) { overEach(t, testDrainBesideFlood) })
 	t.Run("and a handler that ignores its context is named, and delays nothing", func(t *testing.T) {
 		t.Parallel()
-		const grace = 200 * time.Millisecond
-		e := startEmbedding(t, "--grace", grace.String())
-		stuck := e.served()
-		check(t, stuck.send("ignore\n"))
-		good := e.served()
-		sent := e.signal(syscall.SIGTERM)
-		check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
-		check(t, good.leave())
-		e.wait(0)
-		if took := e.gone.Sub(sent); took > goneBy(grace) {
-			t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
-		}
-		if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
-			t.Errorf("the handler's name is missing: %s", line.text)
-		}
+		overEach(t, testDrainOfIgnorantHandler)
 	})
+}
+
+func testServerStopsAfterTheLast(t *testing.T, over transport, sig syscall.Signal) {
+	e := over.start(t, "--grace", "60s")
+	peers := e.crowd(300)
+	begun := e.signal(sig)
+	e.expectTold(peers, begun, "SHUTDOWN 60 "+control.SignalName(sig)+"\n")
+	e.awaitLog("signal received", "signal", control.SignalName(sig))
+	each(t, len(peers), func(i int) error { return peers[i].echo(fmt.Sprintf("%d, in the grace period\n", i)) })
+	e.expectState("draining")
+	last, others := peers[0], peers[1:]
+	each(t, len(others), func(i int) error { return others[i].leave() })
+	check(t, last.echo("still here\n"))
+	left := time.Now()
+	check(t, last.leave())
+	e.wait(0)
+	if took := e.gone.Sub(left); took > 2*time.Second {
+		t.Errorf("the server stopped %s after the last client had left", took)
+	}
+	if sum := e.awaitLog("drained"); sum.num("left_by_themselves") != 300 || sum.num("notices_failed") != 0 {
+		t.Errorf("the summary is %s", sum.text)
+	}
+}
+
+// Beside 20 clients that flood and never read, 300 others get the notice as soon, are served, and read a FIN at the
+// deadline, not before.
+func testDrainBesideFlood(t *testing.T, over transport) {
+	const grace = 1500 * time.Millisecond
+	e := over.start(t, "--grace", grace.String())
+	peers := e.crowd(300)
+	var flooders sync.WaitGroup
+	defer flooders.Wait()
+	for range 20 {
+		p := e.dial()
+		flooders.Go(p.flood)
+	}
+	e.awaitOpen(320)
+	e.awaitBlocked(20)
+
+	begun := e.signal(syscall.SIGTERM)
+	e.expectTold(peers, begun, "SHUTDOWN 2 SIGTERM\n")
+	each(t, len(peers), func(i int) error { return peers[i].echo("in the grace period\n") })
+	each(t, len(peers), func(i int) error {
+		err := peers[i].expectRest("") // a FIN: a reset is an error
+		early := grace - time.Since(begun)
+		_ = peers[i].Close()
+		if err == nil && early > 0 {
+			err = fmt.Errorf("closed %s before the deadline", early)
+		}
+		return err
+	})
+	e.wait(0)
+	if took := e.gone.Sub(begun); took > goneBy(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+	}
+	if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 320 {
+		t.Errorf("the summary is %s", sum.text)
+	}
+}
+
+func testDrainOfIgnorantHandler(t *testing.T, over transport) {
+	t.Parallel()
+	const grace = 200 * time.Millisecond
+	e := over.startEmbedding(t, "--grace", grace.String())
+	stuck := e.served()
+	check(t, stuck.send("ignore\n"))
+	good := e.served()
+	sent := e.signal(syscall.SIGTERM)
+	check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
+	check(t, good.leave())
+	e.wait(0)
+	if took := e.gone.Sub(sent); took > goneBy(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+	}
+	if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
+		t.Errorf("the handler's name is missing: %s", line.text)
+	}
 }
 
 // expectTold checks that each of the peers reads the notice soon after begun.

@@ -16,8 +16,9 @@ func TestG1EchoIsExact(t *testing.T) {
 	overEach(t, testEchoIsExact)
 }
 
-func testEchoIsExact(t *testing.T, start func(flags ...string) *echod) {
-	e := start()
+func testEchoIsExact(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t)
 
 	var every [256]byte
 	for i := range every {
@@ -54,7 +55,7 @@ func testEchoIsExact(t *testing.T, start func(flags ...string) *echod) {
 	})
 
 	t.Run("many clients each get their own bytes in order", func(t *testing.T) {
-		e := start()
+		e := over.start(t)
 		const clients, size = 16, 512 << 10
 		each(t, clients, func(i int) error {
 			p, err := e.connect()

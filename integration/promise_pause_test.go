@@ -48,12 +48,17 @@ func (e *echod) resume() control.Change {
 // moment of the pause.
 func TestG2PauseAdmitsNobody(t *testing.T) {
 	t.Parallel()
-	e := start(t, "--grace", "20s")
+	overEach(t, testPauseAdmitsNobody)
+}
+
+func testPauseAdmitsNobody(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t, "--grace", "20s")
 	events := e.events()
 	old := e.served()
 	admitted := make(map[string][]uint64) // by hold: the connections at the end of its pause
 	for range 8 {
-		storm := beginStorm(t, e.addr, 4, 60)
+		storm := e.beginStorm(4, 60)
 		storm.awaitConnected(20)
 		hold := e.pause(control.PauseRequest{Reason: "storm"})
 		before := e.admitted()
@@ -105,8 +110,9 @@ func TestG3ResumeServesTheQueue(t *testing.T) {
 	overEach(t, testResumeServesTheQueue)
 }
 
-func testResumeServesTheQueue(t *testing.T, start func(flags ...string) *echod) {
-	e := start()
+func testResumeServesTheQueue(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t)
 	e.pause(control.PauseRequest{})
 	const clients = 50
 	peers := make([]*peer, clients)
@@ -149,25 +155,7 @@ func testResumeServesTheQueue(t *testing.T, start func(flags ...string) *echod) 
 func TestPause(t *testing.T) {
 	t.Parallel()
 	t.Run("mode reject tells clients PAUSED, those that waited before too", func(t *testing.T) {
-		t.Parallel()
-		e := start(t)
-		old := e.served()
-		e.pause(control.PauseRequest{})
-		waiting := e.dial()
-		strict := e.pause(control.PauseRequest{Mode: "reject"})
-		check(t, waiting.expectRest("PAUSED\n"))
-		check(t, e.dial().expectRest("PAUSED\n"))
-		check(t, old.echo("served during the pause\n"))
-
-		_, err := e.control.ReleaseHold(within(t, patience), strict.ID)
-		check(t, err)
-		e.expectState("paused")
-		held := e.dial()
-		check(t, held.send("held\n"))
-		e.resume()
-		check(t, held.expect("held\n"))
-		e.awaitOpen(2)
-		e.expectAccounts(map[string]uint64{"rejected-paused": 2})
+		overEach(t, testPauseRejects)
 	})
 	t.Run("a hold with a time to live ends by itself", func(t *testing.T) {
 		t.Parallel()
@@ -184,6 +172,28 @@ func TestPause(t *testing.T) {
 	})
 }
 
+func testPauseRejects(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.start(t)
+	old := e.served()
+	e.pause(control.PauseRequest{})
+	waiting := e.dial()
+	strict := e.pause(control.PauseRequest{Mode: "reject"})
+	check(t, waiting.expectRest("PAUSED\n"))
+	check(t, e.dial().expectRest("PAUSED\n"))
+	check(t, old.echo("served during the pause\n"))
+
+	_, err := e.control.ReleaseHold(within(t, patience), strict.ID)
+	check(t, err)
+	e.expectState("paused")
+	held := e.dial()
+	check(t, held.send("held\n"))
+	e.resume()
+	check(t, held.expect("held\n"))
+	e.awaitOpen(2)
+	e.expectAccounts(map[string]uint64{"rejected-paused": 2})
+}
+
 // storm is a number of clients that connect one after another and send a line.
 type storm struct {
 	t         testing.TB
@@ -195,25 +205,25 @@ type storm struct {
 }
 
 // beginStorm starts workers, each of which connects at most so many clients.
-func beginStorm(t testing.TB, addr string, workers, most int) *storm {
+func (e *echod) beginStorm(workers, most int) *storm {
 	s := &storm{
-		t: t, connected: make(chan *peer, workers*most),
+		t: e.t, connected: make(chan *peer, workers*most),
 		stop: make(chan struct{}), errs: make(chan error, workers),
 	}
 	for range workers {
-		s.all.Go(func() { s.errs <- s.connectMany(addr, most) })
+		s.all.Go(func() { s.errs <- s.connectMany(e, most) })
 	}
 	return s
 }
 
-func (s *storm) connectMany(addr string, most int) error {
+func (s *storm) connectMany(e *echod, most int) error {
 	for range most {
 		select {
 		case <-s.stop:
 			return nil
 		default:
 		}
-		p, err := connect(addr)
+		p, err := e.connect()
 		if err != nil {
 			return err
 		}

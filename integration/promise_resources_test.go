@@ -32,7 +32,12 @@ func (e *echod) files() int {
 // goroutines as a server that was never used. A second SIGQUIT writes their stacks.
 func TestG9NothingLeaks(t *testing.T) {
 	t.Parallel()
-	fresh, used := start(t, "--grace", "20s"), start(t, "--grace", "20s")
+	overEach(t, testNothingLeaks)
+}
+
+func testNothingLeaks(t *testing.T, over transport) {
+	t.Parallel()
+	fresh, used := over.start(t, "--grace", "20s"), over.start(t, "--grace", "20s")
 	fresh.served()
 	used.served()
 	fresh.awaitOpen(1)
@@ -104,7 +109,12 @@ func (e *echod) awaitState(state string) {
 // TestG10PanicClosesOneConnection panics in a program that embeds the library.
 func TestG10PanicClosesOneConnection(t *testing.T) {
 	t.Parallel()
-	e := startEmbedding(t)
+	overEach(t, testPanicClosesOneConnection)
+}
+
+func testPanicClosesOneConnection(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.startEmbedding(t)
 	bystander, panicking := e.served(), e.served()
 	check(t, panicking.send("panic\n"))
 	check(t, panicking.expectRest(""))
@@ -133,157 +143,24 @@ func TestG11OutOfFiles(t *testing.T) {
 	// nothing spins, and a drain tells every one of them.
 	t.Run("clients beyond the open files limit wait", func(t *testing.T) {
 		t.Parallel()
-		e := startAs(t, fewFiles(t, 64), "--grace", "20s")
-		const clients, places = 100, 32
-		peers := make([]*peer, clients)
-		for i := range peers {
-			peers[i] = e.dial()
-			check(t, peers[i].send("mine\n"))
-		}
-		each(t, places, func(i int) error { return peers[i].expect("mine\n") })
-		if st := e.status(); st.Connections != places || e.queued(st) != clients-places {
-			t.Errorf("%d open and %d waiting, want %d and %d", st.Connections, e.queued(st), places, clients-places)
-		}
-		e.expectIdle()
-
-		each(t, places, func(i int) error { return peers[i].leave() })
-		each(t, places, func(i int) error { return peers[places+i].expect("mine\n") })
-
-		begun := e.signal(syscall.SIGTERM)
-		rest := peers[places:]
-		late := 0
-		notice := regexp.MustCompile(`^SHUTDOWN \d+ SIGTERM\n$`)
-		var mu sync.Mutex
-		each(t, len(rest), func(i int) error {
-			defer rest[i].Close()
-			received, err := rest[i].in.ReadString('\n')
-			if received == "mine\n" {
-				received, err = rest[i].in.ReadString('\n')
-			}
-			if err != nil || !notice.MatchString(received) {
-				return fmt.Errorf("told %q (%w)", received, err)
-			}
-			if received == "SHUTDOWN 0 SIGTERM\n" { // the server had no file to serve it
-				mu.Lock()
-				defer mu.Unlock()
-				late++
-			}
-			return nil
-		})
-		t.Logf("all were told after %s; the server had no files to serve %d of %d", time.Since(begun), late, len(rest))
-		e.wait(0)
-		sum := e.awaitLog("drained")
-		if sum.num("notified") != len(rest)-late || sum.num("rejected") != late {
-			t.Errorf("the summary is %s", sum.text)
-		}
+		overEach(t, testClientsBeyondTheFilesWait)
 	})
 
 	t.Run("clients beyond the open files limit are told BUSY", func(t *testing.T) {
 		t.Parallel()
-		e := startAs(t, fewFiles(t, 64), "--at-limit", "reject")
-		const places = 32
-		const clients = places + 32 // the server lingers for so many rejected clients at a time
-		var mu sync.Mutex
-		var served []*peer
-		busy := 0
-		each(t, clients, func(int) error {
-			p, err := connect(e.addr)
-			if err != nil {
-				return err
-			}
-			if err := p.send("mine\n"); err != nil {
-				return err
-			}
-			line, err := p.in.ReadString('\n')
-			if line == "mine\n" {
-				mu.Lock()
-				defer mu.Unlock()
-				served = append(served, p)
-				return nil
-			}
-			defer p.Close()
-			if line != "BUSY\n" {
-				return fmt.Errorf("got %q (%w)", line, err)
-			}
-			mu.Lock()
-			busy++
-			mu.Unlock()
-			return p.expectRest("")
-		})
-		if len(served) != places || busy != clients-places {
-			t.Errorf("%d served and %d rejected, want %d and %d", len(served), busy, places, clients-places)
-		}
-		e.awaitOpen(places)
-		for _, p := range served {
-			check(t, p.echo("still served\n"))
-			check(t, p.leave())
-			_ = p.Close()
-		}
-		e.awaitOpen(0)
-		e.served()
-		e.expectAccounts(map[string]uint64{"rejected-limit": uint64(busy), "client-closed": places})
+		overEach(t, testClientsBeyondTheFilesAreBusy)
 	})
 
 	// The server lingers for a bounded number of rejected clients at a time. It closes others at once, and these may see a
 	// reset instead of BUSY.
 	t.Run("a flood of rejections leaves files to others", func(t *testing.T) {
 		t.Parallel()
-		e := startAs(t, fewFiles(t, 64), "--at-limit", "reject", "--max-conns", "1")
-		mine := e.served()
-		const clients = 300
-		each(t, clients, func(int) error {
-			p, err := connect(e.addr)
-			if err != nil {
-				return err
-			}
-			defer p.Close()
-			if err := p.send("mine\n"); err != nil && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
-				return err
-			}
-			if got, err := p.rest(); got != "BUSY\n" && (got != "" || !errors.Is(err, syscall.ECONNRESET)) {
-				return fmt.Errorf("got %q (%w)", got, err)
-			}
-			return nil
-		})
-		check(t, mine.echo("still served\n"))
-		if st := e.status(); st.Accepted != clients+1 {
-			t.Errorf("%d accepted, want %d", st.Accepted, clients+1)
-		}
-		check(t, mine.leave())
-		e.awaitOpen(0)
-		e.expectAccounts(map[string]uint64{"rejected-limit": clients, "client-closed": 1})
+		overEach(t, testFloodOfRejections)
 	})
 
 	t.Run("accepting recovers when the limit is lowered and raised again", func(t *testing.T) {
 		t.Parallel()
-		prlimit := require(t, "prlimit")
-		e := start(t)
-		old := e.served()
-		e.expectState("running")
-		limit := func(n int) {
-			t.Helper()
-			got := run(t, exec.Command(prlimit, "--pid", strconv.Itoa(e.pid), fmt.Sprintf("--nofile=%d:", n)))
-			if got.code != 0 {
-				missing(t, "prlimit may not change the limit: "+got.stderr)
-			}
-		}
-		limit(e.files() + 5)
-		const clients = 40
-		peers := make([]*peer, clients)
-		for i := range peers {
-			peers[i] = e.dial()
-			check(t, peers[i].send("mine\n"))
-		}
-		e.awaitLog("cannot accept, retrying")
-		check(t, old.echo("still served\n"))
-		e.expectIdle()
-		check(t, peers[0].expect("mine\n")) // a place becomes free
-		check(t, peers[0].leave())
-		limit(4096)
-		each(t, clients-1, func(i int) error { return peers[1+i].expect("mine\n") })
-		e.awaitLog("accepting again")
-		e.awaitOpen(clients)
-		e.expectAccounts(map[string]uint64{"client-closed": 1})
+		overEach(t, testFilesLoweredAndRaised)
 	})
 
 	// The kernel's errors, injected by strace, for the listener and for the control socket.
@@ -301,6 +178,164 @@ func TestG11OutOfFiles(t *testing.T) {
 			})
 		}
 	})
+}
+
+func testClientsBeyondTheFilesWait(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.startAs(t, fewFiles(t, 64), "--grace", "20s")
+	const clients, places = 100, 32
+	peers := make([]*peer, clients)
+	for i := range peers {
+		peers[i] = e.dial()
+		check(t, peers[i].send("mine\n"))
+	}
+	each(t, places, func(i int) error { return peers[i].expect("mine\n") })
+	// A handshake takes no place, so more TLS clients than there are places may be accepted.
+	st := e.status()
+	if n := len(e.admitted()); n != places || st.Connections != places && over.name != transportTLS.name {
+		t.Errorf("%d admitted of %d open, want %d", n, st.Connections, places)
+	}
+	if st.Listeners[0].AcceptQueue != nil && st.Connections+e.queued(st) != clients { // of a Unix socket Linux does not tell it
+		t.Errorf("%d open and %d waiting, want %d", st.Connections, e.queued(st), clients)
+	}
+	e.expectIdle()
+
+	each(t, places, func(i int) error { return peers[i].leave() })
+	each(t, places, func(i int) error { return peers[places+i].expect("mine\n") })
+
+	begun := e.signal(syscall.SIGTERM)
+	rest := peers[places:]
+	late := 0
+	notice := regexp.MustCompile(`^SHUTDOWN \d+ SIGTERM\n$`)
+	var mu sync.Mutex
+	each(t, len(rest), func(i int) error {
+		defer rest[i].Close()
+		received, err := rest[i].in.ReadString('\n')
+		if received == "mine\n" {
+			received, err = rest[i].in.ReadString('\n')
+		}
+		if err != nil || !notice.MatchString(received) {
+			return fmt.Errorf("told %q (%w)", received, err)
+		}
+		if received == "SHUTDOWN 0 SIGTERM\n" { // the server had no file to serve it
+			mu.Lock()
+			defer mu.Unlock()
+			late++
+		}
+		return nil
+	})
+	t.Logf("all were told after %s; the server had no files to serve %d of %d", time.Since(begun), late, len(rest))
+	e.wait(0)
+	sum := e.awaitLog("drained")
+	if sum.num("notified") != len(rest)-late || sum.num("rejected") != late {
+		t.Errorf("the summary is %s", sum.text)
+	}
+}
+
+func testClientsBeyondTheFilesAreBusy(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.startAs(t, fewFiles(t, 64), "--at-limit", "reject")
+	const places = 32
+	const clients = places + 32 // the server lingers for so many rejected clients at a time
+	var mu sync.Mutex
+	var served []*peer
+	busy := 0
+	each(t, clients, func(int) error {
+		p, err := e.connect()
+		if err != nil {
+			return err
+		}
+		if err := p.send("mine\n"); err != nil {
+			return err
+		}
+		line, err := p.in.ReadString('\n')
+		if line == "mine\n" {
+			mu.Lock()
+			defer mu.Unlock()
+			served = append(served, p)
+			return nil
+		}
+		defer p.Close()
+		if line != "BUSY\n" {
+			return fmt.Errorf("got %q (%w)", line, err)
+		}
+		mu.Lock()
+		busy++
+		mu.Unlock()
+		return p.expectRest("")
+	})
+	if len(served) != places || busy != clients-places {
+		t.Errorf("%d served and %d rejected, want %d and %d", len(served), busy, places, clients-places)
+	}
+	e.awaitOpen(places)
+	for _, p := range served {
+		check(t, p.echo("still served\n"))
+		check(t, p.leave())
+		_ = p.Close()
+	}
+	e.awaitOpen(0)
+	e.served()
+	e.expectAccounts(map[string]uint64{"rejected-limit": uint64(busy), "client-closed": places})
+}
+
+func testFloodOfRejections(t *testing.T, over transport) {
+	t.Parallel()
+	e := over.startAs(t, fewFiles(t, 64), "--at-limit", "reject", "--max-conns", "1")
+	mine := e.served()
+	const clients = 300
+	each(t, clients, func(int) error {
+		p, err := e.connect()
+		if err != nil {
+			return err
+		}
+		defer p.Close()
+		if err := p.send("mine\n"); err != nil && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			return err
+		}
+		if got, err := p.rest(); got != "BUSY\n" && (got != "" || !errors.Is(err, syscall.ECONNRESET)) {
+			return fmt.Errorf("got %q (%w)", got, err)
+		}
+		return nil
+	})
+	check(t, mine.echo("still served\n"))
+	if st := e.status(); st.Accepted != clients+1 {
+		t.Errorf("%d accepted, want %d", st.Accepted, clients+1)
+	}
+	check(t, mine.leave())
+	e.awaitOpen(0)
+	e.expectAccounts(map[string]uint64{"rejected-limit": clients, "client-closed": 1})
+}
+
+func testFilesLoweredAndRaised(t *testing.T, over transport) {
+	t.Parallel()
+	prlimit := require(t, "prlimit")
+	e := over.start(t)
+	old := e.served()
+	e.expectState("running")
+	limit := func(n int) {
+		t.Helper()
+		got := run(t, exec.Command(prlimit, "--pid", strconv.Itoa(e.pid), fmt.Sprintf("--nofile=%d:", n)))
+		if got.code != 0 {
+			missing(t, "prlimit may not change the limit: "+got.stderr)
+		}
+	}
+	limit(e.files() + 5)
+	const clients = 40
+	peers := make([]*peer, clients)
+	for i := range peers {
+		peers[i] = e.dial()
+		check(t, peers[i].send("mine\n"))
+	}
+	e.awaitLog("cannot accept, retrying")
+	check(t, old.echo("still served\n"))
+	e.expectIdle()
+	check(t, peers[0].expect("mine\n")) // a place becomes free
+	check(t, peers[0].leave())
+	limit(4096)
+	each(t, clients-1, func(i int) error { return peers[1+i].expect("mine\n") })
+	e.awaitLog("accepting again")
+	e.awaitOpen(clients)
+	e.expectAccounts(map[string]uint64{"client-closed": 1})
 }
 
 // expectIdle checks that the server does not spin: in a second, it uses at most a quarter of one CPU.

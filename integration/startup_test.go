@@ -16,11 +16,16 @@ import (
 // From the first client that connects, a signal is a drain: the clients are notified and can finish.
 func TestG15SignalDuringStart(t *testing.T) {
 	t.Parallel()
+	overEach(t, testSignalDuringStart)
+}
+
+func testSignalDuringStart(t *testing.T, over transport) {
+	t.Parallel()
 	for name, sig := range map[string]syscall.Signal{"SIGTERM": syscall.SIGTERM, "SIGINT": syscall.SIGINT, "SIGHUP": syscall.SIGHUP} {
 		for range 3 {
-			e := startUnawaited(t, "--grace", "20s")
-			p, err := connectSoon(e.addr)
-			for end := time.Now().Add(patience); err != nil && time.Now().Before(end); p, err = connectSoon(e.addr) {
+			e := over.startUnawaited(t, "--grace", "20s")
+			p, err := e.connectWithin(aMoment)
+			for end := time.Now().Add(patience); err != nil && time.Now().Before(end); p, err = e.connectWithin(aMoment) {
 				// No pause: the signal has to arrive as early as possible.
 			}
 			check(t, err)
@@ -39,17 +44,21 @@ func TestG15SignalDuringStart(t *testing.T) {
 	}
 }
 
-// startUnawaited starts a server on a free port and does not wait until it listens.
-func startUnawaited(t *testing.T, flags ...string) *echod {
+// startUnawaited starts a server on a free port, or on its Unix socket, and does not wait until it listens.
+func (tr transport) startUnawaited(t *testing.T, flags ...string) *echod {
 	t.Helper()
-	addr := "127.0.0.1:" + freePorts(t, 1)[0]
-	cmd := exec.Command(built(t, leanBinary), append([]string{
-		"serve", "--log-format", "json", "--listen", addr,
-		"--control", filepath.Join(shortDir(t), "c"),
-	}, flags...)...)
-	e := spawn(t, cmd, "")
-	e.addr = addr
-	return e
+	return tr.startWith(t, func(flags ...string) *echod {
+		addr := "127.0.0.1:" + freePorts(t, 1)[0]
+		for i, flag := range flags {
+			flags[i] = strings.Replace(flag, "127.0.0.1:0", addr, 1)
+		}
+		cmd := exec.Command(built(t, leanBinary), append([]string{
+			"serve", "--log-format", "json", "--control", filepath.Join(shortDir(t), "c"),
+		}, flags...)...)
+		e := spawn(t, cmd, "")
+		e.addr = addr
+		return e
+	}, flags...)
 }
 
 // A shell without job control starts its background jobs with SIGINT ignored, and nohup with SIGHUP.

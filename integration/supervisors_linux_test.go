@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestUpgradeSupervised upgrades a server that another program supervises: that program must see the process that it
@@ -38,7 +39,7 @@ func underSupervisor(t *testing.T) *supervised {
 	s := &supervised{program: filepath.Join(shortDir(t), "echod")}
 	copyFile(t, built(t, leanBinary), s.program)
 	s.echod = &echod{t: t, socket: filepath.Join(shortDir(t), "c"), addr: "127.0.0.1:" + freePorts(t, 1)[0], log: newJournal()}
-	s.connect = func() (*peer, error) { return connect(s.addr) }
+	s.connectWithin = func(timeout time.Duration) (*peer, error) { return connectOver("tcp", s.addr, timeout) }
 	s.command = fmt.Sprintf("%s serve --grace 20s --listen %s --control %s", s.program, s.addr, s.socket)
 	t.Cleanup(func() { killAll(t, s.program) })
 	return s
@@ -208,9 +209,9 @@ func testContainer(t *testing.T, init ...string) {
 	argv := append([]string{require(t, "unshare"), "--pid", "--fork", "--kill-child", "--mount-proc"}, init...)
 	cmd := exec.Command(argv[0], append(argv[1:], strings.Fields(s.command)...)...)
 	cmd.Env = environment()
-	addr, dial := s.addr, s.connect
+	addr, dial := s.addr, s.connectWithin
 	s.echod = spawn(t, cmd, s.socket)
-	s.addr, s.connect = addr, dial
+	s.addr, s.connectWithin = addr, dial
 	s.await(t)
 	peers := s.upgradeTwice(t)
 	children := readFile(t, fmt.Sprintf("/proc/%d/task/%[1]d/children", s.pid)) // of unshare: PID 1

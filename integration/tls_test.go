@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -66,15 +67,20 @@ func keyPair(t testing.TB, dir, name string) (pair tls.Certificate, pool *x509.C
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pool
 }
 
+// tlsFlags makes a certificate in dir. It returns the flags that name it, and what clients trust.
+func tlsFlags(t testing.TB, dir string) (flags []string, roots *x509.CertPool) {
+	t.Helper()
+	roots = certificate(t, dir, "first")
+	return []string{"--tls-cert", filepath.Join(dir, "cert.pem"), "--tls-key", filepath.Join(dir, "key.pem")}, roots
+}
+
 // startTLS starts a server with TLS. It returns the directory of its certificate, and what its clients trust.
 func startTLS(t testing.TB, flags ...string) (e *echod, dir string, roots *x509.CertPool) {
 	t.Helper()
 	dir = t.TempDir()
-	roots = certificate(t, dir, "first")
-	flags = append(flags, "--listen", "tls://127.0.0.1:0",
-		"--tls-cert", filepath.Join(dir, "cert.pem"), "--tls-key", filepath.Join(dir, "key.pem"))
-	e = start(t, flags...)
-	e.connect = func() (*peer, error) { return connectTLS(e.addr, roots) }
+	more, roots := tlsFlags(t, dir)
+	e = start(t, slices.Concat(flags, more, []string{"--listen", "tls://127.0.0.1:0"})...)
+	e.connectWithin = func(timeout time.Duration) (*peer, error) { return connectTLS(e.addr, roots, timeout) }
 	return e, dir, roots
 }
 

@@ -200,7 +200,7 @@ func (a *acceptor) next(st *state) (clear, stop, frozen bool) {
 	case st.notAccepting(), a.closing:
 		a.emptying = true
 		return false, true, false
-	case !a.srv.mayAccept(st):
+	case !a.srv.mayAccept(st), a.prepares() && a.srv.crowdedHandshakes(st):
 		return false, false, false
 	}
 	if a.interrupted {
@@ -237,11 +237,7 @@ func (a *acceptor) enter(c *Conn, isNew bool) {
 			st.addConn(c)
 		}
 		if a.prepares() {
-			if most := s.live().limits.MaxHandshakes; len(st.handshakes) >= most {
-				oldest = st.removeHandshake(0)
-			}
-			st.tasks++
-			st.handshakes = append(st.handshakes, handshake{c: c})
+			oldest = s.beginHandshake(st, c)
 			return
 		}
 		st.publishOpened(c)
@@ -405,6 +401,7 @@ func (a *acceptor) dropGone() {
 func (a *acceptor) unpark(n int) bool {
 	n = min(n, len(a.parked))
 	for _, c := range a.parked[:n] {
+		a.awaitHandshakes()
 		a.enter(c, false)
 	}
 	a.parked = slices.Delete(a.parked, 0, n)
@@ -466,6 +463,7 @@ func (a *acceptor) emptyQueue() {
 		if !a.awaitFile() {
 			return
 		}
+		a.awaitHandshakes()
 		nc, err := a.source.acceptWithin(quietTime)
 		switch {
 		case err == nil:
@@ -501,6 +499,7 @@ func (a *acceptor) takeWaiting() {
 		waiting = emptyAtMost
 	}
 	for ; waiting > 0 && a.awaitFile(); waiting-- {
+		a.awaitHandshakes()
 		nc, err := a.source.acceptWithin(time.Millisecond)
 		if err != nil {
 			return
@@ -519,6 +518,19 @@ func (a *acceptor) handshakeTime() (d time.Duration) {
 		}
 	})
 	return d
+}
+
+// awaitHandshakes waits until there may be one more handshake, or until the drain is over.
+func (a *acceptor) awaitHandshakes() {
+	if !a.prepares() {
+		return
+	}
+	for crowded := true; crowded; {
+		a.srv.awaitFor(parkInterval, func(st *state) bool {
+			crowded = a.srv.crowdedHandshakes(st) && !st.drain.over()
+			return !crowded
+		})
+	}
 }
 
 // awaitFile waits until there is a file for one more connection from the queue. It returns false when time is up.

@@ -306,6 +306,34 @@ func TestWrapConn(t *testing.T) {
 			}))
 	}
 
+	for name, tt := range map[string]struct {
+		begin func(*testing.T, *rig)
+		told  string
+	}{
+		"after a pause": {func(t *testing.T, r *rig) { _, _ = r.ResumeAll(Caller{}) }, ""},
+		"in a drain":    {func(t *testing.T, r *rig) { r.drain(time.Hour, "x") }, "SHUTDOWN 3600 x\n"},
+	} {
+		t.Run("at MaxHandshakes a crowd waits in the accept queue, "+name,
+			inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxHandshakes: 3}}, func(t *testing.T, r *rig) {
+				r.pause(t, PauseOptions{})
+				var clients []*client
+				for range 8 {
+					clients = append(clients, r.dial(t))
+				}
+				tt.begin(t, r)
+				pass(slowHandshake / 2)
+				wantEqual(t, "in the accept queue", r.ln.queued(), 5)
+				for _, c := range clients {
+					c.send(t, "local\n")
+				}
+				for _, c := range clients {
+					c.has(t, tt.told)
+					c.echoes(t, "served\n")
+				}
+				wantClosed(t, r.Server, map[Reason]uint64{})
+			}))
+	}
+
 	t.Run("a handshake that is over makes room for another one",
 		inBubble(Echo, Options{WrapConn: addressLine, Limits: Limits{MaxHandshakes: 1}}, func(t *testing.T, r *rig) {
 			for range 3 {

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync/atomic"
+	"time"
 )
 
 // decision is what admission decides for an accepted connection.
@@ -121,7 +122,28 @@ func (s *Server) mayAccept(st *state) bool {
 // slow or silent keep nobody out. MaxHandshakes bounds their number.
 type handshake struct {
 	c      *Conn
+	begun  time.Time
 	client clientKey // of a TLS handshake, if the connections of each client are bounded
+}
+
+// slowHandshake is how long a handshake has before it may be ended for a newer client. Faster ones make clients wait in
+// the accept queue, so that a crowd that comes at once, as after a pause, is served and not reset.
+const slowHandshake = time.Second
+
+// crowdedHandshakes reports whether the next client must wait: there are MaxHandshakes, and even the oldest is not slow.
+func (s *Server) crowdedHandshakes(st *state) bool {
+	return len(st.handshakes) >= s.live().limits.MaxHandshakes && time.Since(st.handshakes[0].begun) < slowHandshake
+}
+
+// beginHandshake adds a handshake. At MaxHandshakes it removes the oldest one if that is slow; the caller must end it.
+// Otherwise another listener was faster by an instant, and there is one more.
+func (s *Server) beginHandshake(st *state, c *Conn) (oldest *Conn) {
+	if len(st.handshakes) >= s.live().limits.MaxHandshakes && !s.crowdedHandshakes(st) {
+		oldest = st.removeHandshake(0)
+	}
+	st.tasks++
+	st.handshakes = append(st.handshakes, handshake{c: c, begun: time.Now()})
+	return oldest
 }
 
 // removeHandshake removes handshake i, and returns its connection; nil if there is none.

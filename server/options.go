@@ -96,8 +96,9 @@ type Limits struct {
 	// MaxConnRate. Zero means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when mapped into IPv6, are
 	// compared in full.
 	IPv6Prefix int
-	// MaxHandshakes is the maximum number of connections in WrapConn or in a TLS handshake. At the limit, the oldest
-	// one is closed for a new one. Zero means DefaultMaxHandshakes.
+	// MaxHandshakes is the maximum number of connections in WrapConn or in a TLS handshake. At the limit, new clients wait
+	// in the accept queue until a handshake ends. If the oldest one takes more than a second, it is closed for a new one.
+	// Zero means DefaultMaxHandshakes.
 	MaxHandshakes int
 	// ReservedFiles is the number of open files that connections being served leave free for the rest of the process.
 	// Zero means 160, or half of the process's limit if that is less. Servers in one process share the remaining

@@ -5,9 +5,11 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"flag"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -23,6 +25,8 @@ func main() {
 	socket := flag.String("control", "", "path of the control socket")
 	grace := flag.Duration("grace", time.Second, "time that clients have")
 	silent := flag.Bool("silent", false, "leave Options.Notifier unset")
+	cert := flag.String("tls-cert", "", "file of the certificate, for an address tls://…")
+	key := flag.String("tls-key", "", "file of its key")
 	flag.Parse()
 
 	config := zap.NewProductionConfig()
@@ -36,15 +40,22 @@ func main() {
 	}
 	srv, err := server.New(server.HandlerFunc(misbehave), opts)
 	exitOn(log, err)
-	ln, err := server.Listen(ctx, *listen)
+	address, overTLS := strings.CutPrefix(*listen, "tls://")
+	ln, err := server.Listen(ctx, address)
 	exitOn(log, err)
+	listener := server.Listener{Listener: ln}
+	if overTLS {
+		pair, err := tls.LoadX509KeyPair(*cert, *key)
+		exitOn(log, err)
+		listener.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}}
+	}
 	cs, err := control.Listen(ctx, *socket, control.SocketOptions{Mode: 0o600})
 	exitOn(log, err)
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM)
 
 	var g run.Group
-	g.Add(control.ServerActor(srv, server.Listener{Listener: ln}))
+	g.Add(control.ServerActor(srv, listener))
 	g.Add(control.NewSignals(srv, signals, log, os.Stderr).Actor())
 	g.Add(control.New(srv, control.Options{Logger: log}).Actor(cs))
 	exitOn(log, g.Run())
