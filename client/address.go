@@ -86,13 +86,13 @@ func DialConn(ctx context.Context, address string, config *tls.Config) (net.Conn
 		conn, err = new(net.Dialer).DialContext(ctx, a.Network, a.Addr)
 	}
 	if err != nil {
-		return nil, causeOr(ctx, err)
+		return nil, contextCauseOr(ctx, err)
 	}
 	return conn, nil
 }
 
-// causeOr returns the cause of ctx if it has ended, and err otherwise.
-func causeOr(ctx context.Context, err error) error {
+// contextCauseOr returns the cause of ctx if it has ended, and err otherwise.
+func contextCauseOr(ctx context.Context, err error) error {
 	// The net package watches the deadline with a timer of its own, which may fire
 	// an instant before ctx ends.
 	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
@@ -116,7 +116,7 @@ func dialEcho(
 		conn, err = DialConn(ctx, address, config)
 	}
 	if err != nil {
-		err = causeOr(ctx, err)
+		err = contextCauseOr(ctx, err)
 		if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" {
 			err = op.Err // without the address, which is in the message below
 		}
@@ -128,9 +128,9 @@ func dialEcho(
 	return newEchoConn(conn, onNotice), nil
 }
 
-// permanent reports whether dialing again cannot help: the address is malformed,
+// isPermanent reports whether dialing again cannot help: the address is malformed,
 // or the server's certificate is not trusted.
-func permanent(err error) bool {
+func isPermanent(err error) bool {
 	if _, ok := errors.AsType[*net.AddrError](err); ok {
 		return true
 	}

@@ -154,17 +154,17 @@ func Dial(ctx context.Context, address string, opts Options) (*Client, error) {
 // stops reading when the client does not receive.
 func (c *Client) Send(ctx context.Context, p []byte) error {
 	if err := c.sendMu.lock(ctx); err != nil {
-		return c.wrap("send to", err)
+		return c.wrapError("send to", err)
 	}
 	defer c.sendMu.unlock()
-	conn, err := c.current()
+	conn, err := c.currentConn()
 	if err == nil {
 		err = conn.sendable()
 	}
 	if err == nil {
 		err = conn.send(ctx, p)
 	}
-	return c.wrap("send to", err)
+	return c.wrapError("send to", err)
 }
 
 // Receive waits for an echo and reads it into p, as [io.Reader] does. It leaves
@@ -175,23 +175,23 @@ func (c *Client) Send(ctx context.Context, p []byte) error {
 // error matches [io.EOF] if the whole echo was received.
 func (c *Client) Receive(ctx context.Context, p []byte) (int, error) {
 	if err := c.recvMu.lock(ctx); err != nil {
-		return 0, c.wrap("receive from", err)
+		return 0, c.wrapError("receive from", err)
 	}
 	defer c.recvMu.unlock()
-	conn, err := c.current()
+	conn, err := c.currentConn()
 	if err != nil {
-		return 0, c.wrap("receive from", err)
+		return 0, c.wrapError("receive from", err)
 	}
 	n, err := conn.receive(ctx, p)
-	return n, c.wrap("receive from", err)
+	return n, c.wrapError("receive from", err)
 }
 
 // SendLine sends line and a newline. If line contains a newline, SendLine returns
 // [ErrNewline].
 func (c *Client) SendLine(ctx context.Context, line string) error {
-	msg, err := terminated(line)
+	msg, err := withNewline(line)
 	if err != nil {
-		return c.wrap("send to", err)
+		return c.wrapError("send to", err)
 	}
 	return c.Send(ctx, msg)
 }
@@ -201,15 +201,15 @@ func (c *Client) SendLine(ctx context.Context, line string) error {
 // the incomplete line is left for the next call.
 func (c *Client) ReceiveLine(ctx context.Context) (string, error) {
 	if err := c.recvMu.lock(ctx); err != nil {
-		return "", c.wrap("receive from", err)
+		return "", c.wrapError("receive from", err)
 	}
 	defer c.recvMu.unlock()
-	conn, err := c.current()
+	conn, err := c.currentConn()
 	if err != nil {
-		return "", c.wrap("receive from", err)
+		return "", c.wrapError("receive from", err)
 	}
 	line, err := conn.receiveLine(ctx, cmp.Or(c.opts.MaxLine, defaultMaxLine))
-	return line, c.wrap("receive from", err)
+	return line, c.wrapError("receive from", err)
 }
 
 // Echo sends msg, of any size, and returns its echo: exactly the bytes of msg, or
@@ -224,19 +224,19 @@ func (c *Client) ReceiveLine(ctx context.Context) (string, error) {
 // Receive. Until that is received, Echo returns [ErrOutstanding].
 func (c *Client) Echo(ctx context.Context, msg []byte) ([]byte, error) {
 	if err := c.sendMu.lock(ctx); err != nil {
-		return nil, c.wrap("echo by", err)
+		return nil, c.wrapError("echo by", err)
 	}
 	defer c.sendMu.unlock()
 	if err := c.recvMu.lock(ctx); err != nil {
-		return nil, c.wrap("echo by", err)
+		return nil, c.wrapError("echo by", err)
 	}
 	defer c.recvMu.unlock()
-	conn, err := c.current()
+	conn, err := c.currentConn()
 	if err != nil {
-		return nil, c.wrap("echo by", err)
+		return nil, c.wrapError("echo by", err)
 	}
-	if conn.outstanding() > 0 && conn.endedBy() == nil {
-		return nil, c.wrap("echo by", ErrOutstanding)
+	if conn.outstanding() > 0 && conn.endReason() == nil {
+		return nil, c.wrapError("echo by", ErrOutstanding)
 	}
 	out := make([]byte, len(msg))
 	var n int
@@ -245,22 +245,22 @@ func (c *Client) Echo(ctx context.Context, msg []byte) ([]byte, error) {
 	} else {
 		n, err = c.echoReconnecting(ctx, conn, msg, out)
 	}
-	return out[:n], c.wrap("echo by", err)
+	return out[:n], c.wrapError("echo by", err)
 }
 
 // EchoLine is [Client.Echo] for line and a newline. It returns the echo without
 // the newline.
 func (c *Client) EchoLine(ctx context.Context, line string) (string, error) {
-	msg, err := terminated(line)
+	msg, err := withNewline(line)
 	if err != nil {
-		return "", c.wrap("echo by", err)
+		return "", c.wrapError("echo by", err)
 	}
 	out, err := c.Echo(ctx, msg)
 	return string(bytes.TrimSuffix(out, []byte("\n"))), err
 }
 
-// terminated returns line with a newline.
-func terminated(line string) ([]byte, error) {
+// withNewline returns line with a newline.
+func withNewline(line string) ([]byte, error) {
 	if strings.Contains(line, "\n") {
 		return nil, ErrNewline
 	}
@@ -283,11 +283,11 @@ func (c *Client) Outstanding() int {
 // the connection cannot be half-closed, the error matches
 // [errors.ErrUnsupported].
 func (c *Client) CloseWrite() error {
-	conn, err := c.current()
+	conn, err := c.currentConn()
 	if err == nil {
 		err = conn.closeWrite()
 	}
-	return c.wrap("half-close connection to", err)
+	return c.wrapError("half-close connection to", err)
 }
 
 // Close closes the connection. Calls in progress and later calls return an error
@@ -301,11 +301,11 @@ func (c *Client) Close() error {
 	if closed {
 		return nil
 	}
-	return c.wrap("close connection to", conn.close(net.ErrClosed))
+	return c.wrapError("close connection to", conn.close(net.ErrClosed))
 }
 
-// current returns the connection, or net.ErrClosed after Close.
-func (c *Client) current() (*echoConn, error) {
+// currentConn returns the connection, or net.ErrClosed after Close.
+func (c *Client) currentConn() (*echoConn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open.Err() != nil {
@@ -314,8 +314,8 @@ func (c *Client) current() (*echoConn, error) {
 	return c.conn, nil
 }
 
-// wrap adds the operation and the address to err, unless it is nil.
-func (c *Client) wrap(op string, err error) error {
+// wrapError adds the operation and the address to err, unless it is nil.
+func (c *Client) wrapError(op string, err error) error {
 	if err == nil {
 		return nil
 	}

@@ -63,7 +63,7 @@ func (c *echoConn) send(ctx context.Context, p []byte) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	defer interruptible(ctx, c.conn.SetWriteDeadline)()
+	defer interruptOnDone(ctx, c.conn.SetWriteDeadline)()
 	for chunk := range slices.Chunk(p, chunkSize) {
 		c.mu.Lock()
 		c.dec.expect(chunk) // before Write, because the echo may arrive before Write returns
@@ -80,8 +80,8 @@ func (c *echoConn) send(ctx context.Context, p []byte) error {
 func (c *echoConn) sendFailed(ctx context.Context, n int, err error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.dec.retract(n)
-	isInterrupted := interrupted(ctx, err)
+	c.dec.unexpect(n)
+	isInterrupted := isInterrupted(ctx, err)
 	if _, ok := c.conn.(*tls.Conn); ok && isInterrupted && c.sendClosed == nil {
 		c.sendClosed = errTLSBroken // part of a record may have been written
 	}
@@ -154,7 +154,7 @@ func (c *echoConn) receiveLine(ctx context.Context, limit int) (string, error) {
 // the connection ends, it returns nil once, so that the caller first takes the
 // echo that arrived before the end.
 func (c *echoConn) fill(ctx context.Context) error {
-	if err := c.endedBy(); err != nil {
+	if err := c.endReason(); err != nil {
 		return err
 	}
 	if ctx.Err() != nil {
@@ -163,7 +163,7 @@ func (c *echoConn) fill(ctx context.Context) error {
 	if c.buf == nil {
 		c.buf = make([]byte, chunkSize)
 	}
-	restore := interruptible(ctx, c.conn.SetReadDeadline)
+	restore := interruptOnDone(ctx, c.conn.SetReadDeadline)
 	n, readErr := c.conn.Read(c.buf)
 	restore()
 
@@ -173,11 +173,11 @@ func (c *echoConn) fill(ctx context.Context) error {
 	c.report(notices)
 	switch {
 	case err != nil:
-		c.end(err)
+		c.setEnded(err)
 		return nil
 	case readErr == nil:
 		return nil
-	case interrupted(ctx, readErr):
+	case isInterrupted(ctx, readErr):
 		return context.Cause(ctx)
 	}
 
@@ -191,7 +191,7 @@ func (c *echoConn) fill(ctx context.Context) error {
 	if readErr == io.EOF && missing > 0 {
 		readErr = io.ErrUnexpectedEOF
 	}
-	c.end(&EndError{Missing: missing, Err: readErr})
+	c.setEnded(&EndError{Missing: missing, Err: readErr})
 	return nil
 }
 
@@ -209,9 +209,9 @@ func (c *echoConn) report(notices []Notice) {
 	}
 }
 
-// end records err as the reason why nothing more will be received. The first
+// setEnded records err as the reason why nothing more will be received. The first
 // reason wins. If a notice announced the end, the reason becomes a NoticeError.
-func (c *echoConn) end(err error) {
+func (c *echoConn) setEnded(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended != nil {
@@ -223,7 +223,7 @@ func (c *echoConn) end(err error) {
 	c.ended = err
 }
 
-func (c *echoConn) endedBy() error {
+func (c *echoConn) endReason() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.ended
@@ -299,7 +299,7 @@ func (c *echoConn) abort(err error) {
 // close closes the connection and records err as the reason, unless it has ended
 // already. A second close returns nil.
 func (c *echoConn) close(err error) error {
-	c.end(err)
+	c.setEnded(err)
 	if tlsConn, ok := c.conn.(*tls.Conn); ok {
 		c.mu.Lock()
 		broken := c.sendClosed == errTLSBroken
@@ -322,9 +322,9 @@ func (c *echoConn) outstanding() int {
 	return c.dec.outstanding()
 }
 
-// interruptible makes the end of ctx interrupt I/O: it sets a deadline in the
+// interruptOnDone makes the end of ctx interrupt I/O: it sets a deadline in the
 // past with setDeadline. After the I/O, the caller must call restore.
-func interruptible(ctx context.Context, setDeadline func(time.Time) error) (restore func()) {
+func interruptOnDone(ctx context.Context, setDeadline func(time.Time) error) (restore func()) {
 	done := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(done)
@@ -338,7 +338,7 @@ func interruptible(ctx context.Context, setDeadline func(time.Time) error) (rest
 	}
 }
 
-// interrupted reports whether err was caused by the end of ctx.
-func interrupted(ctx context.Context, err error) bool {
+// isInterrupted reports whether err was caused by the end of ctx.
+func isInterrupted(ctx context.Context, err error) bool {
 	return ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded)
 }

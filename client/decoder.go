@@ -62,10 +62,10 @@ func newDecoder() *decoder { return &decoder{parses: []parse{{}}} }
 // expect announces that p is about to be sent.
 func (d *decoder) expect(p []byte) { d.sent.append(p) }
 
-// retract withdraws the last n expected bytes, which were not sent after all. It
+// unexpect withdraws the last n expected bytes, which were not sent after all. It
 // keeps those that have already come back.
-func (d *decoder) retract(n int) {
-	arrived := max(d.confirmed, slices.MaxFunc(d.parses, byPos).pos)
+func (d *decoder) unexpect(n int) {
+	arrived := max(d.confirmed, slices.MaxFunc(d.parses, comparePos).pos)
 	d.sent.truncate(min(n, int(d.sent.end()-arrived)))
 }
 
@@ -198,14 +198,14 @@ func addParse(parses []parse, s parse) []parse {
 	}
 	parses = append(parses, s)
 	if len(parses) > maxParses {
-		least := slices.MinFunc(parses, byPos).pos
+		least := slices.MinFunc(parses, comparePos).pos
 		i := slices.IndexFunc(parses, func(o parse) bool { return o.pos == least })
 		parses = slices.Delete(parses, i, i+1)
 	}
 	return parses
 }
 
-func byPos(a, b parse) int { return cmp.Compare(a.pos, b.pos) }
+func comparePos(a, b parse) int { return cmp.Compare(a.pos, b.pos) }
 
 // resolve confirms the echo and returns the notices on which all parses agree.
 //
@@ -213,12 +213,12 @@ func byPos(a, b parse) int { return cmp.Compare(a.pos, b.pos) }
 // next byte may never come. The other parses are kept: the beginning of a notice
 // may look like a short message.
 func (d *decoder) resolve() []Notice {
-	lead := slices.MaxFunc(d.parses, byPos)
+	lead := slices.MaxFunc(d.parses, comparePos)
 	complete := lead.pos == d.sent.end()
 	if complete {
 		d.confirm(lead.pos)
 	} else {
-		d.confirm(slices.MinFunc(d.parses, byPos).pos)
+		d.confirm(slices.MinFunc(d.parses, comparePos).pos)
 	}
 
 	var notices []Notice
@@ -244,13 +244,13 @@ func (d *decoder) resolve() []Notice {
 // If the echo is incomplete, it prefers a parse in which the server has announced
 // the end of the connection.
 func (d *decoder) finish() (notices []Notice, missing int) {
-	best := slices.MaxFunc(d.parses, byPos)
+	best := slices.MaxFunc(d.parses, comparePos)
 	if best.pos < d.sent.end() {
 		announced := slices.DeleteFunc(slices.Clone(d.parses), func(s parse) bool {
 			return !slices.ContainsFunc(s.pending, Notice.Ends)
 		})
 		if len(announced) > 0 {
-			best = slices.MaxFunc(announced, byPos)
+			best = slices.MaxFunc(announced, comparePos)
 		}
 	}
 	d.parses = []parse{{pos: best.pos}}
@@ -262,7 +262,7 @@ func (d *decoder) confirm(pos int64) { d.confirmed = max(d.confirmed, pos) }
 
 // trim discards sent bytes that were taken and that no parse needs.
 func (d *decoder) trim() {
-	d.sent.discard(min(d.taken, slices.MinFunc(d.parses, byPos).pos))
+	d.sent.discard(min(d.taken, slices.MinFunc(d.parses, comparePos).pos))
 }
 
 // corruption describes the bytes p that no parse allows. It takes the parse in
@@ -272,7 +272,7 @@ func (d *decoder) corruption(p []byte) *CorruptionError {
 	if len(d.line) > 0 {
 		got = slices.Concat(d.line, p[1:])
 	}
-	pos := slices.MaxFunc(d.parses, byPos).pos
+	pos := slices.MaxFunc(d.parses, comparePos).pos
 	d.confirm(pos)
 	want := d.sent.between(pos, min(pos+maxExcerpt, d.sent.end()))
 	return &CorruptionError{

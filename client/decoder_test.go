@@ -155,7 +155,7 @@ func TestDecoderReady(t *testing.T) {
 func TestDecoderRetract(t *testing.T) {
 	d := newDecoder()
 	d.expect([]byte("hello"))
-	d.retract(2)
+	d.unexpect(2)
 	if echo, _, err := feedAndTake(d, []byte("hel")); string(echo) != "hel" || err != nil {
 		t.Errorf("echo %q, error %v", echo, err)
 	}
@@ -164,7 +164,7 @@ func TestDecoderRetract(t *testing.T) {
 	}
 	d.expect([]byte("ab"))
 	feedAndTake(d, []byte("a"))
-	d.retract(2) // one of the two came back, so it was sent
+	d.unexpect(2) // one of the two came back, so it was sent
 	if _, missing := d.finish(); missing != 0 {
 		t.Errorf("missing = %d, want 0", missing)
 	}

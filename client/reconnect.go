@@ -60,15 +60,15 @@ type retry struct {
 	since time.Time // compared with MaxElapsed; zero before the first wait
 }
 
-// echoed restarts the retry after an echo on this connection.
-func (r *retry) echoed() {
+// resetAll restarts the retry after an echo on this connection.
+func (r *retry) resetAll() {
 	r.waits = 0
-	r.echoedElsewhere()
+	r.resetLimits()
 }
 
-// echoedElsewhere restarts the limits after an echo on another connection. The
+// resetLimits restarts the limits after an echo on another connection. The
 // waits stay as long as they are.
-func (r *retry) echoedElsewhere() { r.tries, r.since = 0, time.Time{} }
+func (r *retry) resetLimits() { r.tries, r.since = 0, time.Time{} }
 
 // wait waits before the next attempt. err is the reason for the attempt. If there
 // must be no further attempt, wait returns an error that wraps err.
@@ -112,7 +112,7 @@ func (c *Client) retryable(ctx context.Context, err error) bool {
 		return false
 	}
 	_, corrupt := errors.AsType[*CorruptionError](err)
-	return !corrupt && !permanent(err)
+	return !corrupt && !isPermanent(err)
 }
 
 func (c *Client) dial(ctx context.Context) (*echoConn, error) {
@@ -149,7 +149,7 @@ func (c *Client) echoReconnecting(ctx context.Context, conn *echoConn, msg, out 
 			return done, nil
 		}
 		if n > 0 {
-			r.echoed()
+			r.resetAll()
 		}
 		again := c.retryable(ctx, err)
 		_ = conn.close(errAbandoned)

@@ -168,9 +168,9 @@ func FromChannel[K any](ctx context.Context, items <-chan Item[K]) iter.Seq2[Ite
 	}
 }
 
-// An entry is an item in flight. At any time one goroutine or channel owns it: the
+// An inFlightItem is an item in flight. At any time one goroutine or channel owns it: the
 // feeder, a channel of the stream, a connection, or the consumer.
-type entry[K any] struct {
+type inFlightItem[K any] struct {
 	Item[K]
 	index    int64 // position in the source
 	weight   int64 // bytes acquired from stream.bytes
@@ -195,9 +195,9 @@ type stream[K any] struct {
 	items, bytes *semaphore.Weighted // limits of what is in flight
 
 	// The capacity of each channel is InFlight, so sending to them never blocks.
-	queue     chan *entry[K] // to be sent for the first time
-	resend    chan *entry[K] // to be sent again
-	completed chan *entry[K]
+	queue     chan *inFlightItem[K] // to be sent for the first time
+	resend    chan *inFlightItem[K] // to be sent again
+	completed chan *inFlightItem[K]
 
 	queueMu     sync.Mutex // held while an entry is queued, at most until sendCtx ends
 	queueClosed bool       // guarded by queueMu
@@ -224,12 +224,12 @@ func newStream[K any](ctx context.Context, address string, opts StreamOptions) *
 		address: address, opts: opts, began: time.Now(),
 		items:     semaphore.NewWeighted(int64(opts.InFlight)),
 		bytes:     semaphore.NewWeighted(int64(opts.InFlightBytes)),
-		queue:     make(chan *entry[K], opts.InFlight),
-		resend:    make(chan *entry[K], opts.InFlight),
-		completed: make(chan *entry[K], opts.InFlight),
+		queue:     make(chan *inFlightItem[K], opts.InFlight),
+		resend:    make(chan *inFlightItem[K], opts.InFlight),
+		completed: make(chan *inFlightItem[K], opts.InFlight),
 	}
 	if opts.Ordered {
-		s.order.waiting = make([]*entry[K], opts.InFlight)
+		s.order.waiting = make([]*inFlightItem[K], opts.InFlight)
 	}
 	s.ctx, s.cancel = context.WithCancelCause(ctx)
 	s.sendCtx, s.stopSending = context.WithCancelCause(s.ctx)
@@ -246,7 +246,7 @@ func (s *stream[K]) run(items iter.Seq2[Item[K], error]) {
 		s.cancel(errAllDone)
 	})
 	for range s.opts.Conns {
-		conns.Go(func() { (&streamConn[K]{stream: s, freed: make(chan struct{}, 1)}).run() })
+		conns.Go(func() { (&streamConn[K]{stream: s, slotFreed: make(chan struct{}, 1)}).run() })
 	}
 	conns.Wait()
 	s.finish()
@@ -258,9 +258,9 @@ func (s *stream[K]) finish() {
 	s.queueMu.Lock()
 	defer s.queueMu.Unlock()
 	s.queueClosed = true
-	for _, left := range []chan *entry[K]{s.resend, s.queue} {
+	for _, left := range []chan *inFlightItem[K]{s.resend, s.queue} {
 		for len(left) > 0 {
-			s.complete(<-left, s.unfinished())
+			s.complete(<-left, s.unfinishedError())
 		}
 	}
 	if s.failure = context.Cause(s.sendCtx); errors.Is(s.failure, errAllDone) {
@@ -269,8 +269,8 @@ func (s *stream[K]) finish() {
 	close(s.completed)
 }
 
-// unfinished returns the error of an entry that will not come back.
-func (s *stream[K]) unfinished() error {
+// unfinishedError returns the error of an entry that will not come back.
+func (s *stream[K]) unfinishedError() error {
 	return fmt.Errorf("%w: %w", ErrUnfinished, context.Cause(s.sendCtx))
 }
 
@@ -285,7 +285,7 @@ func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
 		if err != nil {
 			return err
 		}
-		if !s.enqueue(&entry[K]{Item: item, index: index}) {
+		if !s.enqueue(&inFlightItem[K]{Item: item, index: index}) {
 			break
 		}
 		index++
@@ -298,7 +298,7 @@ func (s *stream[K]) feed(items iter.Seq2[Item[K], error]) error {
 
 // enqueue queues an entry for the connections. It reports false if the queue is
 // closed.
-func (s *stream[K]) enqueue(e *entry[K]) bool {
+func (s *stream[K]) enqueue(e *inFlightItem[K]) bool {
 	s.queueMu.Lock()
 	defer s.queueMu.Unlock()
 	if s.queueClosed {
@@ -311,7 +311,7 @@ func (s *stream[K]) enqueue(e *entry[K]) bool {
 		s.complete(e, nil)
 	case s.bytes.Acquire(s.sendCtx, e.weight) != nil:
 		e.weight = 0
-		s.complete(e, s.unfinished())
+		s.complete(e, s.unfinishedError())
 	default:
 		s.queue <- e
 	}
@@ -319,7 +319,7 @@ func (s *stream[K]) enqueue(e *entry[K]) bool {
 }
 
 // complete passes an entry to the consumer. A nil err means that it came back.
-func (s *stream[K]) complete(e *entry[K], err error) {
+func (s *stream[K]) complete(e *inFlightItem[K], err error) {
 	if e.err = err; err == nil {
 		s.echoes.Add(1)
 	}
@@ -328,7 +328,7 @@ func (s *stream[K]) complete(e *entry[K], err error) {
 }
 
 // release makes room for another item after the consumer has handled e.
-func (s *stream[K]) release(e *entry[K]) {
+func (s *stream[K]) release(e *inFlightItem[K]) {
 	s.items.Release(1)
 	s.bytes.Release(e.weight)
 }
@@ -336,12 +336,12 @@ func (s *stream[K]) release(e *entry[K]) {
 // A reorderBuffer restores the order of the source. The zero value passes entries
 // on as they come. Only the consumer uses it.
 type reorderBuffer[K any] struct {
-	waiting []*entry[K] // by index modulo InFlight, its length
-	want    int64       // index of the next entry to return
+	waiting []*inFlightItem[K] // by index modulo InFlight, its length
+	want    int64              // index of the next entry to return
 }
 
 // put adds an entry and returns the next one in order, or nil if it is not there.
-func (o *reorderBuffer[K]) put(e *entry[K]) *entry[K] {
+func (o *reorderBuffer[K]) put(e *inFlightItem[K]) *inFlightItem[K] {
 	if o.waiting == nil {
 		return e
 	}
@@ -353,7 +353,7 @@ func (o *reorderBuffer[K]) put(e *entry[K]) *entry[K] {
 func (o *reorderBuffer[K]) ready() bool { return o.waiting != nil && o.waiting[o.slot(o.want)] != nil }
 
 // next returns the next entry in order, or nil if it is not there.
-func (o *reorderBuffer[K]) next() *entry[K] {
+func (o *reorderBuffer[K]) next() *inFlightItem[K] {
 	if !o.ready() {
 		return nil
 	}

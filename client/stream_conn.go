@@ -13,23 +13,23 @@ import (
 // sends.
 type streamConn[K any] struct {
 	*stream[K]
-	retry retry
-	seen  int64         // stream.echoes at the last wait
-	freed chan struct{} // signals that outstanding has become shorter
+	retry     retry
+	seen      int64         // stream.echoes at the last wait
+	slotFreed chan struct{} // signals that outstanding has become shorter
 
-	mu          sync.Mutex  // guards the fields below
-	outstanding []*entry[K] // sent or about to be sent, and not come back; oldest first
-	sent        int64       // offset of the end of the last entry sent
-	echoed      int64       // offset up to which the echo has come back
-	since       time.Time   // when the oldest entry became the oldest, or the last byte came back
-	draining    bool        // nothing more is sent; close when outstanding is empty
+	mu          sync.Mutex         // guards the fields below
+	outstanding []*inFlightItem[K] // sent or about to be sent, and not come back; oldest first
+	sent        int64              // offset of the end of the last entry sent
+	echoed      int64              // offset up to which the echo has come back
+	since       time.Time          // when the oldest entry became the oldest, or the last byte came back
+	draining    bool               // nothing more is sent; close when outstanding is empty
 }
 
 // run makes connections while there is something to send.
 func (c *streamConn[K]) run() {
 	for e := c.take(nil); e != nil; e = c.take(nil) {
 		err := c.serve(e)
-		if c.opts.Reconnect == nil || permanent(err) {
+		if c.opts.Reconnect == nil || isPermanent(err) {
 			c.stopSending(err)
 		} else {
 			c.updateRetry(err)
@@ -43,7 +43,7 @@ func (c *streamConn[K]) run() {
 
 // take waits for an entry to send. It returns nil when stop is closed or nothing
 // more will be sent.
-func (c *streamConn[K]) take(stop <-chan struct{}) *entry[K] {
+func (c *streamConn[K]) take(stop <-chan struct{}) *inFlightItem[K] {
 	if e, decided := c.tryTake(stop); decided {
 		return e
 	}
@@ -59,7 +59,7 @@ func (c *streamConn[K]) take(stop <-chan struct{}) *entry[K] {
 }
 
 // tryTake is take without waiting. If take would have to wait, decided is false.
-func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *entry[K], decided bool) {
+func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *inFlightItem[K], decided bool) {
 	select {
 	case <-stop:
 		return nil, true
@@ -79,7 +79,7 @@ func (c *streamConn[K]) tryTake(stop <-chan struct{}) (e *entry[K], decided bool
 
 // serve makes a connection, sends first and further entries on it until it ends,
 // and returns the reason. What has not come back is left in outstanding.
-func (c *streamConn[K]) serve(first *entry[K]) error {
+func (c *streamConn[K]) serve(first *inFlightItem[K]) error {
 	c.sent, c.echoed, c.draining = 0, 0, false
 	noticed := make(chan struct{}) // closed when the server announces the end
 	stop := sync.OnceFunc(func() { close(noticed) })
@@ -92,7 +92,7 @@ func (c *streamConn[K]) serve(first *entry[K]) error {
 		}
 	})
 	if err != nil {
-		c.outstanding = []*entry[K]{first}
+		c.outstanding = []*inFlightItem[K]{first}
 		return err
 	}
 	sendCtx, cancel := context.WithCancelCause(c.ctx)
@@ -121,7 +121,7 @@ func (c *streamConn[K]) dial(onNotice func(Notice)) (*echoConn, error) {
 
 // send sends entries until the server announces the end of the connection, the
 // connection fails, or nothing more is to be sent.
-func (c *streamConn[K]) send(ctx context.Context, conn *echoConn, e *entry[K], noticed <-chan struct{}) {
+func (c *streamConn[K]) send(ctx context.Context, conn *echoConn, e *inFlightItem[K], noticed <-chan struct{}) {
 	var buf []byte
 	for ; e != nil; e = c.takeWithinShare(noticed) {
 		free := c.expect(e)
@@ -155,10 +155,10 @@ func (c *streamConn[K]) send(ctx context.Context, conn *echoConn, e *entry[K], n
 
 // takeWithinShare is take, but first waits until fewer entries are outstanding than this connection's share of
 // InFlight. So a connection that does not answer cannot hold entries that others could send.
-func (c *streamConn[K]) takeWithinShare(noticed <-chan struct{}) *entry[K] {
-	for c.free() <= 0 {
+func (c *streamConn[K]) takeWithinShare(noticed <-chan struct{}) *inFlightItem[K] {
+	for c.freeSlots() <= 0 {
 		select {
-		case <-c.freed:
+		case <-c.slotFreed:
 		case <-noticed:
 			return nil
 		case <-c.sendCtx.Done():
@@ -168,14 +168,14 @@ func (c *streamConn[K]) takeWithinShare(noticed <-chan struct{}) *entry[K] {
 	return c.take(noticed)
 }
 
-// free returns how many more entries may be sent.
-func (c *streamConn[K]) free() int {
+// freeSlots returns how many more entries may be sent.
+func (c *streamConn[K]) freeSlots() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.freeLocked()
+	return c.freeSlotsLocked()
 }
 
-func (c *streamConn[K]) freeLocked() int {
+func (c *streamConn[K]) freeSlotsLocked() int {
 	share := max(c.opts.InFlight/c.opts.Conns, 1)
 	return share - len(c.outstanding)
 }
@@ -190,7 +190,7 @@ func (c *streamConn[K]) closeIfDone(conn *echoConn) {
 
 // expect records that an entry is about to be sent, and returns how many more may
 // be sent.
-func (c *streamConn[K]) expect(e *entry[K]) (free int) {
+func (c *streamConn[K]) expect(e *inFlightItem[K]) (free int) {
 	e.sent++
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -200,13 +200,13 @@ func (c *streamConn[K]) expect(e *entry[K]) (free int) {
 	c.sent += int64(len(e.Data))
 	e.end = c.sent
 	c.outstanding = append(c.outstanding, e)
-	return c.freeLocked()
+	return c.freeSlotsLocked()
 }
 
 // receive completes the entries that come back until the connection ends. It
 // returns the reason.
 func (c *streamConn[K]) receive(conn *echoConn) error {
-	var done []*entry[K]
+	var done []*inFlightItem[K]
 	for {
 		n, err := conn.discard(context.Background()) // when c.ctx ends, send closes conn
 		if err != nil {
@@ -222,7 +222,7 @@ func (c *streamConn[K]) receive(conn *echoConn) error {
 
 // advance records that n more bytes came back, and appends to done the entries that
 // are complete with them.
-func (c *streamConn[K]) advance(conn *echoConn, n int, done []*entry[K]) []*entry[K] {
+func (c *streamConn[K]) advance(conn *echoConn, n int, done []*inFlightItem[K]) []*inFlightItem[K] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.since = time.Now()
@@ -236,7 +236,7 @@ func (c *streamConn[K]) advance(conn *echoConn, n int, done []*entry[K]) []*entr
 	c.closeIfDone(conn)
 	if len(done) > 0 {
 		select {
-		case c.freed <- struct{}{}:
+		case c.slotFreed <- struct{}{}:
 		default:
 		}
 	}
@@ -256,7 +256,7 @@ func (c *streamConn[K]) returnOutstanding(err error) {
 	}
 	for _, e := range entries {
 		if c.sendCtx.Err() != nil {
-			c.complete(e, c.unfinished())
+			c.complete(e, c.unfinishedError())
 		} else {
 			c.resend <- e
 		}
@@ -265,7 +265,7 @@ func (c *streamConn[K]) returnOutstanding(err error) {
 
 // itemError decides whether the oldest outstanding entry fails because its
 // connection ended with err. It returns nil if the entry is to be sent again.
-func (c *streamConn[K]) itemError(e *entry[K], err error) error {
+func (c *streamConn[K]) itemError(e *inFlightItem[K], err error) error {
 	if corruption, ok := errors.AsType[*CorruptionError](err); ok && len(corruption.Want) > 0 {
 		return corruption // with an empty Want, the bytes came before the entry was sent
 	}
@@ -300,10 +300,10 @@ func (f *failureCount) add(echoes int64) int {
 func (c *streamConn[K]) updateRetry(err error) {
 	if now := c.echoes.Load(); now != c.seen {
 		c.seen = now
-		c.retry.echoedElsewhere()
+		c.retry.resetLimits()
 	}
 	if c.echoed > 0 {
-		c.retry.echoed()
+		c.retry.resetAll()
 	}
 	c.retry.Backoff = *c.opts.Reconnect
 	if c.retry.since.IsZero() && (errors.Is(err, errStalled) || errors.Is(err, errDialTimeout)) {

@@ -19,26 +19,26 @@ import (
 // Bounds on what the callers of an Agent can make it hold.
 const (
 	maxAgentCallers    = 8                // open at once, or 3 % of the files that the process may open
-	agentAnswerTimeout = time.Second      // to take the line and close
-	agentProbeEvery    = time.Second      // how often the Agent asks the server whether it is alive
-	agentRetry         = time.Second / 10 // after an accept that failed
-	maxAgentQuestion   = 4 << 10          // bytes that are read of what a caller sends
+	agentAnswerTimeout = time.Second      // for the caller to read the line and close
+	agentProbeEvery    = time.Second      // between two probes of the server
+	agentRetry         = time.Second / 10 // between two attempts to accept
+	maxAgentQuestion   = 4 << 10          // bytes of the caller's input that are read
 )
 
 // Agent answers the agent checks of HAProxy. Each connection gets one line, and is closed. What the caller sends
 // (agent-send) is ignored. The lines are
 //
 //	up ready      new clients are served, or wait at the connection limit
-//	up drain      paused, draining, starting, or full with LimitReject: no new clients; the ones it has stay
+//	up drain      paused, draining, starting, or full with LimitReject: new clients are not served, existing ones are
 //	down #REASON  the server does not respond
 //
-// An Agent changes nothing, and tells no more than that.
+// An Agent changes nothing, and reveals nothing else.
 type Agent struct {
-	srv     *server.Server
-	log     *zap.Logger
-	callers *callers
-	left    atomic.Bool           // Leave was called
-	dead    atomic.Pointer[error] // from the last probe of the server; nil: it is alive
+	srv        *server.Server
+	log        *zap.Logger
+	callers    *callerListener
+	leaving    atomic.Bool           // Leave was called
+	probeError atomic.Pointer[error] // result of the last probe of the server; nil means that it is alive
 }
 
 // NewAgent returns an Agent of srv that answers on ln. A nil log logs nothing.
@@ -50,7 +50,7 @@ func NewAgent(srv *server.Server, ln net.Listener, log *zap.Logger) *Agent {
 	if files, limited := openFilesLimit(); limited {
 		limit = min(limit, max(2, files*3/100))
 	}
-	return &Agent{srv: srv, log: log, callers: limitCallers(ln, limit)}
+	return &Agent{srv: srv, log: log, callers: newCallerListener(ln, limit)}
 }
 
 // Actor returns the run.Group pair that answers until the server has stopped. If it cannot, execute returns at
@@ -58,7 +58,7 @@ func NewAgent(srv *server.Server, ln net.Listener, log *zap.Logger) *Agent {
 func (a *Agent) Actor() (execute func() error, interrupt func(error)) {
 	execute = func() error {
 		err := a.serve()
-		if a.left.Load() {
+		if a.leaving.Load() {
 			<-a.srv.Done()
 			return nil
 		}
@@ -78,7 +78,7 @@ func (a *Agent) Actor() (execute func() error, interrupt func(error)) {
 
 // Leave stops answering, because another process serves the listener now.
 func (a *Agent) Leave() {
-	a.left.Store(true)
+	a.leaving.Store(true)
 	_ = a.callers.Close()
 }
 
@@ -88,7 +88,7 @@ func (a *Agent) serve() error {
 	defer running.Wait()
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(net.ErrClosed)
-	running.Go(func() { a.watch(ctx) })
+	running.Go(func() { a.probeServer(ctx) })
 	for {
 		c, err := a.callers.Accept()
 		if _, temporary := errors.AsType[temporaryError](err); temporary {
@@ -106,9 +106,9 @@ func (a *Agent) serve() error {
 	}
 }
 
-// watch asks the server again and again whether it is alive. Answers do not wait for it, so that no number of callers
-// makes more than one goroutine wait for a server that hangs.
-func (a *Agent) watch(ctx context.Context) {
+// probeServer is the goroutine that probes the server regularly. Answers use its last result. So only one goroutine
+// waits for a server that hangs, however many callers there are.
+func (a *Agent) probeServer(ctx context.Context) {
 	tick := time.NewTicker(agentProbeEvery)
 	defer tick.Stop()
 	for {
@@ -116,9 +116,9 @@ func (a *Agent) watch(ctx context.Context) {
 		err := a.srv.Probe(probing)
 		cancel()
 		if err != nil {
-			a.dead.Store(&err)
+			a.probeError.Store(&err)
 		} else {
-			a.dead.Store(nil)
+			a.probeError.Store(nil)
 		}
 		select {
 		case <-tick.C:
@@ -132,17 +132,18 @@ func (a *Agent) watch(ctx context.Context) {
 func (a *Agent) answer(c net.Conn) {
 	defer c.Close()
 	_ = c.SetDeadline(time.Now().Add(agentAnswerTimeout))
-	if _, err := io.WriteString(c, a.line()+"\n"); err != nil {
-		return // the caller has gone
+	if _, err := io.WriteString(c, a.statusLine()+"\n"); err != nil {
+		return // the caller has left
 	}
 	if half, ok := c.(interface{ CloseWrite() error }); ok && half.CloseWrite() == nil {
-		// To close with unread input would reset the connection, and could take the line from the caller.
+		// Closing with unread input sends an RST, and the caller could lose the line.
 		_, _ = io.CopyN(io.Discard, c, maxAgentQuestion)
 	}
 }
 
-func (a *Agent) line() string {
-	if dead := a.dead.Load(); dead != nil {
+// statusLine returns the line for the server's state.
+func (a *Agent) statusLine() string {
+	if dead := a.probeError.Load(); dead != nil {
 		return "down #" + text.Printable((*dead).Error())
 	}
 	if ready, _ := readiness(a.srv); !ready {

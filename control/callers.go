@@ -23,75 +23,76 @@ import (
 	"echod/server"
 )
 
-// limitCallers bounds the number of open connections of ln. At the limit, Accept closes the idlest one instead of
-// waiting.
-func limitCallers(ln net.Listener, limit int) *callers {
-	l := &callers{
-		Listener: ln, limit: limit, probes: make(chan net.Conn, 1), closed: make(chan struct{}),
+// newCallerListener returns a listener that bounds the number of open connections of ln. At the limit, Accept closes
+// the idlest connection for a new one.
+func newCallerListener(ln net.Listener, limit int) *callerListener {
+	l := &callerListener{
+		Listener: ln, limit: limit, probeConns: make(chan net.Conn, 1), closed: make(chan struct{}),
 	}
-	l.waker, _ = ln.(interface{ SetDeadline(time.Time) error })
+	l.deadlineSetter, _ = ln.(interface{ SetDeadline(time.Time) error })
 	return l
 }
 
-// callers is a listener with at most limit open connections.
-type callers struct {
+// callerListener is a listener with at most limit open connections.
+type callerListener struct {
 	net.Listener
-	limit     int
-	waker     interface{ SetDeadline(time.Time) error } // nil if Accept cannot be woken
-	probes    chan net.Conn                             // connections from dial, which do not count
-	closeOnce sync.Once
-	closed    chan struct{}
+	limit          int
+	deadlineSetter interface{ SetDeadline(time.Time) error } // nil if ln has no SetDeadline, so that Accept cannot be woken
+	probeConns     chan net.Conn                             // connections from dialInProcess, which do not count
+	closeOnce      sync.Once
+	closed         chan struct{}
 
 	mu   sync.Mutex
 	open []*callerConn // the idlest first; guarded by mu
 }
 
-// callerConn is a connection of callers.
+// callerConn is a connection of a callerListener.
 type callerConn struct {
 	net.Conn
-	from *callers
+	listener *callerListener
 
-	asked atomic.Bool // something was received
+	received atomic.Bool // the caller has sent something
 
-	// Guarded by from.mu.
-	serving bool // a request is being answered
-	ended   bool // everything is answered, and net/http waits for the caller to close
-	kept    bool // never closed for a new connection
+	// Guarded by listener.mu.
+	serving  bool // a request is being answered
+	answered bool // the last answer was sent, and net/http waits for the caller to close
+	kept     bool // closeIdlest must not close it
 }
 
 // Accept returns the next connection.
-func (l *callers) Accept() (net.Conn, error) {
+func (l *callerListener) Accept() (net.Conn, error) {
 	for {
 		select {
 		case <-l.closed:
 			return nil, net.ErrClosed
-		case c := <-l.probes:
+		case c := <-l.probeConns:
 			return c, nil
 		default:
 		}
 		c, err := l.Listener.Accept()
 		switch {
 		case err == nil:
-			return l.admit(c), nil
-		case l.waker != nil && errors.Is(err, os.ErrDeadlineExceeded):
-			_ = l.waker.SetDeadline(time.Time{}) // woken by dial. Reset it before looking at probes, or one is missed
+			return l.add(c), nil
+		case l.deadlineSetter != nil && errors.Is(err, os.ErrDeadlineExceeded):
+			// dialInProcess has woken Accept. The deadline is reset before probeConns is read, so that no probe is missed.
+			_ = l.deadlineSetter.SetDeadline(time.Time{})
 		case isOutOfFiles(err) && l.closeIdlest():
-			runtime.Gosched() // one file is free again
+			runtime.Gosched() // lets the closed file be released
 		default:
 			return nil, asTemporary(err)
 		}
 	}
 }
 
-// admit adds a connection, and closes the idlest if there are too many.
-func (l *callers) admit(nc net.Conn) net.Conn {
-	c := &callerConn{Conn: nc, from: l}
+// add adds a connection. If there are too many, it closes the idlest first.
+func (l *callerListener) add(nc net.Conn) net.Conn {
+	c := &callerConn{Conn: nc, listener: l}
 	l.mu.Lock()
 	full := len(l.open) >= l.limit
 	l.mu.Unlock()
 	if full {
 		l.closeIdlest()
-		runtime.Gosched() // under a flood, let a connection's request be read before it becomes the idlest
+		runtime.Gosched() // under a flood, lets net/http read the request of a connection before that becomes the idlest
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -99,14 +100,14 @@ func (l *callers) admit(nc net.Conn) net.Conn {
 	return c
 }
 
-// closeIdlest closes the connection that has been idle for longest, and reports whether there was one. It prefers
-// connections that sent nothing, then those without a whole request, then those with one.
-func (l *callers) closeIdlest() bool {
+// closeIdlest closes the connection with the lowest closePriority, and among these the one that was idle for the
+// longest time. It reports whether it closed one.
+func (l *callerListener) closeIdlest() bool {
 	l.mu.Lock()
 	var chosen *callerConn
 	for _, c := range l.open {
-		if !c.kept && (chosen == nil || c.rank() < chosen.rank()) {
-			if chosen = c; c.rank() == 0 {
+		if !c.kept && (chosen == nil || c.closePriority() < chosen.closePriority()) {
+			if chosen = c; c.closePriority() == 0 {
 				break
 			}
 		}
@@ -120,65 +121,67 @@ func (l *callers) closeIdlest() bool {
 	return true
 }
 
-func (c *callerConn) rank() int {
+// closePriority returns 0 for a connection that has sent nothing or is answered, 1 for one that has sent a part of a
+// request, and 2 for one whose request is being answered.
+func (c *callerConn) closePriority() int {
 	switch {
-	case c.ended:
+	case c.answered:
 		return 0
 	case c.serving:
 		return 2
-	case c.asked.Load():
+	case c.received.Load():
 		return 1
-	case hasInput(c.Conn): // under a flood, net/http may not have come to read it
-		c.asked.Store(true)
+	case hasInput(c.Conn): // under a flood, net/http may not have read it yet
+		c.received.Store(true)
 		return 1
 	default:
 		return 0
 	}
 }
 
-// remove takes c out of open; l.mu is held.
-func (l *callers) remove(c *callerConn) {
+// remove removes c from open. The caller holds l.mu.
+func (l *callerListener) remove(c *callerConn) {
 	if i := slices.Index(l.open, c); i >= 0 {
 		l.open = slices.Delete(l.open, i, i+1)
 	}
 }
 
 // count returns the number of open connections.
-func (l *callers) count() int {
+func (l *callerListener) count() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.open)
 }
 
-// dial connects from within the process, without the kernel and the limit. It wakes Accept, so that an
-// answer proves that the accept loop is alive.
-func (l *callers) dial(ctx context.Context) (net.Conn, error) {
-	if l.waker == nil {
+// dialInProcess connects to the listener inside the process. The connection does not count for the limit. Accept
+// returns it, so that an answer proves that the accept loop runs.
+func (l *callerListener) dialInProcess(ctx context.Context) (net.Conn, error) {
+	if l.deadlineSetter == nil {
 		return nil, errors.New("the listener has no SetDeadline to wake it")
 	}
 	near, far := net.Pipe()
 	select {
-	case l.probes <- probeConn{far}:
+	case l.probeConns <- probeConn{far}:
 	case <-l.closed:
 		return nil, net.ErrClosed
-	case <-ctx.Done(): // Accept has not taken an earlier one
+	case <-ctx.Done(): // Accept has not returned the connection of an earlier probe
 		return nil, context.Cause(ctx)
 	}
-	_ = l.waker.SetDeadline(time.Unix(1, 0)) // after the send, or Accept could miss it
+	_ = l.deadlineSetter.SetDeadline(time.Unix(1, 0)) // after the send, so that Accept does not miss it
 	return near, nil
 }
 
 // Close closes the listener. It may be called more than once.
-func (l *callers) Close() error {
+func (l *callerListener) Close() error {
 	l.closeOnce.Do(func() { close(l.closed) })
 	return l.Listener.Close()
 }
 
-// probeConn is the server's side of a connection made by dial.
+// probeConn is the server's side of a connection made by dialInProcess.
 type probeConn struct{ net.Conn }
 
-// asTemporary marks errors of accept(2) that concern the system and not the listener as temporary, so that
-// net/http tries again. It recognises fewer of them itself, and would stop when memory is short.
+// asTemporary marks errors of accept(2) as temporary unless the listener itself is broken, so that net/http tries
+// again. net/http alone would stop when memory is short.
 func asTemporary(err error) error {
 	errno, ok := errors.AsType[syscall.Errno](err)
 	if !ok || errno == syscall.EBADF || errno == syscall.EINVAL || errno == syscall.ENOTSOCK {
@@ -193,50 +196,51 @@ func (e temporaryError) Unwrap() error   { return e.error }
 func (e temporaryError) Timeout() bool   { return false }
 func (e temporaryError) Temporary() bool { return true }
 
-func (c *callerConn) set(change func()) {
-	c.from.mu.Lock()
-	defer c.from.mu.Unlock()
+// update calls change under the lock. The connection is then the least idle one.
+func (c *callerConn) update(change func()) {
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
 	change()
-	if i := slices.Index(c.from.open, c); i >= 0 { // it is not idle now
-		c.from.open = append(slices.Delete(c.from.open, i, i+1), c)
+	if i := slices.Index(c.listener.open, c); i >= 0 {
+		c.listener.open = append(slices.Delete(c.listener.open, i, i+1), c)
 	}
 }
 
-// Read notes that the caller has sent something.
+// Read records that the caller has sent something.
 func (c *callerConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if n > 0 {
-		c.asked.Store(true)
+		c.received.Store(true)
 	}
 	return n, err
 }
 
-// CloseWrite lets net/http end an answer before it closes the connection.
+// CloseWrite half-closes the connection. net/http calls it after the last answer.
 func (c *callerConn) CloseWrite() error {
-	c.set(func() { c.ended = true })
+	c.update(func() { c.answered = true })
 	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return half.CloseWrite()
 	}
 	return errors.ErrUnsupported
 }
 
-// Close frees the connection's place.
+// Close closes the connection, and removes it from the listener.
 func (c *callerConn) Close() error {
 	err := c.Conn.Close()
-	c.from.mu.Lock()
-	defer c.from.mu.Unlock()
-	c.from.remove(c)
+	c.listener.mu.Lock()
+	defer c.listener.mu.Unlock()
+	c.listener.remove(c)
 	return err
 }
 
 // caller is the other end of a control connection. The zero value is an unknown caller.
 type caller struct {
-	uid, pid int // pid is 0 if they are not known
+	uid, pid int // pid is 0 if both are unknown
 	user     string
 	claims   string // of the current request
 	probe    bool
-	raw      net.Conn    // nil if not known
-	conn     *callerConn // nil unless accepted by callers
+	raw      net.Conn    // nil if unknown
+	conn     *callerConn // nil if no callerListener accepted it
 }
 
 type callerKey struct{}
@@ -253,13 +257,13 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	}
 	if unixConn, ok := who.raw.(*net.UnixConn); ok && peerOf != nil {
 		if raw, err := unixConn.SyscallConn(); err == nil {
-			_ = raw.Control(func(fd uintptr) { who.uid, who.pid = peerOf(int(fd)) }) // fails only once closed
+			_ = raw.Control(func(fd uintptr) { who.uid, who.pid = peerOf(int(fd)) }) // an error means that the connection is closed
 		}
 	}
 	return context.WithValue(ctx, callerKey{}, who)
 }
 
-// belowTLS returns the connection under a TLS session, or c itself if it is none.
+// belowTLS returns the connection below a TLS session, or c itself if it is not one.
 func belowTLS(c net.Conn) net.Conn {
 	if session, ok := c.(*tls.Conn); ok {
 		return session.NetConn()
@@ -267,8 +271,8 @@ func belowTLS(c net.Conn) net.Conn {
 	return c
 }
 
-// peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are not known. It is nil on
-// systems that do not report both.
+// peerOf returns the uid and pid of the other end of a Unix socket; pid is 0 if they are unknown. It is nil on systems
+// that do not report both.
 var peerOf func(fd int) (uid, pid int)
 
 // identity returns the caller for the server's log and events.
@@ -317,39 +321,40 @@ func (c *caller) fields() []zap.Field {
 	return fields
 }
 
-// begin marks the connection as serving a request. noteIdle removes the mark.
-func (c *caller) begin() { c.set(func() { c.conn.serving = true }) }
+// markServing records that a request is being answered, until markIdle.
+func (c *caller) markServing() { c.update(func() { c.conn.serving = true }) }
 
-// noteIdle is the http.Server's ConnState. A connection becomes idle only when its answer is written: when ServeHTTP
-// returns, part of it is still in a buffer.
-func noteIdle(conn net.Conn, state http.ConnState) {
+// markIdle is the ConnState callback of the http.Server. A connection is idle when its answer is written. That is later
+// than the return of ServeHTTP, when a part of the answer may still be in a buffer.
+func markIdle(conn net.Conn, state http.ConnState) {
 	if c, ok := belowTLS(conn).(*callerConn); ok && state == http.StateIdle {
-		c.set(func() { c.serving = false })
-		c.asked.Store(false)
+		c.update(func() { c.serving = false })
+		c.received.Store(false)
 	}
 }
 
-// touch records that the server has sent something to the caller.
-func (c *caller) touch() { c.set(func() {}) }
+// markActive records that the server has sent something to the caller.
+func (c *caller) markActive() { c.update(func() {}) }
 
-// keep protects the connection from being closed for a new one.
-func (c *caller) keep() { c.set(func() { c.conn.kept = true }) }
+// neverClose keeps closeIdlest from closing the connection.
+func (c *caller) neverClose() { c.update(func() { c.conn.kept = true }) }
 
-func (c *caller) set(change func()) {
+func (c *caller) update(change func()) {
 	if c.conn != nil {
-		c.conn.set(change)
+		c.conn.update(change)
 	}
 }
 
-// gone reports whether the caller has closed both directions. A caller that half-closed still waits for its answer.
-func (c *caller) gone() bool { return c.raw != nil && hungUp(c.raw) }
+// hasLeft reports whether the caller has closed both directions. A caller that half-closed may still wait for its
+// answer.
+func (c *caller) hasLeft() bool { return c.raw != nil && hungUp(c.raw) }
 
-// Probe returns nil if the Plane answers on all of its listeners: each accept loop runs, and a request for the
-// status is answered. It does not go through the listener's address, which this process may not be allowed to
-// open, and it does not count as a caller. The listeners must have a SetDeadline, as those of package net do.
+// Probe returns nil if the Plane answers a request for the status on each of its listeners. It connects inside the
+// process, because the process may not be allowed to open the listener's address. It does not count as a caller. The
+// listeners must have a SetDeadline method, as those of package net have.
 func (p *Plane) Probe(ctx context.Context) error {
 	p.mu.Lock()
-	listeners := append([]*callers(nil), p.listeners...)
+	listeners := append([]*callerListener(nil), p.listeners...)
 	p.mu.Unlock()
 	if len(listeners) == 0 {
 		return errors.New("probing the control plane: it is not served")
@@ -362,8 +367,8 @@ func (p *Plane) Probe(ctx context.Context) error {
 	return nil
 }
 
-func probe(ctx context.Context, l *callers) error {
-	conn, err := l.dial(ctx)
+func probe(ctx context.Context, l *callerListener) error {
+	conn, err := l.dialInProcess(ctx)
 	if err != nil {
 		return err
 	}

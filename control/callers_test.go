@@ -218,7 +218,7 @@ func testUnread(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
 	socket := listenControl(t, path)
 	defer socket.Close()
-	l := limitCallers(socket, 4)
+	l := newCallerListener(socket, 4)
 	dial := func(text string) net.Conn {
 		t.Helper()
 		conn, err := net.Dial("unix", path)
@@ -250,7 +250,7 @@ func testUnread(t *testing.T) {
 func testOutOfFiles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ln := newPipeListener()
-		l := limitCallers(ln, MaxCallers)
+		l := newCallerListener(ln, MaxCallers)
 		idle, err := ln.Dial(t.Context())
 		if err != nil {
 			t.Fatal(err)

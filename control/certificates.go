@@ -67,7 +67,8 @@ func wireCertificates(c Certificates) []Certificate {
 }
 
 // hasIdentity reports whether a name in the client's certificate matches pattern: its subject, as it is listed, the
-// subject's common name, or an alternative name. In the pattern, * stands for any text. Every client matches an empty one.
+// subject's common name, or an alternative name. In the pattern, * stands for any text. Every client matches an empty
+// one.
 func hasIdentity(c server.ConnInfo, pattern string) bool {
 	if pattern == "" {
 		return true

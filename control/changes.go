@@ -17,15 +17,15 @@ import (
 
 func (p *Plane) postPause(w *response, r *http.Request) error {
 	var connected bool
-	if err := decodeQuery(r, fields{"while": exactly("connected", &connected)}); err != nil {
+	if err := decodeQuery(r, fields{"while": wordField("connected", &connected)}); err != nil {
 		return err
 	}
 	who := callerFrom(r.Context())
 	opts := server.PauseOptions{By: who.identity()}
 	ttl := time.Duration(-1)
 	err := decodeBody(w, r, fields{
-		"reason": line(&opts.Reason), "ttl": duration(&ttl), "mode": pauseMode(&opts.Mode),
-		"evict": boolean(&opts.Evict), "spread": duration(&opts.Spread),
+		"reason": lineField(&opts.Reason), "ttl": durationField(&ttl), "mode": pauseModeField(&opts.Mode),
+		"evict": boolField(&opts.Evict), "spread": durationField(&opts.Spread),
 	})
 	switch {
 	case err != nil:
@@ -50,7 +50,7 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 
 func (p *Plane) postResume(w *response, r *http.Request) error {
 	var all bool
-	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"all": boolean(&all)})); err != nil {
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"all": boolField(&all)})); err != nil {
 		return err
 	}
 	resume := p.srv.Resume
@@ -90,7 +90,7 @@ func (p *Plane) deleteConn(w *response, r *http.Request) error {
 
 func (p *Plane) postNotify(w *response, r *http.Request) error {
 	var message string
-	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": line(&message)})); err != nil {
+	if err := errors.Join(decodeQuery(r, nil), decodeBody(w, r, fields{"text": lineField(&message)})); err != nil {
 		return err
 	}
 	if message == "" {
@@ -110,8 +110,8 @@ func (p *Plane) postShutdown(w *response, r *http.Request) error {
 	err := errors.Join(
 		decodeQuery(r, nil),
 		decodeBody(w, r, fields{
-			"grace": duration(&grace), "spread": duration(&spread), "extend": duration(&extend), "reason": line(&reason),
-			"now": boolean(&now), "predecessor": boolean(&predecessor),
+			"grace": durationField(&grace), "spread": durationField(&spread), "extend": durationField(&extend), "reason": lineField(&reason),
+			"now": boolField(&now), "predecessor": boolField(&predecessor),
 		}))
 	switch {
 	case err != nil:
@@ -188,7 +188,7 @@ func postUpgrade(upgrade func(context.Context, time.Duration) (Upgraded, error))
 	return func(w *response, r *http.Request) error {
 		timeout := time.Duration(-1)
 		if err := errors.Join(decodeQuery(r, nil),
-			decodeBody(w, r, fields{"timeout": duration(&timeout)})); err != nil {
+			decodeBody(w, r, fields{"timeout": durationField(&timeout)})); err != nil {
 			return err
 		}
 		if timeout == 0 {

@@ -25,11 +25,11 @@ import (
 
 // Bounds on what a Client accepts from a server that hangs or misbehaves.
 const (
-	quietTimeout = 5 * time.Second       // for an answer to begin, and between its parts
-	busyRetry    = 50 * time.Millisecond // between attempts to connect to a server whose queue is full
-	busyTimeout  = 4 * time.Second       // to get into a server's full queue; less than quietTimeout
-	maxAnswer    = 64 << 20              // bytes
-	maxLine      = 1 << 20               // bytes of a line of a stream
+	silenceTimeout = 5 * time.Second       // for an answer to begin, and between its parts
+	busyRetry      = 50 * time.Millisecond // between attempts to connect to a server whose queue is full
+	busyTimeout    = 4 * time.Second       // to get into a server's full queue; less than silenceTimeout
+	maxAnswer      = 64 << 20              // bytes
+	maxLine        = 1 << 20               // bytes of a line of a stream
 )
 
 // Client talks to a control plane. All methods may be called concurrently. Their errors are a *Problem if the server
@@ -92,7 +92,7 @@ type UnreachableError struct {
 }
 
 var (
-	errNoAnswer = fmt.Errorf("nothing came for %s", quietTimeout)
+	errNoAnswer = fmt.Errorf("nothing came for %s", silenceTimeout)
 	errBusy     = errors.New("its queue of connections is full")
 )
 
@@ -108,7 +108,7 @@ func (e *UnreachableError) Error() string {
 	case errors.Is(e.Err, errBusy):
 		return fmt.Sprintf("the server on control socket %s is busy: %v", e.Path, e.Err)
 	}
-	return fmt.Sprintf("no server answers on control socket %s: %v", e.Path, bare(e.Err))
+	return fmt.Sprintf("no server answers on control socket %s: %v", e.Path, withoutPath(e.Err))
 }
 
 // Unwrap returns the cause.
@@ -148,7 +148,7 @@ func (c *Client) Upgrade(ctx context.Context, timeout time.Duration) (Upgraded, 
 		body["timeout"] = timeout.String()
 	}
 	var out Upgraded
-	if err := c.checkAnswers(ctx); err != nil {
+	if err := c.checkAlive(ctx); err != nil {
 		return out, err
 	}
 	return out, c.callWithin(ctx, 0, http.MethodPost, "/v1/upgrade", nil, body, &out)
@@ -262,7 +262,7 @@ func (c *Client) CancelShutdown(ctx context.Context) (out Change, err error) {
 // Wait returns when the condition holds. The error is a *Problem of type ProblemTimeout if it did not hold in time,
 // and of type ProblemDraining if it can no longer hold.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err error) {
-	if err := c.checkAnswers(ctx); err != nil {
+	if err := c.checkAlive(ctx); err != nil {
 		return out, err
 	}
 	query := url.Values{}
@@ -288,8 +288,8 @@ func isUpgraded(err error) bool {
 	return ok && problem.Type == ProblemUpgraded
 }
 
-// Events ranges over the events from now on, until ctx is done or the server has stopped. An error ends it. It continues
-// after an upgrade, and misses no event.
+// Events ranges over the events from now on, until ctx is done or the server has stopped. An error ends it. It
+// continues after an upgrade, and misses no event.
 func (c *Client) Events(ctx context.Context) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) { c.eventsFrom(ctx, url.Values{}, yield) }
 }
@@ -339,10 +339,10 @@ func (c *Client) readEvents(ctx context.Context, query url.Values, yield func(Ev
 
 // Lease is a hold that lasts as long as its connection: the server releases it when the process that holds it dies.
 type Lease struct {
-	Hold  Hold
-	body  io.ReadCloser
-	ended chan struct{}
-	why   Released // once ended is closed
+	Hold     Hold
+	body     io.ReadCloser
+	ended    chan struct{}
+	released Released // once ended is closed
 }
 
 // PauseWhileConnected pauses the server until the lease is closed, ctx is done, or the process dies.
@@ -364,16 +364,16 @@ func (c *Client) PauseWhileConnected(ctx context.Context, req PauseRequest) (*Le
 // await is the goroutine that reads why the server ended the hold; Close waits for it.
 func (l *Lease) await(ctx context.Context, c *Client, lines *bufio.Scanner) {
 	defer close(l.ended)
-	if c.readLine(ctx, lines, &l.why) != nil {
-		l.why = Released{Released: "the connection to the server has ended"}
+	if c.readLine(ctx, lines, &l.released) != nil {
+		l.released = Released{Released: "the connection to the server has ended"}
 	}
 }
 
 // Ended is closed when the hold has ended, or the connection.
 func (l *Lease) Ended() <-chan struct{} { return l.ended }
 
-// Why says why the hold ended. Call it once Ended is closed.
-func (l *Lease) Why() string { return l.why.Released }
+// EndReason says why the hold ended. Call it once Ended is closed.
+func (l *Lease) EndReason() string { return l.released.Released }
 
 // Close closes the connection. The server then releases the hold, possibly after Close has returned. To release it
 // before, call ReleaseHold first.
@@ -382,9 +382,9 @@ func (l *Lease) Close() {
 	<-l.ended
 }
 
-// checkAnswers checks that the server answers, before a request whose answer may take any time.
-func (c *Client) checkAnswers(ctx context.Context) error {
-	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, quietTimeout)
+// checkAlive checks that the server answers, before a request whose answer may take any time.
+func (c *Client) checkAlive(ctx context.Context) error {
+	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, silenceTimeout)
 	if err != nil {
 		return err
 	}
@@ -392,7 +392,7 @@ func (c *Client) checkAnswers(ctx context.Context) error {
 }
 
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, body, out any) error {
-	return c.callWithin(ctx, quietTimeout, method, path, query, body, out)
+	return c.callWithin(ctx, silenceTimeout, method, path, query, body, out)
 }
 
 // callWithin makes a request and decodes its answer. quiet is how long the server may take to begin or continue its
@@ -407,7 +407,7 @@ func (c *Client) callWithin(
 	defer resp.Body.Close()
 	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	if err != nil {
-		return c.failed(ctx, err)
+		return c.requestError(ctx, err)
 	}
 	if len(answer) > maxAnswer {
 		return fmt.Errorf("control socket %s answers with more than %d MiB", c.path, maxAnswer>>20)
@@ -417,9 +417,9 @@ func (c *Client) callWithin(
 
 // stream makes a request whose answer begins at once and continues as a stream of lines.
 func (c *Client) stream(ctx context.Context, method, path string, query url.Values, body any) (*http.Response, error) {
-	resp, err := c.send(ctx, method, path, query, body, quietTimeout)
+	resp, err := c.send(ctx, method, path, query, body, silenceTimeout)
 	if err == nil {
-		resp.Body.(*answerBody).watch.setTimeout(0)
+		resp.Body.(*answerBody).timer.setTimeout(0)
 	}
 	return resp, err
 }
@@ -456,7 +456,7 @@ func (c *Client) sendOnce(
 		content = bytes.NewReader(encoded)
 	}
 	target := url.URL{Scheme: "http", Host: "echod", Path: path, RawQuery: query.Encode()}
-	watched, watch := newWatch(ctx, quiet)
+	watched, watch := withSilenceTimer(ctx, quiet)
 	req, err := http.NewRequestWithContext(watched, method, target.String(), content)
 	if err != nil {
 		watch.stop()
@@ -468,10 +468,10 @@ func (c *Client) sendOnce(
 	resp, err := c.http.Do(req)
 	if err != nil {
 		defer watch.stop()
-		return nil, c.failed(watched, err)
+		return nil, c.requestError(watched, err)
 	}
 	watch.reset()
-	resp.Body = &answerBody{ReadCloser: resp.Body, ctx: watched, watch: watch}
+	resp.Body = &answerBody{ReadCloser: resp.Body, ctx: watched, timer: watch}
 	if resp.StatusCode < 300 {
 		return resp, nil
 	}
@@ -483,28 +483,28 @@ func (c *Client) sendOnce(
 	return nil, &problem
 }
 
-// watch ends a request's context when nothing has come from the server for too long.
-type watch struct {
+// silenceTimer ends a request's context when nothing has come from the server for too long.
+type silenceTimer struct {
 	cancel  context.CancelCauseFunc
 	timer   *time.Timer
 	timeout time.Duration // 0 means none
 }
 
-func newWatch(ctx context.Context, timeout time.Duration) (context.Context, *watch) {
+func withSilenceTimer(ctx context.Context, timeout time.Duration) (context.Context, *silenceTimer) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	const never = time.Duration(math.MaxInt64) // until reset
-	w := &watch{cancel: cancel, timer: time.AfterFunc(never, func() { cancel(errNoAnswer) }), timeout: timeout}
+	w := &silenceTimer{cancel: cancel, timer: time.AfterFunc(never, func() { cancel(errNoAnswer) }), timeout: timeout}
 	w.reset()
 	return ctx, w
 }
 
-func (w *watch) setTimeout(timeout time.Duration) {
+func (w *silenceTimer) setTimeout(timeout time.Duration) {
 	w.timeout = timeout
 	w.reset()
 }
 
 // reset restarts the time limit.
-func (w *watch) reset() {
+func (w *silenceTimer) reset() {
 	if w.timeout == 0 {
 		w.timer.Stop()
 		return
@@ -512,7 +512,7 @@ func (w *watch) reset() {
 	w.timer.Reset(w.timeout)
 }
 
-func (w *watch) stop() {
+func (w *silenceTimer) stop() {
 	w.timer.Stop()
 	w.cancel(nil)
 }
@@ -521,14 +521,14 @@ func (w *watch) stop() {
 type answerBody struct {
 	io.ReadCloser
 	ctx   context.Context
-	watch *watch
+	timer *silenceTimer
 }
 
 // Read fails with errNoAnswer when nothing has come for too long.
 func (b *answerBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if n > 0 {
-		b.watch.reset()
+		b.timer.reset()
 	}
 	if err != nil && errors.Is(context.Cause(b.ctx), errNoAnswer) {
 		err = errNoAnswer
@@ -538,12 +538,12 @@ func (b *answerBody) Read(p []byte) (int, error) {
 
 // Close ends the request.
 func (b *answerBody) Close() error {
-	defer b.watch.stop()
+	defer b.timer.stop()
 	return b.ReadCloser.Close()
 }
 
-// failed returns the error for a request that was not sent, or whose answer was not read.
-func (c *Client) failed(ctx context.Context, err error) error {
+// requestError returns the error for a request that was not sent, or whose answer was not read.
+func (c *Client) requestError(ctx context.Context, err error) error {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errNoAnswer):
 		err = cause
@@ -577,7 +577,7 @@ func (c *Client) readLine(ctx context.Context, lines *bufio.Scanner, out any) er
 	if errors.Is(err, bufio.ErrTooLong) {
 		return fmt.Errorf("control socket %s answers with a line of more than %d MiB", c.path, maxLine>>20)
 	}
-	return c.failed(ctx, cmp.Or(err, io.EOF))
+	return c.requestError(ctx, cmp.Or(err, io.EOF))
 }
 
 func (c *Client) decode(answer []byte, out any) error {

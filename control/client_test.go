@@ -168,7 +168,7 @@ func testLeaseGone(t *testing.T) {
 		began := time.Now()
 		<-lease.Ended()
 		wantEqual(t, "time it lasted", time.Since(began), time.Hour)
-		wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
+		wantEqual(t, "why", lease.EndReason(), "the connection to the server has ended")
 	})
 }
 
@@ -197,7 +197,7 @@ func testContext(t *testing.T) {
 				_, _ = io.Copy(io.Discard, conn) // until the client closes
 			})
 			for _, call := range calls {
-				ctx, cancel := context.WithTimeoutCause(t.Context(), quietTimeout/2, enough)
+				ctx, cancel := context.WithTimeoutCause(t.Context(), silenceTimeout/2, enough)
 				if err := call.call(ctx, c); !errors.Is(err, enough) {
 					t.Errorf("%s after %q: error is %v: want the context's cause", call.name, half, err)
 				}
@@ -325,7 +325,7 @@ func testSilentServer(t *testing.T) {
 				if _, ok := errors.AsType[*UnreachableError](err); !ok || err.Error() != want {
 					t.Errorf("%s after %q: error is %v, want an UnreachableError that says: %s", call.name, half, err, want)
 				}
-				wantEqual(t, call.name+": time", time.Since(began), quietTimeout)
+				wantEqual(t, call.name+": time", time.Since(began), silenceTimeout)
 			}
 		})
 	}
@@ -345,14 +345,14 @@ func testSilentServer(t *testing.T) {
 		if _, ok := errors.AsType[*UnreachableError](err); !ok {
 			t.Errorf("Wait: error is %v, want an UnreachableError", err)
 		}
-		wantEqual(t, "Wait: time", time.Since(began), quietTimeout)
+		wantEqual(t, "Wait: time", time.Since(began), silenceTimeout)
 	})
 	synctest.Test(t, func(t *testing.T) { // slow is not silent
 		body := `{"connections":[]}` + strings.Repeat(" ", 20)
 		c := answering(func(conn net.Conn) {
 			_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", len(body))
 			for _, b := range body {
-				time.Sleep(quietTimeout - time.Second)
+				time.Sleep(silenceTimeout - time.Second)
 				_, _ = io.WriteString(conn, string(b))
 			}
 		})

@@ -57,7 +57,7 @@ type connFilter struct {
 // fields returns the filter's parameters, and more.
 func (f *connFilter) fields(more fields) fields {
 	for name, decode := range map[string]decoder{
-		"remote": f.decodeRemote, "min_idle": duration(&f.minIdle), "identity": line(&f.identity),
+		"remote": f.decodeRemote, "min_idle": durationField(&f.minIdle), "identity": lineField(&f.identity),
 	} {
 		more[name] = func(raw json.RawMessage) error {
 			f.given = true
@@ -125,23 +125,23 @@ const orderNames = "opened, idle, in or out"
 // maxPage is how many connections a page in another order than opened has at most: these are kept in memory.
 const maxPage = 1000
 
-// place is where a connection is in a list. As a cursor it is the last one of a page.
-type place struct {
+// listPosition is where a connection is in a list. As a cursor it is the last one of a page.
+type listPosition struct {
 	Sort string `json:"s"`
 	Key  uint64 `json:"k"`
 	ID   uint64 `json:"i"`
 }
 
-func (p place) compare(q place) int {
+func (p listPosition) compare(q listPosition) int {
 	return cmp.Or(cmp.Compare(p.Key, q.Key), cmp.Compare(p.ID, q.ID))
 }
 
-func (p place) cursor() string {
+func (p listPosition) cursor() string {
 	text, _ := json.Marshal(p) // it can always be encoded
 	return base64.RawURLEncoding.EncodeToString(text)
 }
 
-func decodeCursor(to *place) decoder {
+func decodeCursor(to *listPosition) decoder {
 	return func(raw json.RawMessage) error {
 		var s string
 		err := json.Unmarshal(raw, &s)
@@ -160,9 +160,9 @@ func decodeCursor(to *place) decoder {
 
 func (p *Plane) getConns(w *response, r *http.Request) error {
 	var filter connFilter
-	limit, sort, after := -1, "", place{}
+	limit, sort, after := -1, "", listPosition{}
 	err := decodeQuery(r, filter.fields(fields{
-		"limit": count(&limit), "sort": line(&sort), "cursor": decodeCursor(&after),
+		"limit": countField(&limit), "sort": lineField(&sort), "cursor": decodeCursor(&after),
 	}))
 	if err != nil {
 		return err
@@ -182,7 +182,7 @@ func (p *Plane) getConns(w *response, r *http.Request) error {
 	}
 	page := connPage{limit: limit}
 	for c := range p.srv.Conns() {
-		at := place{sort, key(c), c.ID}
+		at := listPosition{sort, key(c), c.ID}
 		if filter.matches(c) && (after.ID == 0 || at.compare(after) > 0) {
 			page.add(at, c)
 		}
@@ -195,14 +195,14 @@ func (p *Plane) getConns(w *response, r *http.Request) error {
 		}
 	}
 	if more && len(rows) > 0 {
-		list.next = rows[len(rows)-1].at.cursor()
+		list.next = rows[len(rows)-1].position.cursor()
 	}
 	list.end()
 	return nil
 }
 
 // streamConns writes a list in the order of the table, without keeping it.
-func (p *Plane) streamConns(w *response, filter *connFilter, limit int, after place) {
+func (p *Plane) streamConns(w *response, filter *connFilter, limit int, after listPosition) {
 	list := newConnWriter(w)
 	var last uint64
 	for c := range p.srv.Conns() {
@@ -211,7 +211,7 @@ func (p *Plane) streamConns(w *response, filter *connFilter, limit int, after pl
 		}
 		if limit >= 0 && list.length >= limit {
 			if last > 0 {
-				list.next = place{Sort: "opened", ID: last}.cursor()
+				list.next = listPosition{Sort: "opened", ID: last}.cursor()
 			}
 			break
 		}
@@ -230,16 +230,16 @@ type connPage struct {
 }
 
 type pageRow struct {
-	at   place
-	conn server.ConnInfo
+	position listPosition
+	conn     server.ConnInfo
 }
 
-func (p *connPage) add(at place, c server.ConnInfo) {
+func (p *connPage) add(at listPosition, c server.ConnInfo) {
 	switch {
 	case len(p.rows) < p.limit:
 		heap.Push(p, pageRow{at, c})
 		return
-	case p.limit > 0 && at.compare(p.rows[0].at) < 0:
+	case p.limit > 0 && at.compare(p.rows[0].position) < 0:
 		p.rows[0] = pageRow{at, c}
 		heap.Fix(p, 0)
 	}
@@ -247,13 +247,13 @@ func (p *connPage) add(at place, c server.ConnInfo) {
 }
 
 func (p *connPage) sorted() (rows []pageRow, more bool) {
-	slices.SortFunc(p.rows, func(a, b pageRow) int { return a.at.compare(b.at) })
+	slices.SortFunc(p.rows, func(a, b pageRow) int { return a.position.compare(b.position) })
 	return p.rows, p.more
 }
 
 // Len, Less, Swap, Push and Pop implement heap.Interface.
 func (p *connPage) Len() int           { return len(p.rows) }
-func (p *connPage) Less(i, j int) bool { return p.rows[i].at.compare(p.rows[j].at) > 0 }
+func (p *connPage) Less(i, j int) bool { return p.rows[i].position.compare(p.rows[j].position) > 0 }
 func (p *connPage) Swap(i, j int)      { p.rows[i], p.rows[j] = p.rows[j], p.rows[i] }
 func (p *connPage) Push(row any)       { p.rows = append(p.rows, row.(pageRow)) }
 func (p *connPage) Pop() any           { panic("a page only grows") }
@@ -295,7 +295,7 @@ func (l *connWriter) end() {
 func (p *Plane) deleteConns(w *response, r *http.Request) error {
 	var all bool
 	var filter connFilter
-	if err := decodeQuery(r, filter.fields(fields{"all": boolean(&all)})); err != nil {
+	if err := decodeQuery(r, filter.fields(fields{"all": boolField(&all)})); err != nil {
 		return err
 	}
 	if all == filter.given {
@@ -324,7 +324,7 @@ type Peers struct {
 func (p *Plane) getClients(w *response, r *http.Request) error {
 	var filter connFilter
 	limit := -1
-	if err := decodeQuery(r, filter.fields(fields{"limit": count(&limit)})); err != nil {
+	if err := decodeQuery(r, filter.fields(fields{"limit": countField(&limit)})); err != nil {
 		return err
 	}
 	bits := p.srv.Settings().Limits.IPv6Prefix

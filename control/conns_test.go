@@ -27,13 +27,13 @@ func TestPages(t *testing.T) {
 	for sort, key := range connOrders {
 		want := slices.Clone(all)
 		slices.SortStableFunc(want, func(a, b server.ConnInfo) int {
-			return place{sort, key(a), a.ID}.compare(place{sort, key(b), b.ID})
+			return listPosition{sort, key(a), a.ID}.compare(listPosition{sort, key(b), b.ID})
 		})
 		var got []server.ConnInfo
-		for after, more := (place{}), true; more; {
+		for after, more := (listPosition{}), true; more; {
 			page := connPage{limit: limit}
 			for _, c := range all {
-				if at := (place{sort, key(c), c.ID}); after.ID == 0 || at.compare(after) > 0 {
+				if at := (listPosition{sort, key(c), c.ID}); after.ID == 0 || at.compare(after) > 0 {
 					page.add(at, c)
 				}
 			}
@@ -42,7 +42,7 @@ func TestPages(t *testing.T) {
 				t.Fatalf("%s: a page has %d rows", sort, len(rows))
 			}
 			for _, row := range rows {
-				got, after = append(got, row.conn), row.at
+				got, after = append(got, row.conn), row.position
 			}
 		}
 		wantEqual(t, sort+": all pages", got, want)
@@ -60,7 +60,7 @@ func TestConnFilterRemote(t *testing.T) {
 		"unix":               {yes: []net.Addr{user}, no: []net.Addr{tcp("10.0.0.1:1")}},
 	} {
 		var f connFilter
-		if err := f.decodeRemote(literal(filter)); err != nil {
+		if err := f.decodeRemote(queryJSON(filter)); err != nil {
 			t.Fatal(err)
 		}
 		for _, addr := range tt.yes {

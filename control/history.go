@@ -34,12 +34,12 @@ type history struct {
 	samples []sample // the oldest first; guarded by mu
 }
 
-// run takes samples until ctx ends.
-func (h *history) run(ctx context.Context) {
+// sample takes samples until ctx ends.
+func (h *history) sample(ctx context.Context) {
 	tick := time.NewTicker(sampleEvery)
 	defer tick.Stop()
 	for {
-		h.take()
+		h.addSample()
 		select {
 		case <-ctx.Done():
 			return
@@ -48,8 +48,8 @@ func (h *history) run(ctx context.Context) {
 	}
 }
 
-// take adds a sample if the latest one is old enough. So several listeners of a Plane can each run the history.
-func (h *history) take() {
+// addSample adds a sample if the latest one is old enough. So several listeners of a Plane can each run the history.
+func (h *history) addSample() {
 	now := time.Now()
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -111,7 +111,7 @@ func (h *history) traffic() traffic {
 	rate := func(f float64) string { return number(f) + "/s" }
 	size := func(f float64) string { return humanize.IBytes(uint64(f)) + "/s" }
 	return traffic{
-		Span: spoken(time.Since(samples[0].at)),
+		Span: formatDuration(time.Since(samples[0].at)),
 		Charts: []chart{
 			newChart("Open connections", number, series{"open", open}),
 			newChart("Connections accepted and closed", rate,

@@ -229,7 +229,7 @@ var lax = []string{
 	`/v1/shutdown {"now":true,"grace":"5s"}`, `/v1/shutdown {"extend":"0s"}`, `/v1/shutdown {"extend":"5s","grace":"5s"}`,
 	`/v1/pause {"spread":"1s"}`, "/v1/wait ", "/v1/conns?limit=1&limit=1 ",
 	`/v1/pause {"reason":"x"} {}`,
-	"/v1/conns?cursor=x ", "/v1/conns?cursor=1 ", "/v1/conns?sort=idle&cursor=" + place{"in", 1, 1}.cursor() + " ",
+	"/v1/conns?cursor=x ", "/v1/conns?cursor=1 ", "/v1/conns?sort=idle&cursor=" + listPosition{"in", 1, 1}.cursor() + " ",
 	"/v1/conns?remote=x ",
 	`/v1/settings {"max-conns":"many"}`, `/v1/settings {"deny":{"remove":["198.51.100.1"]}}`,
 }
@@ -276,7 +276,7 @@ func testDocumentAnswers(t *testing.T) {
 		{get, "/v1/conns?sort=name", "", 400},
 		{get, "/v1/conns?cursor=x", "", 400},
 		{get, "/v1/conns?cursor=1", "", 400},
-		{get, "/v1/conns?sort=idle&cursor=" + place{"in", 1, 1}.cursor(), "", 400},
+		{get, "/v1/conns?sort=idle&cursor=" + listPosition{"in", 1, 1}.cursor(), "", 400},
 		{get, "/v1/conns?remote=x", "", 400},
 		{get, "/v1/clients", "", 200},
 		{get, "/v1/clients?limit=0&min_idle=1s&identity=x&remote=192.0.2.1", "", 200},
@@ -577,7 +577,7 @@ func TestStrictness(t *testing.T) {
 		allowed[route.pattern] = append(allowed[route.pattern], route.method)
 	}
 	for pattern, methods := range allowed {
-		if slices.Contains(methods, http.MethodGet) && !lasts(pattern) {
+		if slices.Contains(methods, http.MethodGet) && !isLongLived(pattern) {
 			methods = append(methods, http.MethodHead)
 		}
 		slices.Sort(methods)

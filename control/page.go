@@ -42,12 +42,12 @@ const (
 )
 
 var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMap{
-	"comma": comma,
+	"comma": formatCount,
 	"count": text.Count[int],
 }).ParseFS(pageFiles, "page/page.html"))
 
-// comma formats an int or a uint64 with separators.
-func comma(n any) string {
+// formatCount formats an int or a uint64 with separators.
+func formatCount(n any) string {
 	if unsigned, ok := n.(uint64); ok {
 		return humanize.Comma(int64(unsigned))
 	}
@@ -250,7 +250,7 @@ func (v pageView) Title() string {
 
 // view returns the page at this moment.
 func (p *Plane) view(q pageQuery) pageView {
-	p.history.take()
+	p.history.addSample()
 	now, st := time.Now(), p.srv.Status()
 	v := pageView{
 		Version: p.version, Query: q, Sorts: pageSorts, Status: st, Traffic: p.history.traffic(),
@@ -299,25 +299,25 @@ func (v *pageView) describeState(now time.Time) {
 	if d := st.Drain; d != nil && st.State == server.StateDraining {
 		v.Why = append(v.Why, fmt.Sprintf("Reason: %s.", d.Reason))
 		if d.AcceptUntil.After(now) {
-			v.Why = append(v.Why, "New clients are served for another "+spoken(d.AcceptUntil.Sub(now))+". Nobody has been told yet.")
+			v.Why = append(v.Why, "New clients are served for another "+formatDuration(d.AcceptUntil.Sub(now))+". Nobody has been told yet.")
 		}
 		v.Why = append(v.Why, fmt.Sprintf("Clients that stay are closed in %s. %s told, %s could not be told.",
-			spoken(max(0, d.Deadline.Sub(now))), text.Count(d.Notified, "client"), comma(d.NoticeFailed)))
+			formatDuration(max(0, d.Deadline.Sub(now))), text.Count(d.Notified, "client"), formatCount(d.NoticeFailed)))
 	}
-	if st.Behind > 0 {
-		v.Why = append(v.Why, "The program was upgraded. Its predecessor still serves "+text.Count(st.Behind, "connection")+".")
+	if st.KeptByPredecessor > 0 {
+		v.Why = append(v.Why, "The program was upgraded. Its predecessor still serves "+text.Count(st.KeptByPredecessor, "connection")+".")
 	}
 }
 
 func newPageHold(h server.HoldInfo, now time.Time) pageHold {
 	hold := pageHold{
-		ID: h.ID, Reason: h.Reason, Since: spoken(now.Sub(h.Since)) + " ago", Ends: "when it is released",
+		ID: h.ID, Reason: h.Reason, Since: formatDuration(now.Sub(h.Since)) + " ago", Ends: "when it is released",
 		Clients: map[server.PauseMode]string{
 			server.PauseQueue: "wait in the accept queue", server.PauseReject: "are rejected",
 		}[h.Mode],
 	}
 	if !h.Expires.IsZero() {
-		hold.Ends = "in " + spoken(max(0, h.Expires.Sub(now)))
+		hold.Ends = "in " + formatDuration(max(0, h.Expires.Sub(now)))
 	}
 	if h.By.PID != 0 {
 		hold.By = fmt.Sprintf("uid %d, pid %d", h.By.UID, h.By.PID)
@@ -348,7 +348,7 @@ func (v *pageView) listConns(srv *server.Server, now time.Time) {
 	all := 0
 	for c := range srv.Conns() {
 		all++
-		if matches(c, v.Query.Text) {
+		if matchesSearch(c, v.Query.Text) {
 			found = append(found, c)
 		}
 	}
@@ -369,20 +369,20 @@ func (v *pageView) listConns(srv *server.Server, now time.Time) {
 	case len(found) == 0:
 		v.Found = "None of " + text.Count(all, "connection") + " matches."
 	case len(found) < all:
-		v.Found = fmt.Sprintf("%s of %s match, %s shown.", comma(len(found)), text.Count(all, "connection"), comma(len(shown)))
+		v.Found = fmt.Sprintf("%s of %s match, %s shown.", formatCount(len(found)), text.Count(all, "connection"), formatCount(len(shown)))
 	default:
-		v.Found = fmt.Sprintf("%s, %s shown.", text.Count(all, "connection"), comma(len(shown)))
+		v.Found = fmt.Sprintf("%s, %s shown.", text.Count(all, "connection"), formatCount(len(shown)))
 	}
 	for _, c := range shown {
 		v.Conns = append(v.Conns, pageConn{
-			ID: c.ID, Remote: c.Remote.String(), State: c.Phase.String(), Open: spoken(now.Sub(c.Opened)),
-			Idle: spoken(c.Idle), In: c.BytesIn, Out: c.BytesOut, Told: c.Notified, Labels: labelText(c.Labels),
+			ID: c.ID, Remote: c.Remote.String(), State: c.Phase.String(), Open: formatDuration(now.Sub(c.Opened)),
+			Idle: formatDuration(c.Idle), In: c.BytesIn, Out: c.BytesOut, Told: c.Notified, Labels: labelText(c.Labels),
 		})
 	}
 }
 
-// matches reports whether a connection's id is wanted, or its address, state or labels contain it.
-func matches(c server.ConnInfo, wanted string) bool {
+// matchesSearch reports whether a connection's id is wanted, or its address, state or labels contain it.
+func matchesSearch(c server.ConnInfo, wanted string) bool {
 	if wanted == "" || strconv.FormatUint(c.ID, 10) == wanted {
 		return true
 	}
@@ -399,8 +399,8 @@ func labelText(labels map[string]string) string {
 	return strings.Join(all, ", ")
 }
 
-// spoken formats a duration for people, such as 3 s, 4 min 5 s or 2 h 3 min.
-func spoken(d time.Duration) string {
+// formatDuration formats a duration for people, such as 3 s, 4 min 5 s or 2 h 3 min.
+func formatDuration(d time.Duration) string {
 	s := int64(d.Round(time.Second) / time.Second)
 	switch {
 	case s < 60:

@@ -317,7 +317,7 @@ func TestHistory(t *testing.T) {
 			return err
 		})
 		h := &history{srv: srv}
-		h.take()
+		h.addSample()
 		for range 4 {
 			nc, err := ln.Dial(t.Context())
 			if err != nil {
@@ -330,10 +330,10 @@ func TestHistory(t *testing.T) {
 		}
 		synctest.Wait()
 		time.Sleep(sampleEvery) // the bubble's
-		h.take()
-		h.take() // too early: no sample
+		h.addSample()
+		h.addSample() // too early: no sample
 		time.Sleep(sampleEvery)
-		h.take()
+		h.addSample()
 		got := map[string]string{}
 		for _, c := range h.traffic().Charts {
 			for _, l := range c.Lines {
@@ -348,7 +348,7 @@ func TestHistory(t *testing.T) {
 		wantEqual(t, "points", points, []string{"298.0,2.0", "300.0,58.0"})
 		for range 2 * sampleCount {
 			time.Sleep(sampleEvery)
-			h.take()
+			h.addSample()
 		}
 		wantEqual(t, "span", h.traffic().Span, "5 min 0 s")
 	})

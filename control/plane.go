@@ -21,9 +21,9 @@ import (
 	"echod/server"
 )
 
-// MaxCallers is the maximum number of open connections of a Plane's listener. It is 15 % of the process's limit on
-// open files if that is less. A new connection then closes the idlest. The program needs that many spare files for
-// each listener of a Plane.
+// MaxCallers is the maximum number of open connections of a Plane's listener; 15 % of the process's limit on open files
+// if that is less. At the limit, a new connection closes the idlest. The program needs that many spare files for each
+// listener of a Plane.
 const MaxCallers = 48
 
 // Bounds on what callers can make a Plane hold.
@@ -48,14 +48,14 @@ type Options struct {
 	// status code. Calls are concurrent. It is not called for requests made by Probe. It may be nil.
 	OnRequest func(route, method string, code int)
 
-	// Upgrade answers POST /v1/upgrade: it replaces the running program, and gives up after the timeout; zero means
-	// the default. If it is nil, the path does not exist.
+	// Upgrade answers POST /v1/upgrade. It replaces the running program, and gives up after timeout; zero means the
+	// program's default. If Upgrade is nil, the path does not exist.
 	Upgrade func(ctx context.Context, timeout time.Duration) (Upgraded, error)
 
 	// LostHolds are the holds that ended with the previous process. The status shows them.
 	LostHolds []Hold
 
-	// Predecessor describes the process that handed over to this one. Nil: there was none.
+	// Predecessor describes the process that handed over to this one. Nil means that there was none.
 	Predecessor *Process
 	// Fixed are the settings of the program that cannot change while it runs, for GET /v1/settings.
 	Fixed []Setting
@@ -65,8 +65,8 @@ type Options struct {
 
 	// TLSConfig makes a Plane from NewWeb serve HTTPS. It must have a certificate. Nil means HTTP.
 	TLSConfig *tls.Config
-	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. Nil:
-	// there are no such paths.
+	// Debug answers GET requests below /debug/ of a Plane made by NewWeb, for example net/http/pprof. If it is nil, the
+	// paths do not exist.
 	Debug http.Handler
 	// Hosts lists the names by which callers may address a Plane made by NewWeb, without ports. IP addresses,
 	// "localhost" and "echod" are always allowed. See NewWeb.
@@ -91,24 +91,24 @@ type Plane struct {
 	lostHolds    []Hold
 	fixed        []Setting
 	certificates Certificates        // nil if there are none
-	readOnly     bool                // nothing here changes anything
-	https        bool                // http.TLSConfig was given; net/http sets it later too, for HTTP/2
-	hosts        map[string]struct{} // names that the Host header may have; nil: any
-	linger       time.Duration       // for requests in progress once the server has stopped
+	readOnly     bool                // no request changes anything, so none is logged
+	https        bool                // Options.TLSConfig was set; net/http also sets http.TLSConfig itself, for HTTP/2
+	hosts        map[string]struct{} // allowed names in the Host header; nil means any
+	linger       time.Duration       // time for requests in progress after the server has stopped
 	history      *history            // nil if there is no status page
 
-	left       atomic.Bool // Leave was called
+	leaving    atomic.Bool // Leave was called
 	streams    streams
 	maxCallers int
 
 	mu        sync.Mutex
-	listeners []*callers // guarded by mu
+	listeners []*callerListener // guarded by mu
 }
 
-// An endpoint answers a request. The Plane answers its error as a problem.
+// An endpoint answers a request. If it returns an error, the Plane answers with a Problem.
 type endpoint func(w *response, r *http.Request) error
 
-// route is an endpoint with its method and its pattern, as http.ServeMux understands it.
+// route is an endpoint with its method and its http.ServeMux pattern.
 type route struct {
 	method, pattern string
 	answer          endpoint
@@ -177,12 +177,12 @@ func newPlane(srv *server.Server, opts Options) *Plane {
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          errorLog,
 		ConnContext:       ConnContext,
-		ConnState:         noteIdle,
+		ConnState:         markIdle,
 	}
 	return p
 }
 
-// handle adds routes. The mux chooses by path alone, so that every refusal is a problem.
+// handle adds routes. The mux matches paths only, so that wrong methods are also answered with a Problem.
 func (p *Plane) handle(tables ...[]route) {
 	p.routes = slices.Concat(tables...)
 	methods := map[string]map[string]endpoint{}
@@ -197,11 +197,11 @@ func (p *Plane) handle(tables ...[]route) {
 		p.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			answer := w.(*response)
 			answer.route = label
-			if !changes(r.Method) && !p.allowsHost(r) {
+			if !mayChange(r.Method) && !p.allowsHost(r) {
 				answer.err = refuseHost(answer)
 				return
 			}
-			answer.err = byMethodOf(byMethod, r.Method)(answer, r)
+			answer.err = endpointFor(byMethod, r.Method)(answer, r)
 		})
 	}
 	p.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
@@ -209,9 +209,9 @@ func (p *Plane) handle(tables ...[]route) {
 	})
 }
 
-// byMethodOf returns the endpoint for a method, or one that refuses it. A HEAD is answered like a GET, and
-// net/http leaves out the body.
-func byMethodOf(endpoints map[string]endpoint, method string) endpoint {
+// endpointFor returns the endpoint for a method, or one that refuses it. HEAD is answered like GET, and net/http omits
+// the body.
+func endpointFor(endpoints map[string]endpoint, method string) endpoint {
 	if answer, ok := endpoints[method]; ok {
 		return answer
 	}
@@ -223,7 +223,7 @@ func byMethodOf(endpoints map[string]endpoint, method string) endpoint {
 		for method := range endpoints {
 			allowed = append(allowed, method)
 		}
-		if endpoints[http.MethodGet] != nil && !lasts(r.URL.Path) {
+		if endpoints[http.MethodGet] != nil && !isLongLived(r.URL.Path) {
 			allowed = append(allowed, http.MethodHead)
 		}
 		slices.Sort(allowed)
@@ -231,8 +231,8 @@ func byMethodOf(endpoints map[string]endpoint, method string) endpoint {
 	}
 }
 
-// lasts reports whether GET requests for a path make a stream or a wait, which has no answer to HEAD.
-func lasts(path string) bool { return path == "/v1/wait" || path == "/v1/events" }
+// isLongLived reports whether GET requests for a path are streams or waits, which do not support HEAD.
+func isLongLived(path string) bool { return path == "/v1/wait" || path == "/v1/events" }
 
 func refuseMethod(w *response, r *http.Request, allowed string) error {
 	w.Header().Set("Allow", allowed)
@@ -247,18 +247,18 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	answer := &response{ResponseWriter: w}
 	defer answer.close()
 	who := callerFrom(r.Context())
-	who.begin()
-	if changes(r.Method) {
+	who.markServing()
+	if mayChange(r.Method) {
 		who.identify(r)
 	}
 
 	switch clean := path.Clean(r.URL.Path); {
 	case clean != r.URL.Path && clean+"/" != r.URL.Path: // the mux would answer with a redirect
 		answer.err = notFound("nothing is at %s", shorten(r.URL.Path))
-	case changes(r.Method) && who.gone():
+	case mayChange(r.Method) && who.hasLeft():
 		answer.err = errCallerGone
 	case p.srv.HandedOver() && !who.probe && r.URL.Path != "/livez" && r.URL.Path != "/readyz":
-		answer.err = server.ErrHandedOver // only the successor knows the answer
+		answer.err = server.ErrHandedOver // only the successor can answer
 	default:
 		p.mux.ServeHTTP(answer, r)
 	}
@@ -271,10 +271,10 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// changes reports whether requests with this method may change something.
-func changes(method string) bool { return method != http.MethodGet && method != http.MethodHead }
+// mayChange reports whether requests with this method may change something.
+func mayChange(method string) bool { return method != http.MethodGet && method != http.MethodHead }
 
-// knownMethod bounds the values of the metrics' label for methods.
+// knownMethod returns method, or "other" for unusual ones, so that the label of the metrics has few values.
 func knownMethod(method string) string {
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPatch, http.MethodDelete:
@@ -285,7 +285,7 @@ func knownMethod(method string) string {
 
 // auditRequest logs a request that may change something, once.
 func (p *Plane) auditRequest(answer *response, r *http.Request, err error) {
-	if p.readOnly || answer.logged || !changes(r.Method) {
+	if p.readOnly || answer.logged || !mayChange(r.Method) {
 		return
 	}
 	answer.logged = true
@@ -301,7 +301,7 @@ func (p *Plane) auditRequest(answer *response, r *http.Request, err error) {
 	p.log.Info("control request", fields...)
 }
 
-// fromHandler makes an endpoint of a handler. Unlike our own endpoints, the handler learns when its caller has gone.
+// fromHandler makes an endpoint of a handler. The request's context ends when the caller disconnects.
 func fromHandler(h http.Handler) endpoint {
 	return func(w *response, r *http.Request) error {
 		h.ServeHTTP(w, r)
@@ -313,47 +313,47 @@ func fromHandler(h http.Handler) endpoint {
 func answerJSON(w http.ResponseWriter, status int, v any) error {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(v) // an error means that the caller has gone
+	_ = json.NewEncoder(w).Encode(v) // an error means that the caller has left
 	return nil
 }
 
-// response is the http.ResponseWriter for one request. It notes the status, and after hijack it writes to the
-// connection itself.
+// response is the http.ResponseWriter of one request. It records the status. After hijack it writes directly to the
+// connection.
 type response struct {
 	http.ResponseWriter
-	route  string // the path of the route, with * for arguments; empty if there is none
+	route  string // path of the route, with * for arguments; empty if the path is unknown
 	err    error  // from the endpoint
 	status int    // 0 until the answer begins
-	logged bool   // the request is in the audit
+	logged bool   // auditRequest has logged the request
 	hijacked
 }
 
-// Unwrap lets http.ResponseController reach the connection: a profile moves the deadline of its answer.
+// Unwrap is for http.ResponseController. net/http/pprof uses it to extend the write deadline for a profile.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // Serve answers requests on ln until Shutdown is called. It always returns an error, and closes ln.
 // After Shutdown the error is http.ErrServerClosed.
-func (p *Plane) Serve(ln net.Listener) error { return p.serve(p.open(ln)) }
+func (p *Plane) Serve(ln net.Listener) error { return p.serve(p.addListener(ln)) }
 
-// open makes ln known to Probe and bounds its connections.
-func (p *Plane) open(ln net.Listener) *callers {
-	l := limitCallers(ln, p.maxCallers)
+// addListener bounds the connections of ln, and adds it to the listeners that Probe checks.
+func (p *Plane) addListener(ln net.Listener) *callerListener {
+	l := newCallerListener(ln, p.maxCallers)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.listeners = append(p.listeners, l)
 	return l
 }
 
-func (p *Plane) serve(l *callers) error {
+func (p *Plane) serve(l *callerListener) error {
 	defer func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.listeners = slices.DeleteFunc(p.listeners, func(other *callers) bool { return other == l })
+		p.listeners = slices.DeleteFunc(p.listeners, func(other *callerListener) bool { return other == l })
 	}()
 	if p.history != nil {
 		ctx, stop := context.WithCancelCause(context.Background())
 		var sampling sync.WaitGroup
-		sampling.Go(func() { p.history.run(ctx) })
+		sampling.Go(func() { p.history.sample(ctx) })
 		defer sampling.Wait()
 		defer stop(http.ErrServerClosed)
 	}
@@ -377,17 +377,17 @@ func (p *Plane) Shutdown(ctx context.Context) error {
 // Actor returns the run.Group pair that serves the Plane on ln until the server has stopped. If the Plane
 // fails earlier, execute returns at once: its error becomes the group's, and the group's interrupts begin the drain.
 func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(error)) {
-	l := p.open(ln)
+	l := p.addListener(ln)
 	execute = func() error {
 		err := p.serve(l)
-		if p.left.Load() {
+		if p.leaving.Load() {
 			<-p.srv.Done()
 			return nil
 		}
 		if errors.Is(err, http.ErrServerClosed) {
 			return nil
 		}
-		p.log.Error("control plane failed", zap.Error(err)) // the group reports it only after the drain
+		p.log.Error("control plane failed", zap.Error(err)) // logged here, because the group returns the error only after the drain
 		return fmt.Errorf("control plane: %w", err)
 	}
 	interrupt = func(error) {
@@ -395,16 +395,16 @@ func (p *Plane) Actor(ln net.Listener) (execute func() error, interrupt func(err
 		<-p.srv.Done()
 		ctx, cancel := context.WithTimeoutCause(context.Background(), p.linger, http.ErrServerClosed)
 		defer cancel()
-		_ = p.Shutdown(ctx) // callers that are slow to take their answer are cut off
+		_ = p.Shutdown(ctx) // closes the connections of callers that do not read their answer in time
 	}
 	return execute, interrupt
 }
 
-// Leave stops answering callers, because another process serves the listeners now. The files of Unix sockets stay.
-// Requests in progress are still answered, waits with a request to try again. Leave closes idle connections, so that
-// further requests reach the other process.
+// Leave stops accepting callers, because another process serves the listeners now. It leaves the files of Unix sockets.
+// Requests in progress are answered; the answer to a wait is that the caller must repeat it. Leave closes idle
+// connections, so that further requests reach the other process.
 func (p *Plane) Leave() {
-	p.left.Store(true)
+	p.leaving.Store(true)
 	p.http.SetKeepAlivesEnabled(false)
 	p.mu.Lock()
 	listeners := slices.Clone(p.listeners)

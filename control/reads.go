@@ -13,7 +13,7 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 	st := p.srv.Status()
 	status := wireStatus(st, p.version)
 	if st.HasPredecessor && p.predecessor != nil {
-		status.Predecessor = &Predecessor{*p.predecessor, st.Behind}
+		status.Predecessor = &Predecessor{*p.predecessor, st.KeptByPredecessor}
 	}
 	status.LostHolds = p.lostHolds
 	status.Certificates = wireCertificates(p.certificates)
@@ -22,7 +22,7 @@ func (p *Plane) getStatus(w *response, r *http.Request) error {
 
 func (p *Plane) getClosed(w *response, r *http.Request) error {
 	limit := -1
-	if err := decodeQuery(r, fields{"limit": count(&limit)}); err != nil {
+	if err := decodeQuery(r, fields{"limit": countField(&limit)}); err != nil {
 		return err
 	}
 	list := ClosedConns{Connections: []ClosedConn{}}

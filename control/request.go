@@ -42,7 +42,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, want fields) error {
 	}
 	switch {
 	case err != nil:
-		return invalid("body", "reading it: %s", cut(err))
+		return invalid("body", "reading it: %s", describeEOF(err))
 	case len(bytes.TrimSpace(body)) == 0:
 		return nil
 	case !utf8.Valid(body):
@@ -60,17 +60,17 @@ func decodeObject(body []byte, want fields) error {
 	for dec.More() {
 		key, err := dec.Token()
 		if err != nil {
-			return invalid("body", "not valid JSON: %s", cut(err))
+			return invalid("body", "not valid JSON: %s", describeEOF(err))
 		}
 		name, _ := key.(string)
 		var value json.RawMessage
 		if err := dec.Decode(&value); err != nil {
-			return invalid(name, "not valid JSON: %s", cut(err))
+			return invalid(name, "not valid JSON: %s", describeEOF(err))
 		}
 		decode, known := want[name]
 		switch {
 		case !known:
-			return invalid(name, "unknown field: %s", want.known())
+			return invalid(name, "unknown field: %s", want.describe())
 		case seen[name]:
 			return invalid(name, "given twice")
 		}
@@ -80,7 +80,7 @@ func decodeObject(body []byte, want fields) error {
 		}
 	}
 	if _, err := dec.Token(); err != nil {
-		return invalid("body", "not valid JSON: %s", cut(err))
+		return invalid("body", "not valid JSON: %s", describeEOF(err))
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return invalid("body", "something follows the JSON object")
@@ -88,8 +88,8 @@ func decodeObject(body []byte, want fields) error {
 	return nil
 }
 
-// cut describes a body that ends too early.
-func cut(err error) error {
+// describeEOF describes a body that ends too early.
+func describeEOF(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errors.New("it ends in the middle")
 	}
@@ -106,19 +106,19 @@ func decodeQuery(r *http.Request, want fields) error {
 		decode, known := want[name]
 		switch {
 		case !known:
-			return invalid(name, "unknown parameter: %s", want.known())
+			return invalid(name, "unknown parameter: %s", want.describe())
 		case len(query[name]) > 1:
 			return invalid(name, "given twice")
 		}
-		if err := decode(literal(query[name][0])); err != nil {
+		if err := decode(queryJSON(query[name][0])); err != nil {
 			return invalid(name, "%s", err)
 		}
 	}
 	return nil
 }
 
-// literal returns a parameter's text as JSON: a number, true, false, or else a string.
-func literal(text string) json.RawMessage {
+// queryJSON returns a parameter's text as JSON: a number, true, false, or else a string.
+func queryJSON(text string) json.RawMessage {
 	if _, err := strconv.ParseInt(text, 10, 64); err == nil || text == "true" || text == "false" {
 		return json.RawMessage(text)
 	}
@@ -126,16 +126,16 @@ func literal(text string) json.RawMessage {
 	return quoted
 }
 
-// known lists the fields for an error.
-func (f fields) known() string {
+// describe lists the fields for an error.
+func (f fields) describe() string {
 	if len(f) == 0 {
 		return "none is known here"
 	}
 	return "want " + strings.Join(slices.Sorted(maps.Keys(f)), ", ")
 }
 
-// line takes a string of one line. It reaches clients, logs and terminals.
-func line(to *string) decoder {
+// lineField takes a string of one line. It reaches clients, logs and terminals.
+func lineField(to *string) decoder {
 	return func(raw json.RawMessage) error {
 		if err := unmarshal(raw, to, "a string"); err != nil {
 			return err
@@ -144,8 +144,8 @@ func line(to *string) decoder {
 	}
 }
 
-// duration takes a Go duration in a string, such as "1.5s". It must not be negative.
-func duration(to *time.Duration) decoder {
+// durationField takes a Go duration in a string, such as "1.5s". It must not be negative.
+func durationField(to *time.Duration) decoder {
 	return func(raw json.RawMessage) error {
 		const want = `a duration such as "1.5s"`
 		var s string
@@ -164,12 +164,12 @@ func duration(to *time.Duration) decoder {
 	}
 }
 
-func boolean(to *bool) decoder {
+func boolField(to *bool) decoder {
 	return func(raw json.RawMessage) error { return unmarshal(raw, to, "true or false") }
 }
 
-// count takes a whole number that is not negative.
-func count(to *int) decoder {
+// countField takes a whole number that is not negative.
+func countField(to *int) decoder {
 	return func(raw json.RawMessage) error {
 		const want = "a whole number"
 		if err := unmarshal(raw, to, want); err != nil {
@@ -182,15 +182,15 @@ func count(to *int) decoder {
 	}
 }
 
-// eventID takes the id of an event, and notes that it was given.
-func eventID(to *uint64, given *bool) decoder {
+// eventIDField takes the id of an event, and notes that it was given.
+func eventIDField(to *uint64, given *bool) decoder {
 	return func(raw json.RawMessage) error {
 		*given = true
 		return unmarshal(raw, to, "the id of an event")
 	}
 }
 
-func pauseMode(to *server.PauseMode) decoder {
+func pauseModeField(to *server.PauseMode) decoder {
 	return func(raw json.RawMessage) (err error) {
 		var name string
 		if err = unmarshal(raw, &name, "hold or reject"); err == nil {
@@ -200,7 +200,7 @@ func pauseMode(to *server.PauseMode) decoder {
 	}
 }
 
-func state(to *server.State) decoder {
+func stateField(to *server.State) decoder {
 	return func(raw json.RawMessage) (err error) {
 		var name string
 		if err = unmarshal(raw, &name, "a state"); err == nil {
@@ -210,8 +210,8 @@ func state(to *server.State) decoder {
 	}
 }
 
-// exactly takes one word, and sets to when it is given.
-func exactly(word string, to *bool) decoder {
+// wordField takes one word, and sets to when it is given.
+func wordField(word string, to *bool) decoder {
 	return func(raw json.RawMessage) error {
 		var got string
 		if err := unmarshal(raw, &got, word); err != nil || got != word {

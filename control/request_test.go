@@ -28,8 +28,8 @@ type decoded struct {
 
 func (d *decoded) fields() fields {
 	return fields{
-		"text": line(&d.Text), "duration": duration(&d.Duration), "count": count(&d.Count), "bool": boolean(&d.Bool),
-		"mode": pauseMode(&d.Mode), "state": state(&d.State), "word": exactly("please", &d.Word),
+		"text": lineField(&d.Text), "duration": durationField(&d.Duration), "count": countField(&d.Count), "bool": boolField(&d.Bool),
+		"mode": pauseModeField(&d.Mode), "state": stateField(&d.State), "word": wordField("please", &d.Word),
 	}
 }
 

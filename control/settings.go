@@ -89,7 +89,7 @@ func (p *Plane) patchSettings(w *response, r *http.Request) error {
 		return err
 	}
 	if len(edits) == 0 {
-		return invalid("body", "say what to change: %s", want.known())
+		return invalid("body", "say what to change: %s", want.describe())
 	}
 	changes, err := p.srv.Configure(callerFrom(r.Context()).identity(), func(s *server.Settings) error {
 		for _, name := range server.SettingNames() {

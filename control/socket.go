@@ -20,9 +20,9 @@ import (
 type SocketOptions struct {
 	Mode fs.FileMode // permission bits
 	GID  *int        // group of the socket; nil: the process's
-	Name string      // what errors and logs call it; empty: "control socket"
-	// Fixed means that the file is not made again when it is lost. The listener that Handed returns then never
-	// changes.
+	Name string      // name of the socket in errors and logs; empty: "control socket"
+	// Fixed means that a removed or replaced file is not made again. The listener that UnwrapListener returns then
+	// never changes.
 	Fixed bool
 	// Logger logs when the socket's file is removed or replaced while it is open. Nil logs nothing.
 	Logger *zap.Logger
@@ -32,21 +32,21 @@ type SocketOptions struct {
 var ErrInUse = errors.New("in use by a running server")
 
 const (
-	checkInterval = time.Second           // between two looks at the socket's file
+	checkInterval = time.Second           // between two checks of the socket's file
 	lockTimeout   = 2 * time.Second       // to wait for another server that starts at the same path
 	lockRetry     = 20 * time.Millisecond // between two attempts to lock
-	dialTimeout   = time.Second           // to find out whether a socket is served
-	lockSuffix    = ".lock"               // of the file that is locked while a socket is made
+	dialTimeout   = time.Second           // to find out whether a server uses a socket
+	lockSuffix    = ".lock"               // of the file that Listen locks while it makes a socket
 )
 
 // Listen opens a control socket, or another Unix socket, at path. The file never has more permissions than opts
 // gives. Listen replaces a socket that no server uses. If a server uses it, the error is ErrInUse. A file that is not
 // a socket is an error too.
 //
-// While the listener is open, it logs when the file is removed or replaced, and makes it again unless another server
-// uses it. Close removes the file if it is still the listener's own.
+// If the file is removed or replaced while the listener is open, the listener logs that, and makes the file again
+// unless another server uses it. Close removes the file if it is still the listener's own.
 func Listen(ctx context.Context, path string, opts SocketOptions) (net.Listener, error) {
-	s, err := listenEvery(ctx, path, opts, checkInterval)
+	s, err := listenWithInterval(ctx, path, opts, checkInterval)
 	if err != nil {
 		return nil, err // not a nil *socket in an interface
 	}
@@ -65,7 +65,7 @@ func Check(path string, opts SocketOptions) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", cmp.Or(opts.Name, "control socket"), full, bare(err))
+		return fmt.Errorf("%s %s: %w", cmp.Or(opts.Name, "control socket"), full, withoutPath(err))
 	}
 	return nil
 }
@@ -73,15 +73,15 @@ func Check(path string, opts SocketOptions) error {
 // socketPath returns the absolute path for a socket's path.
 func socketPath(path string) (full string, err error) {
 	full, err = filepath.Abs(path)
-	if err == nil && len(path) > maxSocketPath { // other clients could not connect to it
+	if err == nil && len(path) > maxSocketPath { // clients could not connect to it
 		err = errPathTooLong(path)
 	}
 	return full, err
 }
 
-var errNotSocket = errors.New("a file that is not a socket is in the way: remove it, or choose another path")
+var errNotSocket = errors.New("a file that is not a socket is at this path: remove it, or choose another path")
 
-func listenEvery(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
+func listenWithInterval(ctx context.Context, path string, opts SocketOptions, interval time.Duration) (*socket, error) {
 	opts.Name = cmp.Or(opts.Name, "control socket")
 	full, err := socketPath(path)
 	if err != nil {
@@ -101,7 +101,7 @@ func listenEvery(ctx context.Context, path string, opts SocketOptions, interval 
 	return s, nil
 }
 
-// start starts watch, unless the file is fixed.
+// start starts the goroutine watch, unless SocketOptions.Fixed is set.
 func (s *socket) start(interval time.Duration) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	if s.stop = stop; s.opts.Fixed {
@@ -111,7 +111,7 @@ func (s *socket) start(interval time.Duration) {
 	go s.watch(ctx, interval)
 }
 
-// socket is a listener whose file is made again when it is lost.
+// socket is a Unix listener that makes its file again when it was removed or replaced.
 type socket struct {
 	path    string
 	opts    SocketOptions
@@ -119,7 +119,7 @@ type socket struct {
 	stop    context.CancelCauseFunc // ends watch
 	watched chan struct{}           // closed when watch has ended
 	once    sync.Once
-	err     error // from closing
+	err     error // of Close
 
 	file fs.FileInfo // of ln; owned by watch
 
@@ -127,14 +127,14 @@ type socket struct {
 	ln *net.UnixListener // guarded by mu
 }
 
-// bind makes the socket's file, with the access asked for.
+// bind makes the socket's file, with the mode and the group of opts.
 func (s *socket) bind(ctx context.Context) (ln *net.UnixListener, file fs.FileInfo, err error) {
 	unlock, err := lock(ctx, s.path+lockSuffix)
 	if err != nil {
 		return nil, nil, err
 	}
 	defer unlock()
-	if err := removeDead(ctx, s.path); err != nil {
+	if err := removeUnserved(ctx, s.path); err != nil {
 		return nil, nil, err
 	}
 	address, done, err := shortPath(s.path)
@@ -143,7 +143,7 @@ func (s *socket) bind(ctx context.Context) (ln *net.UnixListener, file fs.FileIn
 	}
 	defer done()
 	if ln, err = bindPrivate(ctx, address); err != nil {
-		return nil, nil, bare(err)
+		return nil, nil, withoutPath(err)
 	}
 	ln.SetUnlinkOnClose(false)
 	if file, err = os.Lstat(s.path); err == nil {
@@ -152,33 +152,33 @@ func (s *socket) bind(ctx context.Context) (ln *net.UnixListener, file fs.FileIn
 	if err != nil {
 		removeOwn(s.path, file)
 		_ = ln.Close()
-		return nil, nil, bare(err)
+		return nil, nil, withoutPath(err)
 	}
 	return ln, file, nil
 }
 
-// removeDead removes a socket at path that is not served.
-func removeDead(ctx context.Context, path string) error {
+// removeUnserved removes a socket at path that no server uses.
+func removeUnserved(ctx context.Context, path string) error {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err != nil:
-		return bare(err)
+		return withoutPath(err)
 	case info.Mode().Type() != fs.ModeSocket:
 		return errNotSocket
 	}
-	if err := checkDead(ctx, path); err != nil {
+	if err := checkUnserved(ctx, path); err != nil {
 		return err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return bare(err)
+		return withoutPath(err)
 	}
 	return nil
 }
 
-// checkDead returns nil if the socket at path is not served, or has just been removed.
-func checkDead(ctx context.Context, path string) error {
+// checkUnserved returns nil if no server uses the socket at path, or if it has just been removed.
+func checkUnserved(ctx context.Context, path string) error {
 	address, done, err := shortPath(path)
 	if err != nil {
 		return err
@@ -193,8 +193,8 @@ func checkDead(ctx context.Context, path string) error {
 		return ErrInUse
 	case isRefused(err), errors.Is(err, fs.ErrNotExist):
 		return nil
-	default: // the queue is full, or the socket belongs to another user
-		return fmt.Errorf("%w, or not accessible (%w)", ErrInUse, bare(err))
+	default: // for example a full accept queue, or a socket of another user
+		return fmt.Errorf("%w, or not accessible (%w)", ErrInUse, withoutPath(err))
 	}
 }
 
@@ -205,12 +205,12 @@ func removeOwn(path string, file fs.FileInfo) {
 	}
 }
 
-// watch is the goroutine that makes the file again when it is lost; Close ends it and waits for it.
+// watch is the goroutine that makes the file again when it was removed or replaced. Close ends it and waits for it.
 func (s *socket) watch(ctx context.Context, interval time.Duration) {
 	defer close(s.watched)
 	ticks := time.NewTicker(interval)
 	defer ticks.Stop()
-	var last error // what was logged, so that it is logged once
+	var last error // the last error logged, so that each is logged once
 	for {
 		select {
 		case <-ticks.C:
@@ -228,17 +228,17 @@ func (s *socket) watch(ctx context.Context, interval time.Duration) {
 		ln, file, err := s.bind(ctx)
 		switch {
 		case err == nil:
-			s.log.Info("control socket made again")
+			s.log.Info("control socket created again")
 			s.file = file
 			s.replace(ln)
 		case last == nil || err.Error() != last.Error():
-			s.log.Error("control socket cannot be made again", zap.Error(err))
+			s.log.Error("cannot create the control socket again", zap.Error(err))
 		}
 		last = err
 	}
 }
 
-// replace makes Accept continue with another listener.
+// replace makes Accept continue with ln.
 func (s *socket) replace(ln *net.UnixListener) {
 	s.mu.Lock()
 	before := s.ln
@@ -253,8 +253,8 @@ func (s *socket) listener() *net.UnixListener {
 	return s.ln
 }
 
-// Accept waits for the next connection. When the file was made again, it returns os.ErrDeadlineExceeded, which
-// is temporary.
+// Accept waits for the next connection. It returns os.ErrDeadlineExceeded, a temporary error, when the file was made
+// again.
 func (s *socket) Accept() (net.Conn, error) {
 	ln := s.listener()
 	c, err := ln.Accept()
@@ -285,15 +285,16 @@ func (s *socket) close(remove bool) error {
 	return s.err
 }
 
-// Handed returns the listener with a descriptor that ln wraps, to pass it to another process.
-func Handed(ln net.Listener) net.Listener {
+// UnwrapListener returns the net.UnixListener inside a listener from Listen, so that its descriptor can be passed to
+// another process. It returns any other listener unchanged.
+func UnwrapListener(ln net.Listener) net.Listener {
 	if s, ok := ln.(*socket); ok {
 		return s.listener()
 	}
 	return ln
 }
 
-// Adopt is Listen for a control socket that another process has opened and passed to this one.
+// Adopt is like Listen, for a control socket that another process has opened and passed to this one.
 func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 	unixLn, ok := ln.(*net.UnixListener)
 	if !ok {
@@ -310,7 +311,7 @@ func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 	}
 	var err error
 	if s.file, err = os.Lstat(path); err != nil {
-		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, bare(err))
+		return nil, fmt.Errorf("%s %s: %w", opts.Name, path, withoutPath(err))
 	}
 	unixLn.SetUnlinkOnClose(false)
 	s.start(checkInterval)
@@ -318,11 +319,12 @@ func Adopt(ln net.Listener, opts SocketOptions) (net.Listener, error) {
 }
 
 func errPathTooLong(path string) error {
-	return fmt.Errorf("the path has %d bytes: a socket's can have at most %d", len(path), maxSocketPath)
+	return fmt.Errorf("the path has %d bytes: the path of a socket has at most %d", len(path), maxSocketPath)
 }
 
-// bare removes what package os puts around an error: the message has the path already.
-func bare(err error) error {
+// withoutPath removes the operation and the path that packages net and os add to an error, because the caller's message
+// has the path.
+func withoutPath(err error) error {
 	if oe, ok := errors.AsType[*net.OpError](err); ok {
 		err = oe.Err
 	}

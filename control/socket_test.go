@@ -218,7 +218,7 @@ func testNoSocket(t *testing.T) {
 			}
 			before, _ := os.Lstat(path)
 			_, err := Listen(t.Context(), path, SocketOptions{Mode: 0o600})
-			want := "control socket " + path + ": a file that is not a socket is in the way: remove it, or choose another path"
+			want := "control socket " + path + ": a file that is not a socket is at this path: remove it, or choose another path"
 			if err == nil || err.Error() != want {
 				t.Errorf("error is %v: want: %s", err, want)
 			}
@@ -233,7 +233,7 @@ func testNoSocket(t *testing.T) {
 func testBadPaths(t *testing.T) {
 	dir := shortDir(t)
 	for _, bad := range []struct{ name, path, says string }{
-		{"too long", filepath.Join(dir, strings.Repeat("x", maxSocketPath)), "can have at most " + strconv.Itoa(maxSocketPath)},
+		{"too long", filepath.Join(dir, strings.Repeat("x", maxSocketPath)), "has at most " + strconv.Itoa(maxSocketPath)},
 		{"no directory", filepath.Join(dir, "none", "s"), "no such file or directory"},
 		{"file as directory", filepath.Join(os.Args[0], "s"), "not a directory"},
 	} {
@@ -275,7 +275,7 @@ func testCloseRemoves(t *testing.T) {
 // testCloseOther has another server make a socket while this one does not look at its file.
 func testCloseOther(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")
-	ln, err := listenEvery(t.Context(), path, SocketOptions{Mode: 0o600}, time.Hour)
+	ln, err := listenWithInterval(t.Context(), path, SocketOptions{Mode: 0o600}, time.Hour)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -320,7 +320,7 @@ func testRace(t *testing.T) {
 }
 
 func testJustGone(t *testing.T) {
-	if err := checkDead(t.Context(), filepath.Join(shortDir(t), "s")); err != nil {
+	if err := checkUnserved(t.Context(), filepath.Join(shortDir(t), "s")); err != nil {
 		t.Errorf("error is %v: want none", err)
 	}
 }
@@ -466,7 +466,7 @@ func TestSocketWatch(t *testing.T) {
 		t.Helper()
 		path = filepath.Join(shortDir(t), "s")
 		core, logs := observer.New(zap.InfoLevel)
-		ln, err := listenEvery(t.Context(), path, SocketOptions{Mode: 0o640, Logger: zap.New(core)}, time.Millisecond)
+		ln, err := listenWithInterval(t.Context(), path, SocketOptions{Mode: 0o640, Logger: zap.New(core)}, time.Millisecond)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -503,7 +503,7 @@ func TestSocketWatch(t *testing.T) {
 			}
 		}
 	}
-	const again, cannot = "control socket made again", "control socket cannot be made again"
+	const again, cannot = "control socket created again", "cannot create the control socket again"
 	t.Run("a file that was removed is made again", func(t *testing.T) {
 		path, _, logs, dial := watched(t)
 		for range 3 {

@@ -17,8 +17,8 @@ import (
 	"echod/server"
 )
 
-// Long-lived requests, which end when their caller disconnects: GET /v1/wait, GET /v1/events and POST
-// /v1/pause?while=connected.
+// Long-lived requests: GET /v1/wait, GET /v1/events and POST /v1/pause?while=connected. They end when their caller
+// disconnects.
 
 var (
 	errCallerGone = errors.New("the caller has closed its connection")
@@ -29,50 +29,51 @@ var (
 
 // streams are the long-lived requests in progress.
 type streams struct {
-	max     int // maximum number; for one more, the idlest wait or stream of events is ended
-	maxKept int // how many of them are pauses while connected, which are never ended for another
+	max     int // maximum number; one more ends the idlest wait or stream of events
+	maxKept int // maximum number of pauses while connected, which are never ended for another request
 
-	mu    sync.Mutex
-	open  map[*stream]struct{} // guarded by mu
-	ended chan struct{}        // guarded by mu; closed when one has finished, if shutdown waits for that
+	mu      sync.Mutex
+	open    map[*stream]struct{} // guarded by mu
+	removed chan struct{}        // guarded by mu; closed when a stream was removed; nil unless shutdown waits for that
 }
 
-// stream is a long-lived request. Its context ends when the caller disconnects, or when another request needs its
-// place.
+// stream is a long-lived request. Its context ends when the caller disconnects, or when the stream is ended for another
+// request.
 type stream struct {
 	*response
-	who    *caller
+	caller *caller
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	kept   bool
+	kept   bool // never ended for another request
 
 	// Guarded by streams.mu.
-	active   time.Time // of the last line sent
-	replaced bool      // ended for another, and finishing
+	active   time.Time // when the last line was sent
+	replaced bool      // was ended for another request, and has not returned yet
 }
 
-// stream makes a request long-lived. A kept stream is never ended for another one; the number of kept streams is
-// bounded.
+// stream hijacks the connection of a request, and returns a stream for it. The error is a Problem if there are too many
+// kept streams.
 func (p *Plane) stream(w *response, r *http.Request, kept bool) (*stream, error) {
 	if r.Method == http.MethodHead {
 		return nil, refuseMethod(w, r, http.MethodGet)
 	}
-	s := &stream{response: w, who: callerFrom(r.Context()), kept: kept, active: time.Now()}
+	s := &stream{response: w, caller: callerFrom(r.Context()), kept: kept, active: time.Now()}
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(r.Context()))
 	if err := p.streams.add(s); err != nil {
 		s.cancel(err)
 		return nil, err
 	}
-	w.leave = append(w.leave, func() { p.streams.remove(s) })
+	w.cleanups = append(w.cleanups, func() { p.streams.remove(s) })
 	if err := w.hijack(s.cancel, !kept); err != nil {
 		return nil, err
 	}
 	if kept {
-		s.who.keep()
+		s.caller.neverClose()
 	}
 	return s, nil
 }
 
+// add adds a stream. At the limit it ends the idlest one that is not kept.
 func (s *streams) add(added *stream) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,19 +101,19 @@ func (s *streams) add(added *stream) error {
 		idlest.replaced = true
 		idlest.cancel(errReplaced)
 	}
-	s.enterLocked(added)
+	s.insertLocked(added)
 	return nil
 }
 
-// enter adds a stream regardless of the limits.
-func (s *streams) enter(added *stream) {
+// insert adds a stream without checking the limits.
+func (s *streams) insert(added *stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.enterLocked(added)
+	s.insertLocked(added)
 }
 
-// enterLocked adds a stream; s.mu is held.
-func (s *streams) enterLocked(added *stream) {
+// insertLocked is insert for a caller that holds s.mu.
+func (s *streams) insertLocked(added *stream) {
 	if s.open == nil {
 		s.open = map[*stream]struct{}{}
 	}
@@ -124,9 +125,9 @@ func (s *streams) remove(removed *stream) {
 	defer s.mu.Unlock()
 	removed.cancel(nil)
 	delete(s.open, removed)
-	if s.ended != nil {
-		close(s.ended)
-		s.ended = nil
+	if s.removed != nil {
+		close(s.removed)
+		s.removed = nil
 	}
 }
 
@@ -140,14 +141,14 @@ func (s *streams) shutdown(ctx context.Context) error {
 			s.mu.Unlock()
 			return err
 		}
-		if s.ended == nil {
-			s.ended = make(chan struct{})
+		if s.removed == nil {
+			s.removed = make(chan struct{})
 		}
-		ended := s.ended
+		ended := s.removed
 		if err != nil {
 			for open := range s.open {
 				open.cancel(errShutDown)
-				open.cutOff()
+				open.closeConn()
 			}
 		}
 		s.mu.Unlock()
@@ -166,7 +167,7 @@ func (s *streams) count() int {
 	return len(s.open)
 }
 
-// send writes v as a line. An error means that the caller has gone, or takes too long to read.
+// send writes v as a line of JSON. An error means that the caller has left, or takes too long to read.
 func (s *stream) send(p *Plane, v any) error {
 	line, err := json.Marshal(v)
 	if err != nil {
@@ -175,19 +176,19 @@ func (s *stream) send(p *Plane, v any) error {
 	return s.sendBytes(p, append(line, '\n'))
 }
 
-// sendBytes writes a part of the answer. An error means that the caller has gone, or takes too long to read.
+// sendBytes writes a part of the answer. An error means that the caller has left, or takes too long to read.
 func (s *stream) sendBytes(p *Plane, part []byte) error {
 	if _, err := s.response.Write(part); err != nil {
 		return err
 	}
-	s.who.touch()
+	s.caller.markActive()
 	p.streams.mu.Lock()
 	defer p.streams.mu.Unlock()
 	s.active = time.Now()
 	return nil
 }
 
-// start begins an answer of lines.
+// start begins an answer that consists of lines of JSON.
 func (s *stream) start(status int) {
 	s.Header().Set("Content-Type", "application/jsonl")
 	s.WriteHeader(status)
@@ -199,7 +200,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 		open    = -1
 		timeout = time.Duration(-1)
 	)
-	want := fields{"state": state(&wanted), "connections": count(&open), "timeout": duration(&timeout)}
+	want := fields{"state": stateField(&wanted), "connections": countField(&open), "timeout": durationField(&timeout)}
 	if err := decodeQuery(r, want); err != nil {
 		return err
 	}
@@ -207,7 +208,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 		return invalid("state", "a server that answers has started")
 	}
 	if wanted == 0 && open < 0 {
-		return invalid("state", "say what to wait for: state, connections or both")
+		return invalid("state", "missing: want state, connections or both")
 	}
 	s, err := p.stream(w, r, false)
 	if err != nil {
@@ -254,7 +255,7 @@ func (p *Plane) getWait(w *response, r *http.Request) error {
 func (p *Plane) getEvents(w *response, r *http.Request) error {
 	var after uint64
 	var resumes bool
-	if err := decodeQuery(r, fields{"after": eventID(&after, &resumes)}); err != nil {
+	if err := decodeQuery(r, fields{"after": eventIDField(&after, &resumes)}); err != nil {
 		return err
 	}
 	s, err := p.stream(w, r, false)
@@ -277,13 +278,13 @@ func (p *Plane) getEvents(w *response, r *http.Request) error {
 	return nil
 }
 
-// pauseWhileConnected holds the server paused until the caller has gone.
+// pauseWhileConnected pauses the server until the caller disconnects.
 func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.PauseOptions) error {
 	s, err := p.stream(w, r, true)
 	if err != nil {
 		return err
 	}
-	opts.Conn = s.who.raw // an upgrade passes it on with the hold
+	opts.Conn = s.caller.raw // an upgrade hands it over with the hold
 	h, err := p.srv.Pause(opts)
 	if err != nil {
 		return err
@@ -299,23 +300,23 @@ func (p *Plane) pauseWhileConnected(w *response, r *http.Request, opts server.Pa
 	return nil
 }
 
-// holdWhileConnected returns when the hold has ended, or the caller has gone.
+// holdWhileConnected returns when the hold has ended, or the caller has disconnected.
 func (p *Plane) holdWhileConnected(s *stream, h *server.Hold) {
 	select {
 	case <-s.ctx.Done():
 	case <-h.Done():
-		if !errors.Is(h.Cause(), server.ErrHandedOver) { // then the successor tells the caller
+		if !errors.Is(h.Cause(), server.ErrHandedOver) { // the successor tells the caller when the hold ends
 			_ = s.send(p, Released{Released: h.Cause().Error(), State: p.srv.Status().State.String()})
 		}
 	}
 }
 
-// Continue continues the pauses while connected that the server has taken over. It is called once, after
+// ContinuePauses continues the pauses while connected of the predecessor. It is called once, after
 // server.Server.TakeOver.
-func (p *Plane) Continue() {
-	holds, conns := p.srv.TakenHolds()
+func (p *Plane) ContinuePauses() {
+	holds, conns := p.srv.TakenOverHolds()
 	for i, h := range holds {
-		s := p.continued(conns[i])
+		s := p.newInheritedStream(conns[i])
 		go func() {
 			defer s.close()
 			defer h.Release()
@@ -324,31 +325,31 @@ func (p *Plane) Continue() {
 	}
 }
 
-// continued makes a stream of a connection that was taken over, whose answer has begun.
-func (p *Plane) continued(nc net.Conn) *stream {
+// newInheritedStream returns a stream for a connection that was taken over. The predecessor has begun its answer.
+func (p *Plane) newInheritedStream(nc net.Conn) *stream {
 	w := &response{status: http.StatusCreated}
-	s := &stream{response: w, who: &caller{raw: nc}, kept: true, active: time.Now()}
+	s := &stream{response: w, caller: &caller{raw: nc}, kept: true, active: time.Now()}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
-	p.streams.enter(s)
-	w.leave = append(w.leave, func() { p.streams.remove(s) })
-	w.conn, w.header, w.began = nc, http.Header{}, true
-	w.watch(nc, nc, false, s.cancel)
+	p.streams.insert(s)
+	w.cleanups = append(w.cleanups, func() { p.streams.remove(s) })
+	w.conn, w.header, w.started = nc, http.Header{}, true
+	w.watchCaller(nc, nc, false, s.cancel)
 	return s
 }
 
-// hijacked is the connection of a long-lived response. net/http does not notice that a caller disconnects if the
-// caller has sent a byte after its request, such as a newline from a shell script. A pause would then outlive its
-// owner. So the Plane hijacks the connection and watches it itself.
+// hijacked is the connection of a long-lived response. The Plane hijacks it and detects itself that the caller
+// disconnects. net/http does not detect that if the caller has sent a byte after its request, such as a newline from a
+// shell script. A pause would then outlive its owner.
 type hijacked struct {
-	mu     sync.Mutex
-	conn   net.Conn // nil before hijack; guarded by mu
-	header http.Header
-	began  bool     // the status line was written
-	leave  []func() // called by close, the last one first
+	mu       sync.Mutex
+	conn     net.Conn // nil before hijack; guarded by mu
+	header   http.Header
+	started  bool     // the status line was written
+	cleanups []func() // called by close
 }
 
-// hijack takes the connection over from net/http, and calls gone when the caller disconnects. A half-close counts as
-// disconnecting unless mayHalfClose is true. It needs HTTP/1.
+// hijack takes the connection over from net/http, which needs HTTP/1. It calls gone when the caller disconnects. A
+// half-close counts as that unless mayHalfClose is true.
 func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error {
 	conn, buffered, err := http.NewResponseController(w.ResponseWriter).Hijack()
 	if err != nil {
@@ -358,22 +359,22 @@ func (w *response) hijack(gone context.CancelCauseFunc, mayHalfClose bool) error
 	w.mu.Lock()
 	w.conn, w.header = conn, http.Header{}
 	w.mu.Unlock()
-	w.watch(conn, buffered, mayHalfClose, gone)
+	w.watchCaller(conn, buffered, mayHalfClose, gone)
 	return nil
 }
 
-// watch calls gone when the caller disconnects, until close.
-func (w *response) watch(conn net.Conn, in io.Reader, mayHalfClose bool, gone context.CancelCauseFunc) {
+// watchCaller calls gone when the caller disconnects or the response is closed.
+func (w *response) watchCaller(conn net.Conn, in io.Reader, mayHalfClose bool, gone context.CancelCauseFunc) {
 	ended := make(chan struct{})
-	go awaitEnd(conn, in, mayHalfClose, gone, ended)
-	w.leave = append(w.leave, func() {
+	go awaitDisconnect(conn, in, mayHalfClose, gone, ended)
+	w.cleanups = append(w.cleanups, func() {
 		_ = conn.Close()
 		<-ended
 	})
 }
 
-// awaitEnd is the goroutine that waits for the caller to disconnect; response.close waits for it.
-func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc,
+// awaitDisconnect is the goroutine that waits until the caller disconnects. response.close waits for it.
+func awaitDisconnect(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context.CancelCauseFunc,
 	ended chan<- struct{},
 ) {
 	defer close(ended)
@@ -386,8 +387,8 @@ func awaitEnd(conn net.Conn, buffered io.Reader, mayHalfClose bool, gone context
 	gone(errCallerGone)
 }
 
-// cutOff closes the connection of a long-lived response.
-func (w *response) cutOff() {
+// closeConn closes the connection of a long-lived response.
+func (w *response) closeConn() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.conn != nil {
@@ -395,10 +396,10 @@ func (w *response) cutOff() {
 	}
 }
 
-// close releases what the response holds.
+// close calls the cleanups, the last one first.
 func (w *response) close() {
-	for i := len(w.leave) - 1; i >= 0; i-- {
-		w.leave[i]()
+	for i := len(w.cleanups) - 1; i >= 0; i-- {
+		w.cleanups[i]()
 	}
 }
 
@@ -419,17 +420,17 @@ func (w *response) WriteHeader(status int) {
 		w.ResponseWriter.WriteHeader(status)
 		return
 	}
-	w.began = true
+	w.started = true
 	w.header.Set("Connection", "close")
 	w.header.Set("Date", time.Now().UTC().Format(http.TimeFormat))
 	var head bytes.Buffer
 	fmt.Fprintf(&head, "HTTP/1.1 %d %s\r\n", status, http.StatusText(status))
-	_ = w.header.Write(&head) // a buffer takes everything
+	_ = w.header.Write(&head) // writing to a buffer does not fail
 	head.WriteString("\r\n")
-	_, _ = w.Write(head.Bytes()) // if the caller has gone, the stream's context ends
+	_, _ = w.Write(head.Bytes()) // after an error the stream's context ends
 }
 
-// Write writes a part of the answer. After hijack it fails if the caller does not take it in answerTimeout.
+// Write writes a part of the answer. After hijack it fails if the caller does not read it within answerTimeout.
 func (w *response) Write(p []byte) (int, error) {
 	if w.conn == nil {
 		if w.status == 0 {
@@ -437,7 +438,7 @@ func (w *response) Write(p []byte) (int, error) {
 		}
 		return w.ResponseWriter.Write(p)
 	}
-	if !w.began {
+	if !w.started {
 		w.WriteHeader(http.StatusOK)
 	}
 	_ = w.conn.SetWriteDeadline(time.Now().Add(answerTimeout))

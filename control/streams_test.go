@@ -532,8 +532,8 @@ func testPauseReason(t *testing.T) {
 				if end.want.Released == "" {
 					end.want.Released = (&server.DrainingError{Deadline: r.srv.Status().Drain.Deadline}).Error()
 				}
-				wantEqual(t, "last line", lease.why, end.want)
-				wantEqual(t, "why", lease.Why(), end.want.Released)
+				wantEqual(t, "last line", lease.released, end.want)
+				wantEqual(t, "why", lease.EndReason(), end.want.Released)
 			})
 		})
 	}
@@ -582,7 +582,7 @@ func testLeaseContext(t *testing.T) {
 	cancel(errors.New("done"))
 	r.await(t, server.StateRunning)
 	<-lease.Ended()
-	wantEqual(t, "why", lease.Why(), "the connection to the server has ended")
+	wantEqual(t, "why", lease.EndReason(), "the connection to the server has ended")
 }
 
 func TestStreamsNeedHijack(t *testing.T) {

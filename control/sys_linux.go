@@ -64,7 +64,7 @@ func setAccess(path string, opts SocketOptions) error {
 		err = unix.Fchmodat(fd, "", uint32(opts.Mode.Perm()), unix.AT_EMPTY_PATH)
 	}
 	if err != nil {
-		return fmt.Errorf("setting its mode: %w", bare(err))
+		return fmt.Errorf("setting its mode: %w", withoutPath(err))
 	}
 	return nil
 }

@@ -34,8 +34,8 @@ type Status struct {
 	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
 
 	Told int `json:"told"` // open connections whose clients were told to leave
-	// How many connections are served at once; missing if there is no limit. When the server is full, new clients wait or
-	// are rejected: at_limit says which.
+	// How many connections are served at once; missing if there is no limit. When the server is full, new clients
+	// wait or are rejected: at_limit says which.
 	MaxConns *int   `json:"max_conns,omitempty"`
 	AtLimit  string `json:"at_limit"`
 	Full     bool   `json:"full"`

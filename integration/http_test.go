@@ -107,7 +107,7 @@ func testProbesDelay(t *testing.T) {
 	e := start(t, "--http", "0", "--drain-delay", delay.String(), "--grace", grace.String())
 	old := e.served()
 	began := e.signal(syscall.SIGTERM)
-	e.awaitLog("draining: still accepting until the delay is over")
+	e.awaitLog("draining: accepting until the delay is over")
 	e.expectWeb("/livez", 200, "draining")
 	e.expectWeb("/readyz", 503, "draining (SIGTERM)")
 	late := e.dial()

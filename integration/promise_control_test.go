@@ -262,7 +262,7 @@ func testRemovedSocket(t *testing.T) {
 	e := start(t)
 	check(t, os.Remove(e.socket))
 	e.awaitLog("control socket was removed or replaced by another program", "path", e.socket)
-	e.awaitLog("control socket made again", "path", e.socket)
+	e.awaitLog("control socket created again", "path", e.socket)
 	if st := e.status(); st.State != "running" {
 		t.Errorf("the status is %+v", st)
 	}

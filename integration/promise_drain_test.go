@@ -549,7 +549,7 @@ func testDrainOfIgnorantHandler(t *testing.T, over transport) {
 	if took := e.gone.Sub(sent); took > goneBy(grace) {
 		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
 	}
-	if line := e.awaitLog("handler ignores its context and is left behind"); line.str("handler") != "main.misbehave" {
+	if line := e.awaitLog("handler ignores its context, stopping without it"); line.str("handler") != "main.misbehave" {
 		t.Errorf("the handler's name is missing: %s", line.text)
 	}
 }

@@ -247,7 +247,7 @@ func (s *systemd) testReloadFails(t *testing.T) {
 	}
 	text := run(t, s.command("journalctl", "--no-pager", "-o", "cat", invocation)).stdout
 	for _, why := range []string{
-		"echod: the upgrade was rolled back, and nothing has changed: starting the successor: the program on disk does not know upgrades, or did not start",
+		"echod: the upgrade was rolled back, and nothing has changed: starting the successor: the program on disk did not start, or does not support upgrades",
 		`ECHOD_GRACE: invalid argument "soon"`, "unknown flag: --unknown", "the check failed",
 	} {
 		if !strings.Contains(text, why) {

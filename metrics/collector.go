@@ -96,7 +96,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 	for phase := server.PhaseWaiting; phase <= server.PhaseClosing; phase++ {
 		gauge(c.conns, float64(st.Phases[phase]), phase.String())
 	}
-	gauge(c.behind, float64(st.Behind))
+	gauge(c.behind, float64(st.KeptByPredecessor))
 	if st.MaxConns > 0 {
 		gauge(c.connsLimit, float64(st.MaxConns))
 	}

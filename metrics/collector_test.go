@@ -46,7 +46,7 @@ func testEveryFigure(t *testing.T) {
 			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 9999}, AcceptQueue: 15, AcceptQueueLimit: 16},
 			{Address: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2), Port: 9999}, AcceptQueue: -1, AcceptQueueLimit: -1}, // unknown
 		},
-		NoticesSent: 17, NoticesFailed: 18, Behind: 20,
+		NoticesSent: 17, NoticesFailed: 18, KeptByPredecessor: 20,
 		Transitions: map[server.State]uint64{server.StateRunning: 19, server.StatePaused: 20, server.StateDraining: 21, server.StateStopped: 22},
 		Drain:       &server.DrainInfo{Since: began, Ended: began.Add(1500 * time.Millisecond)},
 		Closed:      make(map[server.Reason]uint64),

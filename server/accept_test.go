@@ -134,8 +134,8 @@ func TestAccept(t *testing.T) {
 			if _, took := drainIn(r.Server, time.Second, "TERM"); took > time.Second+budget {
 				t.Errorf("drain took %v, want at most the grace period of 1s and %v", took, budget)
 			}
-			if n := r.Status().Accepted; n > emptyAtMost {
-				t.Errorf("the drain accepted %d clients, want at most %d", n, emptyAtMost)
+			if n := r.Status().Accepted; n > maxEmptied {
+				t.Errorf("the drain accepted %d clients, want at most %d", n, maxEmptied)
 			}
 		})
 	})
@@ -357,7 +357,7 @@ func TestWrapConn(t *testing.T) {
 	t.Run("a client whose handshake ends during a drain is told", inBubble(Echo, wrapped, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		r.drain(2*time.Second, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		c.send(t, "local\n")
 		c.has(t, "SHUTDOWN 2 x\n")
 		c.leave(t)

@@ -13,22 +13,22 @@ import (
 
 // Access says which addresses may connect. Clients without an IP address, such as those of Unix sockets, always may.
 type Access struct {
-	// Allow and Deny are ranges of addresses. If there is an Allow, addresses outside of all ranges are denied. Where an
-	// address is in several ranges, the smallest range decides; of two equal ones, Deny does.
+	// Allow and Deny are ranges of addresses. If Allow is not empty, addresses outside of all ranges are denied. If an
+	// address is in several ranges, the smallest range decides. If the same range is in both, Deny decides.
 	Allow, Deny []netip.Prefix
 }
 
-// maxRanges bounds Allow and Deny each: every new connection is compared with all of them.
+// maxRanges bounds the length of Allow and of Deny, because every new connection is compared with all ranges.
 const maxRanges = 1000
 
 // allows reports whether addr may connect.
 func (a Access) allows(addr netip.Addr) bool {
-	allowed, denied := longest(a.Allow, addr), longest(a.Deny, addr)
+	allowed, denied := longestPrefix(a.Allow, addr), longestPrefix(a.Deny, addr)
 	return denied < 0 && len(a.Allow) == 0 || allowed > denied
 }
 
-// longest returns the length of the longest prefix that contains addr, or -1.
-func longest(ranges []netip.Prefix, addr netip.Addr) int {
+// longestPrefix returns the length of the longest prefix that contains addr, or -1 if none does.
+func longestPrefix(ranges []netip.Prefix, addr netip.Addr) int {
 	bits := -1
 	for _, r := range ranges {
 		if r.Bits() > bits && r.Contains(addr) {
@@ -143,36 +143,36 @@ func (r Rate) limiter() *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(float64(r.N)/r.Per.Seconds()), r.N)
 }
 
-// rates counts new connections for Limits.MaxConnRate and MaxConnRateTotal.
-type rates struct {
+// rateLimits counts new connections for Limits.MaxConnRate and MaxConnRateTotal.
+type rateLimits struct {
 	perAddress Rate
 	total      *rate.Limiter
-	clients    locked[ratedClients]
+	clients    lockedValue[clientLimiters]
 }
 
-// ratedClients are the limiters of clients that came lately, in two generations. When the newer one is full, the
-// older one is forgotten. So the memory is bounded, and an address that keeps coming stays known.
-type ratedClients struct{ newer, older map[netip.Addr]*rate.Limiter }
+// clientLimiters holds the limiters of recent clients in two generations. When the newer generation is full, the
+// older one is dropped. So the memory is bounded, and the limiter of a client that keeps connecting is kept.
+type clientLimiters struct{ newer, older map[netip.Addr]*rate.Limiter }
 
-// maxRated is how many addresses are in a generation.
-const maxRated = 8192
+// maxLimiters is the number of addresses in a generation.
+const maxLimiters = 8192
 
-func newRates(l Limits) *rates {
-	return &rates{perAddress: l.MaxConnRate, total: l.MaxConnRateTotal.limiter()}
+func newRateLimits(l Limits) *rateLimits {
+	return &rateLimits{perAddress: l.MaxConnRate, total: l.MaxConnRateTotal.limiter()}
 }
 
 // allowsClient takes a place for a client, and reports whether there was one.
-func (r *rates) allowsClient(client netip.Addr, now time.Time) (ok bool) {
+func (r *rateLimits) allowsClient(client netip.Addr, now time.Time) (ok bool) {
 	if r.perAddress == (Rate{}) {
 		return true
 	}
-	r.clients.With(func(c *ratedClients) {
+	r.clients.With(func(c *clientLimiters) {
 		limiter := c.newer[client]
 		if limiter == nil {
 			if limiter = c.older[client]; limiter == nil {
 				limiter = r.perAddress.limiter()
 			}
-			if c.newer == nil || len(c.newer) >= maxRated {
+			if c.newer == nil || len(c.newer) >= maxLimiters {
 				c.newer, c.older = make(map[netip.Addr]*rate.Limiter), c.newer
 			}
 			c.newer[client] = limiter
@@ -182,8 +182,8 @@ func (r *rates) allowsClient(client netip.Addr, now time.Time) (ok bool) {
 	return ok
 }
 
-// untilNext returns how long it takes until the rate in total has a place.
-func (r *rates) untilNext(now time.Time) time.Duration {
+// untilNext returns the time until the total rate allows a connection.
+func (r *rateLimits) untilNext(now time.Time) time.Duration {
 	missing := 1 - r.total.TokensAt(now)
 	if missing <= 0 || r.total.Limit() == rate.Inf {
 		return 0
@@ -191,12 +191,12 @@ func (r *rates) untilNext(now time.Time) time.Duration {
 	return time.Duration(missing / float64(r.total.Limit()) * float64(time.Second))
 }
 
-// screen decides whether c's address may connect, and counts it for the rates. It returns the reason if c is not to
-// be served. It is called once for each connection, when the client's address is known.
+// checkAccess checks whether c's address may connect, and counts it for the rates. It returns the reason if c is
+// refused, and otherwise 0. It is called once for each connection, when the client's address is known.
 //
-// With LimitQueue the rate in total rejects nobody: the accept loop waits until there is a place.
-func (s *Server) screen(c *Conn) Reason {
-	set := s.live()
+// With LimitQueue the total rate rejects no connection, because the accept loop waits for it.
+func (s *Server) checkAccess(c *Conn) Reason {
+	set := s.activeSettings()
 	now := time.Now()
 	if addr := addrOf(c.RemoteAddr()).WithZone(""); addr.IsValid() {
 		switch {
@@ -216,7 +216,7 @@ func (s *Server) screen(c *Conn) Reason {
 	return 0
 }
 
-// clientAddr returns the address that identifies a client: of an IPv6 address, the prefix.
+// clientAddr returns the address that identifies a client. For an IPv6 address that is its prefix.
 func (l *Limits) clientAddr(addr netip.Addr) netip.Addr {
 	if !addr.Is4() {
 		if prefix, err := addr.Prefix(l.IPv6Prefix); err == nil {

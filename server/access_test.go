@@ -137,23 +137,23 @@ func TestMaxConnRate(t *testing.T) {
 	}))
 
 	t.Run("addresses are forgotten, the rarest first", func(t *testing.T) {
-		rates := newRates(Limits{MaxConnRate: Rate{1, time.Hour}})
+		rates := newRateLimits(Limits{MaxConnRate: Rate{1, time.Hour}})
 		now := time.Now()
 		regular := netip.MustParseAddr("192.0.2.1")
 		if !rates.allowsClient(regular, now) {
 			t.Fatal("the first connection is rejected")
 		}
 		addr := netip.MustParseAddr("10.0.0.0")
-		for range 10 * maxRated {
+		for range 10 * maxLimiters {
 			addr = addr.Next()
 			rates.allowsClient(addr, now)
 			if rates.allowsClient(regular, now) {
 				t.Fatal("an address that keeps coming was forgotten")
 			}
 		}
-		rates.clients.With(func(c *ratedClients) {
-			if kept := len(c.newer) + len(c.older); kept > 2*maxRated {
-				t.Errorf("%d addresses are kept, want at most %d", kept, 2*maxRated)
+		rates.clients.With(func(c *clientLimiters) {
+			if kept := len(c.newer) + len(c.older); kept > 2*maxLimiters {
+				t.Errorf("%d addresses are kept, want at most %d", kept, 2*maxLimiters)
 			}
 		})
 	})

@@ -43,8 +43,8 @@ func TestMaxConns(t *testing.T) {
 	}))
 
 	t.Run("rejections that linger are bounded and hold up nobody", inBubble(Echo, rejecting, func(t *testing.T, r *rig) {
-		r.files = 60 // leaves (60-1)/2 = 29 of them; the spare of the reserve is more where open files are limited
-		most := max(29, r.live().limits.spareFiles())
+		r.maxConnFiles = 60 // leaves (60-1)/2 = 29 of them; the spare of the reserve is more where open files are limited
+		most := max(29, r.activeSettings().limits.spareFiles())
 		r.dial(t)
 		for range 2 { // those that have gone do not count
 			var clients []*client
@@ -65,10 +65,10 @@ func TestMaxConns(t *testing.T) {
 	t.Run("clients over that bound are told BUSY too", func(t *testing.T) {
 		ln := listen(t)
 		s, _ := newServer(t, Echo, rejecting)
-		s.files = 60
+		s.maxConnFiles = 60
 		serve(t, s, ln)
 		echoed(t, dialTCP(t, ln.Addr()), "x")
-		for range s.live().limits.spareFiles() + 8 {
+		for range s.activeSettings().limits.spareFiles() + 8 {
 			receivesAll(t, dialTCP(t, ln.Addr()), "BUSY\n")
 		}
 	})
@@ -149,7 +149,7 @@ func TestOpenFilesLimit(t *testing.T) {
 	t.Run("two servers in one process share it", bubbled(func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
 		other := newRig(t, Echo, Options{})
-		r.files, other.files = 3, 3
+		r.maxConnFiles, other.maxConnFiles = 3, 3
 		a, b, c := r.dial(t), r.dial(t), other.dial(t)
 		c.echoes(t, "x")
 		waiting := other.dial(t)
@@ -164,13 +164,13 @@ func TestOpenFilesLimit(t *testing.T) {
 
 	t.Run("a drain takes a part of the reserve for the accept queue", bubbled(func(t *testing.T) {
 		r := newRig(t, Echo, Options{})
-		r.files = 1
+		r.maxConnFiles = 1
 		served := r.dial(t)
 		queued := r.dial(t)
 		pass(time.Second)
 		queued.has(t, "")
 		r.drain(5*time.Second, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		for _, c := range []*client{served, queued} {
 			c.has(t, "SHUTDOWN 5 x\n")
 			c.leave(t)
@@ -220,7 +220,7 @@ func TestFloodOfRejections(t *testing.T) {
 	}
 	t.Run("those that do not linger are told, also on what is no socket", inBubble(Echo,
 		Options{Limits: Limits{MaxConns: 1, ReservedFiles: 3}}, func(t *testing.T, r *rig) {
-			r.files = 5 // so that two may linger
+			r.maxConnFiles = 5 // so that two may linger
 			r.pause(t, PauseOptions{Mode: PauseReject})
 			clients := []*client{r.dial(t), r.dial(t), r.dial(t)}
 			wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedPaused: 1})

@@ -75,7 +75,7 @@ func BenchmarkAdmitRelease(b *testing.B) {
 		a, nc := &acceptor{srv: s, handler: nothing}, newAbsentConn()
 		b.ReportAllocs()
 		for b.Loop() {
-			a.take(nc)
+			a.submitAccepted(nc)
 			<-closed
 		}
 		if err := s.state.Await(b.Context(), func(st *state) bool { return st.tasks == 0 }); err != nil {
@@ -112,8 +112,8 @@ func BenchmarkDrainNotice(b *testing.B) {
 		})
 		b.ReportAllocs()
 		for b.Loop() {
-			s.startTelling()
-			s.awaitFor(time.Minute, (*state).allTold)
+			s.startNotices()
+			s.awaitFor(time.Minute, (*state).noticesDone)
 			b.StopTimer()
 			s.state.With(func(st *state) {
 				for _, c := range st.conns.all() {
@@ -154,7 +154,7 @@ func BenchmarkSnapshot(b *testing.B) {
 		s := newCrowd(b, n, Echo, Options{})
 		b.ReportAllocs()
 		for b.Loop() {
-			if got := len(s.snapshot()); got != n {
+			if got := len(s.openConns()); got != n {
 				b.Fatalf("%d in the snapshot, want %d", got, n)
 			}
 		}
@@ -168,14 +168,14 @@ func BenchmarkSweep(b *testing.B) {
 		s := newCrowd(b, n, Echo, Options{Timeouts: Timeouts{Idle: 24 * time.Hour, Stall: 24 * time.Hour}})
 		b.ReportAllocs()
 		for b.Loop() {
-			for c := range inTurns(s.snapshot(), quietTurn) {
-				s.inspect(c, time.Now())
+			for c := range paced(s.openConns(), backgroundBurst) {
+				s.checkTimeouts(c, time.Now())
 			}
 		}
 		reportPerConn(b, n)
-		for _, c := range s.snapshot() {
-			if c.endReason() != 0 {
-				b.Fatalf("connection %d was ended as %v", c.id, c.endReason())
+		for _, c := range s.openConns() {
+			if c.closeReason() != 0 {
+				b.Fatalf("connection %d was ended as %v", c.id, c.closeReason())
 			}
 		}
 	})
@@ -198,7 +198,7 @@ func newCrowd(b *testing.B, n int, h Handler, o Options) *Server {
 	if err != nil {
 		b.Fatal(err)
 	}
-	s.live().limits.MaxConns = math.MaxInt // regardless of the limit on open files
+	s.activeSettings().limits.MaxConns = math.MaxInt // regardless of the limit on open files
 	a := &acceptor{srv: s, handler: h}
 	for range n {
 		c := newConn(a, newAbsentConn())
@@ -235,7 +235,7 @@ func shareClient(b *testing.B, s *Server) {
 		_ = served.Close()
 		reading.Wait()
 	})
-	for _, c := range s.snapshot() {
+	for _, c := range s.openConns() {
 		c.nc = served
 	}
 }

@@ -19,22 +19,23 @@ import (
 	"go.uber.org/zap"
 )
 
-// Certificates are certificates that are loaded from files, and loaded again when the files change. Clients get the
-// first certificate that is valid for the name they ask for, or else the first of all. New certificates apply to new
+// Certificates loads certificates from files, and loads them again when the files change. Clients get the first
+// certificate that is valid for the name they ask for, or else the first of all. New certificates apply to new
 // handshakes; existing connections and session tickets stay valid. All methods may be called concurrently.
 type Certificates struct {
-	opts    CertificateOptions
-	log     *zap.Logger
-	base    *tls.Config
-	current atomic.Pointer[loadedCertificates]
-	state   locked[certificatesState]
+	opts       CertificateOptions
+	log        *zap.Logger
+	baseConfig *tls.Config
+	current    atomic.Pointer[loadedCertificates]
+	state      lockedValue[certificatesState]
 }
 
-// CertificateOptions says what Certificates load.
+// CertificateOptions configures Certificates.
 type CertificateOptions struct {
 	// Pairs are the files of the certificates. At least one is required.
 	Pairs []CertificatePair
-	// ClientCAFile holds the certificates, in PEM form, that sign those of clients. Empty: Config.ClientCAs.
+	// ClientCAFile holds the certificates, in PEM form, of authorities that sign clients' certificates. Empty means
+	// Config.ClientCAs.
 	ClientCAFile string
 	// Config is what all handshakes have in common, such as MinVersion and ClientAuth. Its Certificates, GetCertificate
 	// and GetConfigForClient are not used. Nil means crypto/tls's defaults.
@@ -42,11 +43,12 @@ type CertificateOptions struct {
 	// TicketKeys is the result of Certificates.TicketKeys in another process. Clients of that process can then resume
 	// their sessions with this one. Nil means new keys.
 	TicketKeys []byte
-	// Logger logs which files are loaded, which cannot be, and which certificates expire soon. Nil logs nothing.
+	// Logger logs files that are loaded or cannot be loaded, and certificates that expire soon. Nil logs nothing.
 	Logger *zap.Logger
 }
 
-// CertificatePair names the files of a certificate, followed by those of its issuers, and of its key, in PEM form.
+// CertificatePair names the file of a certificate, followed by those of its issuers, and the file of its key, in PEM
+// form.
 type CertificatePair struct{ CertFile, KeyFile string }
 
 // CertificateInfo describes a certificate in use.
@@ -58,22 +60,22 @@ type CertificateInfo struct {
 	Loaded              time.Time
 }
 
-// loadedCertificates is one state of the files.
+// loadedCertificates holds the certificates from one load of the files.
 type loadedCertificates struct {
 	config *tls.Config
 	infos  []CertificateInfo
 }
 
-// certificatesState is kept from one check of the files to the next.
+// certificatesState is the state between two checks of the files.
 type certificatesState struct {
 	tickets  []ticketKey // the newest first
 	loaded   fingerprint // of the files in use
-	suspect  fingerprint // of files that could not be loaded at the last look
+	failing  fingerprint // of files that could not be loaded at the last check
 	reported fingerprint // of files whose error was logged
 	warned   map[string]time.Duration
 	reloads  uint64
 	failures uint64
-	err      error // of the last attempt
+	err      error // of the last attempt to load
 }
 
 type fingerprint [sha256.Size]byte
@@ -85,12 +87,12 @@ func LoadCertificates(opts CertificateOptions) (*Certificates, error) {
 	}
 	s := &Certificates{opts: opts, log: cmp.Or(opts.Logger, zap.NewNop())}
 	if opts.Config != nil {
-		s.base = opts.Config.Clone()
+		s.baseConfig = opts.Config.Clone()
 	} else {
-		s.base = new(tls.Config)
+		s.baseConfig = new(tls.Config)
 	}
-	s.base.GetCertificate = nil
-	s.base.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return s.current.Load().config, nil }
+	s.baseConfig.GetCertificate = nil
+	s.baseConfig.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return s.current.Load().config, nil }
 	tickets, err := parseTicketKeys(opts.TicketKeys)
 	if err != nil {
 		return nil, err
@@ -114,7 +116,7 @@ func LoadCertificates(opts CertificateOptions) (*Certificates, error) {
 }
 
 // Config returns the configuration for Listener.TLSConfig. It always uses the certificates loaded last.
-func (s *Certificates) Config() *tls.Config { return s.base }
+func (s *Certificates) Config() *tls.Config { return s.baseConfig }
 
 // Infos describes the certificates in use, in the order of CertificateOptions.Pairs.
 func (s *Certificates) Infos() []CertificateInfo { return slices.Clone(s.current.Load().infos) }
@@ -131,12 +133,13 @@ func (s *Certificates) Err() (err error) {
 	return err
 }
 
-// watchInterval is the time between two looks at the files.
+// watchInterval is the time between two checks of the files.
 const watchInterval = time.Second
 
-// Watch loads the files when their contents have changed, and changes the keys of session tickets twice a day. It checks
-// once a second. It returns the cause of ctx when that ends. Files that cannot be loaded are logged, and the certificates in use stay. A certificate and its key are
-// seldom replaced at the same instant, so an error is reported only if the next check finds it too.
+// Watch loads the files when their contents have changed, and changes the keys of session tickets twice a day. It
+// checks once a second. It returns the cause of ctx when that ends. If files cannot be loaded, it logs that, and the
+// certificates in use stay. A certificate and its key are seldom replaced at the same instant, so an error is logged
+// only if the next check finds the same files.
 func (s *Certificates) Watch(ctx context.Context) error {
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
@@ -145,14 +148,14 @@ func (s *Certificates) Watch(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case now := <-tick.C:
-			s.lookAndWarn(now)
+			s.check(now)
 		}
 	}
 }
 
-func (s *Certificates) lookAndWarn(now time.Time) {
+func (s *Certificates) check(now time.Time) {
 	s.state.With(func(st *certificatesState) {
-		_, _ = s.look(st, true) // logged
+		_, _ = s.reloadIfChanged(st, true) // logged
 		s.rotateTicketKeys(st, now, false)
 		s.warnExpiry(st, now)
 	})
@@ -161,17 +164,17 @@ func (s *Certificates) lookAndWarn(now time.Time) {
 // Reload loads the files now if they have changed, and reports whether they have. If they cannot be loaded, the
 // certificates in use stay.
 func (s *Certificates) Reload() (changed bool, err error) {
-	s.state.With(func(st *certificatesState) { changed, err = s.look(st, false) })
+	s.state.With(func(st *certificatesState) { changed, err = s.reloadIfChanged(st, false) })
 	return changed, err
 }
 
-// look loads the files if they have changed. With patient, it logs files that cannot be loaded only if the previous
-// look found them too.
-func (s *Certificates) look(st *certificatesState, patient bool) (changed bool, err error) {
+// reloadIfChanged loads the files if they have changed. With patient, it logs files that cannot be loaded only if the
+// previous call found the same files.
+func (s *Certificates) reloadIfChanged(st *certificatesState, patient bool) (changed bool, err error) {
 	files, err := s.read()
 	now := files.fingerprint()
 	if err == nil && now == st.loaded {
-		st.err, st.suspect = nil, fingerprint{}
+		st.err, st.failing = nil, fingerprint{}
 		return false, nil
 	}
 	var loaded *loadedCertificates
@@ -182,8 +185,8 @@ func (s *Certificates) look(st *certificatesState, patient bool) (changed bool, 
 		err = s.refuseExpired(loaded)
 	}
 	if err != nil {
-		if patient && st.suspect != now {
-			st.suspect = now
+		if patient && st.failing != now {
+			st.failing = now
 			return false, err
 		}
 		st.err = err
@@ -195,7 +198,7 @@ func (s *Certificates) look(st *certificatesState, patient bool) (changed bool, 
 		return false, err
 	}
 	s.current.Store(loaded)
-	st.loaded, st.suspect, st.reported, st.err = now, fingerprint{}, fingerprint{}, nil
+	st.loaded, st.failing, st.reported, st.err = now, fingerprint{}, fingerprint{}, nil
 	st.reloads++
 	clear(st.warned)
 	for _, info := range loaded.infos {
@@ -205,7 +208,7 @@ func (s *Certificates) look(st *certificatesState, patient bool) (changed bool, 
 	return true, nil
 }
 
-// certificateFiles are the contents of the files, in the order of the options.
+// certificateFiles holds the contents of the files, in the order of the options.
 type certificateFiles struct {
 	certs, keys [][]byte
 	clientCAs   []byte
@@ -231,7 +234,7 @@ func (s *Certificates) read() (files certificateFiles, err error) {
 	return files, err
 }
 
-// fingerprint tells two states of the files apart.
+// fingerprint returns a hash of the contents.
 func (f certificateFiles) fingerprint() fingerprint {
 	h := sha256.New()
 	for _, content := range slices.Concat(f.certs, f.keys, [][]byte{f.clientCAs}) {
@@ -243,7 +246,7 @@ func (f certificateFiles) fingerprint() fingerprint {
 }
 
 func (s *Certificates) parse(files certificateFiles) (*loadedCertificates, error) {
-	loaded := &loadedCertificates{config: s.base.Clone()}
+	loaded := &loadedCertificates{config: s.baseConfig.Clone()}
 	loaded.config.GetConfigForClient = nil
 	loaded.config.Certificates = nil
 	for i, pair := range s.opts.Pairs {
@@ -278,7 +281,7 @@ func describeCertificate(file string, leaf *x509.Certificate) CertificateInfo {
 	return info
 }
 
-// refuseExpired keeps a certificate that works from being replaced by one that has expired.
+// refuseExpired returns an error if an expired certificate would replace one that is valid.
 func (s *Certificates) refuseExpired(loaded *loadedCertificates) error {
 	now, current := time.Now(), s.current.Load()
 	for i, info := range loaded.infos {
@@ -290,7 +293,7 @@ func (s *Certificates) refuseExpired(loaded *loadedCertificates) error {
 	return nil
 }
 
-// expiryWarnings are the times before the end of a certificate at which it is logged that it expires, longest first.
+// expiryWarnings are the times before the end of a certificate at which a warning is logged, longest first.
 var expiryWarnings = []time.Duration{14 * 24 * time.Hour, 7 * 24 * time.Hour, 3 * 24 * time.Hour, 24 * time.Hour, 0}
 
 // warnExpiry logs certificates that expire soon, once for each of expiryWarnings. Only the last quarter of a
@@ -320,14 +323,14 @@ func (s *Certificates) warnExpiry(st *certificatesState, now time.Time) {
 	}
 }
 
-// ticketKey encrypts the session tickets of half a day.
+// ticketKey is a key with which session tickets are encrypted for half a day.
 type ticketKey struct {
 	Key     []byte    `json:"key"` // ticketKeySize bytes
 	Created time.Time `json:"created"`
 }
 
-// Bounds of ticket keys. A ticket is valid for at most a day, although crypto/tls promises clients a week. So a stolen key
-// decrypts the tickets of one day only.
+// Bounds of ticket keys. A ticket is valid for at most a day, although crypto/tls promises clients a week. So a
+// stolen key decrypts the tickets of one day only.
 const (
 	ticketKeySize = 32
 	ticketKeyUse  = 12 * time.Hour   // for which new tickets are encrypted with a key
@@ -335,14 +338,14 @@ const (
 	maxTicketKeys = int(ticketKeyLife/ticketKeyUse) + 1
 )
 
-// TicketKeys returns the keys of session tickets, for CertificateOptions.TicketKeys in the process that serves next. They
-// are secret: with them, recorded connections of TLS 1.2 clients that resumed a session can be decrypted.
+// TicketKeys returns the keys of session tickets, for CertificateOptions.TicketKeys in the process that serves next.
+// They are secret: with them, recorded connections of TLS 1.2 clients that resumed a session can be decrypted.
 func (s *Certificates) TicketKeys() (keys []byte) {
-	s.state.With(func(st *certificatesState) { keys, _ = json.Marshal(st.tickets) }) // such a value can always be encoded
+	s.state.With(func(st *certificatesState) { keys, _ = json.Marshal(st.tickets) }) // encoding this type cannot fail
 	return keys
 }
 
-// parseTicketKeys returns what TicketKeys has encoded. Its errors do not show the keys.
+// parseTicketKeys is the inverse of Certificates.TicketKeys. Its errors do not contain the keys.
 func parseTicketKeys(encoded []byte) (keys []ticketKey, err error) {
 	if encoded == nil {
 		return nil, nil
@@ -358,8 +361,8 @@ func parseTicketKeys(encoded []byte) (keys []ticketKey, err error) {
 	return keys[:min(len(keys), maxTicketKeys)], nil // another version may keep more
 }
 
-// rotateTicketKeys makes a new key if the newest has been used for long enough, and forgets those that are too
-// old. With apply, it puts keys into effect that have not changed.
+// rotateTicketKeys makes a new key if the newest is older than ticketKeyUse, and drops keys that are older than
+// ticketKeyLife. With apply, it also sets keys that have not changed.
 func (s *Certificates) rotateTicketKeys(st *certificatesState, now time.Time, apply bool) {
 	if len(st.tickets) == 0 || now.Sub(st.tickets[0].Created) >= ticketKeyUse {
 		fresh := ticketKey{Key: make([]byte, ticketKeySize), Created: now}
@@ -375,6 +378,6 @@ func (s *Certificates) rotateTicketKeys(st *certificatesState, now time.Time, ap
 	for _, k := range st.tickets {
 		keys = append(keys, [ticketKeySize]byte(k.Key))
 	}
-	s.base.SetSessionTicketKeys(keys) // for the certificates that are loaded next
+	s.baseConfig.SetSessionTicketKeys(keys) // for the certificates that are loaded next
 	s.current.Load().config.SetSessionTicketKeys(keys)
 }

@@ -166,8 +166,8 @@ func TestCertificates(t *testing.T) {
 			warned := func() int { return d.logs.FilterMessage("certificate expires soon").Len() }
 			look := func(left time.Duration) {
 				time.Sleep(time.Until(d.store.Infos()[0].NotAfter.Add(-left)))
-				d.store.lookAndWarn(time.Now())
-				d.store.lookAndWarn(time.Now())
+				d.store.check(time.Now())
+				d.store.check(time.Now())
 			}
 			for _, step := range []struct {
 				left time.Duration

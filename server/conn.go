@@ -10,12 +10,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime/debug"
 	"sync/atomic"
 	"syscall"
 	"time"
-
-	"go.uber.org/zap"
 )
 
 // Conn is an accepted connection. It differs from other net.Conns: notices never land inside a Write; Close leaves
@@ -24,62 +21,61 @@ import (
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
-	// What each message touches comes first, in a cache line of its own.
-	srv         *Server // set once, by newConn
-	bytesIn     atomic.Uint64
-	bytesOut    atomic.Uint64
-	active      atomic.Int64 // when a byte moved last, by Server.clock
-	posted      atomic.Int32 // length of messages
-	idle        atomic.Int32 // one of the idle constants
-	writeLock   writeLock    // held for each whole write; guards the four fields below, and changes of nc
-	lastByte    byte
-	writeClosed bool // CloseWrite was called
-	writeBroken bool // a write ended halfway: the client could not parse anything after it
-	flags       connFlags
-	turn        atomic.Int32 // one of the turn constants
-	phase       atomic.Int32
+	// Fields that are used for every read and write come first, so that they share a cache line.
+	srv            *Server // set once, by newConn
+	bytesIn        atomic.Uint64
+	bytesOut       atomic.Uint64
+	lastActive     atomic.Int64 // when a byte was last read or written, by Server.clock
+	queuedMessages atomic.Int32 // number of items in messages
+	idle           atomic.Int32 // one of the idle constants
+	writeLock      writeLock    // held for each whole write; guards the next three fields, and changes of nc
+	lastByte       byte         // the last byte written
+	writeClosed    bool         // CloseWrite was called
+	writeBroken    bool         // a write ended halfway: the client could not parse anything after it
+	flags          connFlags
+	echoToken      atomic.Int32 // one of the token constants
+	phase          atomic.Int32 // a Phase
 
-	// Set once, by newConn, or by state when it adds the connection (id).
-	id     uint64
-	opened int64 // by Server.clock
-	from   *acceptor
-	sock   net.Conn // what the listener returned, or what is below its TLS session
+	// Set once, by newConn; id by state.addConn.
+	id       uint64
+	opened   int64 // by Server.clock
+	acceptor *acceptor
+	sock     net.Conn // the listener's connection; below TLS if the listener returned a TLS session
 
-	nc net.Conn // what is read and written: sock, or what WrapConn made of it
+	nc net.Conn // the stream that the handler reads and writes: sock, or one that WrapConn or TLS made of it
 
 	// Guarded by Server.state.
 	admitted, rejected bool
-	told               bool // to leave: the notice is posted, or will be at once
+	told               bool // the client was told to leave, or will be in a moment
 
-	writeHeld bool // a handover holds writeLock; its own
+	writeHeld  bool // the handover holds writeLock; owned by the handover
+	clientGone bool // the client has closed or reset the connection; owned by the sweeper
+	handshaken bool // the TLS handshake is complete; owned by the reading goroutine
 
-	gone       bool // the sweeper has seen that the client has gone
-	handshaken bool // the reader has seen that the TLS handshake is complete
+	writeStarted atomic.Int64 // when the write in progress began, by Server.clock; 0 if there is none
 
-	blocked atomic.Int64 // since when a write is in progress, by Server.clock; 0 when none is
+	messages lockedValue[*messageQueue] // nil until the first one
+	closing  lockedValue[closingState]
 
-	messages locked[*messageQueue] // nil until the first one
-	closing  locked[closingState]
-
-	progress progress // the sweeper's own
+	sendProgress sendProgress // owned by the sweeper
 }
 
-// connFlags are facts about a connection, in one word to save memory.
+// connFlags is a set of flags, in one word to save memory.
 type connFlags struct{ bits atomic.Uint32 }
 
 const (
-	flagEchoing          uint32 = 1 << iota // the handler is Echo, which can be interrupted anywhere
-	flagHandingOver                         // the handler is to reach its safe point; set under the lock of closing
-	flagAwaited                             // a handover waits for the handler, or for the end; set like flagHandingOver
-	flagSent                                // another process gets the connection: nothing may change any more
+	flagEchoing          uint32 = 1 << iota // the handler is Echo, which a handover may interrupt anywhere
+	flagHandingOver                         // a handover wants the handler to reach its safe point; guarded by closing
+	flagSafePointPending                    // a handover waits for the safe point or the end; guarded by closing
+	flagFrozen                              // frozen by a handover: this process must not read or write it
 	flagHandlerWrites                       // a write of the handler is in progress
-	flagHasWriteDeadline                    // the handler has set one
+	flagHasWriteDeadline                    // the handler has set a write deadline
 	flagTLSBegun                            // the TLS handshake before admission has begun
 	flagSawEOF                              // the client has ended its stream
-	flagBroken                              // reset or lost: a read or write failed for no reason of ours
+	flagIOFailed                            // a read or write failed: the client reset the connection, or the network lost it
 	flagClosed                              // Close was called, or the handler has returned
-	flagNotified                            // the kernel took the notice of the drain
-	flagOld                                 // the notice for its age was scheduled
+	flagNotified                            // the kernel has accepted the drain notice
+	flagMaxAgeScheduled                     // the notice for Timeouts.MaxAge was scheduled
 )
 
 func (f *connFlags) has(flag uint32) bool { return f.bits.Load()&flag != 0 }
@@ -88,73 +84,73 @@ func (f *connFlags) clear(flag uint32)    { f.bits.And(^flag) }
 
 // closingState says how and why the connection ends.
 type closingState struct {
-	reason Reason         // 0 until the end is decided
-	cause  error          // why reads fail; nil while they do not
+	reason Reason         // 0 until the server or the handler ends the connection
+	cause  error          // the error of reads; nil while reads are possible
 	ctx    *cancelContext // nil until the handler uses its context
-	rare   *rareState     // nil until it is needed
+	rare   *rareState     // nil until ensureRare is called
 }
 
-// rareState is allocated only for the few connections that need it.
+// rareState holds what few connections need. It is allocated on first use, to save memory.
 type rareState struct {
 	notifier                    Notifier
 	labels                      map[string]string
-	readDeadline, writeDeadline time.Time // as the handler has set them
-	parent                      context.Context
+	readDeadline, writeDeadline time.Time       // set by the handler
+	parent                      context.Context // of the handler's context
 	handlerErr                  error
 	drain                       connDrain
 	handover                    connHandover
-	remote                      net.Addr // nil for that of the socket
+	remote                      net.Addr // the client's address; nil means that of the socket
 }
 
 // connDrain is a connection's own drain.
 type connDrain struct {
 	begun       bool
 	interrupted bool          // an idle Read has failed with ErrDraining
-	signal      chan struct{} // closed when it begins; nil until the handler asks for it
+	signal      chan struct{} // closed when the drain begins; nil until the handler calls Draining
 	deadline    time.Time
 	reason      string
-	closed      Reason // how the connection is closed at the deadline
+	closed      Reason // the close reason at the deadline
 }
 
 // Values of Conn.idle.
 const (
-	idleNo          int32 = iota
+	idleUnmarked    int32 = iota
 	idleMarked            // the handler waits for its next request
-	idleInterrupted       // and its Read is made to fail with ErrDraining
-	idleHandover          // or with ErrHandover
+	idleInterrupted       // a drain has interrupted the Read of an idle handler: it fails with ErrDraining
+	idleHandover          // a handover has interrupted it: it fails with ErrHandover
 )
 
 func newConn(a *acceptor, nc net.Conn) *Conn {
-	c := &Conn{srv: a.srv, from: a, sock: nc, nc: nc, opened: a.srv.clock()}
+	c := &Conn{srv: a.srv, acceptor: a, sock: nc, nc: nc, opened: a.srv.clock()}
 	if session, ok := nc.(*tls.Conn); ok { // of tls.NewListener
 		c.sock = session.NetConn()
 	}
 	if cred, ok := peerCredentials(nc); ok {
-		c.closing.With(func(cl *closingState) { cl.extra().remote = cred })
+		c.closing.With(func(cl *closingState) { cl.ensureRare().remote = cred })
 	}
 	c.phase.Store(int32(PhaseWaiting))
-	c.touch()
+	c.markActive()
 	connFiles.Add(1)
 	return c
 }
 
-// ID is the connection's number, counted from 1 in the order of accepting.
+// ID returns the connection's number. The server counts connections from 1, in the order in which it accepts them.
 func (c *Conn) ID() uint64 { return c.id }
 
 // Server returns the server that the connection belongs to.
 func (c *Conn) Server() *Server { return c.srv }
 
-// BytesIn is how many bytes were read from the client.
+// BytesIn returns the number of bytes read from the client.
 func (c *Conn) BytesIn() uint64 { return c.bytesIn.Load() }
 
-// BytesOut is how many bytes were written to the client, notices included.
+// BytesOut returns the number of bytes written to the client, including notices.
 func (c *Conn) BytesOut() uint64 { return c.bytesOut.Load() }
 
-// LocalAddr is the server's address on this connection.
+// LocalAddr returns the server's address on this connection.
 func (c *Conn) LocalAddr() net.Addr { return knownAddr(c.sock.LocalAddr()) }
 
-// RemoteAddr is the client's address, as returned by WrapConn's connection. The client of a Unix socket has no
-// address; RemoteAddr is then its Credentials, on systems that report them.
+// RemoteAddr returns the client's address. If WrapConn returned a connection with another remote address, it returns
+// that. The client of a Unix socket has no address; RemoteAddr returns its Credentials, on systems that report them.
 func (c *Conn) RemoteAddr() (addr net.Addr) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil {
@@ -168,7 +164,7 @@ func (c *Conn) RemoteAddr() (addr net.Addr) {
 }
 
 // NetConn returns the underlying stream: the connection from the listener or from WrapConn, for example a *tls.Conn.
-// Direct reads and writes on it are not counted, and notices may land between them.
+// The server does not count direct reads and writes on it, and may send notices between them.
 func (c *Conn) NetConn() (nc net.Conn) {
 	c.closing.With(func(*closingState) { nc = c.nc })
 	return nc
@@ -203,7 +199,8 @@ func (Credentials) Network() string { return "unix" }
 // String returns, for example, "uid=1000,pid=4711".
 func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID, c.PID) }
 
-// PeerCredentials returns the credentials of the client of a Unix socket; ok is false where the system does not tell.
+// PeerCredentials returns the credentials of the client of a Unix socket. ok is false on systems that do not report
+// them.
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
 
 // Draining returns a channel that is closed when the connection's drain begins: its client has been told, and has
@@ -211,7 +208,7 @@ func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCreden
 // (Timeouts.MaxAge). The handler may finish its work until its context is cancelled.
 func (c *Conn) Draining() (signal <-chan struct{}) {
 	c.closing.With(func(cl *closingState) {
-		d := &cl.extra().drain
+		d := &cl.ensureRare().drain
 		if d.signal == nil {
 			d.signal = make(chan struct{})
 			if d.begun {
@@ -223,7 +220,8 @@ func (c *Conn) Draining() (signal <-chan struct{}) {
 	return signal
 }
 
-// DrainDeadline returns when the connection is closed at the latest; ok is false while it is not being drained.
+// DrainDeadline returns the time at which the server closes the connection. ok is false while the connection is not
+// being drained.
 func (c *Conn) DrainDeadline() (deadline time.Time, ok bool) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil && cl.rare.drain.begun {
@@ -244,21 +242,21 @@ func (c *Conn) DrainReason() (reason string) {
 }
 
 // startDrain begins the connection's drain.
-func (c *Conn) startDrain(as connDrain) {
+func (c *Conn) startDrain(info connDrain) {
 	c.closing.With(func(cl *closingState) {
-		d := &cl.extra().drain
-		d.begun, d.deadline, d.reason, d.closed = true, as.deadline, as.reason, as.closed
+		d := &cl.ensureRare().drain
+		d.begun, d.deadline, d.reason, d.closed = true, info.deadline, info.reason, info.closed
 		if d.signal != nil {
 			close(d.signal)
 		}
 		if cl.cause == nil && c.idle.CompareAndSwap(idleMarked, idleInterrupted) {
 			d.interrupted = true
-			_ = c.nc.SetReadDeadline(longAgo)
+			_ = c.nc.SetReadDeadline(aLongTimeAgo)
 		}
 	})
 }
 
-// moveDeadline changes the deadline of the connection's drain, if it has begun.
+// moveDeadline sets the deadline of the connection's drain to the result of deadline, if the drain has begun.
 func (c *Conn) moveDeadline(deadline func(connDrain) time.Time) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil && cl.rare.drain.begun {
@@ -271,12 +269,12 @@ func (c *Conn) moveDeadline(deadline func(connDrain) time.Time) {
 // bufio.Reader, that Buffered returns 0. (A bufio.Scanner does not report this.) A drain then makes the waiting Read,
 // or the next one, fail with ErrDraining, once per connection. No byte is lost, so the handler may also continue. The
 // first byte read ends the mark. Call MarkIdle on the goroutine that reads.
-func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleNo, idleMarked) }
+func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleUnmarked, idleMarked) }
 
-// endIdle removes the mark of MarkIdle after a read, which may have brought data. It returns ErrDraining or
-// ErrHandover if the read was interrupted for that.
+// endIdle removes the mark of MarkIdle after a read; data reports whether the read returned data. If a drain or a
+// handover interrupted the read, endIdle returns ErrDraining or ErrHandover.
 func (c *Conn) endIdle(data bool) (interrupted error) {
-	was := c.idle.Swap(idleNo)
+	was := c.idle.Swap(idleUnmarked)
 	switch was {
 	case idleInterrupted:
 		interrupted = ErrDraining
@@ -287,7 +285,7 @@ func (c *Conn) endIdle(data bool) (interrupted error) {
 	}
 	c.closing.With(func(cl *closingState) {
 		if data && was == idleInterrupted {
-			cl.rare.drain.interrupted = false // a request has begun: the handler can be interrupted after it
+			cl.rare.drain.interrupted = false // a request has begun: the drain may interrupt the handler again after it
 		}
 		if cl.cause == nil {
 			_ = c.nc.SetReadDeadline(cl.rare.readDeadline)
@@ -296,8 +294,9 @@ func (c *Conn) endIdle(data bool) (interrupted error) {
 	return interrupted
 }
 
-// refuseIdleRead returns why a read of an idle handler must fail at once: a drain or a handover has begun already.
-func (c *Conn) refuseIdleRead() (err error) {
+// idleReadError returns ErrDraining or ErrHandover if a read of an idle handler must fail at once, because a drain or
+// a handover has begun already.
+func (c *Conn) idleReadError() (err error) {
 	c.closing.With(func(cl *closingState) {
 		switch {
 		case cl.cause != nil || cl.rare == nil:
@@ -309,7 +308,7 @@ func (c *Conn) refuseIdleRead() (err error) {
 		}
 	})
 	if err != nil {
-		c.idle.Store(idleNo)
+		c.idle.Store(idleUnmarked)
 	}
 	return err
 }
@@ -335,11 +334,11 @@ func (c *Conn) finishHandshake() error {
 // notifies once, so a Notifier that is set after that is not called: check Draining.
 func (c *Conn) SetNotifier(n Notifier) {
 	if n == nil {
-		n = silent{}
+		n = silentNotifier{}
 	}
 	c.writeLock.Lock()
 	defer c.unlockWrite()
-	c.closing.With(func(cl *closingState) { cl.extra().notifier = n })
+	c.closing.With(func(cl *closingState) { cl.ensureRare().notifier = n })
 }
 
 // Wrap replaces the connection's stream with the one that wrap returns, such as a TLS session for STARTTLS. While
@@ -353,12 +352,12 @@ func (c *Conn) Wrap(ctx context.Context, wrap WrapConn) error {
 	defer c.unlockWrite()
 	err := c.replaceStream(ctx, wrap)
 	if err != nil {
-		c.closing.With(func(cl *closingState) { cl.extra().notifier = silent{} })
+		c.closing.With(func(cl *closingState) { cl.ensureRare().notifier = silentNotifier{} })
 	}
 	return err
 }
 
-// replaceStream replaces the stream by what wrap makes of it. The client's address stays.
+// replaceStream replaces the stream with the one that wrap returns. The client's address does not change.
 func (c *Conn) replaceStream(ctx context.Context, wrap WrapConn) error {
 	wrapped, err := wrap(ctx, c.nc)
 	if err != nil {
@@ -371,7 +370,7 @@ func (c *Conn) replaceStream(ctx context.Context, wrap WrapConn) error {
 	return nil
 }
 
-// setStream replaces the stream, and with it the client's address, before the connection is admitted.
+// setStream replaces the stream before the connection is admitted. The client's address becomes that of the new stream.
 func (c *Conn) setStream(wrapped net.Conn) {
 	var remote net.Addr
 	if named, ok := wrapped.(addrConn); ok {
@@ -382,7 +381,7 @@ func (c *Conn) setStream(wrapped net.Conn) {
 	c.closing.With(func(cl *closingState) {
 		c.nc = wrapped
 		if remote != nil {
-			cl.extra().remote = remote
+			cl.ensureRare().remote = remote
 		}
 	})
 }
@@ -396,7 +395,7 @@ type addrConn struct {
 	remote net.Addr
 }
 
-// RemoteAddr returns the address that was given.
+// RemoteAddr returns the address given to WithRemoteAddr.
 func (c addrConn) RemoteAddr() net.Addr { return c.remote }
 
 // Bounds on labels.
@@ -419,7 +418,7 @@ func (c *Conn) SetLabel(key, value string) error {
 	}
 	var full bool
 	c.closing.With(func(cl *closingState) {
-		r := cl.extra()
+		r := cl.ensureRare()
 		_, known := r.labels[key]
 		switch {
 		case value == "":
@@ -449,7 +448,8 @@ func (c *Conn) Labels() (labels map[string]string) {
 	return labels
 }
 
-func (cl *closingState) extra() *rareState {
+// ensureRare returns cl.rare, and allocates it if necessary.
+func (cl *closingState) ensureRare() *rareState {
 	if cl.rare == nil {
 		cl.rare = new(rareState)
 	}
@@ -459,14 +459,14 @@ func (cl *closingState) extra() *rareState {
 // Read reads what the client sent. Once the server ends the connection, Read fails with the cause. See MarkIdle for
 // ErrDraining.
 func (c *Conn) Read(p []byte) (n int, err error) {
-	if c.idle.Load() != idleNo {
+	if c.idle.Load() != idleUnmarked {
 		if err = c.finishHandshake(); err == nil {
-			if err := c.refuseIdleRead(); err != nil {
+			if err := c.idleReadError(); err != nil {
 				return 0, err
 			}
 		}
 	}
-	if c.flags.has(flagSent) {
+	if c.flags.has(flagFrozen) {
 		return 0, ErrConnClosed
 	}
 	if err == nil {
@@ -474,13 +474,13 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 	}
 	var interrupted error
 	if n > 0 || err != nil {
-		if c.idle.Load() != idleNo {
+		if c.idle.Load() != idleUnmarked {
 			interrupted = c.endIdle(n > 0)
 		}
 	}
 	if n > 0 {
 		c.bytesIn.Add(uint64(n))
-		c.touch()
+		c.markActive()
 	}
 	switch {
 	case err == nil:
@@ -492,19 +492,19 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 		}
 		return 0, interrupted
 	default:
-		err = c.explain(err)
+		err = c.ioError(err)
 	}
 	return n, err
 }
 
-// explain returns the cause instead of err if the server ends the connection. Otherwise it returns err, and records a
-// reset or a lost connection.
-func (c *Conn) explain(err error) error {
+// ioError returns the error that a failed read or write reports. If the server ended the connection, that is the cause
+// of the end. Otherwise it is err, and ioError records that the connection was reset or lost.
+func (c *Conn) ioError(err error) error {
 	if cause := c.cause(); cause != nil {
 		return cause
 	}
 	if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, net.ErrClosed) {
-		c.flags.set(flagBroken)
+		c.flags.set(flagIOFailed)
 	}
 	return err
 }
@@ -531,7 +531,7 @@ func (c *Conn) SetDeadline(t time.Time) error {
 func (c *Conn) SetReadDeadline(t time.Time) (err error) {
 	c.closing.With(func(cl *closingState) {
 		if !t.IsZero() || cl.rare != nil {
-			cl.extra().readDeadline = t
+			cl.ensureRare().readDeadline = t
 		}
 		if idle := c.idle.Load(); cl.cause == nil && idle != idleInterrupted && idle != idleHandover {
 			err = c.nc.SetReadDeadline(t)
@@ -545,7 +545,7 @@ func (c *Conn) SetReadDeadline(t time.Time) (err error) {
 func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
 	c.closing.With(func(cl *closingState) {
 		if !t.IsZero() || cl.rare != nil {
-			cl.extra().writeDeadline = t
+			cl.ensureRare().writeDeadline = t
 			c.flags.set(flagHasWriteDeadline)
 		}
 		if cl.cause == nil && c.flags.has(flagHandlerWrites) {
@@ -555,50 +555,51 @@ func (c *Conn) SetWriteDeadline(t time.Time) (err error) {
 	return err
 }
 
-func (c *Conn) touch() { c.active.Store(c.srv.clock()) }
+func (c *Conn) markActive() { c.lastActive.Store(c.srv.clock()) }
 
-// clock is the time since the server was made, in nanoseconds. It is never zero. A change of the wall clock, which
-// would make every connection look idle, does not affect it.
+// clock returns the nanoseconds since New. It is never zero. A change of the wall clock does not affect it; with the
+// wall clock, such a change could make every connection look idle.
 func (s *Server) clock() int64 { return int64(time.Since(s.started)) + 1 }
 
-// at is the inverse of clock.
-func (s *Server) at(clock int64) time.Time { return s.started.Add(time.Duration(clock - 1)) }
+// timeAt is the inverse of clock.
+func (s *Server) timeAt(clock int64) time.Time { return s.started.Add(time.Duration(clock - 1)) }
 
 // startTask counts a goroutine that works for an open connection. It calls endTask last, and the drain waits for it.
 func (s *Server) startTask() { s.state.With(func(st *state) { st.tasks++ }) }
 func (s *Server) endTask()   { s.state.With(func(st *state) { st.tasks-- }) }
 
-// endReason is how the connection ends; zero while that is not decided.
-func (c *Conn) endReason() (why Reason) {
+// closeReason returns why the connection ends; 0 while it is open.
+func (c *Conn) closeReason() (why Reason) {
 	c.closing.With(func(cl *closingState) { why = cl.reason })
 	return why
 }
 
-// cause is why reads fail; nil while they do not.
+// cause returns the error of reads; nil while reads are possible.
 func (c *Conn) cause() (cause error) {
 	c.closing.With(func(cl *closingState) { cause = cl.cause })
 	return cause
 }
 
-// end ends the connection with a reason, unless it has one already. It cancels the handler's context and makes reads
-// fail at once. Writes have flushTimeout left.
+// end ends the connection for the given reason, and reports whether it was the first to do so. It cancels the handler's
+// context and makes reads fail at once. Writes have flushTimeout left. It does nothing once a handover has frozen the
+// connection.
 func (c *Conn) end(why Reason, cause error) (first bool) {
-	var awaited bool
+	var pending bool
 	c.closing.With(func(cl *closingState) {
-		if first = cl.reason == 0 && !c.flags.has(flagSent); first {
+		if first = cl.reason == 0 && !c.flags.has(flagFrozen); first {
 			cl.reason = why
 			c.cancelIO(cl, cause)
-			awaited = c.endAwaited()
+			pending = c.clearSafePointPending()
 		}
 	})
-	if awaited {
-		c.srv.countSettled(c)
+	if pending {
+		c.srv.countSafePoint(c)
 	}
 	return first
 }
 
-// cancelIO makes reads fail with cause, and writes after a while. The caller holds the lock of c.closing. It cancels
-// the context first, so that a goroutine woken by the deadline finds the cause.
+// cancelIO makes reads fail with cause at once, and writes after flushTimeout. The caller holds the lock of c.closing.
+// It cancels the context first, so that a goroutine woken by the deadline finds the cause.
 func (c *Conn) cancelIO(cl *closingState, cause error) {
 	if cl.cause == nil {
 		cl.cause = cause
@@ -606,387 +607,8 @@ func (c *Conn) cancelIO(cl *closingState, cause error) {
 	if cl.ctx != nil {
 		cl.ctx.cancel(cause)
 	}
-	_ = c.nc.SetReadDeadline(longAgo)
+	_ = c.nc.SetReadDeadline(aLongTimeAgo)
 	_ = c.nc.SetWriteDeadline(time.Now().Add(flushTimeout))
-}
-
-// connContext is a connection as the context of its handler. The 190 bytes that package context needs are allocated
-// when the handler first uses the context, which an echo never does.
-type connContext Conn
-
-type cancelContext struct {
-	context.Context
-	cancel context.CancelCauseFunc
-}
-
-func (x *connContext) real() (ctx context.Context) {
-	(*Conn)(x).closing.With(func(cl *closingState) {
-		if cl.ctx == nil {
-			parent := context.Background()
-			if cl.rare != nil && cl.rare.parent != nil {
-				parent = cl.rare.parent
-			}
-			cl.ctx = new(cancelContext)
-			cl.ctx.Context, cl.ctx.cancel = context.WithCancelCause(parent)
-			if cl.cause != nil {
-				cl.ctx.cancel(cl.cause)
-			}
-		}
-		ctx = cl.ctx.Context
-	})
-	return ctx
-}
-
-func (x *connContext) Deadline() (time.Time, bool) { return x.real().Deadline() }
-func (x *connContext) Done() <-chan struct{}       { return x.real().Done() }
-func (x *connContext) Err() error                  { return x.real().Err() }
-
-// Value is also how context.Cause finds the cause.
-func (x *connContext) Value(key any) any { return x.real().Value(key) }
-
-// setParent sets the parent of the handler's context.
-func (c *Conn) setParent() {
-	parent := c.from.base
-	if c.srv.opts.ConnContext != nil {
-		if parent == nil {
-			parent = context.Background()
-		}
-		parent = c.srv.opts.ConnContext(parent, c)
-	}
-	if parent != nil {
-		c.closing.With(func(cl *closingState) { cl.extra().parent = parent })
-	}
-}
-
-// serve is the goroutine of an admitted connection. Its stack of 2 KiB is more than a third of the memory of an idle
-// connection. The frames from here to where an echo waits just fit into it; one more frame doubles the stack of each
-// connection. For a connection that is taken over, owned says whether it is to be served; otherwise owned is nil.
-func (c *Conn) serve(owned <-chan bool) {
-	defer c.srv.endTask()
-	natural := ReasonHandlerError // for a handler that calls runtime.Goexit
-	defer func() { c.close(natural) }()
-	if owned != nil && !<-owned {
-		natural = 0 // the connection is not this goroutine's
-		return
-	}
-	defer func() {
-		if p := recover(); p != nil {
-			natural = c.panicked(p)
-		}
-	}()
-	if c.from.base != nil || c.srv.opts.ConnContext != nil {
-		c.setParent()
-	}
-	natural = c.handlerResult(c.from.handler.ServeConn((*connContext)(c), c))
-}
-
-// serveWith is serve with another function in place of the handler's.
-func (c *Conn) serveWith(f func(ctx context.Context) error) {
-	defer c.srv.endTask()
-	natural := ReasonHandlerError
-	defer func() { c.close(natural) }()
-	defer func() {
-		if p := recover(); p != nil {
-			natural = c.panicked(p)
-		}
-	}()
-	if c.from.base != nil || c.srv.opts.ConnContext != nil {
-		c.setParent()
-	}
-	natural = c.handlerResult(f((*connContext)(c)))
-}
-
-// panicked logs a panic of the handler.
-func (c *Conn) panicked(p any) Reason {
-	c.srv.log.Error("handler panicked", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()),
-		zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
-	return ReasonHandlerPanic
-}
-
-// handlerResult returns the close reason that follows from the handler's result. It is a separate function because
-// logging in serve would enlarge the stack of every connection.
-func (c *Conn) handlerResult(err error) Reason {
-	if state, ok := handoverState(err); ok {
-		var handedOver bool
-		if handedOver, err = c.awaitHandover(state); handedOver {
-			return reasonHandedOver
-		}
-	}
-	why := c.naturalReason(err)
-	if err != nil {
-		c.closing.With(func(cl *closingState) { cl.extra().handlerErr = err })
-	}
-	if why == ReasonHandlerError && c.endReason() == 0 {
-		c.srv.log.Warn("handler returned an error",
-			zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
-	}
-	return why
-}
-
-func (c *Conn) naturalReason(err error) Reason {
-	switch {
-	case c.flags.has(flagBroken):
-		return ReasonClientReset
-	case c.flags.has(flagSawEOF) && (err == nil || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)):
-		return ReasonClientClosed // close may turn it into ReasonClientLeft
-	case errors.Is(err, ErrClientGone):
-		return ReasonClientClosed
-	case err != nil && !errors.Is(err, ErrConnClosed) && !errors.Is(err, ErrDraining):
-		return ReasonHandlerError
-	default:
-		return ReasonHandlerDone
-	}
-}
-
-// boundHandshake sets the deadline of reads and writes that a handshake makes on the stream below Conn.
-func (c *Conn) boundHandshake(t time.Time) {
-	c.closing.With(func(cl *closingState) {
-		if cl.cause == nil {
-			_ = c.nc.SetDeadline(t)
-		}
-	})
-}
-
-// endHandshake records how the handshake before admission ended.
-func (c *Conn) endHandshake(err error) {
-	c.closing.With(func(cl *closingState) {
-		if cl.cause == nil {
-			cl.ctx = nil // the handler gets a context of its own
-		}
-	})
-	c.boundHandshake(time.Time{})
-	if err == nil {
-		return
-	}
-	_, isTLS := errors.AsType[*HandshakeError](err)
-	why, cause := c.handshakeReason(), fmt.Errorf("%w: %w", errHandshakeFailed, err)
-	switch {
-	case isTLS: // also for a client that left in the middle of it
-	case errors.Is(err, io.EOF):
-		why, cause = ReasonClientClosed, ErrConnClosed
-	case errors.Is(err, syscall.ECONNRESET):
-		why, cause = ReasonClientReset, ErrConnClosed
-	}
-	first := c.end(why, cause)
-	if crowded := errors.Is(c.cause(), errHandshakeCrowded); crowded {
-		err = fmt.Errorf("%w: %w", errHandshakeCrowded, err)
-	} else if !first || why != c.handshakeReason() {
-		return // the server has ended it, or the client has left before it began
-	}
-	c.closing.With(func(cl *closingState) { cl.extra().handlerErr = err })
-	c.srv.log.Warn("handshake failed", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()), zap.Error(err))
-}
-
-var errHandshakeFailed = errors.New("the handshake failed")
-
-// handshakeReason is the close reason of a connection whose handshake fails now.
-func (c *Conn) handshakeReason() Reason {
-	if c.flags.has(flagTLSBegun) {
-		return ReasonHandshakeFailed
-	}
-	return ReasonRejectedHandshake
-}
-
-// closeUnserved is the goroutine of a connection that was ended before it was admitted.
-func (c *Conn) closeUnserved() {
-	defer c.srv.endTask()
-	c.close(ReasonHandlerDone)
-}
-
-// reject is the goroutine of a connection that is not served: it tells the client why, half-closes, lingers and
-// closes.
-func (c *Conn) reject(why Reason) {
-	defer c.srv.endTask()
-	// Reads stay possible: the first write to a TLS client performs the handshake.
-	_ = c.nc.SetDeadline(time.Now().Add(flushTimeout))
-	c.writeLock.Lock()
-	if text := c.rejection(why); len(text) > 0 {
-		_, _ = c.write(text)
-	}
-	c.unlockWrite()
-	c.end(why, errors.New(why.String()))
-	c.close(why)
-}
-
-// rejectNow is reject without waiting for the client. A client that keeps sending may see a reset.
-func (c *Conn) rejectNow(why Reason) {
-	defer c.srv.endTask()
-	c.end(why, errors.New(why.String()))
-	if raw := rawConn(c.sock); raw != nil {
-		discardPending(raw)
-	}
-	c.writeLock.Lock()
-	if text := c.rejection(why); rawConn(c.nc) == nil { // TLS, for example
-		_, _ = c.write(text) // into an empty send buffer, so that it does not wait
-	} else {
-		_, _ = c.tryWrite(text)
-	}
-	c.closeWrite()
-	c.writeLock.Unlock()
-	c.closeSocket()
-	c.closeMessages()
-	c.finish(why)
-}
-
-// rejection returns what the client is told when it is not served. The caller holds the write lock.
-func (c *Conn) rejection(why Reason) []byte {
-	if c.from.tls != nil && !c.flags.has(flagTLSBegun) {
-		return nil // the client expects a handshake
-	}
-	n := Notice{Kind: NoticeReject, Rejected: why}
-	if why == ReasonRejectedDraining {
-		c.srv.state.With(func(st *state) { n.Reason, n.Deadline = st.drain.cause.reason, st.drain.deadline })
-	}
-	return c.render(&message{notice: n})
-}
-
-// close ends a connection, with the reason natural unless it has one already. It sends pending messages, half-closes,
-// lingers for the client's FIN, closes, and records the end. It lingers because closing a socket with unread input
-// sends an RST, which makes the client's kernel discard data that the client has not read (RFC 1122, 4.2.2.13).
-func (c *Conn) close(natural Reason) {
-	switch natural {
-	case 0:
-		return
-	case reasonHandedOver:
-		c.release()
-		return
-	default:
-	}
-	c.phase.Store(int32(PhaseClosing))
-	c.srv.connState(c, PhaseClosing)
-	c.flags.set(flagClosed)
-	c.end(natural, ErrConnClosed)
-	why := c.endReason()
-
-	// The lock is free within flushTimeout, because writes have no longer. Under the lock it is known whether the
-	// client was notified: it may leave faster than its notifier can say so.
-	c.writeLock.Lock()
-	if why == ReasonClientClosed && c.flags.has(flagNotified) {
-		why = ReasonClientLeft
-	}
-	c.flushMessages()
-	c.closeStream(why)
-	c.closeMessages()
-	c.writeLock.Unlock()
-	c.finish(why)
-}
-
-// closeStream half-closes, lingers and closes. The caller holds the write lock.
-func (c *Conn) closeStream(why Reason) {
-	sawFIN := false
-	c.writeClosed = true
-	if !c.flags.has(flagBroken) && why != ReasonStalled && c.closeWrite() {
-		sawFIN = c.linger()
-	}
-	switch {
-	case why == ReasonStalled || why == ReasonForced:
-		resetOnClose(c.sock)
-	case !sawFIN:
-		setOrphanTimeout(c.sock)
-	}
-	c.closeSocket()
-}
-
-// closeSocket closes the socket, and then the stream on top of it, which cannot wait for the client any more.
-func (c *Conn) closeSocket() {
-	_ = c.sock.Close()
-	if c.nc != c.sock {
-		_ = c.nc.Close()
-	}
-}
-
-// closeWrite ends the stream towards the client, through all layers. It reports whether the socket was half-closed.
-func (c *Conn) closeWrite() bool {
-	if c.nc != c.sock {
-		c.closeNotify()
-	}
-	half, ok := c.sock.(halfCloser)
-	return ok && half.CloseWrite() == nil
-}
-
-// linger discards input until the client's FIN. Its time and bytes are bounded, because a flooding client could take
-// CPU time from other clients.
-func (c *Conn) linger() (sawFIN bool) {
-	_ = c.sock.SetReadDeadline(time.Now().Add(lingerTimeout))
-	n, err := io.CopyN(io.Discard, c.sock, lingerBytes)
-	return n < lingerBytes && errors.Is(err, io.EOF)
-}
-
-// abort closes the socket under its users. It does not block: it closes below TLS, which would wait up to five seconds
-// for a client that does not read.
-func (c *Conn) abort() {
-	if c.endReason() == ReasonForced {
-		resetOnClose(c.sock)
-	} else {
-		setOrphanTimeout(c.sock)
-	}
-	_ = c.sock.Close()
-}
-
-// finish records a closed connection, once, and calls OnClose and ConnState.
-func (c *Conn) finish(why Reason) {
-	s := c.srv
-	closed := ClosedConn{
-		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Opened: c.srv.at(c.opened),
-		Closed: time.Now(), Reason: why, BytesIn: c.BytesIn(), BytesOut: c.BytesOut(),
-		Notified: c.flags.has(flagNotified), Labels: c.Labels(), Err: c.handlerErr(),
-	}
-	var first bool
-	s.state.With(func(st *state) {
-		if first = st.removeConn(c, closed); first {
-			connFiles.Add(-1)
-		}
-	})
-	if !first {
-		return
-	}
-	s.logClosed(closed)
-	s.connState(c, PhaseClosed)
-	if s.opts.OnClose != nil {
-		s.callOnClose(closed)
-	}
-}
-
-func (c *Conn) handlerErr() (err error) {
-	c.closing.With(func(cl *closingState) {
-		if cl.rare != nil {
-			err = cl.rare.handlerErr
-		}
-	})
-	return err
-}
-
-func (s *Server) logClosed(closed ClosedConn) {
-	if s.opts.QuietConns {
-		return
-	}
-	if entry := s.log.Check(zap.InfoLevel, "connection closed"); entry != nil {
-		fields := []zap.Field{
-			zap.Uint64("conn", closed.ID), zap.Stringer("remote", closed.Remote), zap.Stringer("reason", closed.Reason),
-			zap.Uint64("bytes_in", closed.BytesIn), zap.Uint64("bytes_out", closed.BytesOut),
-			zap.Duration("duration", closed.Closed.Sub(closed.Opened).Round(time.Millisecond)),
-		}
-		if len(closed.Labels) > 0 {
-			fields = append(fields, zap.Any("labels", closed.Labels))
-		}
-		entry.Write(fields...)
-	}
-}
-
-func (s *Server) callOnClose(closed ClosedConn) {
-	defer func() {
-		if p := recover(); p != nil {
-			s.log.Error("OnClose panicked", zap.Uint64("conn", closed.ID), zap.String("panic", fmt.Sprint(p)),
-				zap.ByteString("stack", debug.Stack()))
-		}
-	}()
-	s.opts.OnClose(closed)
-}
-
-func (s *Server) connState(c *Conn, p Phase) {
-	if s.opts.ConnState != nil {
-		s.opts.ConnState(c, p)
-	}
 }
 
 // addrOf returns the IP address in a, or the zero Addr if it has none.

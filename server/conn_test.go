@@ -61,7 +61,7 @@ func TestCloseReason(t *testing.T) {
 		}, want: ReasonClientReset},
 		"the client half-closes after the notice": {h: Echo, does: func(t *testing.T, r *rig, c *client) {
 			r.drain(0, "x")
-			pass(acceptorsStop)
+			pass(acceptorsTimeout)
 			c.leave(t)
 		}, want: ReasonClientLeft},
 		"the handler returns nil":                       {h: returns(nil), does: leave, want: ReasonHandlerDone},
@@ -415,7 +415,7 @@ func TestClose(t *testing.T) {
 				t.Fatal(err)
 			}
 			awaitConns(t, s, 1)
-			conn := s.snapshot()[0]
+			conn := s.openConns()[0]
 			await(t, "an echo that the kernel took", func() bool { return conn.BytesOut() == before })
 			wantErr(t, "Kill", s.Kill(conn.ID()), nil)
 			await(t, "the linger", func() bool { return Phase(conn.phase.Load()) == PhaseClosing })
@@ -590,7 +590,7 @@ func TestMarkIdle(t *testing.T) {
 		fresh.ends(t, "SHUTDOWN 3600 x\n")
 		used.ends(t, "SHUTDOWN 3600 x\n")
 		<-r.Done()
-		if took := time.Since(began); took > acceptorsStop {
+		if took := time.Since(began); took > acceptorsTimeout {
 			t.Errorf("the drain took %v, want no time after its begin", took)
 		}
 		wantClosed(t, r.Server, map[Reason]uint64{ReasonHandlerDone: 2})
@@ -875,7 +875,7 @@ func TestWrap(t *testing.T) {
 	}), Options{}, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		r.drain(time.Minute, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		c.has(t, "")
 		if sent, failed, err := r.Notify(t.Context(), "hello"); sent+failed != 0 || err != nil {
 			t.Errorf("Notify: %d sent, %d failed, %v; want neither", sent, failed, err)
@@ -984,7 +984,7 @@ func TestConnHooks(t *testing.T) {
 	}))
 
 	t.Run("ConnState sees each phase in order", bubbled(func(t *testing.T) {
-		var phases locked[map[uint64][]Phase]
+		var phases lockedValue[map[uint64][]Phase]
 		r := newRig(t, Echo, Options{
 			Limits: Limits{MaxConns: 1, AtLimit: LimitReject},
 			ConnState: func(c *Conn, p Phase) {

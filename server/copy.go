@@ -12,13 +12,13 @@ import (
 )
 
 // maxReads is how many reads in a row WriteTo makes before it checks the read deadline, with which the server
-// interrupts a connection. The socket of a flooding client is always readable, so the poller itself would never check
-// it.
+// interrupts a connection. The socket of a flooding client is always readable, so the poller would never check the
+// deadline.
 const maxReads = 16
 
-// WriteTo implements io.WriterTo, which io.Copy uses: it writes to w what the client sends, until the client ends its
+// WriteTo implements io.WriterTo, which io.Copy uses. It copies what the client sends to w, until the client ends its
 // stream. It holds no buffer while the client is silent, and uses larger buffers for a client that sends more. If w
-// is c itself, an echo, each message costs one system call to read it, one to write it, and no allocation.
+// is c itself, as in an echo, each message costs two system calls and no allocation.
 //
 // WriteTo reads, so only one goroutine may use it at a time. Deadlines and the end of the connection act as in Read
 // and Write, except that a write deadline counts only for a write that has to wait for the client.
@@ -33,53 +33,53 @@ type copier struct {
 	dst   io.Writer
 	buf   *buffer // nil while the client is silent
 	size  bufferSize
-	small bool // a smaller buffer would have sufficed for the last read
+	small bool // the last read would have fit into a smaller buffer
 	echo  bool // dst is src
-	// resumable means that a handover may interrupt the copier anywhere. It then returns ErrHandover, and rest is what
-	// was read and not written.
+	// resumable means that a handover may interrupt the copier anywhere. The copier then returns ErrHandover, and
+	// leaves the bytes that it has read and not written in unwritten.
 	resumable bool
 
-	visited  bool
-	reportsQ bool // what reportQueue returned
+	started      bool // onReadable was called
+	reportsQueue bool // the result of reportQueue
 
-	// The work that a visit to the descriptor has left.
-	locked  bool // src.writeLock is held, because a part of the read before rest was written
-	eof     bool
-	read    int    // size of the last read
-	rest    []byte // of that, what is not written yet
-	err     error
-	written int64
+	// Results of onReadable.
+	holdsWriteLock bool // src.writeLock is held, because only a part of the read was written
+	eof            bool
+	lastRead       int    // size of the last read
+	unwritten      []byte // bytes of the last read that were not written yet
+	err            error
+	written        int64
 }
 
 // copy uses the fastest method that the stream allows.
 func (cp *copier) copy() (int64, error) {
 	nc := cp.src.nc
 	if raw := rawConn(nc); raw != nil {
-		return cp.run(raw)
+		return cp.copyRaw(raw)
 	}
 	if session, transport := tlsSession(nc); transport != nil {
-		return cp.session(session, transport)
+		return cp.copyTLS(session, transport)
 	}
-	return cp.plain()
+	return cp.copyBuffered()
 }
 
-// run does what may block, between visits to the descriptor.
-func (cp *copier) run(raw syscall.RawConn) (int64, error) {
+// copyRaw copies from a socket. It calls onReadable when the socket is readable, and does here what may block.
+func (cp *copier) copyRaw(raw syscall.RawConn) (int64, error) {
 	defer cp.finish()
 	c := cp.src
-	visit := cp.visit // bound once, because each binding allocates
+	onReadable := cp.onReadable // bound once, because each binding allocates
 	for {
-		if c.idle.Load() != idleNo {
-			if err := c.refuseIdleRead(); err != nil {
+		if c.idle.Load() != idleUnmarked {
+			if err := c.idleReadError(); err != nil {
 				return cp.written, err
 			}
 		}
-		err := raw.Read(visit)
-		if cp.resumable && !c.takeTurn() {
+		err := raw.Read(onReadable)
+		if cp.resumable && !c.takeEchoToken() {
 			return cp.written, ErrHandover
 		}
-		if len(cp.rest) > 0 {
-			if werr := cp.writeRest(); werr != nil {
+		if len(cp.unwritten) > 0 {
+			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
 			}
 		}
@@ -88,9 +88,9 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 			c.flags.set(flagSawEOF)
 			return cp.written, nil
 		case cp.err != nil:
-			return cp.written, c.explain(c.readError(cp.err))
+			return cp.written, c.ioError(c.readError(cp.err))
 		case err != nil:
-			if c.idle.Load() != idleNo {
+			if c.idle.Load() != idleUnmarked {
 				if interrupted := c.endIdle(false); interrupted != nil && c.cause() == nil {
 					return cp.written, interrupted
 				}
@@ -99,22 +99,22 @@ func (cp *copier) run(raw syscall.RawConn) (int64, error) {
 				if c.flags.has(flagHandingOver) {
 					return cp.written, ErrHandover
 				}
-				continue // the handover was given up in this instant
+				continue // the handover was rolled back meanwhile
 			}
-			return cp.written, c.explain(asRead(err))
+			return cp.written, c.ioError(asReadError(err))
 		}
 	}
 }
 
-// asRead names the operation as net.Conn.Read does; package net calls it raw-read.
-func asRead(err error) error {
+// asReadError changes the operation in an error of RawConn.Read from raw-read to read, as in errors of net.Conn.Read.
+func asReadError(err error) error {
 	if oe, ok := errors.AsType[*net.OpError](err); ok {
 		oe.Op = "read"
 	}
 	return err
 }
 
-// readError wraps the error of read(2) as package net does.
+// readError wraps an error of read(2) as package net does.
 func (c *Conn) readError(err error) error {
 	return &net.OpError{
 		Op: "read", Net: c.RemoteAddr().Network(), Source: c.LocalAddr(), Addr: c.RemoteAddr(),
@@ -122,26 +122,26 @@ func (c *Conn) readError(err error) error {
 	}
 }
 
-// visit is called with src's descriptor each time it may be readable. It never blocks, because closing a connection
-// waits for it. Returning false parks the goroutine until the poller reports new input. The poller is edge-triggered
-// and does not report earlier input again, not even a FIN. So visit returns false only when the kernel reports that
-// nothing is left.
-func (cp *copier) visit(fd uintptr) (done bool) {
+// onReadable is called with src's descriptor when it may be readable. It never blocks, because closing a connection
+// waits for it. If it returns false, the goroutine waits until the poller reports new input. The poller is
+// edge-triggered and does not report earlier input again, not even a FIN. So onReadable returns false only when the
+// kernel reports that nothing is left.
+func (cp *copier) onReadable(fd uintptr) (done bool) {
 	c := cp.src
-	if cp.resumable && !c.takeTurn() {
+	if cp.resumable && !c.takeEchoToken() {
 		return true
 	}
-	if !cp.visited {
-		cp.visited, cp.reportsQ = true, reportQueue(fd)
+	if !cp.started {
+		cp.started, cp.reportsQueue = true, reportQueue(fd)
 	}
 	for range maxReads {
 		if cp.buf == nil {
-			cp.buf = takeBuffer(cp.size)
+			cp.buf = getBuffer(cp.size)
 		}
-		n, left, err := readFD(fd, cp.buf, cp.reportsQ)
+		n, left, err := readFD(fd, cp.buf, cp.reportsQueue)
 		switch {
 		case wouldBlock(err):
-			cp.idle()
+			cp.goIdle()
 			return false
 		case err != nil:
 			cp.err = err
@@ -150,47 +150,48 @@ func (cp *copier) visit(fd uintptr) (done bool) {
 			cp.eof = true
 			return true
 		}
-		if c.idle.Load() != idleNo {
+		if c.idle.Load() != idleUnmarked {
 			c.endIdle(true)
 		}
 		c.bytesIn.Add(uint64(n))
-		c.touch()
-		cp.read, cp.rest = n, cp.buf.bytes[:n:n]
+		c.markActive()
+		cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
 		if !cp.echo || !cp.writeNow(fd) {
 			return true
 		}
-		cp.adapt()
+		cp.resizeBuffer()
 		if left == 0 {
-			cp.idle()
+			cp.goIdle()
 			return false
 		}
 	}
 	return true
 }
 
-// idle gives up what the copier has while the client is silent.
-func (cp *copier) idle() {
-	cp.release()
+// goIdle releases the buffer and the token while the client is silent.
+func (cp *copier) goIdle() {
+	cp.releaseBuffer()
 	if cp.resumable {
-		cp.src.turn.Store(turnFree)
+		cp.src.echoToken.Store(tokenFree)
 	}
 }
 
-// Values of Conn.turn. While it is free, an echo has read and written everything and waits for the client. A handover
-// then takes the turn, so that it need not wake the echo, which takes time when there are thousands.
+// Values of Conn.echoToken. It is free while an echo has written everything that it has read, and waits for the
+// client. A handover then takes the token instead of waking the echo, because waking thousands of goroutines takes
+// time.
 const (
-	turnTaken  int32 = iota // by the handler
-	turnFree                // an echo waits for the client
-	turnFrozen              // by a handover: the echo must not touch the socket
+	tokenHandler  int32 = iota // the handler has the token
+	tokenFree                  // an echo waits for the client
+	tokenHandover              // a handover has the token: the echo must not use the socket
 )
 
-// takeTurn takes the turn for the handler, and reports whether it has it.
-func (c *Conn) takeTurn() bool {
-	return c.turn.Load() == turnTaken || c.turn.CompareAndSwap(turnFree, turnTaken)
+// takeEchoToken takes the token for the handler. It reports false if a handover has it.
+func (c *Conn) takeEchoToken() bool {
+	return c.echoToken.Load() == tokenHandler || c.echoToken.CompareAndSwap(tokenFree, tokenHandler)
 }
 
-// writeNow writes rest without waiting, and reports whether that was all. It leaves the remainder, and any error, to
-// writeRest. If it wrote a part, it keeps the write lock, so that no notice lands in between.
+// writeNow writes without waiting, and reports whether it wrote everything. It leaves the rest, and any error, to
+// writeUnwritten. If it wrote a part, it keeps the write lock, so that no notice is written in between.
 func (cp *copier) writeNow(fd uintptr) bool {
 	c := cp.src
 	if !c.writeLock.TryLock() {
@@ -200,72 +201,72 @@ func (cp *copier) writeNow(fd uintptr) bool {
 		c.writeLock.Unlock()
 		return false
 	}
-	n, _ := writeFD(fd, cp.rest)
+	n, _ := writeFD(fd, cp.unwritten)
 	if n > 0 {
 		c.bytesOut.Add(uint64(n))
-		c.lastByte = cp.rest[n-1]
+		c.lastByte = cp.unwritten[n-1]
 		cp.written += int64(n)
-		cp.rest = cp.rest[n:]
+		cp.unwritten = cp.unwritten[n:]
 	}
-	if n > 0 && len(cp.rest) > 0 {
-		cp.locked = true
+	if n > 0 && len(cp.unwritten) > 0 {
+		cp.holdsWriteLock = true
 		return false
 	}
 	c.unlockWrite()
-	return len(cp.rest) == 0
+	return len(cp.unwritten) == 0
 }
 
-// writeRest writes rest, and waits for its reader.
-func (cp *copier) writeRest() (err error) {
+// writeUnwritten writes the rest, and waits for dst.
+func (cp *copier) writeUnwritten() (err error) {
 	var n int
 	switch {
 	case cp.resumable:
 		if n, err = cp.writeResumable(); errors.Is(err, ErrHandover) {
 			cp.written += int64(n)
-			cp.rest = cp.rest[n:]
+			cp.unwritten = cp.unwritten[n:]
 			return err
 		}
-	case cp.locked:
-		n, err = cp.src.writeForHandler(cp.rest)
+	case cp.holdsWriteLock:
+		n, err = cp.src.writeForHandler(cp.unwritten)
 		cp.src.writeBroken = cp.src.writeBroken || err != nil
-		cp.locked = false
+		cp.holdsWriteLock = false
 		cp.src.unlockWrite()
 	default:
-		n, err = cp.dst.Write(cp.rest)
-		if n < 0 || n > len(cp.rest) {
+		n, err = cp.dst.Write(cp.unwritten)
+		if n < 0 || n > len(cp.unwritten) {
 			n, err = 0, errInvalidWrite
 		}
 	}
 	cp.written += int64(n)
-	if err == nil && n < len(cp.rest) {
+	if err == nil && n < len(cp.unwritten) {
 		err = io.ErrShortWrite
 	}
-	cp.rest = nil
+	cp.unwritten = nil
 	if cp.buf != nil {
-		cp.adapt()
+		cp.resizeBuffer()
 	}
 	return err
 }
 
-// writeResumable writes rest to src. A handover that interrupts it does not break the stream: the successor writes
-// the rest.
+// writeResumable writes the rest to src. If a handover interrupts it, the stream is not broken, because the successor
+// writes what is left.
 func (cp *copier) writeResumable() (int, error) {
 	c := cp.src
-	if !cp.locked && !c.writeLock.TryLock() && !c.writeLock.LockUnless(c.HandingOver()) {
+	if !cp.holdsWriteLock && !c.writeLock.TryLock() && !c.writeLock.LockOrCancel(c.HandingOver()) {
 		return 0, ErrHandover
 	}
-	halfway := cp.locked
-	cp.locked = false
+	halfway := cp.holdsWriteLock
+	cp.holdsWriteLock = false
 	defer c.unlockWrite()
 	if err := c.writeError(); err != nil {
 		return 0, err
 	}
 	var written int
 	for {
-		n, err := c.writeForHandler(cp.rest[written:])
+		n, err := c.writeForHandler(cp.unwritten[written:])
 		written += n
 		switch {
-		case err == nil || written == len(cp.rest):
+		case err == nil || written == len(cp.unwritten):
 			return written, err
 		case !cp.wasInterrupted(err):
 			c.writeBroken = c.writeBroken || halfway || written > 0
@@ -276,49 +277,49 @@ func (cp *copier) writeResumable() (int, error) {
 	}
 }
 
-// wasInterrupted reports whether err is that of a handover's interrupt: an echo sets no deadlines of its own.
+// wasInterrupted reports whether a handover caused err. An echo itself sets no deadlines.
 func (cp *copier) wasInterrupted(err error) bool {
 	return cp.resumable && errors.Is(err, os.ErrDeadlineExceeded) && cp.src.cause() == nil
 }
 
-var errInvalidWrite = errors.New("the writer returned a count outside of what it was given")
+var errInvalidWrite = errors.New("the writer returned an invalid count")
 
-// adapt chooses the size of the next buffer by the size of the last read.
-func (cp *copier) adapt() {
+// resizeBuffer chooses the size of the next buffer from the size of the last read.
+func (cp *copier) resizeBuffer() {
 	var next bufferSize
-	next, cp.small = cp.buf.size.after(cp.read, cp.small)
+	next, cp.small = cp.buf.size.next(cp.lastRead, cp.small)
 	if next != cp.buf.size {
-		cp.release()
+		cp.releaseBuffer()
 		cp.size = next
 	}
 }
 
-// finish gives the buffer back, and keeps a copy of what is not written.
+// finish releases the buffer, and keeps a copy of the unwritten bytes.
 func (cp *copier) finish() {
-	cp.rest = slices.Clone(cp.rest)
-	cp.release()
+	cp.unwritten = slices.Clone(cp.unwritten)
+	cp.releaseBuffer()
 }
 
-func (cp *copier) release() {
+func (cp *copier) releaseBuffer() {
 	if cp.buf != nil {
-		cp.buf.giveBack()
+		cp.buf.put()
 		cp.buf = nil
 	}
 }
 
-// plain is run for a connection whose descriptor cannot be read directly, such as a TLS session of the handler's own.
-func (cp *copier) plain() (int64, error) {
-	cp.buf = takeBuffer(smallBuffer)
+// copyBuffered copies from a stream that is not a socket, such as a TLS session that a handler has made.
+func (cp *copier) copyBuffered() (int64, error) {
+	cp.buf = getBuffer(smallBuffer)
 	defer cp.finish()
 	for {
 		n, err := cp.src.Read(cp.buf.bytes)
-		cp.read, cp.rest = n, cp.buf.bytes[:n:n]
+		cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
 		if n > 0 {
-			if werr := cp.writeRest(); werr != nil {
+			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
 			}
 			if cp.buf == nil {
-				cp.buf = takeBuffer(smallBuffer)
+				cp.buf = getBuffer(smallBuffer)
 			}
 		}
 		switch {
@@ -334,22 +335,22 @@ func (cp *copier) plain() (int64, error) {
 	}
 }
 
-// echo sends back what the client sends, after pending, which another process had read.
+// echo writes pending, which another process has read, and then sends back what the client sends.
 func (c *Conn) echo(pending []byte) error {
-	cp := &copier{src: c, dst: c, echo: true, resumable: true, rest: pending}
+	cp := &copier{src: c, dst: c, echo: true, resumable: true, unwritten: pending}
 	c.flags.set(flagEchoing)
-	if c.flags.has(flagHandingOver) || !c.takeTurn() { // it began before echoing was set, and has interrupted nothing
+	if c.flags.has(flagHandingOver) || !c.takeEchoToken() { // a handover that began before flagEchoing was set has not interrupted the echo
 		return Handover(pending)
 	}
 	var err error
 	if len(pending) > 0 {
-		err = cp.writeRest()
+		err = cp.writeUnwritten()
 	}
 	if err == nil {
 		_, err = cp.copy()
 	}
 	if errors.Is(err, ErrHandover) {
-		return Handover(cp.rest)
+		return Handover(cp.unwritten)
 	}
 	return err
 }
@@ -366,7 +367,7 @@ const (
 
 var buffers = [...]struct {
 	bytes int
-	most  int32 // how many may be in use: a client that stalls keeps the one that is being written to it
+	most  int32 // maximum number in use; a stalled client keeps the buffer that is being written to it
 	inUse atomic.Int32
 	pool  sync.Pool
 }{
@@ -375,9 +376,10 @@ var buffers = [...]struct {
 	largeBuffer:  {bytes: 512 << 10, most: 64},
 }
 
-// after returns the size to use after a read of n bytes into a buffer of size s: a larger one if the read filled it, a
-// smaller one if that would have sufficed twice in a row. It reports whether it would have.
-func (s bufferSize) after(n int, smallBefore bool) (next bufferSize, small bool) {
+// next returns the size of the buffer for the next read, after a read of n bytes into a buffer of size s. It is
+// larger if the read filled the buffer, and smaller if two reads in a row would have fit into a smaller one. small
+// reports whether this read would have fit.
+func (s bufferSize) next(n int, smallBefore bool) (next bufferSize, small bool) {
 	small = s > smallBuffer && n < buffers[s-1].bytes
 	switch {
 	case s < largeBuffer && n == buffers[s].bytes:
@@ -393,11 +395,11 @@ func (s bufferSize) after(n int, smallBefore bool) (next bufferSize, small bool)
 type buffer struct {
 	bytes    []byte
 	size     bufferSize
-	receiver receiver
+	recvArgs recvArgs
 }
 
-// takeBuffer returns a buffer of size s, or of the next smaller size of which not too many are in use.
-func takeBuffer(s bufferSize) *buffer {
+// getBuffer returns a buffer of size s. If too many of that size are in use, it returns a smaller one.
+func getBuffer(s bufferSize) *buffer {
 	for ; s > smallBuffer; s-- {
 		if buffers[s].inUse.Add(1) <= buffers[s].most {
 			break
@@ -410,7 +412,8 @@ func takeBuffer(s bufferSize) *buffer {
 	return &buffer{bytes: make([]byte, buffers[s].bytes), size: s}
 }
 
-func (b *buffer) giveBack() {
+// put returns the buffer to its pool.
+func (b *buffer) put() {
 	if b.size > smallBuffer {
 		buffers[b.size].inUse.Add(-1)
 	}

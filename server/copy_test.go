@@ -279,13 +279,13 @@ func TestEcho(t *testing.T) {
 			for range 3 {
 				echoed(t, c, "x")
 				var before time.Time
-				for _, conn := range s.snapshot() {
-					before = s.at(conn.active.Load())
+				for _, conn := range s.openConns() {
+					before = s.timeAt(conn.lastActive.Load())
 				}
 				asked := time.Now()
 				echoed(t, c, "x")
-				for _, conn := range s.snapshot() {
-					if active := s.at(conn.active.Load()); active.Before(asked) {
+				for _, conn := range s.openConns() {
+					if active := s.timeAt(conn.lastActive.Load()); active.Before(asked) {
 						t.Errorf("an echo that was asked for %v after the last one did not count", asked.Sub(before))
 					}
 				}
@@ -426,10 +426,10 @@ func TestWriteTo(t *testing.T) {
 				s, dial := serve(HandlerFunc(func(_ context.Context, c *Conn) error {
 					cp := &copier{src: c, dst: w, size: largeBuffer}
 					if raw := rawConn(c.nc); raw != nil {
-						_, err := cp.run(raw)
+						_, err := cp.copyRaw(raw)
 						return err
 					}
-					_, err := cp.plain()
+					_, err := cp.copyBuffered()
 					return err
 				}))
 				c := dial()
@@ -462,7 +462,7 @@ func TestBuffers(t *testing.T) {
 			{largeBuffer, 64<<10 - 1, true, mediumBuffer, false},
 			{largeBuffer, 512 << 10, false, largeBuffer, false},
 		} {
-			if got, small := step.size.after(step.n, step.smallBefore); got != step.want || small != step.small {
+			if got, small := step.size.next(step.n, step.smallBefore); got != step.want || small != step.small {
 				t.Errorf("size %d after %d bytes, small before: %t: %d, small: %t; want %d, %t",
 					step.size, step.n, step.smallBefore, got, small, step.want, step.small)
 			}
@@ -473,16 +473,16 @@ func TestBuffers(t *testing.T) {
 	t.Run("large ones are bounded", func(t *testing.T) {
 		var taken []*buffer
 		for range buffers[largeBuffer].most {
-			taken = append(taken, takeBuffer(largeBuffer))
+			taken = append(taken, getBuffer(largeBuffer))
 		}
-		more := takeBuffer(largeBuffer)
+		more := getBuffer(largeBuffer)
 		if more.size != mediumBuffer || len(more.bytes) != 64<<10 {
 			t.Errorf("beyond the bound there was one of size %d, want the next smaller", more.size)
 		}
-		more.giveBack()
+		more.put()
 		for _, b := range taken {
 			wantEqual(t, "size within the bound", b.size, largeBuffer)
-			b.giveBack()
+			b.put()
 		}
 		wantEqual(t, "large buffers in use", buffers[largeBuffer].inUse.Load(), int32(0))
 		wantEqual(t, "medium buffers in use", buffers[mediumBuffer].inUse.Load(), int32(0))

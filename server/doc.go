@@ -37,11 +37,15 @@
 // From the bottom up; a file mostly uses those before it:
 //
 //   - sys_*.go: the platforms. lock.go: a value that is reached only under its lock.
-//   - conn.go, write.go, copy.go, tls.go: the connection. listen.go: the listener.
+//   - conn.go (what a handler sees), serve.go (from the handler's call to the close), write.go (writes and notices),
+//     copy.go (the echo's fast path), tls.go: the connection. listen.go: the listener.
 //   - state.go, table.go: everything under the one lock.
-//   - admission.go, accept.go, pause.go, drain.go, timeouts.go: what changes it.
-//   - handover.go (the predecessor), takeover.go (the successor), handover_link.go (descriptors over a Unix socket),
-//     handover_wire.go (the messages): the handover to another process.
-//   - server.go, options.go, handler.go, notifier.go, certificates.go, status.go, events.go, probe.go, enums.go,
-//     errors.go: what users call and set.
+//   - accept.go, handshake.go, admission.go: from the accept queue to the handler. pause.go: holds. shutdown.go (the
+//     calls), drain.go (the steps), schedule.go (when each client is told): the drain. timeouts.go: idle, stalled and
+//     old connections.
+//   - handover.go (the predecessor), takeover.go (the successor), handover_freeze.go (connections during the freeze),
+//     handover_kept.go (connections that stay with the predecessor), handover_wire.go (the messages),
+//     handover_link.go (descriptors over a Unix socket): the handover to another process.
+//   - server.go, options.go, settings.go, access.go, handler.go, notifier.go, certificates.go, status.go, events.go,
+//     probe.go, enums.go, errors.go: what users call and set.
 package server

@@ -28,7 +28,7 @@ func TestDrain(t *testing.T) {
 			served := r.dial(t)
 			queue := []*client{r.dial(t), r.dial(t), r.dial(t)} // the limit keeps them there
 			r.drain(5*time.Second, "TERM")
-			pass(acceptorsStop)
+			pass(acceptorsTimeout)
 			for _, c := range append(queue, served) {
 				c.has(t, "SHUTDOWN 5 TERM\n")
 				c.echoes(t, "last words\n")
@@ -47,7 +47,7 @@ func TestDrain(t *testing.T) {
 		accepted, queued := r.dial(t), r.dial(t)
 		wantPhases(t, r.Server, PhaseWaiting)
 		r.drain(5*time.Second, "TERM")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		for _, c := range []*client{accepted, queued} {
 			c.has(t, "SHUTDOWN 5 TERM\n")
 			c.echoes(t, "x\n")
@@ -66,7 +66,7 @@ func TestDrain(t *testing.T) {
 			deaf.send(t, "x") // its handler blocks in a write
 			others := []*client{r.dial(t), r.dial(t)}
 			r.drain(5*time.Second, "TERM")
-			pass(acceptorsStop)
+			pass(acceptorsTimeout)
 			for _, c := range others {
 				c.has(t, "SHUTDOWN 5 TERM\n")
 				c.leave(t)
@@ -127,7 +127,7 @@ func TestDrain(t *testing.T) {
 		r := newRig(t, Echo, Options{Logger: blockingLog("connection opened", told)})
 		c := r.dial(t)
 		r.drain(time.Minute, "x")
-		pass(2 * acceptorsStop)
+		pass(2 * acceptorsTimeout)
 		close(told)
 		c.has(t, "SHUTDOWN 60 x\n")
 		wantEqual(t, "notified", r.Status().Drain.Notified, 1)
@@ -238,7 +238,7 @@ func TestDrain(t *testing.T) {
 			deaf.SetWindow(0)
 			deaf.send(t, "x")
 			r.drain(time.Second, "TERM")
-			pass(acceptorsStop)
+			pass(acceptorsTimeout)
 			leaver.leave(t)
 			<-r.Done()
 			entries := r.messages("drained")
@@ -259,12 +259,12 @@ func TestDrain(t *testing.T) {
 		r.dial(t) // is killed
 		r.dial(t) // stays
 		r.drain(time.Minute, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		leaver.leave(t)
 		_ = r.Kill(2)
 		<-r.Done()
 		rep := report(t, r.Server)
-		wantEqual(t, "left, closed at the deadline, otherwise", []int{rep.Left, rep.AtDeadline, rep.Otherwise}, []int{1, 1, 1})
+		wantEqual(t, "left, closed at the deadline, otherwise", []int{rep.Left, rep.AtDeadline, rep.ClosedOtherwise}, []int{1, 1, 1})
 	}))
 
 	for name, late := range map[string]bool{"before it": false, "during it": true} {
@@ -431,7 +431,7 @@ func TestDeadline(t *testing.T) {
 		if rep.Stuck != 1 || rep.AtDeadline != 1 {
 			t.Errorf("report %+v, want 1 stuck and 1 closed at the deadline", rep)
 		}
-		entries := r.messages("handler ignores its context and is left behind")
+		entries := r.messages("handler ignores its context, stopping without it")
 		if len(entries) != 1 {
 			t.Fatalf("%d log lines name the handler, want 1", len(entries))
 		}
@@ -495,7 +495,7 @@ func TestDrainAgain(t *testing.T) {
 		r := newRig(t, HandlerFunc(func(ctx context.Context, c *Conn) error { conns <- c; return untilDone(ctx, c) }), Options{})
 		r.dial(t)
 		r.drain(time.Hour, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		r.StartDrain(DrainOptions{Grace: time.Second})
 		deadline, _ := (<-conns).DrainDeadline()
 		wantEqual(t, "time left", time.Until(deadline), time.Second)
@@ -663,7 +663,7 @@ func TestDrainDelay(t *testing.T) {
 		for _, c := range []*client{old, late} {
 			c.echoes(t, "x\n") // nobody is told yet
 		}
-		pass(time.Second + acceptorsStop)
+		pass(time.Second + acceptorsTimeout)
 		if !r.ln.isClosed() {
 			t.Error("the listener is open after the delay")
 		}
@@ -681,7 +681,7 @@ func TestDrainDelay(t *testing.T) {
 
 	t.Run("it lasts without any client", inBubble(Echo, delay(3*time.Second), func(t *testing.T, r *rig) {
 		_, took := drainIn(r.Server, time.Minute, "TERM") // a load balancer may still send one
-		if took < 3*time.Second || took > 3*time.Second+acceptorsStop {
+		if took < 3*time.Second || took > 3*time.Second+acceptorsTimeout {
 			t.Errorf("the drain took %v, want the delay", took)
 		}
 	}))
@@ -693,7 +693,7 @@ func TestDrainDelay(t *testing.T) {
 			queued := r.dial(t)
 			pass(3*time.Second - 1)
 			queued.has(t, "") // it waits for a place
-			pass(1 + acceptorsStop)
+			pass(1 + acceptorsTimeout)
 			queued.has(t, "SHUTDOWN 5 TERM\n")
 			queued.echoes(t, "x\n")
 		}))
@@ -712,7 +712,7 @@ func TestDrainDelay(t *testing.T) {
 			wantEqual(t, "holds", len(r.Status().Holds), 1)
 			wantErr(t, "cause while the hold exists", h.Cause(), nil)
 			served.echoes(t, "y\n")
-			pass(1 + acceptorsStop)
+			pass(1 + acceptorsTimeout)
 			if mode == PauseQueue {
 				// It is admitted while clients are told, so either may come first.
 				wantEqual(t, "lines", slices.Sorted(strings.Lines(queued.arrived())), []string{"SHUTDOWN 5 TERM\n", "x\n"})
@@ -898,10 +898,10 @@ func TestInTurns(t *testing.T) {
 		for i := range conns {
 			conns[i] = new(Conn)
 		}
-		if got := slices.Collect(inTurns(conns, promptTurn)); !slices.Equal(got, conns) {
+		if got := slices.Collect(paced(conns, promptBurst)); !slices.Equal(got, conns) {
 			t.Error("the connections are not those given")
 		}
-		for c := range inTurns(conns, promptTurn) {
+		for c := range paced(conns, promptBurst) {
 			if c != conns[0] {
 				t.Error("it went on after a break")
 			}
@@ -948,7 +948,7 @@ func TestInTurns(t *testing.T) {
 		}
 		began := time.Now()
 		var during int64
-		for range inTurns(make([]*Conn, 1000), turn) {
+		for range paced(make([]*Conn, 1000), turn) {
 			for each := time.Now(); time.Since(each) < work/1000; {
 			}
 			during = served.Load()

@@ -27,7 +27,7 @@ var stateNames = [...]string{
 }
 
 // String returns the state's name as logs, the control plane and metrics show it.
-func (s State) String() string { return nameOf("State", stateNames[:], int(s)) }
+func (s State) String() string { return enumName("State", stateNames[:], int(s)) }
 
 // ParseState is the inverse of State.String.
 func ParseState(name string) (State, error) {
@@ -55,7 +55,7 @@ var phaseNames = [...]string{
 }
 
 // String returns the phase's name as the control plane shows it.
-func (p Phase) String() string { return nameOf("Phase", phaseNames[:], int(p)) }
+func (p Phase) String() string { return enumName("Phase", phaseNames[:], int(p)) }
 
 // Reason is why a connection was closed. Each connection has exactly one: the first cause wins.
 type Reason int
@@ -105,7 +105,7 @@ var reasonNames = [reasonEnd]string{
 }
 
 // String returns the reason's name as logs, the control plane and metrics show it.
-func (r Reason) String() string { return nameOf("Reason", reasonNames[:], int(r)) }
+func (r Reason) String() string { return enumName("Reason", reasonNames[:], int(r)) }
 
 // Reasons returns every close reason, in a stable order.
 func Reasons() []Reason {
@@ -120,7 +120,8 @@ func Reasons() []Reason {
 type PauseMode int
 
 const (
-	// PauseQueue leaves them in the kernel's accept queue and serves them on resume, oldest first. It is the zero value.
+	// PauseQueue leaves them in the kernel's accept queue and serves them on resume, oldest first. It is the zero
+	// value.
 	PauseQueue PauseMode = iota
 	// PauseReject accepts them, tells them (NoticeReject), and closes.
 	PauseReject
@@ -129,7 +130,7 @@ const (
 var pauseModeNames = [...]string{PauseQueue: "hold", PauseReject: "reject"}
 
 // String returns the mode's name as the control plane shows it.
-func (m PauseMode) String() string { return nameOf("PauseMode", pauseModeNames[:], int(m)) }
+func (m PauseMode) String() string { return enumName("PauseMode", pauseModeNames[:], int(m)) }
 
 // ParsePauseMode is the inverse of PauseMode.String. An empty name means PauseQueue.
 func ParsePauseMode(name string) (PauseMode, error) {
@@ -155,7 +156,7 @@ const (
 var limitModeNames = [...]string{LimitQueue: "wait", LimitReject: "reject"}
 
 // String returns the mode's name as flags and the control plane show it.
-func (m LimitMode) String() string { return nameOf("LimitMode", limitModeNames[:], int(m)) }
+func (m LimitMode) String() string { return enumName("LimitMode", limitModeNames[:], int(m)) }
 
 // ParseLimitMode is the inverse of LimitMode.String.
 func ParseLimitMode(name string) (LimitMode, error) {
@@ -165,7 +166,7 @@ func ParseLimitMode(name string) (LimitMode, error) {
 	return 0, fmt.Errorf("unknown mode %q: want wait or reject", name)
 }
 
-func nameOf(typ string, names []string, i int) string {
+func enumName(typ string, names []string, i int) string {
 	if i < 0 || i >= len(names) || names[i] == "" {
 		return fmt.Sprintf("%s(%d)", typ, i)
 	}

@@ -20,8 +20,8 @@ const (
 	EventSettings     EventType = "settings"
 	// EventMissed replaces events that a subscriber has missed, because it is slow or because it comes too late.
 	EventMissed EventType = "missed"
-	// EventUpgraded means that another process serves now. A subscriber of the predecessor gets it as its last event, and
-	// continues in the successor with SubscribeAfter.
+	// EventUpgraded means that another process serves now. A subscriber of the predecessor gets it as its last event,
+	// and continues in the successor with SubscribeAfter.
 	EventUpgraded EventType = "upgraded"
 )
 
@@ -41,41 +41,42 @@ type Event struct {
 	Settings []SettingChange // EventSettings
 }
 
-// eventBuffer is how many events a subscriber may be behind.
+// eventBuffer is the maximum number of events queued for a subscriber.
 const eventBuffer = 4096
 
 // A Subscription receives the events that happen after Subscribe. Only one goroutine may read it.
 type Subscription struct {
 	srv   *Server
-	queue awaited[eventQueue] // locked inside Server.state by those who write
+	queue monitor[eventQueue] // writers also hold the lock of Server.state, which they take first
 }
 
 type eventQueue struct {
 	events     []Event
-	missed     int    // how many came after events and found no room
-	lastMissed uint64 // id of the last of them
+	missed     int    // number of events that were dropped because the queue was full
+	lastMissed uint64 // id of the last dropped event
 	ended      bool
 }
 
-// Bounds of the events that are kept for SubscribeAfter. They are kept while there is a subscriber, and for a while
-// after the last one has gone and after a handover.
+// Bounds of the history for SubscribeAfter. Events are kept while there is a subscriber, and for historyTime after
+// the last one was closed and after a handover.
 const (
 	eventHistory = 1024
 	historyTime  = time.Minute
 )
 
-// history has the last events.
+// history holds the latest events.
 type history struct {
 	first, last uint64    // ids of the first event of this server and its predecessors, and of the last one
 	events      []Event   // the oldest first, without a gap
-	until       time.Time // when nobody subscribes, events are kept until then
+	until       time.Time // without a subscriber, events are kept until then
 }
 
-// firstEventID returns the id of a new server's first event: ids are greater after a restart.
+// firstEventID returns the id of a new server's first event. It comes from the clock, so that ids are greater after a
+// restart.
 func firstEventID() uint64 { return uint64(time.Now().UnixMicro()) }
 
-// observed reports whether an event has to be described. If not, it is only counted.
-func (st *state) observed() bool {
+// wantsEvents reports whether events are queued or kept. If not, they are only counted.
+func (st *state) wantsEvents() bool {
 	if len(st.subscribers) > 0 {
 		return true
 	}
@@ -91,13 +92,13 @@ func (st *state) observed() bool {
 }
 
 func (h *history) add(e Event) {
-	if len(h.events) >= 2*eventHistory { // an amortized move
+	if len(h.events) >= 2*eventHistory { // moves the events rarely, so that adding takes amortized constant time
 		h.events = append(h.events[:0], h.events[len(h.events)-eventHistory:]...)
 	}
 	h.events = append(h.events, e)
 }
 
-// after returns the events after the one with the given id. The first one says how many are missing.
+// after returns the events after the one with the given id. If some are not kept, the first one is an EventMissed.
 func (h *history) after(id uint64) []Event {
 	kept := h.events[max(0, len(h.events)-eventHistory):]
 	oldest := h.last + 1
@@ -106,7 +107,7 @@ func (h *history) after(id uint64) []Event {
 	}
 	lost := Event{ID: oldest - 1, Time: time.Now(), Type: EventMissed}
 	switch {
-	case id > h.last: // of another server
+	case id > h.last: // the id is that of another server
 		return []Event{lost}
 	case id+1 >= oldest:
 		return slices.Clone(kept[id+1-oldest:])
@@ -120,9 +121,9 @@ func (h *history) after(id uint64) []Event {
 // server: it misses events, and is told how many.
 func (s *Server) Subscribe() *Subscription { return s.subscribe(nil) }
 
-// SubscribeAfter is Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept while
-// there are subscribers, and for a minute after the last one has gone. An event of type EventMissed stands for those
-// that are not.
+// SubscribeAfter is Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept
+// while there are subscribers, and for a minute after the last one has gone. An event of type EventMissed stands for
+// those that are not.
 func (s *Server) SubscribeAfter(id uint64) *Subscription { return s.subscribe(&id) }
 
 func (s *Server) subscribe(after *uint64) *Subscription {
@@ -132,11 +133,11 @@ func (s *Server) subscribe(after *uint64) *Subscription {
 			events := st.history.after(*after)
 			sub.queue.With(func(q *eventQueue) { q.events = events })
 		}
-		if st.phase == StateStopped || st.handedOver {
+		if st.lifecycle == StateStopped || st.handedOver {
 			sub.end()
 			return
 		}
-		st.observed() // forgets a history that is no longer continued
+		st.wantsEvents() // drops a history that has expired
 		st.subscribers = append(st.subscribers, sub)
 	})
 	return sub
@@ -181,9 +182,9 @@ func (sub *Subscription) Close() {
 	})
 }
 
-// offer gives e to the subscriber. From the first event that finds no room until the subscriber has read all before it,
-// events are counted as missed.
-func (sub *Subscription) offer(e Event) {
+// enqueue queues e for the subscriber. When the queue is full, it drops events, and counts them as missed, until the
+// subscriber has read all queued ones.
+func (sub *Subscription) enqueue(e Event) {
 	sub.queue.With(func(q *eventQueue) {
 		if q.missed > 0 || len(q.events) >= eventBuffer {
 			q.missed++

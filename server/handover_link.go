@@ -11,21 +11,21 @@ import (
 	"time"
 )
 
-// A Link carries the messages of a handover, and connections and listeners with them. NewUnixLink is the one between
-// processes; tests can have one in memory. One goroutine may send while another receives.
+// A Link carries the messages of a handover, and sends connections and listeners with them. NewUnixLink makes one
+// between processes. Tests may use one in memory. One goroutine may send while another receives.
 type Link interface {
-	// Send sends a message. files are net.Conn or net.Listener; the sender's stay open.
+	// Send sends a message with files, each a net.Conn or a net.Listener. It does not close them.
 	Send(message []byte, files []any) error
-	// Receive receives a message, and copies of the files that were sent with it: net.Conn or net.Listener.
+	// Receive receives a message, and copies of the files that were sent with it.
 	Receive() (message []byte, files []any, err error)
-	// Carries reports whether a net.Conn or net.Listener can be sent.
+	// Carries reports whether Send can send file, a net.Conn or a net.Listener.
 	Carries(file any) bool
 	SetDeadline(t time.Time) error
 	Close() error
 }
 
-// NewUnixLink returns a Link over one end of a Unix stream socket, such as socketpair(2) makes. It passes descriptors
-// (unix(7), SCM_RIGHTS). The error is errors.ErrUnsupported on systems other than unix.
+// NewUnixLink returns a Link over one end of a Unix stream socket pair; see socketpair(2). It passes descriptors
+// (unix(7), SCM_RIGHTS). The error is errors.ErrUnsupported on systems that are not unix.
 func NewUnixLink(c *net.UnixConn) (Link, error) {
 	if !linkSupported {
 		return nil, fmt.Errorf("passing descriptors: %w", errors.ErrUnsupported)
@@ -37,9 +37,9 @@ type unixLink struct{ *net.UnixConn }
 
 // Bounds of a message. The header is the length of the message and the number of descriptors.
 const (
-	linkHeader  = 8
-	linkMessage = 256 << 20 // bytes: 10,000 connections with 24 KiB of state each
-	linkFiles   = 253
+	linkHeaderSize = 8
+	maxLinkMessage = 256 << 20 // bytes: 10,000 connections with 24 KiB of state each
+	maxLinkFiles   = 253
 )
 
 func (l unixLink) Carries(file any) bool {
@@ -50,17 +50,17 @@ func (l unixLink) Carries(file any) bool {
 	switch file.(type) {
 	case *net.TCPConn, *net.UnixConn, *net.TCPListener, *net.UnixListener:
 	default:
-		return false // there may be something on top of the socket
+		return false // another type may wrap the socket, as TLS does
 	}
 	_, err := sc.SyscallConn()
 	return err == nil
 }
 
 func (l unixLink) Send(message []byte, files []any) error {
-	if len(files) > linkFiles || len(message) > linkMessage {
+	if len(files) > maxLinkFiles || len(message) > maxLinkMessage {
 		return fmt.Errorf("message of %d bytes with %d descriptors is too large", len(message), len(files))
 	}
-	var header [linkHeader]byte
+	var header [linkHeaderSize]byte
 	binary.BigEndian.PutUint32(header[:], uint32(len(message)))
 	binary.BigEndian.PutUint32(header[4:], uint32(len(files)))
 	if err := sendHeader(l.UnixConn, header[:], files); err != nil {
@@ -81,8 +81,8 @@ func (l unixLink) Receive() (message []byte, files []any, err error) {
 		return nil, nil, err
 	}
 	length, count := binary.BigEndian.Uint32(header), binary.BigEndian.Uint32(header[4:])
-	if length > linkMessage || int(count) != len(received) {
-		return nil, nil, fmt.Errorf("message of %d bytes came with %d descriptors of %d", length, len(received), count)
+	if length > maxLinkMessage || int(count) != len(received) {
+		return nil, nil, fmt.Errorf("message of %d bytes arrived with %d of its %d descriptors", length, len(received), count)
 	}
 	message = make([]byte, length)
 	if _, err := io.ReadFull(l, message); err != nil {
@@ -99,7 +99,7 @@ func (l unixLink) Receive() (message []byte, files []any, err error) {
 	return message, files, nil
 }
 
-// fromFile makes a net.Listener or net.Conn of a descriptor. The caller closes f.
+// fromFile makes a net.Listener or a net.Conn of a descriptor. The caller closes f.
 func fromFile(f *os.File) (any, error) {
 	listening, err := isListening(f)
 	if err != nil {

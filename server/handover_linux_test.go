@@ -120,7 +120,7 @@ func testHandoverSettings(t *testing.T) {
 	g.served.Wait()
 	wantEqual(t, "settings changed once undone", len(next.Status().Settings), 0)
 	next.restoreSettings([]handoverSetting{{"later", "1"}, {"max-conns", "many"}, {"max-conns", "1000000000"}})
-	wantEqual(t, "max-conns, lowered to what files allow", next.live().limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
+	wantEqual(t, "max-conns, lowered to what files allow", next.activeSettings().limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
 	_ = next.Close()
 	next.served.Wait()
 }
@@ -175,8 +175,8 @@ func testHandoverStreams(t *testing.T) {
 		time.Sleep(time.Duration(rand.IntN(50)) * time.Millisecond) // a random moment of the streams
 		next, report := g.takeOver(t, Echo, Options{})
 		worst = max(worst, report.Frozen)
-		if len(report.Behind) > 0 {
-			t.Fatalf("handover %d: connections stayed behind: %v", i, report.Behind)
+		if len(report.Kept) > 0 {
+			t.Fatalf("handover %d: connections stayed behind: %v", i, report.Kept)
 		}
 		<-g.Done()
 		g.served.Wait()
@@ -262,7 +262,7 @@ func testHandoverHalfClosed(t *testing.T) {
 	_ = g.state.Await(t.Context(), func(*state) bool { return true })
 	next, report := g.takeOver(t, Echo, Options{})
 	if report.HandedOver != 1 {
-		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Kept)
 	}
 	next, _ = next.takeOver(t, Echo, Options{}) // in the middle of the rest
 	got, err := io.ReadAll(c)
@@ -363,10 +363,10 @@ func testHandoverBehind(t *testing.T) {
 		runtime.Gosched()
 	}
 	next, report := g.takeOver(t, plain, Options{})
-	wantEqual(t, "behind", report.Behind, map[string]int{"handler cannot be resumed": 1})
+	wantEqual(t, "behind", report.Kept, map[string]int{"handler cannot be resumed": 1})
 	st := next.Status()
-	if st.Connections != 1 || st.Behind != 1 || st.Accepted != 1 {
-		t.Errorf("the successor counts %d open, %d of them behind, %d accepted", st.Connections, st.Behind, st.Accepted)
+	if st.Connections != 1 || st.KeptByPredecessor != 1 || st.Accepted != 1 {
+		t.Errorf("the successor counts %d open, %d of them behind, %d accepted", st.Connections, st.KeptByPredecessor, st.Accepted)
 	}
 	if st.BytesIn != 1 || st.BytesOut != 1 { // counters never go back
 		t.Errorf("the successor counts %d bytes in and %d out, of a connection that had 1 and 1", st.BytesIn, st.BytesOut)
@@ -514,7 +514,7 @@ func testHandoverNotice(t *testing.T) {
 	<-done // it waits a second for the client, which does not read
 	next, report := g.takeOver(t, Echo, Options{})
 	if report.HandedOver != 1 {
-		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Kept)
 	}
 	send(t, c, "y")
 	_ = c.CloseWrite()
@@ -545,7 +545,7 @@ func testHandoverShut(t *testing.T) {
 	})
 	next, report := g.takeOver(t, Echo, Options{})
 	if report.HandedOver != 1 {
-		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Behind)
+		t.Fatalf("handed over %d connections, behind %v", report.HandedOver, report.Kept)
 	}
 	got := make([]byte, len(want))
 	if _, err := io.ReadFull(c, got); err != nil || !bytes.Equal(got, want) {

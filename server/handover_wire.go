@@ -10,16 +10,16 @@ import (
 	"time"
 )
 
-// handoverFormat is the version of the format. Fields may be added without a new one: unknown fields are ignored. The
-// offer keeps its form in every version, so that a process can read the version of another.
+// handoverFormat is the version of the format. Adding fields needs no new version, because readers ignore unknown
+// fields. The offer has the same form in every version, so that a process can read the version of another.
 const handoverFormat = 2
 
-// handoverBatch is how many descriptors go with one message: SCM_MAX_FD of unix(7) allows 253.
+// handoverBatch is how many descriptors are sent with one message. SCM_MAX_FD of unix(7) allows 253.
 const handoverBatch = 200
 
 // The messages. The predecessor sends an offer, and the successor answers that it is ready. Then come any number of
 // batches of connections, the final state, and the commit, each acknowledged. After the commit the predecessor reports
-// the ends of connections that stayed behind, and drains that were asked for in the meantime.
+// the ends of connections that it keeps, and drains that were requested in the meantime.
 //
 // A message is a line of JSON, followed by the records of connections. Only the final state and the commit are sent
 // while no connection is served. So the final state has the records of those connections only that have changed since
@@ -38,7 +38,7 @@ const (
 	msgHoldConns = "hold-conns"
 )
 
-// handoverMessage is any message. The comments say which have a field.
+// handoverMessage is any message. The comments say which types of message have a field.
 type handoverMessage struct {
 	Type  string `json:"type"`
 	Error string `json:"error,omitempty"` // error
@@ -46,14 +46,14 @@ type handoverMessage struct {
 	Format    int                `json:"format,omitempty"` // offer
 	Program   string             `json:"program,omitempty"`
 	Data      []byte             `json:"data,omitempty"`
-	Listeners []handoverListener `json:"listeners,omitempty"` // their descriptors come first,
-	Extra     []string           `json:"extra,omitempty"`     // then those of the extra ones
+	Listeners []handoverListener `json:"listeners,omitempty"` // offer: their descriptors come first
+	Extra     []string           `json:"extra,omitempty"`     // offer: their descriptors come after those of Listeners
 
 	Recent []handoverClosed `json:"recent,omitempty"` // conns, final: closed since the last message, newest first
 	Gone   []uint64         `json:"gone,omitempty"`   // final: connections that were sent ahead and are not handed over
-	Count  int              `json:"count,omitempty"`  // final: connections that are
+	Count  int              `json:"count,omitempty"`  // final: number of connections that are handed over
 
-	Behind      []handoverBehind  `json:"behind,omitempty"` // final
+	Kept        []handoverKept    `json:"behind,omitempty"` // final
 	LastID      uint64            `json:"last_id,omitempty"`
 	LastHold    uint64            `json:"last_hold,omitempty"`
 	Accepted    uint64            `json:"accepted,omitempty"`
@@ -76,7 +76,7 @@ type handoverMessage struct {
 	Drain *DrainOptions `json:"drain,omitempty"` // drain
 	Force bool          `json:"force,omitempty"`
 
-	records []byte // conns: one for each descriptor; final: those that have changed
+	records []byte // conns: one record for each descriptor; final: the records that have changed
 }
 
 // send sends the message with files.
@@ -91,7 +91,7 @@ func (m handoverMessage) send(link Link, files []any) error {
 	return link.Send(payload, files)
 }
 
-// receiveMessage receives a message and the files that came with it. There are none if it fails.
+// receiveMessage receives a message and the files that came with it. After an error there are no files.
 func receiveMessage(link Link) (m handoverMessage, files []any, err error) {
 	payload, files, err := link.Receive()
 	if err != nil {
@@ -127,14 +127,14 @@ type handoverConn struct {
 	LastByte                    byte
 	WriteClosed                 bool
 	Notified                    bool
-	Remote                      string // where it differs from the socket's
+	Remote                      string // set if it differs from the socket's remote address
 	Labels                      map[string]string
 	ReadDeadline, WriteDeadline time.Time
 	DrainDeadline               time.Time
 	DrainReason                 string
 	DrainClosed                 string // the close reason at the deadline
 	State                       []byte // of the handler
-	Unsent                      []byte // of notices; goes first
+	Unsent                      []byte // rest of notices, which is sent first
 }
 
 // Tags of the fields of a record. They never change their meaning.
@@ -160,8 +160,9 @@ const (
 	tagDrainClosed
 )
 
-// append appends the record to p. Each field is a byte with its tag, and a uvarint; a field with the lowest bit of that
-// byte set has as many bytes after it. Fields that are zero are left out. A reader skips tags that it does not know.
+// append appends the record to p. A field is a byte and a uvarint. The upper seven bits of the byte are the field's
+// tag. If its lowest bit is 0, the uvarint is the value. If it is 1, the uvarint is the length of the value, which
+// follows. Fields that are zero are left out. A reader skips tags that it does not know.
 func (r *handoverConn) append(p []byte) []byte {
 	number := func(tag byte, v uint64) {
 		if v != 0 {
@@ -195,7 +196,7 @@ func (r *handoverConn) append(p []byte) []byte {
 	flag(tagNotified, r.Notified)
 	text(tagRemote, []byte(r.Remote))
 	if len(r.Labels) > 0 {
-		labels, _ := json.Marshal(r.Labels) // a map of strings always has an encoding
+		labels, _ := json.Marshal(r.Labels) // encoding a map of strings cannot fail
 		text(tagLabels, labels)
 	}
 	at(tagReadDeadline, r.ReadDeadline)
@@ -208,7 +209,7 @@ func (r *handoverConn) append(p []byte) []byte {
 	return p
 }
 
-var errRecord = errors.New("a connection's record is damaged")
+var errDamagedRecord = errors.New("the record of a connection is damaged")
 
 // parse reads a record that append made, in this version or in another one.
 func (r *handoverConn) parse(p []byte) error {
@@ -216,7 +217,7 @@ func (r *handoverConn) parse(p []byte) error {
 		key := p[0]
 		v, n := binary.Uvarint(p[1:])
 		if n <= 0 {
-			return errRecord
+			return errDamagedRecord
 		}
 		p = p[1+n:]
 		if key&1 == 0 {
@@ -224,7 +225,7 @@ func (r *handoverConn) parse(p []byte) error {
 			continue
 		}
 		if v > uint64(len(p)) {
-			return errRecord
+			return errDamagedRecord
 		}
 		if err := r.setText(key>>1, p[:v:v]); err != nil {
 			return err
@@ -283,17 +284,17 @@ func (r *handoverConn) setText(tag byte, v []byte) error {
 	return nil
 }
 
-// appendRecord appends a record to those of a message.
+// appendRecord appends a record and its length to the records of a message.
 func appendRecord(records, record []byte) []byte {
 	return append(binary.AppendUvarint(records, uint64(len(record))), record...)
 }
 
-// parseRecords reads the records of a message. They keep p.
+// parseRecords parses the records of a message. The records share the memory of p.
 func parseRecords(p []byte) (records []handoverConn, err error) {
 	for len(p) > 0 {
 		length, n := binary.Uvarint(p)
 		if n <= 0 || length > uint64(len(p)-n) {
-			return nil, errRecord
+			return nil, errDamagedRecord
 		}
 		p = p[n:]
 		var r handoverConn
@@ -306,19 +307,19 @@ func parseRecords(p []byte) (records []handoverConn, err error) {
 	return records, nil
 }
 
-// handoverBehind is a connection that stays with the predecessor.
-type handoverBehind struct {
+// handoverKept is a connection that the predecessor keeps.
+type handoverKept struct {
 	ID     uint64    `json:"id"`
 	Remote string    `json:"remote"`
 	Opened time.Time `json:"opened"`
 	Why    string    `json:"why"`
 
-	// When it was handed over. The successor counts them until it learns the final figures.
+	// Bytes at the time of the handover. The successor counts them until it receives the final figures.
 	BytesIn  uint64 `json:"bytes_in,omitempty"`
 	BytesOut uint64 `json:"bytes_out,omitempty"`
 }
 
-// handoverEnd is the end of one that stayed behind.
+// handoverEnd reports the end of a connection that the predecessor kept.
 type handoverEnd struct {
 	ID       uint64 `json:"id"`
 	Reason   string `json:"reason"`
@@ -326,7 +327,7 @@ type handoverEnd struct {
 	BytesOut uint64 `json:"bytes_out,omitempty"`
 }
 
-// handoverClosed is a ClosedConn.
+// handoverClosed is a ClosedConn in JSON.
 type handoverClosed struct {
 	ID       uint64            `json:"id"`
 	Remote   string            `json:"remote"`
@@ -341,7 +342,7 @@ type handoverClosed struct {
 	Err      string            `json:"err,omitempty"`
 }
 
-func recordClosed(c ClosedConn) handoverClosed {
+func newHandoverClosed(c ClosedConn) handoverClosed {
 	r := handoverClosed{
 		ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Opened: c.Opened, Closed: c.Closed,
 		Reason:  c.Reason.String(),
@@ -353,9 +354,9 @@ func recordClosed(c ClosedConn) handoverClosed {
 	return r
 }
 
-func (r handoverClosed) conn() ClosedConn {
+func (r handoverClosed) closedConn() ClosedConn {
 	c := ClosedConn{
-		ID: r.ID, Remote: wireAddr(r.Remote), Local: wireAddr(r.Local), Opened: r.Opened, Closed: r.Closed,
+		ID: r.ID, Remote: textAddr(r.Remote), Local: textAddr(r.Local), Opened: r.Opened, Closed: r.Closed,
 		Reason:  parseReason(r.Reason),
 		BytesIn: r.BytesIn, BytesOut: r.BytesOut, Notified: r.Notified, Labels: r.Labels,
 	}
@@ -375,16 +376,16 @@ func parseReason(name string) Reason {
 	return ReasonLost
 }
 
-// wireAddr is an address as it was sent.
-type wireAddr string
+// textAddr is an address that is known only as text.
+type textAddr string
 
-func (a wireAddr) Network() string { return "tcp" }
-func (a wireAddr) String() string  { return string(a) }
+func (a textAddr) Network() string { return "tcp" }
+func (a textAddr) String() string  { return string(a) }
 
-// parseAddr returns the TCP address in s, or one that only has the text.
+// parseAddr returns the TCP address in s, or a textAddr if s is none.
 func parseAddr(s string) net.Addr {
 	if addr, err := net.ResolveTCPAddr("tcp", s); err == nil && addr.IP != nil {
 		return addr
 	}
-	return wireAddr(s)
+	return textAddr(s)
 }

@@ -65,9 +65,9 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 
 // Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. The
 // host 0.0.0.0 is all IPv4 addresses; an empty host or [::] is all IPv4 and IPv6 addresses. Unlike net.Listen it does
-// not use Multipath TCP, because new handshakes cannot be kept out of its accept queue while a
-// drain empties it. On Windows the path of a Unix socket may begin with a drive, as in unix:///C:/path. Serve takes
-// listeners of any kind.
+// not use Multipath TCP, because a drain cannot stop new handshakes on such a listener while it empties the accept
+// queue. On Windows the path of a Unix socket may begin with a drive, as in unix:///C:/path. Serve takes listeners of
+// any kind.
 func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener, error) {
 	network, addr, err := splitAddress(address)
 	if err != nil {
@@ -125,20 +125,20 @@ func tcpNetwork(addr string) string {
 	return "tcp"
 }
 
-// A source is a listener from which accepting can be interrupted.
-type source interface {
+// An acceptSource is a listener whose accept can be interrupted.
+type acceptSource interface {
 	// accept returns os.ErrDeadlineExceeded when it is or was interrupted.
 	accept() (net.Conn, error)
-	// acceptWithin returns os.ErrDeadlineExceeded after d. It must not be used before interrupt has been called last.
+	// acceptWithin is like accept, but returns os.ErrDeadlineExceeded after d. interrupt must not be called after it.
 	acceptWithin(d time.Duration) (net.Conn, error)
-	// interrupt makes accept return, and resume undoes it. They are called under the same lock.
+	// interrupt makes accept return, also if it is called later, until resume. Both are called under the same lock.
 	interrupt()
 	resume()
 	// close closes the listener and returns connections that were accepted in the meantime.
 	close() iter.Seq[net.Conn]
 }
 
-func newSource(ln net.Listener) source {
+func newSource(ln net.Listener) acceptSource {
 	if d, ok := ln.(deadlineListener); ok {
 		return deadlineSource{d}
 	}
@@ -155,10 +155,10 @@ type deadlineListener interface {
 	SetDeadline(t time.Time) error
 }
 
-// longAgo as a deadline makes a blocked call return at once.
-var longAgo = time.Unix(1, 0)
+// aLongTimeAgo as a deadline makes a blocked call return at once.
+var aLongTimeAgo = time.Unix(1, 0)
 
-// deadlineSource interrupts by the listener's deadline.
+// deadlineSource interrupts accept with the listener's deadline.
 type deadlineSource struct{ ln deadlineListener }
 
 func (s deadlineSource) accept() (net.Conn, error) { return s.ln.Accept() }
@@ -168,7 +168,7 @@ func (s deadlineSource) acceptWithin(d time.Duration) (net.Conn, error) {
 	return s.ln.Accept()
 }
 
-func (s deadlineSource) interrupt() { _ = s.ln.SetDeadline(longAgo) }
+func (s deadlineSource) interrupt() { _ = s.ln.SetDeadline(aLongTimeAgo) }
 func (s deadlineSource) resume()    { _ = s.ln.SetDeadline(time.Time{}) }
 
 func (s deadlineSource) close() iter.Seq[net.Conn] {

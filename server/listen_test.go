@@ -162,7 +162,7 @@ func TestTLSListener(t *testing.T) {
 	t.Run("a drain does not interrupt the handshake of an idle handler", func(t *testing.T) {
 		s, _, c := start(t, lineProtocol(false))
 		awaitConns(t, s, 1)
-		conn := s.snapshot()[0]
+		conn := s.openConns()[0]
 		await(t, "the handler to read", func() bool { return conn.idle.Load() != idleMarked && Phase(conn.phase.Load()) == PhaseServing })
 		s.StartDrain(DrainOptions{Grace: 20 * time.Second, Reason: "x"})
 		next(t, s.Draining())

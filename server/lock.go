@@ -7,23 +7,23 @@ import (
 	"sync/atomic"
 )
 
-// locked is a value with its lock. With calls a closure under the lock, so code cannot reach the value without the
+// lockedValue is a value with its lock. With calls a closure under the lock, so code cannot reach the value without the
 // lock or forget to unlock. A locked must not be copied; go vet reports copies because of the mutex.
-type locked[T any] struct {
+type lockedValue[T any] struct {
 	mu    sync.Mutex
 	value T
 }
 
 // With calls f with the value while it holds the lock. f must not block and must not use the same locked value.
-func (l *locked[T]) With(f func(*T)) {
+func (l *lockedValue[T]) With(f func(*T)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	f(&l.value)
 }
 
-// awaited is a locked value with conditions that can be waited for.
-type awaited[T any] struct {
-	locked  locked[T]
+// monitor is a lockedValue on which goroutines can wait for conditions.
+type monitor[T any] struct {
+	value   lockedValue[T]
 	waiters []*waiter[T] // guarded by locked
 }
 
@@ -32,20 +32,20 @@ type waiter[T any] struct {
 	met  chan struct{}
 }
 
-// With is locked.With. Then it wakes each waiter whose condition f made true.
-func (l *awaited[T]) With(f func(*T)) {
-	l.locked.With(func(v *T) {
+// With is like lockedValue.With. Then it wakes each waiter whose condition is true.
+func (l *monitor[T]) With(f func(*T)) {
+	l.value.With(func(v *T) {
 		f(v)
 		l.wakeWaiters(v)
 	})
 }
 
-// Await returns nil once cond has returned true, or the cause of ctx when that ends first. Await calls cond under
-// the lock after every With, so it misses no state, however brief. cond may change the value in the step in which it
-// returns true, for example to take a place. It is not called again after that.
-func (l *awaited[T]) Await(ctx context.Context, cond func(*T) bool) error {
+// Await returns nil once cond has returned true, or the cause of ctx when that ends first. Await calls cond under the
+// lock after every With, so it misses no state, however brief. When cond returns true, it may also change the value,
+// for example to take a place. It is not called again after that.
+func (l *monitor[T]) Await(ctx context.Context, cond func(*T) bool) error {
 	var w *waiter[T]
-	l.locked.With(func(v *T) {
+	l.value.With(func(v *T) {
 		if cond(v) {
 			l.wakeWaiters(v)
 			return
@@ -62,7 +62,7 @@ func (l *awaited[T]) Await(ctx context.Context, cond func(*T) bool) error {
 	case <-ctx.Done():
 	}
 	met := true // unless w still waits: the condition may have come true before the lock was taken
-	l.locked.With(func(*T) {
+	l.value.With(func(*T) {
 		if i := slices.Index(l.waiters, w); i >= 0 {
 			l.waiters = slices.Delete(l.waiters, i, i+1)
 			met = false
@@ -74,9 +74,9 @@ func (l *awaited[T]) Await(ctx context.Context, cond func(*T) bool) error {
 	return context.Cause(ctx)
 }
 
-// wakeWaiters evaluates the conditions until none changes: one that comes true may change what another waits for.
-// The caller holds the lock.
-func (l *awaited[T]) wakeWaiters(v *T) {
+// wakeWaiters wakes the waiters whose conditions are true. A condition may change the value when it returns true, so
+// wakeWaiters evaluates the others again. The caller holds the lock.
+func (l *monitor[T]) wakeWaiters(v *T) {
 	for again := true; again; {
 		again = false
 		for i := 0; i < len(l.waiters); {
@@ -93,17 +93,16 @@ func (l *awaited[T]) wakeWaiters(v *T) {
 }
 
 // writeLock is a mutex for writes, which may block for a long time. Waiters block on channels and not on a
-// sync.Mutex, so that testing/synctest sees them as durably blocked. They get the lock in the order in which they
-// called Lock.
+// sync.Mutex, so that testing/synctest sees them as durably blocked. They get the lock in the order of their calls.
 type writeLock struct {
 	state   atomic.Int32
-	waiters locked[*lockWaiter]
+	waiters lockedValue[*lockWaiter]
 }
 
 const (
 	lockFree      int32 = iota
-	lockHeld            // by one holder, and nobody waits
-	lockContended       // there are waiters
+	lockHeld            // no goroutine waits
+	lockContended       // other goroutines wait
 )
 
 type lockWaiter struct {
@@ -114,11 +113,11 @@ type lockWaiter struct {
 // TryLock takes the lock if it is free, and reports whether it did.
 func (l *writeLock) TryLock() bool { return l.state.CompareAndSwap(lockFree, lockHeld) }
 
-// Lock takes the lock, and waits for it if necessary.
-func (l *writeLock) Lock() { l.LockUnless(nil) }
+// Lock waits for the lock, and takes it.
+func (l *writeLock) Lock() { l.LockOrCancel(nil) }
 
-// LockUnless is Lock, except that it gives up when canceled is closed. It reports whether it has the lock.
-func (l *writeLock) LockUnless(canceled <-chan struct{}) bool {
+// LockOrCancel is like Lock, but gives up when canceled is closed. It reports whether it took the lock.
+func (l *writeLock) LockOrCancel(canceled <-chan struct{}) bool {
 	if l.TryLock() {
 		return true
 	}
@@ -147,7 +146,7 @@ func (l *writeLock) LockUnless(canceled <-chan struct{}) bool {
 	return !l.removeWaiter(w)
 }
 
-// removeWaiter reports false if the lock was passed to w already.
+// removeWaiter removes w from the waiters. It reports false if w was given the lock already.
 func (l *writeLock) removeWaiter(w *lockWaiter) (removed bool) {
 	l.waiters.With(func(first **lockWaiter) {
 		at := first
@@ -165,14 +164,14 @@ func (l *writeLock) removeWaiter(w *lockWaiter) (removed bool) {
 	return removed
 }
 
-// Unlock releases the lock, or passes it to the next waiter.
+// Unlock releases the lock, or gives it to the next waiter.
 func (l *writeLock) Unlock() {
 	if l.state.CompareAndSwap(lockHeld, lockFree) {
 		return
 	}
 	l.waiters.With(func(first **lockWaiter) {
 		w := *first
-		if w == nil { // the last one has given up
+		if w == nil { // the last waiter has given up
 			l.state.Store(lockFree)
 			return
 		}

@@ -11,14 +11,14 @@ import (
 
 func TestAwait(t *testing.T) {
 	t.Run("returns at once if the condition holds", bubbled(func(t *testing.T) {
-		var n awaited[int]
+		var n monitor[int]
 		if err := n.Await(t.Context(), func(v *int) bool { return *v == 0 }); err != nil {
 			t.Errorf("Await: %v", err)
 		}
 	}))
 
 	t.Run("sees a state, however brief", bubbled(func(t *testing.T) {
-		var n awaited[int]
+		var n monitor[int]
 		saw := make(chan error, 1)
 		go func() { saw <- n.Await(t.Context(), func(v *int) bool { return *v == 1 }) }()
 		synctest.Wait()
@@ -31,7 +31,7 @@ func TestAwait(t *testing.T) {
 
 	t.Run("lets only one waiter take a place", bubbled(func(t *testing.T) {
 		const waiters = 100
-		var places awaited[int]
+		var places monitor[int]
 		var all sync.WaitGroup
 		for range waiters {
 			all.Go(func() {
@@ -62,7 +62,7 @@ func TestAwait(t *testing.T) {
 	}))
 
 	t.Run("sees a condition that another waiter makes true", bubbled(func(t *testing.T) {
-		var n awaited[int]
+		var n monitor[int]
 		step := func(from int) func(*int) bool {
 			return func(v *int) bool {
 				if *v != from {
@@ -87,7 +87,7 @@ func TestAwait(t *testing.T) {
 	}))
 
 	t.Run("returns the cause of its context", bubbled(func(t *testing.T) {
-		var n awaited[int]
+		var n monitor[int]
 		why := errors.New("why")
 		ctx, cancel := context.WithCancelCause(t.Context())
 		got := make(chan error, 1)
@@ -106,7 +106,7 @@ func TestAwait(t *testing.T) {
 	}))
 
 	t.Run("reports a condition that was met, although its context ended", bubbled(func(t *testing.T) {
-		var n awaited[int]
+		var n monitor[int]
 		ctx, cancel := context.WithCancel(t.Context())
 		got := make(chan error, 1)
 		go func() { got <- n.Await(ctx, func(v *int) bool { return *v > 0 }) }()

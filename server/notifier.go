@@ -47,7 +47,7 @@ type Notice struct {
 	Deadline time.Time
 	// Left is the time until Deadline.
 	Left time.Duration
-	// Closed is how the connection is closed at Deadline, for NoticeDrain: ReasonDeadline if the server stops,
+	// Closed is the close reason at Deadline, for NoticeDrain: ReasonDeadline if the server stops,
 	// ReasonEvicted or ReasonMaxAge if only the connection ends.
 	Closed Reason
 	// Text is the operator's message: one line of printable text, for NoticeMessage.
@@ -56,10 +56,10 @@ type Notice struct {
 	MidLine bool
 }
 
-// silent sends nothing.
-type silent struct{}
+// silentNotifier sends nothing.
+type silentNotifier struct{}
 
-func (silent) Notice(Notice) []byte { return nil }
+func (silentNotifier) Notice(Notice) []byte { return nil }
 
 // DefaultNoticeTemplate is the template of the notice that LineNotifier sends on a drain.
 const DefaultNoticeTemplate = `SHUTDOWN {seconds} {reason}\n`
@@ -133,7 +133,7 @@ func (l *LineNotifier) Notice(n Notice) []byte {
 	case n.Rejected == ReasonRejectedPaused:
 		text = linePaused
 	case n.Rejected == ReasonRejectedDenied:
-		return nil // it learns nothing
+		return nil // a denied client gets no information
 	default:
 		text = lineBusy
 	}
@@ -143,7 +143,8 @@ func (l *LineNotifier) Notice(n Notice) []byte {
 	return []byte(text)
 }
 
-// render fills in the template. It cuts the reason where repeating it would make the notice longer than maxRendered.
+// render fills in the template. If the template repeats the reason, render cuts the reason so that the notice has at
+// most maxRendered bytes.
 func (l *LineNotifier) render(n Notice) string {
 	seconds := max(0, int64(math.Ceil(n.Left.Seconds())))
 	text := strings.ReplaceAll(l.template, "{seconds}", strconv.FormatInt(seconds, 10))
@@ -159,7 +160,7 @@ func (l *LineNotifier) render(n Notice) string {
 	return strings.ReplaceAll(text, "{reason}", reason) // last, because a reason may contain braces
 }
 
-// CheckText returns an error that says what is wrong with s as a part of a notice. Clients read notices as lines, and
+// CheckText returns an error if s cannot be a part of a notice. Clients read notices as lines, and
 // operators read them on terminals: s must be one line of at most 1,024 bytes of UTF-8, without control characters,
 // line separators and marks that change the direction of text.
 func CheckText(s string) error {

@@ -74,8 +74,8 @@ type Limits struct {
 	// files allows, minus ReservedFiles; a larger number is lowered to that. Off means no limit, not even that of
 	// open files.
 	//
-	// Connections in a handshake (WrapConn, TLS) do not count: the server admits, queues or rejects the client after its
-	// handshake. MaxHandshakes bounds them.
+	// Connections in a handshake (WrapConn, TLS) do not count: the server admits, queues or rejects the client after
+	// its handshake. MaxHandshakes bounds them.
 	MaxConns int
 	// AtLimit is what happens to clients beyond MaxConns.
 	AtLimit LimitMode
@@ -93,8 +93,8 @@ type Limits struct {
 	// LimitReject they are rejected.
 	MaxConnRateTotal Rate
 	// IPv6Prefix is the number of leading bits of an IPv6 address that identify a client for MaxConnsPerIP and
-	// MaxConnRate. Zero means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when mapped into IPv6, are
-	// compared in full.
+	// MaxConnRate. Zero means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when
+	// mapped into IPv6, are compared in full.
 	IPv6Prefix int
 	// MaxHandshakes is the maximum number of connections in WrapConn or in a TLS handshake. At the limit, new clients wait
 	// in the accept queue until a handshake ends. If the oldest one takes more than a second, it is closed for a new one.
@@ -197,7 +197,7 @@ func (o Options) withDefaults() (Options, error) {
 		o.Logger = zap.NewNop()
 	}
 	if o.Notifier == nil {
-		o.Notifier = silent{}
+		o.Notifier = silentNotifier{}
 	}
 	o.Limits = o.Limits.withDefaults(o.Logger)
 	o.Timeouts = o.Timeouts.withDefaults()

@@ -82,14 +82,14 @@ func TestOptions(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantEqual(t, "MaxConns", s.live().limits.MaxConns, want)
+			wantEqual(t, "MaxConns", s.activeSettings().limits.MaxConns, want)
 		}
 		wantEqual(t, "warnings about a lowered limit", logs.Len(), 1)
 		s, err := New(Echo, Options{Limits: Limits{ReservedFiles: limit - 10}})
 		if err != nil {
 			t.Fatal(err)
 		}
-		wantEqual(t, "MaxConns with another reserve", s.live().limits.MaxConns, 10)
+		wantEqual(t, "MaxConns with another reserve", s.activeSettings().limits.MaxConns, 10)
 	})
 }
 

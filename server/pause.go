@@ -12,11 +12,11 @@ import (
 	"go.uber.org/zap"
 )
 
-// Caller identifies who asked for something, for logs and events. A zero PID means that it is not known.
+// Caller identifies the process that made a request, for logs and events. A zero PID means that it is unknown.
 type Caller struct {
 	UID, PID int
 	User     string // the name of UID; empty if it is not known
-	Claims   string // what the caller says about itself, which nothing proves
+	Claims   string // what the caller says about itself, unverified
 }
 
 func (c Caller) fields(prefix string) []zap.Field {
@@ -39,15 +39,16 @@ type PauseOptions struct {
 	TTL    time.Duration // the hold ends by itself after this; zero and Off: never
 	Mode   PauseMode
 	By     Caller
-	// Evict sends the connected clients away: they are told, with Reason or "evicted", have Options.Drain.Grace, and
-	// are closed with ReasonEvicted. The server stays up. When the hold ends, clients that have not been told stay
-	// connected; those that have been told are still closed.
+	// Evict sends the connected clients away: each is told to leave, with Reason or "evicted", has
+	// Options.Drain.Grace, and is then closed with ReasonEvicted. The server stays up. When the hold ends, clients
+	// that have not been told stay connected; those that have been told are still closed.
 	Evict bool
 	// Spread is the time over which these clients are told, one after another at random moments. Zero and Off mean
 	// all at once.
 	Spread time.Duration
-	// Conn is the connection of who placed the hold, if the hold is to last as long as it. A handover passes it on with
-	// the hold, see TakenHolds. It does nothing else.
+	// Conn is the connection on which the hold depends, for example that of the caller of a control plane. A handover
+	// passes it on with the hold; see TakenOverHolds. The server does not use it otherwise: the caller must release the
+	// hold when the connection ends.
 	Conn net.Conn
 }
 
@@ -60,23 +61,23 @@ type HoldInfo struct {
 	Expires time.Time // zero if it does not
 	By      Caller
 	Evict   bool          // clients are sent away
-	Spread  time.Duration // the last is told so long after Since
+	Spread  time.Duration // time over which clients are told, from Since
 }
 
 // A Hold is one reason for the server to be paused. The server is paused while any hold exists. All methods may be
 // called concurrently, and Release more than once.
 type Hold struct {
-	srv   *Server
-	info  HoldInfo
-	conn  net.Conn    // PauseOptions.Conn
-	taken bool        // it was taken over with conn; guarded by Server.state
-	timer *time.Timer // nil without a TTL; guarded by Server.state
-	cause *drainCause // nil without an eviction; set once
-	ended context.Context
-	end   context.CancelCauseFunc
+	srv       *Server
+	info      HoldInfo
+	conn      net.Conn    // PauseOptions.Conn
+	takenOver bool        // taken over with conn, and not returned by TakenOverHolds yet; guarded by Server.state
+	timer     *time.Timer // nil without a TTL; guarded by Server.state
+	cause     *drainCause // nil without an eviction; set once
+	ended     context.Context
+	end       context.CancelCauseFunc
 }
 
-// maxHolds bounds the memory of a caller that pauses again and again and never resumes.
+// maxHolds bounds the memory for holds, in case a caller pauses repeatedly and never resumes.
 const maxHolds = 1024
 
 // Pause stops admitting connections until the hold that it returns, and every other hold, has ended. The pause is in
@@ -102,7 +103,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
 	}
-	if err := s.awaitThaw(); err != nil {
+	if err := s.awaitFreezeEnd(); err != nil {
 		return nil, err
 	}
 	h := &Hold{srv: s, conn: o.Conn, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
@@ -115,7 +116,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 		case st.handedOver:
 			refused = ErrHandedOver
 			return
-		case st.phase >= StateDraining:
+		case st.lifecycle >= StateDraining:
 			refused = &DrainingError{Deadline: st.drain.deadline}
 			return
 		}
@@ -123,7 +124,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 			refused = ErrTooManyHolds
 			return
 		}
-		before := st.visible()
+		before := st.publicState()
 		st.lastHold++
 		h.info.ID = fmt.Sprintf("h%d", st.lastHold)
 		if o.TTL > 0 {
@@ -148,12 +149,12 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 func (s *Server) evict(st *state, h *Hold) {
 	if h.info.Evict {
 		reason := cmp.Or(h.info.Reason, ReasonEvicted.String())
-		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.live().drain.Grace}
-		s.tellAll(st, h.cause, st.untold(), h.info.Since.Add(h.info.Spread))
+		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.activeSettings().drain.Grace}
+		s.scheduleNotices(st, h.cause, st.untold(), h.info.Since.Add(h.info.Spread))
 	}
 }
 
-// ID names the hold among the server's.
+// ID returns the hold's id, which is unique in the server.
 func (h *Hold) ID() string { return h.info.ID }
 
 // Info describes the hold.
@@ -191,29 +192,29 @@ func (s *Server) logReleased(h HoldInfo, cause error, by Caller, left int) {
 
 // endHold ends the i-th hold.
 func (st *state) endHold(i int, cause error, by Caller) {
-	before, h := st.visible(), st.holds[i]
+	before, h := st.publicState(), st.holds[i]
 	if h.timer != nil {
 		h.timer.Stop()
 	}
 	if h.cause != nil {
-		h.cause.ended = true
+		h.cause.stopped = true
 	}
 	st.holds = slices.Delete(st.holds, i, i+1)
 	h.end(cause)
 	st.publish(Event{Type: EventHoldReleased, Hold: new(h.info), Cause: cause.Error(), By: by})
 	st.publishChange(before)
-	st.interruptAcceptors() // those that accept in order to reject may have to stop
+	st.interruptAcceptors() // loops that accept connections to reject them may have to stop
 }
 
 // ReleaseHold releases the hold with the given id on behalf of by. The error is ErrNoHold or a *DrainingError.
 func (s *Server) ReleaseHold(id string, by Caller) error {
-	if err := s.awaitThaw(); err != nil {
+	if err := s.awaitFreezeEnd(); err != nil {
 		return err
 	}
 	var found *Hold
 	var err error
 	s.state.With(func(st *state) {
-		if st.phase >= StateDraining {
+		if st.lifecycle >= StateDraining {
 			err = &DrainingError{Deadline: st.drain.deadline}
 			return
 		}
@@ -244,13 +245,13 @@ func (s *Server) resume(by Caller, all bool) (released int, err error) {
 	if s.log == nil {
 		return 0, errNotNew
 	}
-	if err := s.awaitThaw(); err != nil {
+	if err := s.awaitFreezeEnd(); err != nil {
 		return 0, err
 	}
 	var ended []HoldInfo
 	s.state.With(func(st *state) {
 		switch {
-		case st.phase >= StateDraining:
+		case st.lifecycle >= StateDraining:
 			err = &DrainingError{Deadline: st.drain.deadline}
 			return
 		case len(st.holds) > 1 && !all:
@@ -278,13 +279,13 @@ func (st *state) holdInfos() (infos []HoldInfo) {
 	return infos
 }
 
-// TakenHolds returns the holds that were taken over with the connection of who placed them (PauseOptions.Conn), and those
-// connections. It is for the caller, who releases the hold when the connection ends, to call once after TakeOver.
-func (s *Server) TakenHolds() (holds []*Hold, conns []net.Conn) {
+// TakenOverHolds returns the holds that were taken over with a connection (PauseOptions.Conn), and these connections.
+// Call it once after TakeOver, and release each hold when its connection ends.
+func (s *Server) TakenOverHolds() (holds []*Hold, conns []net.Conn) {
 	s.state.With(func(st *state) {
 		for _, h := range st.holds {
-			if h.taken {
-				h.taken = false
+			if h.takenOver {
+				h.takenOver = false
 				holds, conns = append(holds, h), append(conns, h.conn)
 			}
 		}

@@ -6,12 +6,12 @@ import (
 	"time"
 )
 
-// drainOverdue is how long after its deadline a drain that has not ended counts as stuck. Two seconds are promised, and
-// machines are busy.
+// drainOverdue is how long after its deadline a drain that has not ended counts as stuck. It is more than the
+// promised two seconds, because machines may be busy.
 const drainOverdue = 5 * time.Second
 
 // Probe returns nil if the server is alive: if its state can be read, and each accept loop completes an iteration
-// when it is woken. So it finds a stuck loop also when nobody connects. A server that is paused, full, draining or
+// when it is woken. So it detects a stuck loop even if no client connects. A server that is paused, full, draining or
 // stopped is alive; one whose drain has not ended some seconds after its deadline is not. The error wraps ErrStuck
 // and says what is stuck. Probe waits until ctx ends before it gives up.
 func (s *Server) Probe(ctx context.Context) error {
@@ -19,9 +19,9 @@ func (s *Server) Probe(ctx context.Context) error {
 		return errNotNew
 	}
 	select {
-	case s.probing <- struct{}{}:
+	case s.probeToken <- struct{}{}:
 	case <-ctx.Done():
-		return stuck(ctx, "an earlier probe still waits for the server's state")
+		return stuckError(ctx, "an earlier probe still waits for the server's state")
 	}
 	found := make(chan probeResult, 1)
 	go s.interruptForProbe(found)
@@ -33,26 +33,26 @@ func (s *Server) Probe(ctx context.Context) error {
 		}
 		return s.awaitIterations(ctx, r.before)
 	case <-ctx.Done():
-		return stuck(ctx, "the server's state is locked")
+		return stuckError(ctx, "the server's state is locked")
 	}
 }
 
-func stuck(ctx context.Context, what string) error {
+func stuckError(ctx context.Context, what string) error {
 	return fmt.Errorf("%w: %s (%w)", ErrStuck, what, context.Cause(ctx))
 }
 
 type probeResult struct {
 	before  map[*acceptor]uint64 // iterations of the accept loops that were interrupted
-	overdue time.Duration        // since the deadline of a drain in progress
+	overdue time.Duration        // time since the deadline of a drain in progress
 }
 
-// interruptForProbe interrupts each accept loop. It runs on a goroutine of its own, which outlives the probe if the
-// state is locked; there is one at most.
+// interruptForProbe is a goroutine that interrupts each accept loop. If the state is locked, it outlives the probe.
+// There is one at most.
 func (s *Server) interruptForProbe(found chan<- probeResult) {
-	defer func() { <-s.probing }()
+	defer func() { <-s.probeToken }()
 	r := probeResult{before: make(map[*acceptor]uint64)}
 	s.state.With(func(st *state) {
-		if st.phase == StateDraining {
+		if st.lifecycle == StateDraining {
 			r.overdue = time.Since(st.drain.deadline)
 		}
 		for _, a := range st.acceptors {
@@ -78,7 +78,7 @@ func (s *Server) awaitIterations(ctx context.Context, before map[*acceptor]uint6
 		return late == nil
 	})
 	if err != nil {
-		return stuck(ctx, "accepting from "+late.ln.Addr().String()+" is stuck")
+		return stuckError(ctx, "accepting from "+late.ln.Addr().String()+" is stuck")
 	}
 	return nil
 }

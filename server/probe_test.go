@@ -47,7 +47,7 @@ func TestProbe(t *testing.T) {
 		alive("with a client in the accept queue")
 		r.drain(time.Minute, "x")
 		alive("draining")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		alive("after the notices")
 		c.send(t, "x\n")
 		c.has(t, "SHUTDOWN 60 x\nx\n")

@@ -14,7 +14,7 @@ import (
 // arrivals notes when each client of a rig is told and when it sees the end, in a bubble.
 type arrivals struct {
 	began time.Time
-	times locked[[2][]time.Duration] // of each client, since began; 0 if not yet
+	times lockedValue[[2][]time.Duration] // of each client, since began; 0 if not yet
 }
 
 func (a *arrivals) told() []time.Duration  { return a.all(0) }
@@ -90,7 +90,7 @@ func TestSpread(t *testing.T) {
 			t.Errorf("%d of 500 clients were told in one second", most)
 		}
 		for i := range clients {
-			if had := a.ended()[i] - a.told()[i]; a.told()[i] == 0 || had < grace-acceptorsStop || had > grace+lingerTimeout {
+			if had := a.ended()[i] - a.told()[i]; a.told()[i] == 0 || had < grace-acceptorsTimeout || had > grace+lingerTimeout {
 				t.Errorf("client %d was told after %v and had %v", i, a.told()[i], had)
 			}
 		}
@@ -116,11 +116,11 @@ func TestSpread(t *testing.T) {
 		r.dialMany(t, 100)
 		began := time.Now()
 		r.drain(0, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		info := r.Status().Drain
 		wantEqual(t, "told until", info.TellUntil.Sub(began), spread)
 		wantEqual(t, "deadline", info.Deadline.Sub(began), spread+grace)
-		pass(grace - acceptorsStop - time.Millisecond) // nobody's grace period is over
+		pass(grace - acceptorsTimeout - time.Millisecond) // nobody's grace period is over
 		if info = r.Status().Drain; info.Told < 40 || info.Told > 60 || info.Untold != 100-info.Told || info.Notified != info.Told {
 			t.Errorf("half-way: %+v, want about 50 of 100 told", info)
 		}
@@ -318,7 +318,7 @@ func TestExtendDrain(t *testing.T) {
 		}
 		<-r.Done()
 		for i := range a.told() {
-			if had := a.ended()[i] - a.told()[i]; had < grace+3*time.Second-acceptorsStop {
+			if had := a.ended()[i] - a.told()[i]; had < grace+3*time.Second-acceptorsTimeout {
 				t.Errorf("client %d was told after %v and had %v", i, a.told()[i], had)
 			}
 		}

@@ -19,30 +19,30 @@ import (
 // methods that can return an error do.
 type Server struct {
 	// Set once, by New.
-	handler Handler
-	opts    Options
-	log     *zap.Logger
-	started time.Time
-	age     *drainCause // of Timeouts.MaxAge
-	files   int         // how many files connections may have open; 0: not limited
+	handler      Handler
+	opts         Options
+	log          *zap.Logger
+	started      time.Time
+	maxAgeCause  *drainCause // cause of the notices for Timeouts.MaxAge
+	maxConnFiles int         // maximum number of files that connections may have open; 0 means no limit
 
-	draining chan struct{} // closed when clients have been told that the drain has begun
+	draining chan struct{} // closed when all clients have been told to leave
 	stopped  chan struct{} // closed when every connection is closed and the report is final
 
-	state awaited[state]
+	state monitor[state]
 
-	sweepCtx  context.Context // ends when the server has stopped
-	stopSweep context.CancelCauseFunc
-	sweeper   chan struct{} // closed when the sweeper has returned
+	backgroundCtx    context.Context // ends when the server has stopped
+	cancelBackground context.CancelCauseFunc
+	sweeperDone      chan struct{} // closed when the sweeper has returned
 
-	rescheduled   chan struct{} // holds a token when the schedule has changed
-	scheduler     chan struct{} // closed when the goroutine of the schedule has returned
-	toPredecessor sync.Mutex    // held while a message is sent to the predecessor
-	settings      atomic.Pointer[liveSettings]
-	initial       Settings      // set once, by New
-	resweep       chan struct{} // holds a token when timeouts have changed
+	scheduleChanged   chan struct{} // holds a token when the schedule has changed
+	schedulerDone     chan struct{} // closed when the goroutine of the schedule has returned
+	predecessorSendMu sync.Mutex    // held while a message is sent to the predecessor
+	settings          atomic.Pointer[activeSettings]
+	initialSettings   Settings      // set once, by New
+	timeoutsChanged   chan struct{} // holds a token when timeouts have changed
 
-	probing chan struct{} // holds a token while a probe's goroutine runs
+	probeToken chan struct{} // holds a token while a probe's goroutine runs
 }
 
 // New makes a Server. h may be nil if each Listener has its own handler. The error names each invalid option.
@@ -52,29 +52,29 @@ func New(h Handler, opts Options) (*Server, error) {
 		return nil, fmt.Errorf("server: %w", err)
 	}
 	s := &Server{
-		handler:  h,
-		opts:     opts,
-		log:      opts.Logger,
-		started:  time.Now(),
-		age:      &drainCause{reason: ReasonMaxAge.String(), closed: ReasonMaxAge, grace: opts.Drain.Grace},
-		draining: make(chan struct{}),
-		stopped:  make(chan struct{}),
-		sweeper:  make(chan struct{}),
-		probing:  make(chan struct{}, 1),
+		handler:     h,
+		opts:        opts,
+		log:         opts.Logger,
+		started:     time.Now(),
+		maxAgeCause: &drainCause{reason: ReasonMaxAge.String(), closed: ReasonMaxAge, grace: opts.Drain.Grace},
+		draining:    make(chan struct{}),
+		stopped:     make(chan struct{}),
+		sweeperDone: make(chan struct{}),
+		probeToken:  make(chan struct{}, 1),
 
-		rescheduled: make(chan struct{}, 1),
-		scheduler:   make(chan struct{}),
-		resweep:     make(chan struct{}, 1),
+		scheduleChanged: make(chan struct{}, 1),
+		schedulerDone:   make(chan struct{}),
+		timeoutsChanged: make(chan struct{}, 1),
 	}
-	s.settings.Store(opts.live())
-	s.initial = s.live().settings()
+	s.settings.Store(opts.activeSettings())
+	s.initialSettings = s.activeSettings().toSettings()
 	if files, limited := openFilesLimit(); limited && opts.Limits.ReservedFiles > 0 {
-		s.files = max(1, files-opts.Limits.ReservedFiles)
+		s.maxConnFiles = max(1, files-opts.Limits.ReservedFiles)
 	}
-	s.sweepCtx, s.stopSweep = context.WithCancelCause(context.Background())
+	s.backgroundCtx, s.cancelBackground = context.WithCancelCause(context.Background())
 	s.state.With(func(st *state) {
-		st.phase = StateStarting
-		st.recent.size = recentConns
+		st.lifecycle = StateStarting
+		st.recentClosed.size = recentConns
 		st.history.first = firstEventID()
 		st.history.last = st.history.first - 1
 		st.perClient = make(map[clientKey]int)
@@ -126,22 +126,22 @@ func (s *Server) ServeListener(l Listener) error {
 		_ = l.Close()
 		return errNoCertificate
 	}
-	a := s.takeAdopted(l)
+	a := s.takePendingAcceptor(l)
 	if a == nil {
 		a = newAcceptor(s, l)
 	}
 	var sweep bool
 	s.state.With(func(st *state) {
-		if st.phase == StateStarting {
-			st.enter(StateRunning)
+		if st.lifecycle == StateStarting {
+			st.setLifecycle(StateRunning)
 		}
-		if a.late = st.phase == StateStopped; !a.late {
-			sweep, st.sweeping = !st.sweeping, true
+		if a.afterStop = st.lifecycle == StateStopped; !a.afterStop {
+			sweep, st.sweeperStarted = !st.sweeperStarted, true
 		}
 		st.acceptors = append(st.acceptors, a)
 		st.tasks++
-		if i := slices.Index(st.toClose, l.Listener); i >= 0 {
-			st.toClose = slices.Delete(st.toClose, i, i+1)
+		if i := slices.Index(st.closeOnServe, l.Listener); i >= 0 {
+			st.closeOnServe = slices.Delete(st.closeOnServe, i, i+1)
 			a.closing = true
 		}
 	})
@@ -168,18 +168,19 @@ func (s *Server) ServeListener(l Listener) error {
 		err = ErrServerClosed
 	}
 	<-s.stopped
-	if a.late {
+	if a.afterStop {
 		s.awaitFor(flushTimeout+lingerTimeout, func(st *state) bool { return st.tasks == 0 })
 	}
 	return err
 }
 
-// takeAdopted returns the acceptor that TakeOver made for l; nil if there is none.
-func (s *Server) takeAdopted(l Listener) (a *acceptor) {
+// takePendingAcceptor removes the acceptor that TakeOver made for l from the pending ones, and returns it; nil if there
+// is none.
+func (s *Server) takePendingAcceptor(l Listener) (a *acceptor) {
 	s.state.With(func(st *state) {
-		if i := slices.IndexFunc(st.adopted, func(a *acceptor) bool { return a.ln.Listener == l.Listener }); i >= 0 {
-			a = st.adopted[i]
-			st.adopted = slices.Delete(st.adopted, i, i+1)
+		if i := slices.IndexFunc(st.pendingAcceptors, func(a *acceptor) bool { return a.ln.Listener == l.Listener }); i >= 0 {
+			a = st.pendingAcceptors[i]
+			st.pendingAcceptors = slices.Delete(st.pendingAcceptors, i, i+1)
 		}
 	})
 	return a
@@ -196,13 +197,13 @@ func (s *Server) CloseListener(ln net.Listener) (err error) {
 		case i >= 0:
 			st.acceptors[i].interrupt()
 			st.acceptors[i].closing = true
-		case s.log == nil, st.phase == StateStopped, slices.Contains(st.served, ln):
+		case s.log == nil, st.lifecycle == StateStopped, slices.Contains(st.formerListeners, ln):
 			err = ErrNoListener
-		case slices.Contains(st.toClose, ln):
-		case len(st.toClose) == maxListenersNoted:
+		case slices.Contains(st.closeOnServe, ln):
+		case len(st.closeOnServe) == maxKnownListeners:
 			err = ErrNoListener
 		default:
-			st.toClose = append(st.toClose, ln)
+			st.closeOnServe = append(st.closeOnServe, ln)
 		}
 	})
 	return err

@@ -18,14 +18,14 @@ func TestServe(t *testing.T) {
 		r.ln.failWith(func() error { return broken })
 		r.dial(t)
 		began := time.Now()
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		c.has(t, "SHUTDOWN 5 accept error\n")
 		if !r.ln.isClosed() {
 			t.Error("Serve left its listener open")
 		}
 		c.leave(t)
 		wantErr(t, "Serve", <-r.served, broken)
-		wantEqual(t, "duration", time.Since(began), acceptorsStop)
+		wantEqual(t, "duration", time.Since(began), acceptorsTimeout)
 	}))
 
 	t.Run("such an error ends only its listener if another one is served", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
@@ -235,9 +235,9 @@ func TestCloseListener(t *testing.T) {
 		next := &rig{Server: s, ln: newFakeListener()}
 		serve(t, s, next.ln)
 		next.dial(t).echoes(t, "y")
-		for i := range maxListenersNoted + 1 {
+		for i := range maxKnownListeners + 1 {
 			want := error(nil)
-			if i == maxListenersNoted {
+			if i == maxKnownListeners {
 				want = ErrNoListener
 			}
 			wantErr(t, "CloseListener of one that is never served", s.CloseListener(newFakeListener()), want)
@@ -258,7 +258,7 @@ func TestCloseListener(t *testing.T) {
 		wantErr(t, "CloseListener", r.CloseListener(r.ln), nil)
 		pass(time.Second)
 		r.drain(5*time.Second, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		served.has(t, "SHUTDOWN 5 x\n")
 		queued.has(t, "SHUTDOWN 5 x\n")
 	}))

@@ -17,14 +17,15 @@ import (
 // Settings are the options of a server that can change while it serves; see Server.Configure. Zero and Off mean the
 // same as in Options.
 type Settings struct {
-	Limits   Limits // but for ReservedFiles
+	Limits   Limits // except ReservedFiles, which cannot change
 	Timeouts Timeouts
 	Drain    DrainOptions  // defaults of later drains; a drain in progress does not change
 	Access   Access        // for new connections; Server.KillFunc closes others
 	LogLevel zapcore.Level // that of Options.LogLevel
 }
 
-// A setting is one of the Settings as text: in the form of a flag of echod, for operators and for a successor.
+// A setting reads and changes one of the Settings as text, in the form of an echod flag. Operators and successors use
+// it.
 type setting struct {
 	name string
 	get  func(*Settings) string
@@ -169,8 +170,8 @@ func (s *Settings) Set(name, text string) error {
 // SettingChange is a setting that has changed.
 type SettingChange struct{ Name, Old, New string }
 
-// changesBetween lists what differs.
-func changesBetween(before, after Settings) (changes []SettingChange) {
+// diffSettings returns the settings that differ.
+func diffSettings(before, after Settings) (changes []SettingChange) {
 	for _, setting := range settingTable {
 		if from, to := setting.get(&before), setting.get(&after); from != to {
 			changes = append(changes, SettingChange{setting.name, from, to})
@@ -179,28 +180,28 @@ func changesBetween(before, after Settings) (changes []SettingChange) {
 	return changes
 }
 
-// liveSettings are the settings in force, with defaults filled in: zero disables. They are immutable.
-type liveSettings struct {
+// activeSettings are the settings in force, with defaults filled in: zero disables. They are immutable.
+type activeSettings struct {
 	limits   Limits
 	timeouts Timeouts
 	drain    DrainOptions
 	access   Access
 	level    zapcore.Level
-	rates    *rates
+	rates    *rateLimits
 }
 
-// live returns the settings in force.
-func (s *Server) live() *liveSettings {
+// activeSettings returns the settings in force.
+func (s *Server) activeSettings() *activeSettings {
 	if l := s.settings.Load(); l != nil {
 		return l
 	}
-	return &liveSettings{} // of a zero Server
+	return &activeSettings{} // of a zero Server
 }
 
-// live returns the settings of options whose defaults are filled in.
-func (o Options) live() *liveSettings {
-	l := &liveSettings{
-		limits: o.Limits, timeouts: o.Timeouts, drain: o.Drain, access: o.Access, rates: newRates(o.Limits),
+// activeSettings returns the settings of options whose defaults are filled in.
+func (o Options) activeSettings() *activeSettings {
+	l := &activeSettings{
+		limits: o.Limits, timeouts: o.Timeouts, drain: o.Drain, access: o.Access, rates: newRateLimits(o.Limits),
 	}
 	if o.LogLevel != nil {
 		l.level = o.LogLevel.Level()
@@ -208,8 +209,8 @@ func (o Options) live() *liveSettings {
 	return l
 }
 
-// settings returns l in the form of Options.
-func (l *liveSettings) settings() Settings {
+// toSettings returns l in the form of Options.
+func (l *activeSettings) toSettings() Settings {
 	s := Settings{Limits: l.limits, Timeouts: l.timeouts, Drain: l.drain, Access: l.access, LogLevel: l.level}
 	if s.Limits.MaxConns == math.MaxInt {
 		s.Limits.MaxConns = Off
@@ -228,11 +229,11 @@ func (s *Server) Settings() (now Settings) {
 	if s.log == nil {
 		return now
 	}
-	return s.live().settings()
+	return s.activeSettings().toSettings()
 }
 
 // Configure changes settings while the server serves: change gets those in force and may modify them. Either all
-// changes take effect or, if change returns an error or a value makes no sense, none. They take effect at once:
+// changes take effect or, if change returns an error or a value is invalid, none. They take effect at once:
 // clients that wait for a higher limit are admitted. A lower limit closes no connection.
 //
 // The changes are logged and published with their caller. They last until the server ends, and go along in a
@@ -242,17 +243,17 @@ func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []S
 		return nil, errNotNew
 	}
 	for done := false; !done; {
-		s.awaitThaw()
-		before := s.live()
-		after := before.settings()
+		s.awaitFreezeEnd()
+		before := s.activeSettings()
+		after := before.toSettings()
 		if err := change(&after); err != nil {
 			return nil, fmt.Errorf("configuring: %w", err)
 		}
-		next, err := s.checked(before, after)
+		next, err := s.validateSettings(before, after)
 		if err != nil {
 			return nil, fmt.Errorf("configuring: %w", err)
 		}
-		changes = changesBetween(before.settings(), next.settings())
+		changes = diffSettings(before.toSettings(), next.toSettings())
 		if done, err = s.replaceSettings(before, next, changes, by); err != nil {
 			return nil, err
 		}
@@ -265,8 +266,8 @@ func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []S
 	return changes, nil
 }
 
-// checked returns the settings that follow from after, or an error that names each that makes no sense.
-func (s *Server) checked(before *liveSettings, after Settings) (*liveSettings, error) {
+// validateSettings returns after with defaults filled in, or an error that names each invalid setting.
+func (s *Server) validateSettings(before *activeSettings, after Settings) (*activeSettings, error) {
 	o := s.opts
 	o.Logger = zap.NewNop()
 	o.Limits, o.Timeouts, o.Drain, o.Access = after.Limits, after.Timeouts, after.Drain, after.Access
@@ -274,7 +275,7 @@ func (s *Server) checked(before *liveSettings, after Settings) (*liveSettings, e
 	if err != nil {
 		return nil, err
 	}
-	next := o.live()
+	next := o.activeSettings()
 	next.level = after.LogLevel
 	switch {
 	case after.Limits.ReservedFiles != before.limits.ReservedFiles:
@@ -292,9 +293,9 @@ func (s *Server) checked(before *liveSettings, after Settings) (*liveSettings, e
 	return next, nil
 }
 
-// replaceSettings puts next in force. It does nothing if the settings are no longer before, or if a handover has frozen
-// them. The error is a *DrainingError if another process has taken over.
-func (s *Server) replaceSettings(before, next *liveSettings, changes []SettingChange, by Caller,
+// replaceSettings applies next. It does nothing if the current settings are no longer before, or if a handover has
+// frozen the server. The error is a *DrainingError if another process has taken over.
+func (s *Server) replaceSettings(before, next *activeSettings, changes []SettingChange, by Caller,
 ) (done bool, err error) {
 	s.state.With(func(st *state) {
 		switch {
@@ -303,30 +304,30 @@ func (s *Server) replaceSettings(before, next *liveSettings, changes []SettingCh
 			err = &DrainingError{Deadline: st.drain.deadline}
 		case s.settings.CompareAndSwap(before, next):
 			if done = true; len(changes) > 0 {
-				s.apply(st, changes, by)
+				s.applyChanges(st, changes, by)
 			}
 		}
 	})
 	return done, err
 }
 
-// apply makes changes of s.settings take effect.
-func (s *Server) apply(st *state, changes []SettingChange, by Caller) {
+// applyChanges makes new settings take effect.
+func (s *Server) applyChanges(st *state, changes []SettingChange, by Caller) {
 	if s.opts.LogLevel != nil {
-		s.opts.LogLevel.SetLevel(s.live().level)
+		s.opts.LogLevel.SetLevel(s.activeSettings().level)
 	}
-	s.age.grace = s.live().drain.Grace
+	s.maxAgeCause.grace = s.activeSettings().drain.Grace
 	st.recountClients()
-	st.interruptAcceptors() // one that waits for a client must not accept it over the new limit
+	st.interruptAcceptors() // a loop that is accepting must check the new limit first
 	select {
-	case s.resweep <- struct{}{}:
+	case s.timeoutsChanged <- struct{}{}:
 	default:
 	}
 	st.publish(Event{Type: EventSettings, Settings: changes, By: by})
 }
 
-// recountClients counts again what each client holds: limits may identify clients in another way now, or count them
-// for the first time.
+// recountClients counts the connections of each client again, because a new limit may identify clients in another way,
+// or count them for the first time.
 func (st *state) recountClients() {
 	clear(st.perClient)
 	for _, c := range st.conns.all() {
@@ -338,7 +339,7 @@ func (st *state) recountClients() {
 
 // changedSettings lists the settings that differ from Options.
 func (s *Server) changedSettings() []SettingChange {
-	return changesBetween(s.initial, s.live().settings())
+	return diffSettings(s.initialSettings, s.activeSettings().toSettings())
 }
 
 // handoverSettings lists the settings that differ from Options, for a successor.
@@ -349,17 +350,17 @@ func (s *Server) handoverSettings() (changed []handoverSetting) {
 	return changed
 }
 
-// restoreSettings puts settings in force that a predecessor had changed, before anything is served. Those that this
-// version does not know, or that make no sense here, are logged and left alone.
+// restoreSettings applies the settings that the predecessor had changed, before any connection is served. It logs and
+// ignores settings that this version does not know or that are invalid here.
 func (s *Server) restoreSettings(changed []handoverSetting) {
 	for _, c := range changed {
-		before := s.live()
-		after := before.settings()
+		before := s.activeSettings()
+		after := before.toSettings()
 		err := after.Set(c.Name, c.Value)
 		if err == nil {
 			after.Limits.MaxConns = min(after.Limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
-			var next *liveSettings
-			if next, err = s.checked(before, after); err == nil {
+			var next *activeSettings
+			if next, err = s.validateSettings(before, after); err == nil {
 				s.settings.Store(next)
 			}
 		}
@@ -368,8 +369,8 @@ func (s *Server) restoreSettings(changed []handoverSetting) {
 				zap.String("value", c.Value), zap.Error(err))
 		}
 	}
-	s.state.With(func(*state) { s.age.grace = s.live().drain.Grace })
+	s.state.With(func(*state) { s.maxAgeCause.grace = s.activeSettings().drain.Grace })
 	if s.opts.LogLevel != nil {
-		s.opts.LogLevel.SetLevel(s.live().level)
+		s.opts.LogLevel.SetLevel(s.activeSettings().level)
 	}
 }

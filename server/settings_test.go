@@ -123,7 +123,7 @@ func TestConfigure(t *testing.T) {
 			changes, err := r.Configure(Caller{}, change)
 			wantErrText(t, text, err, text)
 			wantEqual(t, "changes", len(changes), 0)
-			if diff := changesBetween(before, r.Settings()); diff != nil {
+			if diff := diffSettings(before, r.Settings()); diff != nil {
 				t.Errorf("%s: changed %v", text, diff)
 			}
 		}

@@ -9,89 +9,89 @@ import (
 // counters. All access goes through Server.state, under one lock. So accepted = open + closed at every instant, and
 // no connection is admitted during a pause or a drain.
 type state struct {
-	phase State  // StatePaused is not kept here: it follows from StateRunning and holds
-	drain *drain // nil until a drain begins
+	lifecycle State  // never StatePaused, which follows from StateRunning and holds
+	drain     *drain // nil until a drain begins
 
 	holds    []*Hold
-	lastHold uint64 // number in the last hold's id
+	lastHold uint64 // number in the id of the latest hold
 
 	conns      table // open connections, from accept to close
 	lastID     uint64
-	admitted   int               // of conns, those being served or closing after that
-	rejecting  int               // of conns, those that are rejected and linger
-	handshakes []handshake       // of conns, those in WrapConn or in a TLS handshake, oldest first
-	perClient  map[clientKey]int // of admitted
+	admitted   int               // connections in conns that were admitted and are not closed
+	rejecting  int               // connections in conns that are rejected and linger
+	handshakes []handshake       // connections in conns that are in WrapConn or a TLS handshake, oldest first
+	perClient  map[clientKey]int // number of admitted connections of each client
 
 	accepted          uint64
 	closed            [reasonEnd]uint64
 	bytesIn, bytesOut uint64 // of closed connections
-	recent            ring[ClosedConn]
+	recentClosed      ring[ClosedConn]
 
 	noticesSent, noticesFailed uint64
 	transitions                [StateStopped + 1]uint64 // how often each state was entered
 
-	adopted   []*acceptor    // from TakeOver, until ServeListener is called for them
-	acceptors []*acceptor    // those that may still let new connections in
-	toClose   []net.Listener // given to CloseListener before ServeListener; at most maxListenersNoted
-	served    []net.Listener // the last for which ServeListener has ended; at most maxListenersNoted
-	tasks     int            // goroutines that accept, or that work for a connection
-	sweeping  bool           // the sweeper was started
+	acceptors        []*acceptor    // accept loops that may still admit new connections
+	pendingAcceptors []*acceptor    // from TakeOver; ServeListener takes each out
+	closeOnServe     []net.Listener // closed by CloseListener before ServeListener was called; at most maxKnownListeners
+	formerListeners  []net.Listener // the last listeners whose ServeListener has returned; at most maxKnownListeners
+	tasks            int            // goroutines that accept connections or work for one; a drain waits for them
+	sweeperStarted   bool
 
-	handover    *handover                 // in progress; nil otherwise
-	frozen      bool                      // nothing is accepted, admitted or changed
-	committing  bool                      // the successor was told to take over, and has not answered yet
-	recordEnds  bool                      // the successor knows the open connections: tell it which have ended
-	handedOver  bool                      // another process is the owner now
-	ends        []handoverEnd             // of connections that stayed behind, to be forwarded
-	forwarding  chan struct{}             // closed when the last was forwarded; nil if nothing was handed over
-	following   chan struct{}             // closed when the predecessor's end was seen; nil if nothing was taken over
-	predecessor Link                      // for following; nil before and after
-	behind      map[uint64]handoverBehind // with the predecessor of this server; they count as open
+	handover        *handover               // the handover in progress; nil if there is none
+	frozen          bool                    // a handover allows no accept, admission or change
+	committing      bool                    // the commit was sent, and the successor has not acknowledged it
+	reportEnds      bool                    // the successor has the list of open connections: collect unreportedEnds
+	handedOver      bool                    // another process is the owner now
+	unreportedEnds  []handoverEnd           // ends of connections that the successor does not know yet
+	forwardDone     chan struct{}           // closed when forwardEnds returns; nil if nothing was handed over
+	predecessorDone chan struct{}           // closed when receiveFromPredecessor returns; nil if nothing was taken over
+	predecessor     Link                    // nil unless the predecessor of this server still runs
+	keptConns       map[uint64]handoverKept // connections that the predecessor still serves; they count as open
 
-	schedule   schedule
-	scheduling bool // the goroutine of the schedule was started
-	sending    bool // and carries out entries that it has taken from it
-	told       int  // of admitted, those whose clients were told to leave
+	schedule         schedule
+	schedulerStarted bool
+	scheduleBusy     bool // the scheduler carries out entries that it has taken from the schedule
+	told             int  // admitted connections whose clients were told to leave
 
 	onShutdown  []func()
 	subscribers []*Subscription
 	history     history
-	unpublished []Event // those that happened since the successor was sent the state; see publish
+	unpublished []Event // events since the successor received the state; see publish
 }
 
-// maxListenersNoted bounds the lists of listeners that are not being served.
-const maxListenersNoted = 64
+// maxKnownListeners bounds closeOnServe and formerListeners.
+const maxKnownListeners = 64
 
-// recentConns is how many closed connections are remembered.
+// recentConns is the number of closed connections in recentClosed.
 const recentConns = 1024
 
-// visible is the state as users see it.
-func (st *state) visible() State {
-	if st.phase == StateRunning && len(st.holds) > 0 {
+// publicState returns the state that users see.
+func (st *state) publicState() State {
+	if st.lifecycle == StateRunning && len(st.holds) > 0 {
 		return StatePaused
 	}
-	return st.phase
+	return st.lifecycle
 }
 
-// enter moves on to phase, and publishes the change if it is visible.
-func (st *state) enter(phase State) {
-	before := st.visible()
-	st.phase = phase
+// setLifecycle changes the state, and publishes the change if users see it.
+func (st *state) setLifecycle(to State) {
+	before := st.publicState()
+	st.lifecycle = to
 	st.publishChange(before)
 }
 
-// publishChange publishes a change of the visible state since before.
+// publishChange publishes the state that users see, if it differs from before.
 func (st *state) publishChange(before State) {
-	if now := st.visible(); now != before {
+	if now := st.publicState(); now != before {
 		st.transitions[now]++
 		st.publish(Event{Type: EventState, State: now})
 	}
 }
 
-// open is how many connections are open, with those that stayed with a predecessor.
-func (st *state) open() int { return st.conns.len() + len(st.behind) }
+// open returns the number of open connections, including those that the predecessor still serves.
+func (st *state) open() int { return st.conns.len() + len(st.keptConns) }
 
-// addConn enters a connection that was just accepted into the table.
+// addConn adds a connection that was just accepted to the table, and gives it its id.
 func (st *state) addConn(c *Conn) {
 	st.lastID++
 	c.id = st.lastID
@@ -99,18 +99,18 @@ func (st *state) addConn(c *Conn) {
 	st.accepted++
 }
 
-// publishOpened publishes that c was opened, once its client's address is known.
+// publishOpened publishes that c was opened. The caller calls it once, when the client's address is known.
 func (st *state) publishOpened(c *Conn) {
 	switch {
 	case st.conns.get(c.id) != c:
-	case st.observed():
+	case st.wantsEvents():
 		st.publish(Event{Type: EventOpened, Conn: new(c.Info())})
 	default:
 		st.history.last++
 	}
 }
 
-// removeConn moves a connection from the table to the counters of closed ones. It reports whether c was open.
+// removeConn removes c from the table, and counts it as closed. It reports whether c was in the table.
 func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	if !st.conns.remove(c.id) {
 		return false
@@ -125,8 +125,8 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	case c.rejected:
 		st.rejecting--
 	}
-	if st.recordEnds {
-		st.ends = append(st.ends, handoverEnd{
+	if st.reportEnds {
+		st.unreportedEnds = append(st.unreportedEnds, handoverEnd{
 			ID: c.id, Reason: closed.Reason.String(), BytesIn: closed.BytesIn,
 			BytesOut: closed.BytesOut,
 		})
@@ -134,34 +134,34 @@ func (st *state) removeConn(c *Conn, closed ClosedConn) bool {
 	st.closed[closed.Reason]++
 	st.bytesIn += closed.BytesIn
 	st.bytesOut += closed.BytesOut
-	if st.drain != nil && st.phase != StateStopped { // then the report is final
-		st.drain.count(closed.Reason)
+	if st.drain != nil && st.lifecycle != StateStopped { // a stopped server's report is final
+		st.drain.countClosed(closed.Reason)
 	}
-	st.recent.add(closed)
+	st.recentClosed.add(closed)
 	st.publish(Event{Type: EventClosed, Closed: &closed})
 	return true
 }
 
-// publish stamps e, keeps it, and gives it to every subscriber, in the order in which things happened. Once the successor
-// of a handover has the state, an event waits for the outcome: if the successor becomes the owner, it will tell the event
-// itself.
+// publish gives e its id and time, adds it to the history, and sends it to every subscriber. Once the successor of a
+// handover has received the state, publish only collects events. A rollback publishes them; after the commit the
+// successor publishes its own.
 func (st *state) publish(e Event) {
-	if st.recordEnds && !st.handedOver {
+	if st.reportEnds && !st.handedOver {
 		st.unpublished = append(st.unpublished, e)
 		return
 	}
 	st.history.last++
-	if !st.observed() {
+	if !st.wantsEvents() {
 		return
 	}
 	e.ID, e.Time = st.history.last, time.Now()
 	st.history.add(e)
 	for _, sub := range st.subscribers {
-		sub.offer(e)
+		sub.enqueue(e)
 	}
 }
 
-// endSubscriptions tells the subscribers that another process serves now, which tells its own the same.
+// endSubscriptions ends all subscriptions after a handover, with EventUpgraded as their last event.
 func (st *state) endSubscriptions() {
 	st.publish(Event{Type: EventUpgraded})
 	for _, sub := range st.subscribers {

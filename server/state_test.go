@@ -49,7 +49,7 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 	t.Helper()
 	r := newRig(t, commanded, o)
 	sub := r.Subscribe()
-	var heard locked[eventModel]
+	var heard lockedValue[eventModel]
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)

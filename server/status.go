@@ -19,26 +19,26 @@ type Status struct {
 	Started           time.Time
 	Listeners         []ListenerInfo
 	Connections       int           // open connections, in any phase
-	Behind            int           // of these, those that a predecessor still serves; see Server.TakeOver
-	Phases            map[Phase]int // of these
-	MaxConns          int           // how many are served at once at most; 0 is no limit
+	KeptByPredecessor int           // open connections that the predecessor still serves; see Server.TakeOver
+	Phases            map[Phase]int // open connections by phase, without those of the predecessor
+	MaxConns          int           // maximum number served at once; 0 means no limit
 	Accepted          uint64        // always Connections plus the sum over Closed
 	Closed            map[Reason]uint64
 	BytesIn, BytesOut uint64 // of all connections, open and closed
 	Holds             []HoldInfo
 	Drain             *DrainInfo // nil until a drain begins
-	HasPredecessor    bool       // the process that handed over has not ended
-	Full              bool       // MaxConns are being served: new clients get what AtLimit says
+	HasPredecessor    bool       // the predecessor has not ended
+	Full              bool       // MaxConns are being served; AtLimit says what happens to new clients
 	AtLimit           LimitMode
 
 	Told int // open connections whose clients were told to leave: by a drain, an eviction, or for their age
 
-	Settings []SettingChange // those that Configure has changed, with their value at the start
+	Settings []SettingChange // settings that Configure has changed, with their initial values
 
-	Grace, DrainDelay, Spread time.Duration // of a drain that names none itself
+	Grace, DrainDelay, Spread time.Duration // defaults of a drain
 	MaxAge                    time.Duration // Timeouts.MaxAge; 0 is no limit
 
-	NoticesSent, NoticesFailed uint64           // of drains and of Notify: taken by the kernel, or not
+	NoticesSent, NoticesFailed uint64           // notices of drains and of Notify that the kernel has accepted, or not
 	Transitions                map[State]uint64 // how often each state was entered
 }
 
@@ -46,8 +46,8 @@ type Status struct {
 type ListenerInfo struct {
 	Address net.Addr
 	TLS     bool // Listener.TLSConfig is set
-	// AcceptQueue is how many clients wait in the kernel to be accepted, and AcceptQueueLimit how many can. Both are
-	// -1 where the system does not tell.
+	// AcceptQueue is the number of clients in the accept queue, and AcceptQueueLimit its maximum length. Both are -1 on
+	// systems that do not report them.
 	AcceptQueue, AcceptQueueLimit int
 }
 
@@ -57,11 +57,11 @@ type ConnInfo struct {
 	Remote, Local     net.Addr
 	Phase             Phase
 	Opened            time.Time
-	Active            time.Time     // when a byte moved last, or when the connection was opened
-	Idle              time.Duration // since then
+	Active            time.Time     // when a byte was last read or written, or when the connection was opened
+	Idle              time.Duration // time since Active
 	BytesIn, BytesOut uint64
-	Notified          bool      // of the drain
-	DrainDeadline     time.Time // when it is closed at the latest; zero while its client was not told to leave
+	Notified          bool      // the kernel has accepted the drain notice
+	DrainDeadline     time.Time // when the server closes it; zero if its client was not told to leave
 	DrainReason       string
 	Labels            map[string]string
 }
@@ -75,12 +75,12 @@ type ClosedConn struct {
 	BytesIn, BytesOut uint64
 	Notified          bool
 	Labels            map[string]string
-	Err               error // what the handler returned, or why the connection could not be prepared
+	Err               error // error of the handler, of WrapConn or of the handshake
 }
 
 // Status returns the server's status.
 func (s *Server) Status() Status {
-	set := s.live()
+	set := s.activeSettings()
 	status := Status{
 		Started: s.started, Grace: set.drain.Grace, DrainDelay: set.drain.Delay, Spread: set.drain.Spread,
 		MaxAge: set.timeouts.MaxAge, AtLimit: set.limits.AtLimit,
@@ -89,14 +89,14 @@ func (s *Server) Status() Status {
 	if set.limits.MaxConns != math.MaxInt {
 		status.MaxConns = set.limits.MaxConns
 	}
-	status.Settings = changesBetween(s.initial, set.settings())
+	status.Settings = diffSettings(s.initialSettings, set.toSettings())
 	var listeners []Listener
 	var conns []*Conn
 	s.state.With(func(st *state) {
-		status.State = st.visible()
+		status.State = st.publicState()
 		status.Full = st.admitted >= set.limits.MaxConns
 		status.Connections = st.open()
-		status.Behind = len(st.behind)
+		status.KeptByPredecessor = len(st.keptConns)
 		status.Told = st.told
 		status.HasPredecessor = st.predecessor != nil
 		status.Accepted = st.accepted
@@ -106,7 +106,7 @@ func (s *Server) Status() Status {
 			}
 		}
 		status.BytesIn, status.BytesOut = st.bytesIn, st.bytesOut
-		for _, b := range st.behind {
+		for _, b := range st.keptConns {
 			status.BytesIn += b.BytesIn
 			status.BytesOut += b.BytesOut
 		}
@@ -123,7 +123,7 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
-	for c := range inTurns(conns, quietTurn) { // outside the lock: connections that close now keep their figures
+	for c := range paced(conns, backgroundBurst) { // without the lock; a connection that closes meanwhile keeps its figures
 		status.Phases[Phase(c.phase.Load())]++
 		status.BytesIn += c.BytesIn()
 		status.BytesOut += c.BytesOut()
@@ -148,7 +148,7 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 	var handedOver bool
 	err := s.state.Await(ctx, func(st *state) bool {
 		handedOver = st.handedOver
-		return handedOver || match(st.visible(), st.open())
+		return handedOver || match(st.publicState(), st.open())
 	})
 	if err == nil && handedOver {
 		return ErrHandedOver
@@ -159,10 +159,10 @@ func (s *Server) AwaitStatus(ctx context.Context, match func(state State, connec
 // Info describes the connection as it is now.
 func (c *Conn) Info() ConnInfo {
 	deadline, _ := c.DrainDeadline()
-	active := c.srv.at(c.active.Load())
+	active := c.srv.timeAt(c.lastActive.Load())
 	return ConnInfo{
 		ID: c.id, Remote: c.RemoteAddr(), Local: c.LocalAddr(), Phase: Phase(c.phase.Load()),
-		Opened:  c.srv.at(c.opened),
+		Opened:  c.srv.timeAt(c.opened),
 		Active:  active,
 		Idle:    max(0, time.Since(active)),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
@@ -173,9 +173,9 @@ func (c *Conn) Info() ConnInfo {
 // Conns ranges over the connections that were open when it was called, oldest first. It sleeps regularly so that a
 // long listing does not delay clients.
 func (s *Server) Conns() iter.Seq[ConnInfo] {
-	conns := s.snapshot()
+	conns := s.openConns()
 	return func(yield func(ConnInfo) bool) {
-		for c := range inTurns(conns, quietTurn) {
+		for c := range paced(conns, backgroundBurst) {
 			if !yield(c.Info()) {
 				return
 			}
@@ -185,11 +185,11 @@ func (s *Server) Conns() iter.Seq[ConnInfo] {
 
 // Closed returns the last 1,024 closed connections, the latest first.
 func (s *Server) Closed() (closed []ClosedConn) {
-	s.state.With(func(st *state) { closed = st.recent.newestFirst() })
+	s.state.With(func(st *state) { closed = st.recentClosed.newestFirst() })
 	return closed
 }
 
-func (s *Server) snapshot() (conns []*Conn) {
+func (s *Server) openConns() (conns []*Conn) {
 	s.state.With(func(st *state) { conns = st.conns.all() })
 	return conns
 }
@@ -198,7 +198,7 @@ func (s *Server) snapshot() (conns []*Conn) {
 // client sees an end of stream. The error is ErrNoConn if no connection with that id is open, or if it is already
 // ending.
 func (s *Server) Kill(id uint64) error {
-	if err := s.awaitThaw(); err != nil {
+	if err := s.awaitFreezeEnd(); err != nil {
 		return err
 	}
 	var c *Conn
@@ -211,10 +211,10 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc kills each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
-	if s.awaitThaw() != nil {
+	if s.awaitFreezeEnd() != nil {
 		return 0
 	}
-	for c := range inTurns(s.snapshot(), promptTurn) {
+	for c := range paced(s.openConns(), promptBurst) {
 		if match(c.Info()) && s.kill(c) {
 			killed++
 		}
@@ -227,7 +227,7 @@ func (s *Server) kill(c *Conn) bool {
 		return false
 	}
 	s.log.Info("connection killed", zap.Uint64("conn", c.id), zap.Stringer("remote", c.RemoteAddr()))
-	s.state.With(func(*state) {}) // makes a connection that waits for its admission look again
+	s.state.With(func(*state) {}) // wakes a connection that waits for admission
 	return true
 }
 
@@ -244,10 +244,10 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 	if err := CheckText(text); err != nil {
 		return 0, 0, fmt.Errorf("notifying: text: %w", err)
 	}
-	conns := slices.DeleteFunc(s.snapshot(), func(c *Conn) bool { return Phase(c.phase.Load()) != PhaseServing })
-	var results awaited[map[messageResult]int]
-	for c := range inTurns(conns, promptTurn) {
-		c.post(&message{
+	conns := slices.DeleteFunc(s.openConns(), func(c *Conn) bool { return Phase(c.phase.Load()) != PhaseServing })
+	var results monitor[map[messageResult]int]
+	for c := range paced(conns, promptBurst) {
+		c.queueMessage(&message{
 			notice: Notice{Kind: NoticeMessage, Text: text},
 			done: func(result messageResult) {
 				results.With(func(n *map[messageResult]int) {
@@ -259,7 +259,7 @@ func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err
 			},
 		})
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, messageTimeout, errWaitOver)
+	ctx, cancel := context.WithTimeoutCause(ctx, messageTimeout, errWaitTimeout)
 	defer cancel()
 	_ = results.Await(ctx, func(n *map[messageResult]int) bool {
 		return (*n)[messageSent]+(*n)[messageFailed]+(*n)[messageSilent] == len(conns)

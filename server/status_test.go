@@ -30,7 +30,7 @@ func TestStatus(t *testing.T) {
 			Transitions: map[State]uint64{StateRunning: 1}, Grace: DefaultGrace,
 		})
 		r.drain(time.Minute, "TERM")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		st := r.Status()
 		if st.State != StateDraining || st.Listeners != nil {
 			t.Errorf("status %+v, want draining without listeners", st)

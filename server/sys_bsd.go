@@ -9,19 +9,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-type receiver struct{}
+type recvArgs struct{}
 
 // reportQueue returns false: these systems do not report what is left together with a read.
 func reportQueue(uintptr) bool { return false }
 
 func readFD(fd uintptr, b *buffer, _ bool) (n, left int, err error) {
-	n, err = call(unix.Read, fd, b.bytes)
+	n, err = retryEINTR(unix.Read, fd, b.bytes)
 	return n, -1, err
 }
 
-func writeFD(fd uintptr, p []byte) (int, error) { return call(unix.Write, fd, p) }
+func writeFD(fd uintptr, p []byte) (int, error) { return retryEINTR(unix.Write, fd, p) }
 
-func call(f func(int, []byte) (int, error), fd uintptr, p []byte) (int, error) {
+// retryEINTR calls f until it is not interrupted by a signal.
+func retryEINTR(f func(int, []byte) (int, error), fd uintptr, p []byte) (int, error) {
 	for {
 		n, err := f(int(fd), p)
 		if err != unix.EINTR {

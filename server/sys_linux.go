@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A receiver holds the arguments of a read that also returns how many bytes are left in the socket. That saves a
+// A recvArgs holds the arguments of a read that also returns how many bytes are left in the socket. That saves a
 // second read that would find nothing. See TCP_INQ in the kernel's include/uapi/linux/tcp.h.
-type receiver struct {
+type recvArgs struct {
 	msg     unix.Msghdr
 	vec     unix.Iovec
 	control [unix.SizeofCmsghdr + 8]byte
@@ -56,14 +56,14 @@ func reportQueue(fd uintptr) bool {
 // which can bring file descriptors.
 func readFD(fd uintptr, b *buffer, reported bool) (n, left int, err error) {
 	if reported {
-		r := &b.receiver
+		r := &b.recvArgs
 		r.vec.Base = &b.bytes[0]
 		r.vec.SetLen(len(b.bytes))
 		r.msg.Iov = &r.vec
 		r.msg.SetIovlen(1)
 		r.msg.Control = &r.control[0]
 		r.msg.SetControllen(len(r.control))
-		n, err = call(unix.SYS_RECVMSG, fd, unsafe.Pointer(&r.msg), unix.MSG_DONTWAIT, 0, len(b.bytes))
+		n, err = syscallNoWait(unix.SYS_RECVMSG, fd, unsafe.Pointer(&r.msg), unix.MSG_DONTWAIT, 0, len(b.bytes))
 		if err == nil {
 			raceRead(fd, b.bytes[:n])
 		}
@@ -77,8 +77,8 @@ func readFD(fd uintptr, b *buffer, reported bool) (n, left int, err error) {
 	}
 }
 
-// left is what the kernel reported; -1 if it did not.
-func (r *receiver) left() int {
+// left returns the number of bytes that the kernel reported as left; -1 if it reported none.
+func (r *recvArgs) left() int {
 	head := (*unix.Cmsghdr)(unsafe.Pointer(&r.control))
 	if r.msg.Controllen < unix.SizeofCmsghdr+4 || head.Level != unix.SOL_TCP || head.Type != unix.TCP_CM_INQ {
 		return -1
@@ -89,15 +89,16 @@ func (r *receiver) left() int {
 // writeFD uses send(2), which is slightly cheaper than write(2).
 func writeFD(fd uintptr, p []byte) (int, error) {
 	raceWrite()
-	return call(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p),
+	return syscallNoWait(unix.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p),
 		unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, len(p))
 }
 
-// rawCallBytes is how many bytes a system call may copy without telling the scheduler. It takes some microseconds.
+// rawCallBytes is the maximum number of bytes for a system call that is made without telling the scheduler. Copying
+// them takes a few microseconds.
 const rawCallBytes = 64 << 10
 
-// call makes a system call that does not wait and copies at most so many bytes.
-func call(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (int, error) {
+// syscallNoWait makes a system call that does not block, and that copies at most the given number of bytes.
+func syscallNoWait(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (int, error) {
 	for {
 		var n uintptr
 		var errno unix.Errno
@@ -121,7 +122,7 @@ func call(number, fd uintptr, what unsafe.Pointer, third, fourth, copies int) (i
 // socket(7), SO_ATTACH_FILTER. For a Unix socket the kernel refuses clients after shutdown(2).
 func stopHandshakes(ln net.Listener) error {
 	if knownAddr(ln.Addr()).Network() == "unix" {
-		return control(ln, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
+		return controlListener(ln, func(fd int) error { return unix.Shutdown(fd, unix.SHUT_RD) })
 	}
 	const (
 		flags     = 13
@@ -135,14 +136,14 @@ func stopHandshakes(ln net.Listener) error {
 		{Code: unix.BPF_RET | unix.BPF_K, K: dropAll},
 		{Code: unix.BPF_RET | unix.BPF_K, K: acceptAll},
 	}
-	return control(ln, func(fd int) error {
+	return controlListener(ln, func(fd int) error {
 		return unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER,
 			&unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]})
 	})
 }
 
-// handshakesInProgress reports whether clients of ln are in the middle of a TCP handshake: they believe that they are
-// connected as soon as they have our SYN-ACK. The kernel lists them in state SYN_RECV (proc(5), /proc/net/tcp). With
+// handshakesInProgress reports whether TCP handshakes with ln are in progress. A client counts itself as connected as
+// soon as it has received the SYN-ACK. The kernel lists them in state SYN_RECV (proc(5), /proc/net/tcp). With
 // SYN cookies it keeps no state, so those clients cannot be seen.
 func handshakesInProgress(ln net.Listener) bool {
 	addr, ok := ln.Addr().(*net.TCPAddr)
@@ -175,10 +176,10 @@ func listsHandshake(lines *bufio.Scanner, port int) bool {
 	return false
 }
 
-// acceptQueue reads how many clients wait in ln's accept queue, and how many can: the kernel gives them for a listener
-// as tcpi_unacked and tcpi_sacked (tcp_get_info in net/ipv4/tcp.c).
+// acceptQueue returns the length of ln's accept queue and its limit. For a listener the kernel reports them as
+// tcpi_unacked and tcpi_sacked (tcp_get_info in net/ipv4/tcp.c).
 func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
-	err := control(ln, func(fd int) error {
+	err := controlListener(ln, func(fd int) error {
 		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
 		if err == nil {
 			length, limit = int(info.Unacked), int(info.Sacked)
@@ -188,7 +189,8 @@ func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
 	return length, limit, err == nil
 }
 
-// sendQueue reads what is on its way to the peer: segments for TCP, and the memory that they take for a Unix socket.
+// sendQueue returns how much data is on its way to the peer, in bytes or segments for TCP, and in bytes of memory for a
+// Unix socket.
 func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
 	raw := rawConn(nc)
 	if raw == nil {
@@ -197,7 +199,7 @@ func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
 	_, isUnix := nc.(*net.UnixConn)
 	var err error
 	failed := raw.Control(func(fd uintptr) {
-		// The ioctl comes first: mostly nothing waits, and TCP_INFO takes memory.
+		// The ioctl comes first, because usually nothing waits and TCP_INFO takes memory.
 		q.waiting, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
 		q.acked = uint64(q.waiting)
 		if err != nil || isUnix || q.waiting == 0 {
@@ -211,14 +213,14 @@ func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
 	return q, failed == nil && err == nil
 }
 
-// setOrphanTimeout bounds how long the kernel keeps what is unsent after the close: TCP_USER_TIMEOUT, tcp(7).
+// setOrphanTimeout bounds how long the kernel keeps unsent data after the close: TCP_USER_TIMEOUT, tcp(7).
 func setOrphanTimeout(nc net.Conn) {
 	if tcp, ok := nc.(*net.TCPConn); ok {
-		setInt(tcp, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(orphanTimeout/time.Millisecond))
+		setSocketOption(tcp, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(orphanTimeout/time.Millisecond))
 	}
 }
 
-func setInt(sc syscall.Conn, level, option, value int) {
+func setSocketOption(sc syscall.Conn, level, option, value int) {
 	if raw, err := sc.SyscallConn(); err == nil {
 		_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), level, option, value) })
 	}
@@ -229,7 +231,7 @@ func readSocketOptions(ln net.Listener) (o socketOptions) {
 	if knownAddr(ln.Addr()).Network() == "unix" {
 		return o
 	}
-	err := control(ln, func(fd int) error {
+	err := controlListener(ln, func(fd int) error {
 		var errs [5]error
 		get := func(i, level, option int) (n int) {
 			n, errs[i] = unix.GetsockoptInt(fd, level, option)

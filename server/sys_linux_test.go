@@ -57,11 +57,11 @@ func TestVisit(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		c := &Conn{srv: s}
 		cp := &copier{src: c, dst: c, echo: true}
-		if !cp.visit(uintptr(pair[1])) {
+		if !cp.onReadable(uintptr(pair[1])) {
 			t.Error("visit waits, want it to return")
 		}
 		wantEqual(t, "messages echoed in one visit", c.BytesOut(), uint64(maxReads))
-		cp.release()
+		cp.releaseBuffer()
 	})
 
 	// A client of a Unix socket may send file descriptors along, which nobody would close.
@@ -79,7 +79,7 @@ func TestVisit(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		c := &Conn{srv: s}
 		cp := &copier{src: c, dst: c, echo: true}
-		cp.visit(uintptr(pair[1]))
+		cp.onReadable(uintptr(pair[1]))
 		wantEqual(t, "bytes in", c.BytesIn(), uint64(1))
 		// When the last writer is closed the pipe is at its end.
 		if n, err := unix.Read(pipe[0], make([]byte, 1)); n != 0 || err != nil {
@@ -91,8 +91,8 @@ func TestVisit(t *testing.T) {
 	t.Run("a notice waits for the rest of an echo", func(t *testing.T) {
 		sent := strings.Repeat("x", 48<<10)
 		got := halfWritten(t, sent, func(c *Conn, cp *copier) {
-			c.post(&message{notice: Notice{Kind: NoticeMessage, Text: "hi"}, done: func(messageResult) {}})
-			wantErr(t, "writing the rest", cp.writeRest(), nil)
+			c.queueMessage(&message{notice: Notice{Kind: NoticeMessage, Text: "hi"}, done: func(messageResult) {}})
+			wantErr(t, "writing the rest", cp.writeUnwritten(), nil)
 		})
 		if want := sent + "\nNOTICE hi\n"; got != want {
 			t.Errorf("the client received %d bytes, the notice at %d; want it at %d", len(got), strings.Index(got, "NOTICE"), len(sent)+1)
@@ -103,7 +103,7 @@ func TestVisit(t *testing.T) {
 		counted := make(chan uint64, 1)
 		got := halfWritten(t, strings.Repeat("x", 48<<10), func(c *Conn, cp *copier) {
 			_ = c.SetWriteDeadline(time.Now().Add(-time.Second))
-			wantErr(t, "writing the rest", cp.writeRest(), os.ErrDeadlineExceeded)
+			wantErr(t, "writing the rest", cp.writeUnwritten(), os.ErrDeadlineExceeded)
 			_, err := c.Write([]byte("more"))
 			wantErr(t, "Write", err, ErrWriteBroken)
 			counted <- c.BytesOut()
@@ -127,14 +127,14 @@ func halfWritten(t *testing.T, sent string, do func(*Conn, *copier)) string {
 			n, err := unix.IoctlGetInt(int(fd), unix.SIOCINQ)
 			return err != nil || n >= len(sent)
 		})
-		if err := errors.Join(err, raw.Read(cp.visit)); err != nil {
+		if err := errors.Join(err, raw.Read(cp.onReadable)); err != nil {
 			return err
 		}
-		if !cp.locked || len(cp.rest) == 0 || len(cp.rest) == len(sent) {
-			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", len(cp.rest), len(sent), cp.locked)
+		if !cp.holdsWriteLock || len(cp.unwritten) == 0 || len(cp.unwritten) == len(sent) {
+			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", len(cp.unwritten), len(sent), cp.holdsWriteLock)
 		}
 		do(c, cp)
-		cp.release()
+		cp.releaseBuffer()
 		return nil
 	}), Options{})
 	dialer := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
@@ -439,7 +439,7 @@ func TestInheritedListener(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		serveListener(t, s, Listener{Listener: ln, Inherited: true})
 		echoed(t, dialTCP(t, ln.Addr()), "x")
-		sock := s.snapshot()[0].sock.(*net.TCPConn)
+		sock := s.openConns()[0].sock.(*net.TCPConn)
 		wantEqual(t, "TCP_KEEPIDLE", getOption(t, sock, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE), 77)
 		wantEqual(t, "TCP_NODELAY", getOption(t, sock, unix.IPPROTO_TCP, unix.TCP_NODELAY), 0)
 	})
@@ -456,7 +456,7 @@ func TestListenConfig(t *testing.T) {
 	serve(t, s, ln)
 	echoed(t, dialTCP(t, ln.Addr()), "x")
 	wantEqual(t, "limit of the accept queue", s.Status().Listeners[0].AcceptQueueLimit, 3)
-	sock := s.snapshot()[0].sock.(*net.TCPConn)
+	sock := s.openConns()[0].sock.(*net.TCPConn)
 	wantEqual(t, "TCP_KEEPIDLE", getOption(t, sock, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE), 77)
 
 	off, err := ListenConfig{KeepAlive: net.KeepAliveConfig{Idle: 1}}.Listen(t.Context(), "127.0.0.1:0")
@@ -465,7 +465,7 @@ func TestListenConfig(t *testing.T) {
 	}
 	serve(t, s, off)
 	echoed(t, dialTCP(t, off.Addr()), "x")
-	sock = s.snapshot()[1].sock.(*net.TCPConn)
+	sock = s.openConns()[1].sock.(*net.TCPConn)
 	wantEqual(t, "SO_KEEPALIVE when it is not enabled", getOption(t, sock, unix.SOL_SOCKET, unix.SO_KEEPALIVE), 0)
 }
 
@@ -596,7 +596,7 @@ func TestOrphanTimeout(t *testing.T) {
 			s, addr := serveTCP(t, Echo, Options{})
 			c := dialTCP(t, addr)
 			echoed(t, c, "x")
-			sock := s.snapshot()[0].sock.(*net.TCPConn)
+			sock := s.openConns()[0].sock.(*net.TCPConn)
 			copied, err := sock.File() // shares the socket, so that it can be looked at after the close
 			if err != nil {
 				t.Fatal(err)
@@ -659,7 +659,7 @@ func TestCancelWhenGone(t *testing.T) {
 		send(t, c, "x")
 		_ = c.CloseWrite()
 		conn := next(t, conns)
-		s.inspect(conn, time.Now())
+		s.checkTimeouts(conn, time.Now())
 		wantErr(t, "cause", context.Cause((*connContext)(conn)), nil)
 	})
 }
@@ -709,13 +709,13 @@ func TestStallTimeoutOverTCP(t *testing.T) {
 				_ = tcp.SetReadBuffer(4 << 10)
 			}
 			next(t, written)
-			conn := s.snapshot()[0]
+			conn := s.openConns()[0]
 			now := time.Now()
-			s.inspect(conn, now)
-			s.inspect(conn, now.Add(DefaultStallTimeout))
-			wantEqual(t, network+": reason within the slack", conn.endReason(), Reason(0))
-			s.inspect(conn, now.Add(2*DefaultStallTimeout))
-			wantEqual(t, network+": reason in the end", conn.endReason(), ReasonStalled)
+			s.checkTimeouts(conn, now)
+			s.checkTimeouts(conn, now.Add(DefaultStallTimeout))
+			wantEqual(t, network+": reason within the slack", conn.closeReason(), Reason(0))
+			s.checkTimeouts(conn, now.Add(2*DefaultStallTimeout))
+			wantEqual(t, network+": reason in the end", conn.closeReason(), ReasonStalled)
 		}
 	})
 }

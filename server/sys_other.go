@@ -37,7 +37,7 @@ func rawConn(net.Conn) syscall.RawConn { return nil }
 
 func writeNow(syscall.RawConn, []byte) (int, error) { return 0, errors.ErrUnsupported }
 
-type receiver struct{}
+type recvArgs struct{}
 
 func reportQueue(uintptr) bool { return false }
 

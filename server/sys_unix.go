@@ -30,8 +30,8 @@ func acceptRetryable(err error) bool {
 	return isTemporary(err)
 }
 
-// rawConn gives access to the descriptor of nc. It is nil if what is written there is not what the client gets, as
-// with TLS.
+// rawConn gives access to the descriptor of nc. It returns nil if nc is not a socket. A TLS session, for example, is
+// not one.
 func rawConn(nc net.Conn) syscall.RawConn {
 	switch nc := nc.(type) {
 	case *net.TCPConn:
@@ -55,7 +55,7 @@ func writeNow(raw syscall.RawConn, p []byte) (n int, err error) {
 
 func wouldBlock(err error) bool { return err == unix.EAGAIN }
 
-// discardPending reads what has arrived, up to a bound, without waiting.
+// discardPending discards input that has arrived, up to a bound, without waiting.
 func discardPending(raw syscall.RawConn) {
 	const most = 256 << 10
 	_ = raw.Control(func(fd uintptr) {
@@ -70,7 +70,7 @@ func discardPending(raw syscall.RawConn) {
 	})
 }
 
-// peerGone reports whether the peer has reset the connection, or has closed it and everything from it was read.
+// peerGone reports whether the peer has reset the connection, or has closed it and all its input was read.
 func peerGone(nc net.Conn) (gone bool) {
 	raw := rawConn(nc)
 	if raw == nil {
@@ -86,31 +86,31 @@ func peerGone(nc net.Conn) (gone bool) {
 // A readWaiter waits for input of a socket, and reads it. It holds no buffer while it waits, and allocates nothing for
 // each wait.
 type readWaiter struct {
-	raw   syscall.RawConn
-	visit func(fd uintptr) bool // read, bound once
-	size  bufferSize            // of the next buffer
-	buf   *buffer               // with what was read; nil if nothing was
-	n     int
-	err   error
+	raw        syscall.RawConn
+	onReadable func(fd uintptr) bool // read, bound once
+	size       bufferSize            // of the next buffer
+	buf        *buffer               // with what was read; nil if nothing was
+	n          int
+	err        error
 }
 
 func newReadWaiter(raw syscall.RawConn) *readWaiter {
 	w := &readWaiter{raw: raw}
-	w.visit = w.read
+	w.onReadable = w.read
 	return w
 }
 
 // wait waits until the socket has input, the end of the stream or an error to read, or until its read deadline. It
-// returns input and errors of the socket; at the end of the stream and the deadline it returns nothing, because the next
-// read says so.
+// returns input and errors of the socket; at the end of the stream and the deadline it returns nothing, because the
+// next read says so.
 func (w *readWaiter) wait(size bufferSize) (buf *buffer, n int, err error) {
 	w.size, w.buf, w.n, w.err = size, nil, 0, nil
-	_ = w.raw.Read(w.visit) // the deadline
+	_ = w.raw.Read(w.onReadable) // the deadline
 	return w.buf, w.n, w.err
 }
 
 func (w *readWaiter) read(fd uintptr) bool {
-	buf := takeBuffer(w.size)
+	buf := getBuffer(w.size)
 	for {
 		n, err := unix.Read(int(fd), buf.bytes)
 		switch {
@@ -122,23 +122,24 @@ func (w *readWaiter) read(fd uintptr) bool {
 		case err != nil && !wouldBlock(err):
 			w.err = os.NewSyscallError("read", err)
 		}
-		buf.giveBack()
+		buf.put()
 		return !wouldBlock(err)
 	}
 }
 
-// keepUrgentInline makes urgent data a part of the stream, in its place, for a TCP socket and the connections that it
+// keepUrgentInline leaves urgent data in its place in the stream, for a TCP socket and the connections that it
 // accepts (socket(7), SO_OOBINLINE; RFC 6093 advises against any other use).
 func keepUrgentInline(raw syscall.RawConn) {
 	_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_OOBINLINE, 1) })
 }
 
 func setBacklog(ln net.Listener, n int) error {
-	return control(ln, func(fd int) error { return unix.Listen(fd, n) })
+	return controlListener(ln, func(fd int) error { return unix.Listen(fd, n) })
 }
 
-// control calls f with the descriptor of ln. The error is errors.ErrUnsupported if ln does not give access to it.
-func control(ln net.Listener, f func(fd int) error) error {
+// controlListener calls f with the descriptor of ln. The error is errors.ErrUnsupported if ln does not give access to
+// it.
+func controlListener(ln net.Listener, f func(fd int) error) error {
 	sc, ok := ln.(syscall.Conn)
 	if !ok {
 		return errors.ErrUnsupported
@@ -151,7 +152,7 @@ func control(ln net.Listener, f func(fd int) error) error {
 	return errors.Join(failed, err)
 }
 
-// socketOptions are settings that connections of an inherited listener keep.
+// socketOptions are socket settings that connections keep from an inherited listener.
 type socketOptions struct {
 	known     bool
 	keepAlive net.KeepAliveConfig
@@ -170,13 +171,14 @@ func (o socketOptions) apply(nc net.Conn) {
 	}
 }
 
-// openFilesLimit is the process's soft RLIMIT_NOFILE, which Go raises to the hard one at start.
-func openFilesLimit() (int, bool) {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+// openFilesLimit returns the process's soft RLIMIT_NOFILE, which Go raises to the hard limit at start. ok is false if
+// there is no limit.
+func openFilesLimit() (limit int, ok bool) {
+	var rlimit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &rlimit); err != nil {
 		return 0, false
 	}
-	if n := uint64(limit.Cur); n < math.MaxInt32 { //nolint:unconvert // signed on freebsd
+	if n := uint64(rlimit.Cur); n < math.MaxInt32 { //nolint:unconvert // signed on freebsd
 		return int(n), true
 	}
 	return 0, false // RLIM_INFINITY
@@ -221,8 +223,8 @@ func sendHeader(link *net.UnixConn, header []byte, files []any) error {
 
 // receiveHeader receives a header and the descriptors that come with it.
 func receiveHeader(link *net.UnixConn) (header []byte, files []*os.File, err error) {
-	header = make([]byte, linkHeader)
-	oob := make([]byte, unix.CmsgSpace(4*linkFiles))
+	header = make([]byte, linkHeaderSize)
+	oob := make([]byte, unix.CmsgSpace(4*maxLinkFiles))
 	n, oobn, flags, _, err := link.ReadMsgUnix(header, oob)
 	if err != nil {
 		return nil, nil, err

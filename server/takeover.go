@@ -16,17 +16,17 @@ import (
 type Offer struct {
 	Program   string                  // HandoverOptions.Program
 	Data      []byte                  // HandoverOptions.Data
-	Listeners []Listener              // the predecessor's; Inherited is set, the rest is up to the caller
+	Listeners []Listener              // of the predecessor, with Inherited set; the caller sets the other fields
 	Extra     map[string]net.Listener // HandoverOptions.Extra
 
 	link Link
 }
 
 // ReceiveOffer receives the offer of a predecessor that called HandOver with the other end of link. The caller then
-// makes a Server, decides how each of the listeners is served, and calls TakeOver, or refuses with Refuse. The error
-// is ErrHandoverFormat if the predecessor speaks another format.
+// makes a Server, decides how to serve each listener, and calls TakeOver. Or it refuses the offer with Refuse. The
+// error is ErrHandoverFormat if the predecessor uses another version of the format.
 func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
-	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(longAgo) })
+	stop := context.AfterFunc(ctx, func() { _ = link.SetDeadline(aLongTimeAgo) })
 	defer stop()
 	m, files, err := receiveMessage(link)
 	switch {
@@ -35,7 +35,7 @@ func ReceiveOffer(ctx context.Context, link Link) (*Offer, error) {
 	case m.Type != msgOffer:
 		err = fmt.Errorf("receiving the offer: got message %q", m.Type)
 	case m.Format != handoverFormat:
-		err = fmt.Errorf("%w: the predecessor, %s, has %d, and this program %d", ErrHandoverFormat, m.Program,
+		err = fmt.Errorf("%w: the predecessor, %s, uses version %d, and this program version %d", ErrHandoverFormat, m.Program,
 			m.Format, handoverFormat)
 	case len(files) != len(m.Listeners)+len(m.Extra):
 		err = fmt.Errorf("receiving the offer: %d descriptors for %d listeners", len(files),
@@ -69,12 +69,12 @@ func (o *Offer) Refuse(why error) {
 }
 
 // TakeOver takes over the connections, holds and counters of a predecessor. The server must be new: neither Serve nor
-// Drain was called. TakeOver returns nil when the server is the owner. After an error the predecessor remains the
-// owner, and the server must not be used. The caller then calls ServeListener for each of the listeners, which are
-// those of the offer in the same order. Connections whose handler is no Resumer are refused by the predecessor.
+// Drain was called. listeners are those of the offer, in the same order. TakeOver returns nil when the server is the
+// owner; the caller then calls ServeListener for each listener. After an error the predecessor remains the owner, and
+// the server must not be used. TakeOver returns an error if the handler of a connection is not a Resumer.
 //
-// Connections that stay with the predecessor count as open until it reports their end; those that it has not reported
-// when it dies count as ReasonLost. TakeOver ignores the end of ctx after the commit.
+// Connections that the predecessor keeps count as open until it reports their end. If it dies before that, they are
+// counted with ReasonLost. TakeOver ignores the end of ctx after the commit.
 func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) error {
 	if s.log == nil {
 		return errNotNew
@@ -84,18 +84,18 @@ func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) e
 		o.Refuse(err)
 		return err
 	}
-	t := &successor{s: s, link: o.link, conns: make(map[uint64]*resumption)}
+	t := &successor{s: s, link: o.link, conns: make(map[uint64]*incomingConn)}
 	for _, l := range listeners {
 		t.acceptors = append(t.acceptors, newAcceptor(s, l))
 	}
-	stop := context.AfterFunc(ctx, func() { _ = o.link.SetDeadline(longAgo) })
+	stop := context.AfterFunc(ctx, func() { _ = o.link.SetDeadline(aLongTimeAgo) })
 	err := t.run()
 	if !stop() && err == nil {
 		_ = o.link.SetDeadline(time.Time{})
 	}
 	if err != nil {
 		for _, r := range t.conns {
-			r.abandon()
+			r.closeCopy()
 		}
 		t.closeHoldConns()
 		if cause := context.Cause(ctx); cause != nil {
@@ -104,33 +104,34 @@ func (s *Server) TakeOver(ctx context.Context, o *Offer, listeners []Listener) e
 		o.Refuse(err)
 		return fmt.Errorf("taking over: %w", err)
 	}
-	s.log.Info("took over", zap.Int("connections", t.count), zap.Int("behind", t.behind),
+	s.log.Info("took over", zap.Int("connections", t.count), zap.Int("behind", t.kept),
 		zap.String("from", o.Program))
 	return nil
 }
 
-// successor is the receiving end of a handover.
+// successor is the receiving side of a handover.
 type successor struct {
 	s         *Server
 	link      Link
 	acceptors []*acceptor
-	conns     map[uint64]*resumption // by id
-	recent    []handoverClosed       // oldest first
-	count     int                    // connections that were taken over
-	behind    int
-	holdConns map[string]net.Conn // of holds, by id
+	conns     map[uint64]*incomingConn // by id
+	recent    []handoverClosed         // oldest first
+	count     int                      // connections that were taken over
+	kept      int                      // number of connections that the predecessor keeps
+	holdConns map[string]net.Conn      // connections of PauseOptions.Conn, by the hold's id
 }
 
-// resumption is a connection that is served once the server is its owner.
-type resumption struct {
-	c      *Conn
-	record handoverConn
-	active bool      // its record has changed since it was sent ahead
-	owned  chan bool // for serve, which was started ahead; nil if it was not
+// incomingConn is a connection that was received and is served after the commit.
+type incomingConn struct {
+	c       *Conn
+	record  handoverConn
+	changed bool      // the final state has a newer record
+	owned   chan bool // tells Conn.serve, which startAhead has started, whether to serve; nil if it was not started
 }
 
 func (t *successor) send(m handoverMessage) error { return m.send(t.link, nil) }
 
+// run receives messages until the commit. After an error the predecessor remains the owner.
 func (t *successor) run() error {
 	if err := t.send(handoverMessage{Type: msgReady}); err != nil {
 		return err
@@ -143,11 +144,11 @@ func (t *successor) run() error {
 		}
 		switch {
 		case m.Type == msgConns:
-			err = t.adopt(m, files)
+			err = t.addConns(m, files)
 		case m.Type == msgHoldConns:
-			err = t.adoptHoldConns(m.HoldIDs, files)
+			err = t.addHoldConns(m.HoldIDs, files)
 		case m.Type == msgFinal:
-			final, err = &m, t.prepare(m)
+			final, err = &m, t.applyFinal(m)
 		case m.Type == msgCommit && final != nil:
 			return t.commit(*final)
 		default:
@@ -163,9 +164,9 @@ func (t *successor) run() error {
 	}
 }
 
-// adopt makes connections of descriptors, and does not touch them.
-func (t *successor) adopt(m handoverMessage, files []any) error {
-	t.addRecent(m.Recent)
+// addConns makes connections of the descriptors in m. It does not read or write them.
+func (t *successor) addConns(m handoverMessage, files []any) error {
+	t.addRecentClosed(m.Recent)
 	records, err := parseRecords(m.records)
 	if err == nil && len(records) != len(files) {
 		err = fmt.Errorf("got %d descriptors for %d connections", len(files), len(records))
@@ -182,8 +183,8 @@ func (t *successor) adopt(m handoverMessage, files []any) error {
 		}
 		c := newConn(t.acceptors[r.Listener], nc)
 		c.id = r.ID
-		t.conns[r.ID] = &resumption{c: c, record: r}
-		if err := t.conns[r.ID].prepare(); err != nil {
+		t.conns[r.ID] = &incomingConn{c: c, record: r}
+		if err := t.conns[r.ID].startAhead(); err != nil {
 			closeFiles(files[i+1:])
 			return err
 		}
@@ -191,8 +192,8 @@ func (t *successor) adopt(m handoverMessage, files []any) error {
 	return nil
 }
 
-// adoptHoldConns keeps the connections of those who placed holds.
-func (t *successor) adoptHoldConns(ids []string, files []any) error {
+// addHoldConns stores the connections on which holds depend.
+func (t *successor) addHoldConns(ids []string, files []any) error {
 	t.holdConns = make(map[string]net.Conn)
 	for i, f := range files {
 		nc, ok := f.(net.Conn)
@@ -205,7 +206,7 @@ func (t *successor) adoptHoldConns(ids []string, files []any) error {
 	return nil
 }
 
-// closeHoldConns closes the connections of holds that this server does not have.
+// closeHoldConns closes the connections in holdConns, which no hold uses.
 func (t *successor) closeHoldConns() {
 	for id, nc := range t.holdConns {
 		_ = nc.Close()
@@ -213,44 +214,46 @@ func (t *successor) closeHoldConns() {
 	}
 }
 
-// prepare does as much as is possible ahead of the commit. Starting thousands of goroutines takes tens of milliseconds.
-func (r *resumption) prepare() error {
-	if _, ok := r.c.from.handler.(Resumer); !ok && !r.record.Waiting {
+// startAhead restores the connection, and starts its goroutine if that is possible before the commit. Starting
+// thousands of goroutines takes tens of milliseconds, which would lengthen the freeze.
+func (r *incomingConn) startAhead() error {
+	if _, ok := r.c.acceptor.handler.(Resumer); !ok && !r.record.Waiting {
 		return fmt.Errorf("connection %d: the handler cannot resume it", r.record.ID)
 	}
 	r.c.restore(r.record)
-	resume := r.record.Waiting || len(r.record.State) > 0 || r.c.from.handler != Echo
+	resume := r.record.Waiting || len(r.record.State) > 0 || r.c.acceptor.handler != Echo
 	if r.owned == nil && !resume {
 		r.owned = make(chan bool, 1)
 		r.c.srv.startTask()
-		go r.c.serve(r.owned) // for an echo without state the same as to resume it
+		go r.c.serve(r.owned) // for an echo without state, ServeConn does the same as ResumeConn
 	} else if resume {
-		r.discard()
+		r.stopAhead()
 	}
 	return nil
 }
 
-// discard ends the goroutine that was started ahead.
-func (r *resumption) discard() {
+// stopAhead ends the goroutine that startAhead has started.
+func (r *incomingConn) stopAhead() {
 	if r.owned != nil {
 		r.owned <- false
 		r.owned = nil
 	}
 }
 
-func (t *successor) addRecent(newestFirst []handoverClosed) {
+// addRecentClosed adds closed connections to recent, which has the oldest first.
+func (t *successor) addRecentClosed(newestFirst []handoverClosed) {
 	for _, c := range slices.Backward(newestFirst) {
 		t.recent = append(t.recent, c)
 	}
 }
 
-// prepare applies the final state to the connections that were sent ahead. The error says which connection is missing
-// or cannot be served.
-func (t *successor) prepare(m handoverMessage) error {
-	t.addRecent(m.Recent)
+// applyFinal applies the final state m to the connections that were sent ahead. The error says which connection is
+// missing or cannot be resumed.
+func (t *successor) applyFinal(m handoverMessage) error {
+	t.addRecentClosed(m.Recent)
 	for _, id := range m.Gone {
 		if r := t.conns[id]; r != nil {
-			r.abandon()
+			r.closeCopy()
 			delete(t.conns, id)
 		}
 	}
@@ -263,8 +266,8 @@ func (t *successor) prepare(m handoverMessage) error {
 		if r == nil {
 			return fmt.Errorf("connection %d came without a descriptor", record.ID)
 		}
-		r.record, r.active = record, true
-		if err := r.prepare(); err != nil {
+		r.record, r.changed = record, true
+		if err := r.startAhead(); err != nil {
 			return err
 		}
 	}
@@ -282,18 +285,18 @@ func (t *successor) commit(m handoverMessage) error {
 		return err
 	}
 	s.restoreSettings(m.Settings)
-	var active, idle []*resumption
+	var active, idle []*incomingConn
 	s.state.With(func(st *state) {
 		st.restore(m)
 		for _, c := range t.recent {
-			st.recent.add(c.conn())
+			st.recentClosed.add(c.closedConn())
 		}
 		for _, id := range ids {
 			r := t.conns[id]
 			c := r.c
 			st.conns.add(c)
 			if r.record.Waiting {
-				c.from.parked = append(c.from.parked, c)
+				c.acceptor.parked = append(c.acceptor.parked, c)
 				continue
 			}
 			c.admitted = true
@@ -305,17 +308,17 @@ func (t *successor) commit(m handoverMessage) error {
 			}
 			if c.told {
 				st.told++
-				st.schedule.Push(entry{at: r.record.DrainDeadline, c: c})
+				st.schedule.Push(scheduleEntry{at: r.record.DrainDeadline, conn: c})
 			}
-			if r.active {
+			if r.changed {
 				active = append(active, r)
 			} else {
 				idle = append(idle, r)
 			}
 		}
-		t.count, t.behind = len(ids), len(st.behind)
-		st.adopted = append(st.adopted, t.acceptors...)
-		st.following, st.predecessor = make(chan struct{}), t.link
+		t.count, t.kept = len(ids), len(st.keptConns)
+		st.pendingAcceptors = append(st.pendingAcceptors, t.acceptors...)
+		st.predecessorDone, st.predecessor = make(chan struct{}), t.link
 		heap.Init(&st.schedule)
 		s.reschedule(st)
 		for _, h := range m.Holds {
@@ -324,15 +327,15 @@ func (t *successor) commit(m handoverMessage) error {
 		}
 	})
 	t.closeHoldConns()
-	for _, r := range slices.Concat(active, idle) { // those first whose clients wait
-		r.start()
+	for _, r := range slices.Concat(active, idle) { // changed connections first, because their clients may be waiting
+		r.serve()
 	}
-	go s.followPredecessor(t.link)
+	go s.receiveFromPredecessor(t.link)
 	return nil
 }
 
-// start serves the connection.
-func (r *resumption) start() {
+// serve starts to serve the connection. Unsent notices are sent first.
+func (r *incomingConn) serve() {
 	r.c.srv.connState(r.c, PhaseServing)
 	if len(r.record.Unsent) > 0 {
 		r.c.writeLock.Lock()
@@ -344,22 +347,22 @@ func (r *resumption) start() {
 		return
 	}
 	go r.c.serveWith(func(ctx context.Context) error {
-		return r.c.from.handler.(Resumer).ResumeConn(ctx, r.c, r.record.State)
+		return r.c.acceptor.handler.(Resumer).ResumeConn(ctx, r.c, r.record.State)
 	})
 }
 
-// abandon closes the descriptor of a connection that this server does not own. That sends nothing on the wire, because
-// the predecessor has it, too.
-func (r *resumption) abandon() {
-	r.discard()
+// closeCopy closes this process's descriptor of a connection that the predecessor owns. That sends nothing to the
+// client, because the predecessor has a descriptor, too.
+func (r *incomingConn) closeCopy() {
+	r.stopAhead()
 	_ = r.c.sock.Close()
 	connFiles.Add(-1)
 }
 
-// restore takes over the counters.
+// restore sets the counters and the history from the final state.
 func (st *state) restore(m handoverMessage) {
-	if st.phase == StateStarting {
-		st.enter(StateRunning)
+	if st.lifecycle == StateStarting {
+		st.setLifecycle(StateRunning)
 	}
 	st.lastID, st.lastHold, st.accepted = m.LastID, m.LastHold, m.Accepted
 	st.bytesIn, st.bytesOut = m.BytesIn, m.BytesOut
@@ -376,17 +379,17 @@ func (st *state) restore(m handoverMessage) {
 			st.transitions[phase] += n
 		}
 	}
-	st.transitions[StateRunning]-- // the handover is not a new start
-	st.behind = make(map[uint64]handoverBehind, len(m.Behind))
-	for _, b := range m.Behind {
-		st.behind[b.ID] = b
+	st.transitions[StateRunning]-- // setLifecycle above has counted one that is not a new start
+	st.keptConns = make(map[uint64]handoverKept, len(m.Kept))
+	for _, b := range m.Kept {
+		st.keptConns[b.ID] = b
 	}
 }
 
-// restore takes over what is known of a connection: first ahead of the freeze, and again if that has changed.
+// restore sets the fields of a connection from its record. It is called again when a newer record arrives.
 func (c *Conn) restore(r handoverConn) {
 	c.opened, c.lastByte, c.writeClosed = c.srv.clockAt(r.Opened), r.LastByte, r.WriteClosed
-	c.active.Store(c.srv.clockAt(r.Active))
+	c.lastActive.Store(c.srv.clockAt(r.Active))
 	c.bytesIn.Store(r.BytesIn)
 	c.bytesOut.Store(r.BytesOut)
 	if r.Notified {
@@ -398,7 +401,7 @@ func (c *Conn) restore(r handoverConn) {
 		if plain && cl.rare == nil {
 			return
 		}
-		x := cl.extra()
+		x := cl.ensureRare()
 		x.labels = maps.Clone(r.Labels)
 		if r.Remote != "" {
 			x.remote = parseAddr(r.Remote)
@@ -414,111 +417,16 @@ func (c *Conn) restore(r handoverConn) {
 	})
 }
 
-// restoreHold places a hold that the predecessor had.
+// restoreHold places a hold of the predecessor.
 func (s *Server) restoreHold(st *state, info HoldInfo, conn net.Conn) {
-	h := &Hold{srv: s, info: info, conn: conn, taken: conn != nil}
+	h := &Hold{srv: s, info: info, conn: conn, takenOver: conn != nil}
 	h.ended, h.end = context.WithCancelCause(context.Background())
 	if !info.Expires.IsZero() {
 		h.timer = time.AfterFunc(time.Until(info.Expires), func() { s.release(h, ErrExpired, Caller{}) })
 	}
-	st.holds = append(st.holds, h) // no change is published: the server was paused before
+	st.holds = append(st.holds, h) // not published, because the server was paused before
 	s.evict(st, h)
 }
 
-// followPredecessor receives the ends of the connections that stayed behind. It ends when the predecessor closes its
-// end of the link, or when this server drains, which waits for it.
-func (s *Server) followPredecessor(link Link) {
-	defer close(s.follower())
-	defer link.Close()
-	stop := context.AfterFunc(s.sweepCtx, func() { _ = link.SetDeadline(longAgo) })
-	defer stop()
-	for {
-		m, files, err := receiveMessage(link)
-		closeFiles(files)
-		if err != nil {
-			break
-		}
-		switch m.Type {
-		case msgEnded:
-			s.endedBehind(m.Ends)
-		case msgDrain:
-			if m.Force {
-				s.Force("upgrade")
-			} else if m.Drain != nil {
-				s.StartDrain(*m.Drain)
-			}
-		}
-	}
-	s.endBehind()
-}
-
-// DrainPredecessor makes the process that handed over drain what stayed with it now, without waiting for
-// HandoverOptions.Keep, or close it at once. The error is ErrNoPredecessor if that process has ended.
-func (s *Server) DrainPredecessor(o DrainOptions, force bool) error {
-	if err := CheckText(o.Reason); err != nil {
-		return fmt.Errorf("draining the predecessor: reason: %w", err)
-	}
-	var link Link
-	s.state.With(func(st *state) { link = st.predecessor })
-	if link == nil {
-		return ErrNoPredecessor
-	}
-	s.toPredecessor.Lock()
-	defer s.toPredecessor.Unlock()
-	if err := (handoverMessage{Type: msgDrain, Drain: &o, Force: force}).send(link, nil); err != nil {
-		return fmt.Errorf("draining the predecessor: %w", err)
-	}
-	return nil
-}
-
-// follower returns the channel that followPredecessor closes; nil if nothing was taken over.
-func (s *Server) follower() (done chan struct{}) {
-	s.state.With(func(st *state) { done = st.following })
-	return done
-}
-
-// endedBehind counts connections that ended in the predecessor.
-func (s *Server) endedBehind(ends []handoverEnd) {
-	s.state.With(func(st *state) {
-		for _, e := range ends {
-			b, ok := st.behind[e.ID]
-			if !ok {
-				continue
-			}
-			delete(st.behind, e.ID)
-			if st.recordEnds { // this server's successor, or the one that it is being handed over to, counts it as open
-				st.ends = append(st.ends, e)
-			}
-			st.closed[parseReason(e.Reason)]++
-			st.bytesIn += e.BytesIn
-			st.bytesOut += e.BytesOut
-			st.publish(Event{Type: EventClosed, Closed: &ClosedConn{
-				ID: e.ID, Remote: parseAddr(b.Remote), Local: wireAddr(""), Opened: b.Opened, Closed: time.Now(),
-				Reason: parseReason(e.Reason), BytesIn: e.BytesIn, BytesOut: e.BytesOut,
-			}})
-		}
-	})
-}
-
-// endBehind counts the connections as lost whose end the predecessor did not report.
-func (s *Server) endBehind() {
-	var lost int
-	s.state.With(func(st *state) {
-		lost = len(st.behind)
-		st.predecessor = nil
-		st.closed[ReasonLost] += uint64(lost)
-		for _, b := range st.behind {
-			st.bytesIn += b.BytesIn
-			st.bytesOut += b.BytesOut
-		}
-		clear(st.behind)
-	})
-	if lost == 0 {
-		s.log.Info("the predecessor has ended")
-	} else {
-		s.log.Warn("the predecessor ended without reporting its connections", zap.Int("lost", lost))
-	}
-}
-
-// clockAt is the inverse of at.
+// clockAt is the inverse of timeAt.
 func (s *Server) clockAt(t time.Time) int64 { return int64(t.Sub(s.started)) + 1 }

@@ -92,23 +92,23 @@ func TestIdleTimeout(t *testing.T) {
 			c := dial()
 			echoed(t, c, "x")
 			echoed(t, c, "y")
-			conn := s.snapshot()[0]
-			lastEcho := s.at(conn.active.Load())
-			s.inspect(conn, lastEcho.Add(idle-1))
-			if why := conn.endReason(); why != 0 {
+			conn := s.openConns()[0]
+			lastEcho := s.timeAt(conn.lastActive.Load())
+			s.checkTimeouts(conn, lastEcho.Add(idle-1))
+			if why := conn.closeReason(); why != 0 {
 				t.Errorf("the connection ended as %v before its time", why)
 			}
 			echoed(t, c, "z")
 			await(t, "the end of the write, and acknowledgements, which the client's kernel may delay", func() bool {
 				q, ok := sendQueue(conn.sock)
-				return conn.blocked.Load() == 0 && (!ok || q.waiting == 0)
+				return conn.writeStarted.Load() == 0 && (!ok || q.waiting == 0)
 			})
-			s.inspect(conn, lastEcho.Add(idle))
-			if why := conn.endReason(); why != 0 {
+			s.checkTimeouts(conn, lastEcho.Add(idle))
+			if why := conn.closeReason(); why != 0 {
 				t.Errorf("the connection ended as %v although it had echoed", why)
 			}
-			s.inspect(conn, time.Now().Add(idle))
-			wantEqual(t, "reason in the end", conn.endReason(), ReasonIdleTimeout)
+			s.checkTimeouts(conn, time.Now().Add(idle))
+			wantEqual(t, "reason in the end", conn.closeReason(), ReasonIdleTimeout)
 		})
 	})
 }

@@ -87,7 +87,7 @@ func TLS(config *tls.Config) WrapConn {
 	return func(ctx context.Context, nc net.Conn) (net.Conn, error) {
 		session := tls.Server(&tlsTransport{Conn: nc}, config)
 		if err := session.HandshakeContext(ctx); err != nil {
-			return nil, explainHandshake(session, err)
+			return nil, toHandshakeError(session, err)
 		}
 		return session, nil
 	}
@@ -97,27 +97,27 @@ func TLS(config *tls.Config) WrapConn {
 // read would wait for the client. The goroutine that reads the session owns its fields.
 type tlsTransport struct {
 	net.Conn
-	buffered bool // Read does not read from the stream, and fails with errNothingBuffered
+	bufferedOnly bool // Read returns only pending bytes, and otherwise errNothingBuffered
 
-	rest   []byte  // what await has read and Read has not returned
-	ahead  *buffer // that holds rest; nil if no buffer has to be given back
-	err    error   // what await has read; Read returns it once
-	single bool    // await has read exactly one record, and Read has read nothing else since
+	pending   []byte  // bytes that readAhead has read and Read has not returned
+	aheadBuf  *buffer // buffer that holds pending; nil if pending is a copy
+	err       error   // error of readAhead, which Read returns once
+	oneRecord bool    // readAhead has read exactly one record, and Read has read nothing else since
 }
 
-// await waits for input, reads it into a buffer of this size, and keeps it for Read.
-func (t *tlsTransport) await(w *readWaiter, size bufferSize) {
+// readAhead waits for input, reads it into a buffer of the given size, and keeps it for Read.
+func (t *tlsTransport) readAhead(w *readWaiter, size bufferSize) {
 	buf, n, err := w.wait(size)
 	if buf != nil {
-		t.ahead, t.rest = buf, buf.bytes[:n]
+		t.aheadBuf, t.pending = buf, buf.bytes[:n]
 	}
-	t.single = isOneRecord(t.rest)
+	t.oneRecord = isOneRecord(t.pending)
 	if err != nil {
 		t.err = &net.OpError{Op: "read", Net: t.LocalAddr().Network(), Source: t.LocalAddr(), Addr: t.RemoteAddr(), Err: err}
 	}
 }
 
-// errNothingBuffered is a temporary error: crypto/tls keeps the others and returns them forever.
+// errNothingBuffered is a temporary error, because crypto/tls returns any other error again in each later read.
 var errNothingBuffered net.Error = nothingBuffered{}
 
 type nothingBuffered struct{}
@@ -132,22 +132,22 @@ func isOneRecord(data []byte) bool {
 	return len(data) > header && data[0] == applicationData && header+int(data[3])<<8+int(data[4]) == len(data)
 }
 
-// release gives the buffer back, and keeps what is in it.
-func (t *tlsTransport) release() {
-	if t.ahead != nil {
-		t.rest = slices.Clone(t.rest)
-		t.ahead.giveBack()
-		t.ahead = nil
+// releaseBuffer releases the buffer, and keeps a copy of pending.
+func (t *tlsTransport) releaseBuffer() {
+	if t.aheadBuf != nil {
+		t.pending = slices.Clone(t.pending)
+		t.aheadBuf.put()
+		t.aheadBuf = nil
 	}
 }
 
 // Read reads from the stream.
 func (t *tlsTransport) Read(p []byte) (int, error) {
-	if len(t.rest) > 0 {
-		n := copy(p, t.rest)
-		if t.rest = t.rest[n:]; len(t.rest) == 0 {
-			t.release()
-			t.rest = nil
+	if len(t.pending) > 0 {
+		n := copy(p, t.pending)
+		if t.pending = t.pending[n:]; len(t.pending) == 0 {
+			t.releaseBuffer()
+			t.pending = nil
 		}
 		return n, nil
 	}
@@ -155,10 +155,10 @@ func (t *tlsTransport) Read(p []byte) (int, error) {
 		t.err = nil
 		return 0, err
 	}
-	if t.buffered {
+	if t.bufferedOnly {
 		return 0, errNothingBuffered
 	}
-	t.single = false
+	t.oneRecord = false
 	return t.Conn.Read(p)
 }
 
@@ -172,51 +172,52 @@ func tlsSession(nc net.Conn) (session *tls.Conn, transport *tlsTransport) {
 	return session, transport
 }
 
-// isTLS reports whether a write that ended halfway makes nc useless, also when no byte of it was counted as written.
+// isTLS reports whether nc is a TLS session. After a failed write a TLS session is unusable, even if no byte was
+// counted as written.
 func isTLS(nc net.Conn) bool {
 	_, ok := nc.(interface{ ConnectionState() tls.ConnectionState })
 	return ok
 }
 
-// session does what run does, for a TLS session. While the client is silent it waits for the socket instead of the
-// session, and so needs no buffer and no deep stack.
-func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, error) {
+// copyTLS copies from a TLS session that the server has made. While the client is silent, it waits for the socket
+// instead of the session. So it needs no buffer and no deep stack then.
+func (cp *copier) copyTLS(session *tls.Conn, transport *tlsTransport) (int64, error) {
 	defer cp.finish()
-	defer transport.release()
+	defer transport.releaseBuffer()
 	c := cp.src
 	var waiter *readWaiter
 	if raw := rawConn(transport.Conn); raw != nil {
 		waiter = newReadWaiter(raw)
 	}
-	starved := false // the session has received nothing that it has not returned
+	empty := false // the session has returned everything that it has received
 	for {
 		var n int
 		var err error
 		if cp.buf == nil {
-			cp.buf = takeBuffer(cp.size)
+			cp.buf = getBuffer(cp.size)
 		}
-		if !starved {
-			n, starved = cp.readBuffered(0, session, transport)
+		if !empty {
+			n, empty = cp.readBuffered(0, session, transport)
 		}
 		if n == 0 {
-			if starved && waiter != nil {
-				if c.idle.Load() != idleNo {
-					if err := c.refuseIdleRead(); err != nil {
+			if empty && waiter != nil {
+				if c.idle.Load() != idleUnmarked {
+					if err := c.idleReadError(); err != nil {
 						return cp.written, err
 					}
 				}
-				cp.release()
-				transport.await(waiter, min(cp.size, mediumBuffer))
-				cp.buf = takeBuffer(cp.size)
+				cp.releaseBuffer()
+				transport.readAhead(waiter, min(cp.size, mediumBuffer))
+				cp.buf = getBuffer(cp.size)
 			}
 			n, err = c.Read(cp.buf.bytes)
-			if starved = transport.single && n < len(cp.buf.bytes); err == nil && !starved {
-				n, starved = cp.readBuffered(n, session, transport)
+			if empty = transport.oneRecord && n < len(cp.buf.bytes); err == nil && !empty {
+				n, empty = cp.readBuffered(n, session, transport)
 			}
 		}
 		if n > 0 {
-			cp.read, cp.rest = n, cp.buf.bytes[:n:n]
-			if werr := cp.writeRest(); werr != nil {
+			cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
+			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
 			}
 		}
@@ -229,29 +230,30 @@ func (cp *copier) session(session *tls.Conn, transport *tlsTransport) (int64, er
 	}
 }
 
-// readBuffered appends to the first n bytes of the buffer what the session has received already. It returns their new
-// number, and whether the session has nothing more. Other errors than that are left to the next read.
-func (cp *copier) readBuffered(n int, session *tls.Conn, transport *tlsTransport) (total int, starved bool) {
+// readBuffered reads what the session has already received, without waiting, into the buffer after its first n bytes.
+// It returns the new number of bytes, and whether the session has nothing more. The next read returns any other
+// error.
+func (cp *copier) readBuffered(n int, session *tls.Conn, transport *tlsTransport) (total int, empty bool) {
 	c := cp.src
 	before := n
-	transport.buffered = true
+	transport.bufferedOnly = true
 	for n < len(cp.buf.bytes) {
 		m, err := session.Read(cp.buf.bytes[n:])
 		n += m
 		if err != nil {
-			starved = err == error(errNothingBuffered)
+			empty = err == error(errNothingBuffered)
 			break
 		}
 	}
-	transport.buffered = false
+	transport.bufferedOnly = false
 	if n > before {
-		if c.idle.Load() != idleNo {
+		if c.idle.Load() != idleUnmarked {
 			c.endIdle(true)
 		}
 		c.bytesIn.Add(uint64(n - before))
-		c.touch()
+		c.markActive()
 	}
-	return n, starved
+	return n, empty
 }
 
 // Labels of a connection whose client has identified itself by a certificate that was verified.
@@ -260,9 +262,9 @@ const (
 	LabelNames   = "tls_names"   // DNS names, mail and IP addresses and URIs, separated by commas
 )
 
-// labelIdentity sets the labels of a client with a certificate. Names that are too long for a label are cut off, and
-// characters that a log should not have are escaped.
-func (c *Conn) labelIdentity() {
+// setIdentityLabels sets the labels of a client with a verified certificate. It cuts text that is too long for a label,
+// and escapes unprintable characters.
+func (c *Conn) setIdentityLabels() {
 	state, ok := c.TLS()
 	if !ok || len(state.VerifiedChains) == 0 {
 		return
@@ -275,8 +277,8 @@ func (c *Conn) labelIdentity() {
 	for _, uri := range leaf.URIs {
 		names = append(names, uri.String())
 	}
-	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String()))         // a label that labelText made is valid
-	for len(strings.Join(names, ",")) > maxLabelLength && len(names) > 1 { // half a name could be another client's
+	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String()))         // the result of labelText is a valid label
+	for len(strings.Join(names, ",")) > maxLabelLength && len(names) > 1 { // drop whole names, because a part of a name could be another client's name
 		names = names[:len(names)-1]
 	}
 	_ = c.SetLabel(LabelNames, labelText(strings.Join(names, ",")))
@@ -301,9 +303,9 @@ const (
 	HandshakeNotTLS         HandshakeFailure = "not-tls"         // the client sent something else, such as plain text
 	HandshakeNoCertificate  HandshakeFailure = "no-certificate"  // the client sent no certificate, and must
 	HandshakeBadCertificate HandshakeFailure = "bad-certificate" // the client's certificate is not trusted
-	HandshakeRefused        HandshakeFailure = "refused"         // by the client, for example over our certificate
+	HandshakeRefused        HandshakeFailure = "refused"         // the client refused, for example the server's certificate
 	HandshakeIncompatible   HandshakeFailure = "incompatible"    // no common version, cipher suite or protocol
-	HandshakeAborted        HandshakeFailure = "aborted"         // the client closed or reset the connection in it
+	HandshakeAborted        HandshakeFailure = "aborted"         // the client closed or reset the connection during the handshake
 	HandshakeOther          HandshakeFailure = "other"
 )
 
@@ -327,7 +329,7 @@ var handshakeTexts = map[HandshakeFailure]string{
 	HandshakeNoCertificate:  "the client sent no certificate, and one is required",
 	HandshakeBadCertificate: "the client's certificate is not trusted",
 	HandshakeRefused:        "the client refused",
-	HandshakeIncompatible:   "the client and the server have nothing in common",
+	HandshakeIncompatible:   "the client and the server have no version, cipher suite or protocol in common",
 	HandshakeAborted:        "the client closed the connection",
 }
 
@@ -346,9 +348,9 @@ func (e *HandshakeError) Error() string {
 // Unwrap returns Err.
 func (e *HandshakeError) Unwrap() error { return e.Err }
 
-// explainHandshake makes a HandshakeError of an error of crypto/tls. It leaves alone the EOF and the reset of a client
-// that sent nothing, which is what a load balancer's health check may do.
-func explainHandshake(session *tls.Conn, err error) error {
+// toHandshakeError makes a HandshakeError of an error of crypto/tls. It returns the EOF or the reset of a client that
+// sent nothing unchanged, because health checks of load balancers connect and close.
+func toHandshakeError(session *tls.Conn, err error) error {
 	if began := session.ConnectionState().Version != 0; !began &&
 		(errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
 		return err
@@ -394,14 +396,14 @@ func handshakeFailure(err error) HandshakeFailure {
 	}
 }
 
-// closeNotify ends the TLS session, bounded by flushTimeout; crypto/tls itself would give a client that does not read
-// five seconds. After a write that ended halfway it sends nothing.
+// closeNotify sends close_notify to end the TLS session, for flushTimeout at most. crypto/tls alone would wait five
+// seconds for a client that does not read. After a failed write closeNotify sends nothing.
 func (c *Conn) closeNotify() {
 	half, ok := c.nc.(halfCloser)
 	if !ok || c.writeBroken {
 		return
 	}
-	timer := time.AfterFunc(flushTimeout, func() { _ = c.sock.SetWriteDeadline(longAgo) })
+	timer := time.AfterFunc(flushTimeout, func() { _ = c.sock.SetWriteDeadline(aLongTimeAgo) })
 	defer timer.Stop()
 	_ = half.CloseWrite()
 }

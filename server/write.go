@@ -6,37 +6,37 @@ import (
 	"time"
 )
 
-// A message is a notice for one client. It is rendered when it is written, because its bytes depend on the last byte
-// sent before it.
+// A message is a notice to one client. The Notifier renders it when it is written, because its bytes depend on the last
+// byte written before it.
 type message struct {
 	notice Notice
-	done   func(messageResult) // called once
+	done   func(messageResult) // called once, with the result
 }
 
 // messageResult is the outcome of a message.
 type messageResult int
 
 const (
-	messageSent   messageResult = iota + 1 // the kernel took all of it
-	messageFailed                          // it did not: the client has gone, or its queue is full
-	messageSilent                          // the connection's Notifier says nothing
+	messageSent   messageResult = iota + 1 // the kernel has accepted all of it
+	messageFailed                          // the client has left, or too many messages wait for it
+	messageSilent                          // the connection's Notifier returned nothing
 )
 
-// maxMessages is how many messages may wait for one client that does not read.
+// maxMessages bounds how many messages may wait for a client that does not read.
 const maxMessages = 16
 
-// messageQueue holds the messages that were posted while another write was in progress.
+// messageQueue holds the messages that were queued while another write was in progress.
 type messageQueue struct {
 	items  []*message
 	closed bool
 }
 
-// closedMessages is the queue of each connection that is closed.
+// closedMessages is the queue of every closed connection.
 var closedMessages = &messageQueue{closed: true}
 
-// post sends m as soon as no other write is in progress. It does not block, however full the client's window is: if
-// the write lock is taken, the message stays in the queue, and the holder of the lock sends it when it unlocks.
-func (c *Conn) post(m *message) {
+// queueMessage sends m as soon as no other write is in progress. It does not block, even if the client's window is
+// full. If another goroutine holds the write lock, that goroutine sends m when it releases the lock.
+func (c *Conn) queueMessage(m *message) {
 	var refused bool
 	c.messages.With(func(queue **messageQueue) {
 		if *queue == nil {
@@ -45,29 +45,29 @@ func (c *Conn) post(m *message) {
 		q := *queue
 		if refused = q.closed || len(q.items) >= maxMessages; !refused {
 			q.items = append(q.items, m)
-			c.posted.Add(1)
+			c.queuedMessages.Add(1)
 		}
 	})
 	if refused {
-		m.done(c.unsent(m.notice))
+		m.done(c.undeliveredResult(m.notice))
 		return
 	}
-	c.deliver()
+	c.sendQueued()
 }
 
-// unlockWrite releases the write lock, and sends what was posted in the meantime.
+// unlockWrite releases the write lock, and sends the messages that were queued in the meantime.
 func (c *Conn) unlockWrite() {
 	c.writeLock.Unlock()
 	if c.flags.has(flagHandingOver) {
-		c.srv.wakeHandover() // it may wait for the lock
+		c.srv.wakeHandover() // the handover may wait for the lock
 	}
-	c.deliver()
+	c.sendQueued()
 }
 
-// deliver sends the posted messages, unless another goroutine holds the write lock and will do so. What the kernel does
-// not take at once is left to a goroutine, which keeps the lock.
-func (c *Conn) deliver() {
-	for c.posted.Load() > 0 && !c.flags.has(flagHandingOver) && c.writeLock.TryLock() {
+// sendQueued sends the queued messages, unless another goroutine holds the write lock, which then sends them. If the
+// kernel does not accept a whole message at once, sendQueued starts finishMessage, which keeps the lock.
+func (c *Conn) sendQueued() {
+	for c.queuedMessages.Load() > 0 && !c.flags.has(flagHandingOver) && c.writeLock.TryLock() {
 		for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 			text := c.render(m)
 			if len(text) == 0 {
@@ -94,26 +94,27 @@ func (c *Conn) deliver() {
 	}
 }
 
-// finishMessage sends the rest of m and waits for the client to take it. It was handed the write lock.
+// finishMessage is the goroutine that sends the rest of m, and waits for the client to read it. The caller passes it
+// the write lock.
 func (c *Conn) finishMessage(m *message, rest []byte) {
 	defer c.srv.endTask()
-	c.setFinishing(true)
+	c.setNoticeBlocked(true)
 	n, err := 0, error(nil)
 	if !c.flags.has(flagHandingOver) {
 		n, err = c.write(rest)
 	} else {
-		err = os.ErrDeadlineExceeded // the handover began before it knew of this write
+		err = os.ErrDeadlineExceeded // the handover began before setNoticeBlocked, and has not interrupted this write
 	}
 	for err != nil && errors.Is(err, os.ErrDeadlineExceeded) && c.flags.has(flagHandingOver) {
 		var handedOver bool
-		if rest, handedOver = c.stopNotice(rest[n:]); handedOver {
+		if rest, handedOver = c.suspendNotice(rest[n:]); handedOver {
 			c.writeLock.Unlock()
 			m.done(messageSent)
 			return
 		}
 		n, err = c.write(rest)
 	}
-	c.setFinishing(false)
+	c.setNoticeBlocked(false)
 	c.writeBroken = c.writeBroken || n < len(rest)
 	if err != nil {
 		m.done(messageFailed)
@@ -123,12 +124,12 @@ func (c *Conn) finishMessage(m *message, rest []byte) {
 	c.unlockWrite()
 }
 
-// setFinishing tells a handover that it may interrupt the write in progress.
-func (c *Conn) setFinishing(yes bool) {
-	c.closing.With(func(cl *closingState) { cl.extra().handover.finishing = yes })
+// setNoticeBlocked records whether a handover may interrupt the write of a notice.
+func (c *Conn) setNoticeBlocked(yes bool) {
+	c.closing.With(func(cl *closingState) { cl.ensureRare().handover.noticeBlocked = yes })
 }
 
-// flushMessages sends the posted messages and waits for the client to take them. The caller holds the write lock.
+// flushMessages sends the queued messages, and waits for the client to read them. The caller holds the write lock.
 func (c *Conn) flushMessages() {
 	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 		text := c.render(m)
@@ -147,18 +148,18 @@ func (c *Conn) flushMessages() {
 	}
 }
 
-// nextMessage takes the oldest message from the queue; nil when there is none.
+// nextMessage removes the oldest message from the queue, and returns it; nil if there is none.
 func (c *Conn) nextMessage() (m *message) {
 	c.messages.With(func(queue **messageQueue) {
 		if q := *queue; q != nil && len(q.items) > 0 {
 			m, q.items = q.items[0], q.items[1:]
-			c.posted.Add(-1)
+			c.queuedMessages.Add(-1)
 		}
 	})
 	return m
 }
 
-// closeMessages fails the messages that are still in the queue, and all later ones.
+// closeMessages closes the queue. Messages in it and later ones are not sent.
 func (c *Conn) closeMessages() {
 	var left []*message
 	c.messages.With(func(queue **messageQueue) {
@@ -166,15 +167,16 @@ func (c *Conn) closeMessages() {
 			left = (*queue).items
 		}
 		*queue = closedMessages
-		c.posted.Store(0)
+		c.queuedMessages.Store(0)
 	})
 	for _, m := range left {
-		m.done(c.unsent(m.notice))
+		m.done(c.undeliveredResult(m.notice))
 	}
 }
 
-// unsent returns the result of a notice that cannot be sent: it failed, unless the Notifier returns nil for it.
-func (c *Conn) unsent(n Notice) messageResult {
+// undeliveredResult returns the result of a notice that cannot be sent: messageSilent if the Notifier returns nothing
+// for it, and otherwise messageFailed.
+func (c *Conn) undeliveredResult(n Notice) messageResult {
 	if len(c.notifier().Notice(n)) == 0 {
 		return messageSilent
 	}
@@ -199,8 +201,8 @@ func (c *Conn) notifier() (n Notifier) {
 	return n
 }
 
-// Write sends all of p; a notice goes before or after it. When the server ends the connection, writes have a second
-// left and then fail with the cause. Write may be called concurrently.
+// Write writes all of p. A notice is sent before or after it. When the server ends the connection, writes have one more
+// second, and then fail with the cause. Write may be called concurrently.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.writeLock.Lock()
 	defer c.unlockWrite()
@@ -217,10 +219,10 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// writeError returns why writes fail; nil if they do not. The caller holds the write lock.
+// writeError returns the error with which writes fail; nil if they are possible. The caller holds the write lock.
 func (c *Conn) writeError() error {
 	switch {
-	case c.flags.has(flagSent):
+	case c.flags.has(flagFrozen):
 		return ErrConnClosed
 	case c.writeClosed:
 		return ErrWriteClosed
@@ -251,7 +253,7 @@ func (c *Conn) writeForHandler(p []byte) (int, error) {
 func (c *Conn) applyWriteDeadline(handlerWrites bool) {
 	c.closing.With(func(cl *closingState) {
 		switch {
-		case cl.cause != nil: // the deadline of the flush stays
+		case cl.cause != nil: // the deadline of the flush applies
 		case handlerWrites:
 			_ = c.nc.SetWriteDeadline(cl.rare.writeDeadline)
 		default:
@@ -260,46 +262,46 @@ func (c *Conn) applyWriteDeadline(handlerWrites bool) {
 	})
 }
 
-// writeChunk bounds the bytes of a single write, so that the counters show progress.
+// writeChunk is the maximum size of one write, in bytes, so that the counters show progress.
 const writeChunk = 256 << 10
 
-// write writes p and counts what was taken. The caller holds the write lock.
+// write writes p, and counts the bytes written. The caller holds the write lock.
 func (c *Conn) write(p []byte) (written int, err error) {
-	c.blocked.Store(c.srv.clock())
-	defer c.blocked.Store(0)
+	c.writeStarted.Store(c.srv.clock())
+	defer c.writeStarted.Store(0)
 	for written < len(p) && err == nil {
 		var n int
 		n, err = c.nc.Write(p[written:min(len(p), written+writeChunk)])
 		written += n
-		c.wrote(p[:written], n)
+		c.countWritten(p[:written], n)
 	}
 	if err != nil {
-		// crypto/tls cannot go on after an error, however little was written.
+		// crypto/tls cannot continue after any write error.
 		c.writeBroken = c.writeBroken || isTLS(c.nc)
-		return written, c.explain(err)
+		return written, c.ioError(err)
 	}
 	return written, nil
 }
 
-// wrote counts the last n bytes of p as written. The caller holds the write lock.
-func (c *Conn) wrote(p []byte, n int) {
+// countWritten counts the last n bytes of p as written. The caller holds the write lock.
+func (c *Conn) countWritten(p []byte, n int) {
 	if n > 0 {
 		c.bytesOut.Add(uint64(n))
 		c.lastByte = p[len(p)-1]
-		c.touch()
+		c.markActive()
 	}
 }
 
-// tryWrite writes as much of p as the kernel takes without waiting. It writes nothing if the stream has no descriptor
-// to write to directly, as with TLS. The caller holds the write lock.
+// tryWrite writes as much of p as the kernel accepts without waiting. It writes nothing if the stream is not a
+// socket, as with TLS. The caller holds the write lock.
 func (c *Conn) tryWrite(p []byte) (n int, err error) {
-	raw := rawConn(c.nc) // not kept: storing it would cost each connection more than making it here
+	raw := rawConn(c.nc) // not stored in Conn: that would cost more memory than making it costs here
 	if raw == nil {
 		return 0, nil
 	}
 	n, err = writeNow(raw, p)
 	if n > 0 {
-		c.wrote(p[:n], n)
+		c.countWritten(p[:n], n)
 	}
 	if err != nil && !wouldBlock(err) {
 		return n, err

@@ -36,7 +36,7 @@ func TestNotice(t *testing.T) {
 		}), Options{Timeouts: Timeouts{Stall: Off}})
 		c := r.dial(t)
 		r.drain(time.Minute, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		c.SetWindow(10 * len(record))
 		synctest.Wait()
 		if rest := strings.ReplaceAll(c.arrived(), record, ""); rest != "SHUTDOWN 60 x\n" {
@@ -101,7 +101,7 @@ func TestSilence(t *testing.T) {
 				t.Errorf("Notify: %d sent, %d failed, %v; want neither", sent, failed, err)
 			}
 			r.drain(time.Second, "x")
-			pass(acceptorsStop)
+			pass(acceptorsTimeout)
 			c.echoes(t, binary)
 			c.ends(t, "")
 			<-r.Done()
@@ -157,7 +157,7 @@ func TestSetNotifier(t *testing.T) {
 			t.Errorf("Notify: %d sent, %d failed, %v; want 2 sent", sent, failed, err)
 		}
 		r.drain(time.Minute, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		changed.has(t, "hello\a")
 		other.has(t, "NOTICE hello\nSHUTDOWN 60 x\n")
 	}))
@@ -195,7 +195,7 @@ func TestSetNotifier(t *testing.T) {
 		}()
 		synctest.Wait()
 		r.drain(time.Minute, "x")
-		pass(acceptorsStop)
+		pass(acceptorsTimeout)
 		c.SetWindow(fakeWindow)
 		<-changed
 		c.ends(t, "long text")

@@ -35,7 +35,7 @@ func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 	if _, err := server.New(server.Echo, p.server); err != nil {
 		return err
 	}
-	f.warn(log)
+	f.logLimitations(log)
 	if f.control != "" && f.control != "off" {
 		if err := control.Check(f.control, p.control); err != nil {
 			return err
@@ -134,7 +134,7 @@ func describeSources(out io.Writer, cmd *cobra.Command) error {
 
 // warnUnknownVariables logs the variables that no command knows.
 func warnUnknownVariables(log *zap.Logger, cmd *cobra.Command) error {
-	environ, err := environment(cmd)
+	environ, err := envOf(cmd)
 	if err != nil {
 		return err
 	}

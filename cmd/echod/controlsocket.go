@@ -21,40 +21,40 @@ import (
 
 const socketName = "control.sock"
 
-// Places of the service's control socket, which belong to the system.
+// Paths of the service's control socket, which belong to the system.
 const (
 	serviceDirectory = "/run/echod"
 	unitSocket       = "/run/echod-control.sock" // of echod-control.socket
 )
 
-// A place is a directory for control sockets.
-type place struct {
-	dir   string
-	check func(dir string) error // rejects a directory that another user controls
-	own   bool                   // a server of this user makes it
+// A socketDir is a directory for control sockets.
+type socketDir struct {
+	dir     string
+	check   func(dir string) error // rejects a directory that another user controls
+	created bool                   // the server creates the directory
 }
 
-// places returns the directories for control sockets, in the order in which servers and clients try them.
-func places() (all []place) {
+// socketDirs returns the directories for control sockets, in the order in which servers and clients try them.
+func socketDirs() (all []socketDir) {
 	if dir, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); dir != "" {
-		all = append(all, place{dir: dir, check: checkOwn})
+		all = append(all, socketDir{dir: dir, check: checkOwnDirectory})
 	}
 	if dir := os.Getenv("XDG_RUNTIME_DIR"); filepath.IsAbs(dir) {
-		all = append(all, place{filepath.Join(dir, "echod"), checkOwnAndParents, true})
+		all = append(all, socketDir{filepath.Join(dir, "echod"), checkOwnDirectoryAndParents, true})
 	}
-	all = append(all, place{filepath.Join(os.TempDir(), "echod-"+strconv.Itoa(os.Getuid())), checkOwnAndParents, true})
+	all = append(all, socketDir{filepath.Join(os.TempDir(), "echod-"+strconv.Itoa(os.Getuid())), checkOwnDirectoryAndParents, true})
 	if dir, err := os.UserCacheDir(); err == nil {
-		all = append(all, place{filepath.Join(dir, "echod"), checkOwnAndParents, true})
+		all = append(all, socketDir{filepath.Join(dir, "echod"), checkOwnDirectoryAndParents, true})
 	}
 	return all
 }
 
-// listenDefault opens the control socket in the first of the places where that works. Places that another
-// user controls are skipped. The listener is nil if there is no place: the server serves without.
+// listenDefault opens the control socket in the first directory where that works. It skips directories that another user
+// controls. If no directory works, the listener is nil, and the server serves without a control socket.
 func listenDefault(
 	ctx context.Context, opts control.SocketOptions, log *zap.Logger,
 ) (ln net.Listener, path string, err error) {
-	for _, p := range places() {
+	for _, p := range socketDirs() {
 		err := p.prepare()
 		if err == nil {
 			path = filepath.Join(p.dir, socketName)
@@ -69,9 +69,9 @@ func listenDefault(
 	return nil, "", nil
 }
 
-// prepare checks the directory. It creates it first if that is the server's task.
-func (p place) prepare() error {
-	if p.own {
+// prepare checks the directory, after it has created it if necessary.
+func (p socketDir) prepare() error {
+	if p.created {
 		if err := checkParents(p.dir); err != nil {
 			return err
 		}
@@ -83,11 +83,11 @@ func (p place) prepare() error {
 }
 
 // clientSocket returns the path of the first control socket that accepts connections. It skips directories that
-// another user controls, because that user could impersonate a server. It writes to notes what it skipped, and which
-// other servers it found.
+// another user controls, because that user could impersonate a server. It writes skipped directories and further servers
+// to notes.
 func clientSocket(notes io.Writer) (string, error) {
 	var paths, skipped, found []string
-	for _, p := range places() {
+	for _, p := range socketDirs() {
 		err := p.check(p.dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			skipped = append(skipped, fmt.Sprintf("%s: %v", p.dir, err))
@@ -128,13 +128,13 @@ func clientSocket(notes io.Writer) (string, error) {
 	}
 }
 
-// socketOf returns the path of the control socket of process pid. If path is empty, it looks in all places. It does
-// not check who controls them, because the caller only asks that server to upgrade itself.
+// socketOf returns the path of the control socket of process pid. If path is empty, it tries all directories. It does not
+// check who controls them, because the caller only asks that server to upgrade itself.
 func socketOf(ctx context.Context, path string, pid int) (string, error) {
 	paths := []string{cmp.Or(path, os.Getenv("ECHOD_CONTROL"))}
 	if paths[0] == "" {
 		paths = nil
-		for _, p := range places() {
+		for _, p := range socketDirs() {
 			paths = append(paths, filepath.Join(p.dir, socketName))
 		}
 		paths = append(paths, filepath.Join(serviceDirectory, socketName), unitSocket)

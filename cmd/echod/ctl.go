@@ -40,7 +40,7 @@ controls are skipped.
 Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed out,
 64 usage. 'pause -- COMMAND' exits with the command's code, or with 125 if the command
 succeeded but the pause ended before it did.`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return usagef("missing command: status, pause, resume, conns, clients, closed, kill, notify, settings, set, wait, " +
 				"events, upgrade or shutdown")
@@ -50,7 +50,7 @@ succeeded but the pause ended before it did.`,
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	cmd.PersistentFlags().BoolVar(&ctl.json, "json", false,
 		"print the server's answer unchanged, as JSON")
-	completesFiles(cmd, "control")
+	completeFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.clientsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
 		ctl.settingsCommand(), ctl.setCommand(),
@@ -67,9 +67,9 @@ type ctl struct {
 	quiet bool // do not repeat notes about the search for a server
 }
 
-// do calls f with a client. With --json it prints the answers as they come, and discards what f writes
+// withClient calls f with a client. With --json it prints the answers as they come, and discards what f writes
 // to out for people.
-func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Client, out io.Writer) error) error {
+func (ctl *ctl) withClient(cmd *cobra.Command, f func(ctx context.Context, c *control.Client, out io.Writer) error) error {
 	notes := cmd.ErrOrStderr()
 	if ctl.quiet {
 		notes = io.Discard
@@ -79,7 +79,7 @@ func (ctl *ctl) do(cmd *cobra.Command, f func(ctx context.Context, c *control.Cl
 		return err
 	}
 	defer c.Close()
-	c.Claims = claims()
+	c.Claims = callerClaims()
 	out := cmd.OutOrStdout()
 	if ctl.json {
 		c.OnAnswer = func(body []byte) { _, _ = cmd.OutOrStdout().Write(body) }
@@ -92,9 +92,9 @@ func (ctl *ctl) statusCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "Show the server's state, counts, holds and drain",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				st, err := c.Status(ctx)
 				if err != nil {
 					return err
@@ -114,7 +114,7 @@ func showStatus(out io.Writer, st control.Status) error {
 	if d := st.Drain; d != nil {
 		row("drain", "%s", describeDrain(*d))
 		if until := d.AcceptingUntil; until != nil && time.Now().Before(*until) {
-			row("accepting", "for another %s", span(time.Until(*until)))
+			row("accepting", "for another %s", formatDuration(time.Until(*until)))
 		}
 	}
 	for _, h := range st.Holds {
@@ -156,13 +156,13 @@ func showStatus(out io.Writer, st control.Status) error {
 		row("closed", "%s", strings.Join(reasons, ", "))
 	}
 	for _, c := range st.SettingsChanged {
-		row("changed", "%s is %s, at start %s", c.Name, orNone(c.New), orNone(c.Old))
+		row("changed", "%s is %s, at start %s", c.Name, valueOrNone(c.New), valueOrNone(c.Old))
 	}
 	row("bytes", "%s in, %s out", humanize.Bytes(st.BytesIn), humanize.Bytes(st.BytesOut))
 	if st.Drain == nil {
 		row("a drain", "%s", describeDefaultDrain(st))
 	}
-	row("up", "%s, started %s", seconds(st.UptimeSeconds), st.Started.Local().Format(time.DateTime))
+	row("up", "%s, started %s", formatSeconds(st.UptimeSeconds), st.Started.Local().Format(time.DateTime))
 	row("process", "%d, version %s", st.PID, st.Version)
 	if p := st.Predecessor; p != nil {
 		row("predecessor", "process %d, version %s, with %s", p.PID, p.Version, text.Count(p.Connections, "connection"))
@@ -172,14 +172,14 @@ func showStatus(out io.Writer, st control.Status) error {
 
 // describeDrain says how far a drain is and when it ends.
 func describeDrain(d control.Drain) string {
-	words := []string{d.Reason, span(max(0, time.Until(d.Deadline))) + " left", fmt.Sprintf("%d notified", d.Notified)}
+	words := []string{d.Reason, formatDuration(max(0, time.Until(d.Deadline))) + " left", fmt.Sprintf("%d notified", d.Notified)}
 	if d.NoticeFailed > 0 {
 		words = append(words, fmt.Sprintf("%d could not be notified", d.NoticeFailed))
 	}
 	if d.Untold > 0 {
 		until := ""
 		if d.TellingUntil != nil {
-			until = ", within " + span(max(0, time.Until(*d.TellingUntil)))
+			until = ", within " + formatDuration(max(0, time.Until(*d.TellingUntil)))
 		}
 		words = append(words, fmt.Sprintf("%d still to be notified%s", d.Untold, until))
 	}
@@ -195,12 +195,12 @@ func describeDefaultDrain(st control.Status) string {
 		time float64
 	}{{"delay", st.DrainDelaySeconds}, {"spread", st.SpreadSeconds}, {"grace", st.GraceSeconds}} {
 		if part.time > 0 {
-			parts = append(parts, seconds(part.time)+" "+part.name)
+			parts = append(parts, formatSeconds(part.time)+" "+part.name)
 		}
 	}
-	parts = append(parts, seconds(end)+" to close the rest")
+	parts = append(parts, formatSeconds(end)+" to close the rest")
 	return fmt.Sprintf("would take %s at most: %s",
-		seconds(st.DrainDelaySeconds+st.SpreadSeconds+st.GraceSeconds+end), strings.Join(parts, ", "))
+		formatSeconds(st.DrainDelaySeconds+st.SpreadSeconds+st.GraceSeconds+end), strings.Join(parts, ", "))
 }
 
 func describeHold(h control.Hold) string {
@@ -212,15 +212,15 @@ func describeHold(h control.Hold) string {
 		words = append(words, "mode "+h.Mode)
 	}
 	if stood := time.Since(h.Since); stood >= time.Second {
-		words = append(words, "placed "+span(stood.Truncate(time.Second))+" ago")
+		words = append(words, "placed "+formatDuration(stood.Truncate(time.Second))+" ago")
 	}
 	if h.Expires != nil {
-		words = append(words, "expires in "+span(time.Until(*h.Expires)))
+		words = append(words, "expires in "+formatDuration(time.Until(*h.Expires)))
 	}
 	if h.Evict {
 		evict := "evicts clients"
 		if h.SpreadSeconds > 0 {
-			evict += " within " + seconds(h.SpreadSeconds)
+			evict += " within " + formatSeconds(h.SpreadSeconds)
 		}
 		words = append(words, evict)
 	}
@@ -248,8 +248,8 @@ func describeCaller(c control.Caller) string {
 	return who
 }
 
-// claims describes the user that this process acts for, according to sudo and the login uid.
-func claims() string {
+// callerClaims describes the user that this process acts for, according to sudo and the login uid.
+func callerClaims() string {
 	var parts []string
 	if name := os.Getenv("SUDO_USER"); name != "" {
 		parts = append(parts, "sudo user "+name)
@@ -267,9 +267,9 @@ func (ctl *ctl) eventsCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "events",
 		Short: "Print events as they happen, until interrupted",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				for e, err := range c.Events(ctx) {
 					if err != nil {
 						return err
@@ -305,7 +305,7 @@ func describeEvent(e control.Event) string {
 	case e.Type == string(server.EventSettings):
 		what = "settings "
 		for _, c := range e.Settings {
-			what += fmt.Sprintf(" %s: %s -> %s,", c.Name, orNone(c.Old), orNone(c.New))
+			what += fmt.Sprintf(" %s: %s -> %s,", c.Name, valueOrNone(c.Old), valueOrNone(c.New))
 		}
 		what = strings.TrimSuffix(what, ",")
 		if e.ChangedBy != nil {
@@ -331,7 +331,7 @@ func (ctl *ctl) waitCommand() *cobra.Command {
 		Long: `Wait for a state or a number of open connections. A wait for running or paused also
 waits for a server to start. So do other waits with --timeout, unless they are for stopped
 or the server stops meanwhile.`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		Example: `  echod ctl wait --state running --timeout 10s
   echod ctl wait --connections 0`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -347,7 +347,7 @@ or the server stops meanwhile.`,
 			}
 			wait := func(timeout *time.Duration) error {
 				req.Timeout = timeout
-				return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+				return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 					seen, err := c.Wait(ctx, req)
 					if err != nil {
 						return err
@@ -367,7 +367,7 @@ or the server stops meanwhile.`,
 	}
 	cmd.Flags().StringVar(&state, "state", "",
 		"`state` to wait for: running, paused, draining or stopped")
-	completes(cmd, "state", "running", "paused", "draining", "stopped")
+	completeValues(cmd, "state", "running", "paused", "draining", "stopped")
 	cmd.Flags().IntVar(&connections, "connections", 0, "exactly this `number` of open connections")
 	cmd.Flags().DurationVar(&timeout, "timeout", 0,
 		"give up, with exit code 3, after this `time` (default: never)")
@@ -377,8 +377,8 @@ or the server stops meanwhile.`,
 // waitRetry is the time between two attempts of wait to reach a server.
 const waitRetry = 100 * time.Millisecond
 
-// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil. With again it also waits for the
-// next server if one goes away meanwhile.
+// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil. With again it also waits
+// for the next server if one goes away meanwhile.
 func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Duration) error, again bool) error {
 	began := time.Now()
 	for left := timeout; ; time.Sleep(waitRetry) {
@@ -412,7 +412,7 @@ those to release, or give --all. Each may protect the work of somebody else.`,
 			if all && len(holds) > 0 {
 				return usagef("--all and names of holds exclude each other")
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				if len(holds) == 0 {
 					return resume(ctx, c, out, all)
 				}
@@ -460,10 +460,10 @@ func (ctl *ctl) notifyCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:     "notify TEXT...",
 		Short:   "Send the line 'NOTICE TEXT' to every client",
-		Args:    takes(cobra.MinimumNArgs(1)),
+		Args:    usageArgs(cobra.MinimumNArgs(1)),
 		Example: `  echod ctl notify maintenance at noon`,
 		RunE: func(cmd *cobra.Command, words []string) error {
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				n, err := c.Notify(ctx, strings.Join(words, " "))
 				if err != nil {
 					return err
@@ -478,9 +478,9 @@ func (ctl *ctl) reloadCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "reload-certs",
 		Short: "Load the TLS certificates again if their files have changed",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				reloaded, err := c.ReloadCertificates(ctx)
 				if err != nil {
 					return err
@@ -513,7 +513,7 @@ has been told, and not if a supervisor's signal began the drain.`,
 		Example: `  echod ctl shutdown --grace 1m --spread 30s --reason upgrade
   echod ctl shutdown --extend 30s
   echod ctl shutdown --cancel`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			given := func(name string) bool { return cmd.Flags().Changed(name) }
 			begins := req.Now || given("grace") || given("spread") || given("reason")
@@ -531,7 +531,7 @@ has been told, and not if a supervisor's signal began the drain.`,
 			if given("spread") {
 				req.Spread = &spread
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				switch {
 				case cancel:
 					change, err := c.CancelShutdown(ctx)
@@ -592,7 +592,7 @@ func extendDrain(ctx context.Context, c *control.Client, out io.Writer, extend t
 	case !change.Changed:
 		return fmt.Errorf("not extended, %s: %s", drainLeft(change), limit)
 	case extended < extend:
-		return printLine(out, "%s, %s: extended by %s only, because %s", change.State, drainLeft(change), span(extended), limit)
+		return printLine(out, "%s, %s: extended by %s only, because %s", change.State, drainLeft(change), formatDuration(extended), limit)
 	default:
 		return printLine(out, "%s, %s", change.State, drainLeft(change))
 	}
@@ -602,7 +602,7 @@ func drainLeft(change control.Change) string {
 	if change.Drain == nil {
 		return "no time left"
 	}
-	return span(max(0, time.Until(change.Drain.Deadline))) + " left"
+	return formatDuration(max(0, time.Until(change.Drain.Deadline))) + " left"
 }
 
 // printLine prints a line for people. Texts from the server become printable.
@@ -611,8 +611,8 @@ func printLine(out io.Writer, format string, args ...any) error {
 	return err
 }
 
-// span formats a duration for people.
-func span(d time.Duration) string {
+// formatDuration formats a duration for people.
+func formatDuration(d time.Duration) string {
 	switch {
 	case d < time.Second:
 		return d.Round(time.Millisecond).String()
@@ -623,4 +623,4 @@ func span(d time.Duration) string {
 	}
 }
 
-func seconds(s float64) string { return span(time.Duration(s * float64(time.Second))) }
+func formatSeconds(s float64) string { return formatDuration(time.Duration(s * float64(time.Second))) }

@@ -18,17 +18,17 @@ import (
 	"echod/server"
 )
 
-// addFilter adds the flags that say which connections are meant. only is "only" in lists.
-func addFilter(cmd *cobra.Command, f *control.ConnFilter, only string) {
+// addFilterFlags adds the flags that say which connections are meant. only is "only" in lists.
+func addFilterFlags(cmd *cobra.Command, f *control.ConnFilter, only string) {
 	cmd.Flags().StringSliceVar(&f.Remote, "remote", nil,
 		only+"clients from these address `ranges`, such as 10.0.0.0/8;\nunix is clients of Unix sockets")
 	cmd.Flags().DurationVar(&f.MinIdle, "min-idle", 0, only+"connections without traffic for this `time`")
 	cmd.Flags().StringVar(&f.Identity, "identity", "", only+"clients whose certificate has this `name`: the\n"+
 		"subject, its common name or an alternative name; * stands for\nany text")
-	completes(cmd, "remote", "unix")
+	completeValues(cmd, "remote", "unix")
 }
 
-func addWide(cmd *cobra.Command, wide *bool) {
+func addWideFlag(cmd *cobra.Command, wide *bool) {
 	cmd.Flags().BoolVarP(wide, "wide", "w", false, "show all columns, and do not cut to 80 characters")
 }
 
@@ -45,14 +45,14 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "conns",
 		Short: "List the open connections",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		Example: `  echod ctl conns --remote 10.0.0.0/8 --min-idle 1h
   echod ctl conns --sort idle --limit 20`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkLimit(req.Limit); err != nil {
 				return err
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				conns, err := listConns(ctx, c, req)
 				if err != nil {
 					return err
@@ -64,9 +64,9 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 	cmd.Flags().IntVar(&req.Limit, "limit", -1, "list at most this `number`; -1 is all")
 	cmd.Flags().StringVar(&req.Sort, "sort", "opened",
 		"`order`: opened is the oldest first, idle the idlest, in and out\nthe most bytes")
-	completes(cmd, "sort", "opened", "idle", "in", "out")
-	addFilter(cmd, &req.ConnFilter, "only ")
-	addWide(cmd, &wide)
+	completeValues(cmd, "sort", "opened", "idle", "in", "out")
+	addFilterFlags(cmd, &req.ConnFilter, "only ")
+	addWideFlag(cmd, &wide)
 	return cmd
 }
 
@@ -144,12 +144,12 @@ func (ctl *ctl) clientsCommand() *cobra.Command {
 		Short: "Count the open connections by client address, the most first",
 		Long: `Count the open connections by client address, the most first. IPv6 addresses count
 by their /64, as for --max-conns-per-ip.`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkLimit(limit); err != nil {
 				return err
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				list, err := c.Clients(ctx, limit, filter)
 				if err != nil {
 					return err
@@ -170,8 +170,8 @@ by their /64, as for --max-conns-per-ip.`,
 		},
 	}
 	cmd.Flags().IntVar(&limit, "limit", 20, "list at most this `number`; -1 is all")
-	addFilter(cmd, &filter, "only ")
-	addWide(cmd, &wide)
+	addFilterFlags(cmd, &filter, "only ")
+	addWideFlag(cmd, &wide)
 	return cmd
 }
 
@@ -181,12 +181,12 @@ func (ctl *ctl) closedCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "closed",
 		Short: "List the last closed connections and why they closed, latest first",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkLimit(limit); err != nil {
 				return err
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				list, err := c.Closed(ctx, limit)
 				if err != nil {
 					return err
@@ -212,7 +212,7 @@ func (ctl *ctl) closedCommand() *cobra.Command {
 	}
 	cmd.Flags().IntVar(&limit, "limit", 20,
 		"list at most this `number`; -1 is all that the server remembers,\nup to 1024")
-	addWide(cmd, &wide)
+	addWideFlag(cmd, &wide)
 	return cmd
 }
 
@@ -254,7 +254,7 @@ lists them first.`,
 				}
 				ids[i] = id
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				switch {
 				case all:
 					change, err := c.KillAll(ctx)
@@ -276,7 +276,7 @@ lists them first.`,
 		},
 	}
 	cmd.Flags().BoolVar(&all, "all", false, "every connection")
-	addFilter(cmd, &filter, "")
+	addFilterFlags(cmd, &filter, "")
 	return cmd
 }
 

@@ -66,7 +66,7 @@ sends them PAUSED and closes.`,
 			if len(command) > 0 {
 				return ctl.pauseWhile(cmd, req, command)
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				h, err := c.Pause(ctx, req)
 				if err != nil {
 					return err
@@ -82,7 +82,7 @@ sends them PAUSED and closes.`,
 	cmd.Flags().DurationVar(&req.Spread, "spread", 0,
 		"with --evict: `time` in which clients are told, one after another")
 	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
-	completes(cmd, "mode", "hold", "reject")
+	completeValues(cmd, "mode", "hold", "reject")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault) // for the command to run
 	return cmd
 }
@@ -95,7 +95,7 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 		return err
 	}
 	defer c.Close()
-	c.Claims = claims()
+	c.Claims = callerClaims()
 	ctx := cmd.Context()
 	lease, err := c.PauseWhileConnected(ctx, req)
 	if err != nil {
@@ -108,7 +108,7 @@ func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command
 	ended := false
 	code, err := runChild(child, lease, func() {
 		ended = true
-		_ = printLine(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s", lease.Why())
+		_ = printLine(cmd.ErrOrStderr(), "echod: the pause ended before the command did: %s", lease.EndReason())
 	})
 	releaseLease(ctx, c, lease)
 	if err != nil {

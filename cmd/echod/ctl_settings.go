@@ -34,9 +34,9 @@ func (ctl *ctl) settingsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "settings",
 		Short: "Show the server's settings, and which were changed since it started",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				list, err := c.Settings(ctx)
 				if err != nil {
 					return err
@@ -45,23 +45,23 @@ func (ctl *ctl) settingsCommand() *cobra.Command {
 				for _, s := range list.Settings {
 					atStart, changes := "", "with ctl set"
 					if s.Value != s.AtStart {
-						atStart = orNone(s.AtStart)
+						atStart = valueOrNone(s.AtStart)
 					}
 					if !s.Changeable {
 						changes = "on restart"
 					}
-					t.row(s.Name, orNone(s.Value), atStart, changes)
+					t.row(s.Name, valueOrNone(s.Value), atStart, changes)
 				}
 				return t.print(out, wide)
 			})
 		},
 	}
-	addWide(cmd, &wide)
+	addWideFlag(cmd, &wide)
 	return cmd
 }
 
-// orNone shows an empty value.
-func orNone(value string) string {
+// valueOrNone shows an empty value.
+func valueOrNone(value string) string {
 	if value == "" {
 		return "-"
 	}
@@ -79,14 +79,14 @@ them. SETTING+=RANGE and SETTING-=RANGE add a range to a list and remove it. The
 take effect at once and last until the server restarts; an upgrade keeps them.`,
 		Example: `  echod ctl set max-conns=500 idle-timeout=1m log-level=debug
   echod ctl set deny+=203.0.113.0/24`,
-		Args:              takes(cobra.MinimumNArgs(1)),
+		Args:              usageArgs(cobra.MinimumNArgs(1)),
 		ValidArgsFunction: completeSettings,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			values, err := parseAssignments(args)
 			if err != nil {
 				return err
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				changed, err := c.ChangeSettings(ctx, values)
 				if err != nil {
 					return err
@@ -95,7 +95,7 @@ take effect at once and last until the server restarts; an upgrade keeps them.`,
 					return printLine(out, "nothing changed: these values are in force already")
 				}
 				for _, c := range changed.Changes {
-					if err := printLine(out, "%s: %s -> %s", c.Name, orNone(c.Old), orNone(c.New)); err != nil {
+					if err := printLine(out, "%s: %s -> %s", c.Name, valueOrNone(c.Old), valueOrNone(c.New)); err != nil {
 						return err
 					}
 				}

@@ -13,10 +13,10 @@ import (
 
 // Environment variables that stand in for flags.
 
-// variable returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
+// envName returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
 // ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the server's
 // environment, and must not use its settings.
-func variable(cmd *cobra.Command, flag string) string {
+func envName(cmd *cobra.Command, flag string) string {
 	path := strings.Fields(cmd.CommandPath())
 	name := "echod-"
 	if len(path) > 1 && path[1] != "serve" {
@@ -31,7 +31,7 @@ const fromVariable = "echod_variable"
 // setFromEnvironment sets each flag that was not given from its environment variable, if that is not
 // empty. For a flag that may be repeated the variable holds a comma-separated list.
 func setFromEnvironment(cmd *cobra.Command) error {
-	environ, err := environment(cmd)
+	environ, err := envOf(cmd)
 	if err != nil {
 		return err
 	}
@@ -41,7 +41,7 @@ func setFromEnvironment(cmd *cobra.Command) error {
 		values[name] = value
 	}
 	cmd.Flags().VisitAll(func(f *pflag.Flag) {
-		name := variable(cmd, f.Name)
+		name := envName(cmd, f.Name)
 		value := values[name]
 		if err != nil || f.Changed || value == "" || !hasVariable(f) {
 			return
@@ -60,9 +60,9 @@ func setFromEnvironment(cmd *cobra.Command) error {
 	return err
 }
 
-// environment returns the variables that a command uses, in the form of os.Environ: those in the file of --env-file
+// envOf returns the variables that a command uses, in the form of os.Environ: those in the file of --env-file
 // replace the process's own.
-func environment(cmd *cobra.Command) ([]string, error) {
+func envOf(cmd *cobra.Command) ([]string, error) {
 	file := cmd.Flags().Lookup("env-file")
 	if file == nil || file.Value.String() == "" {
 		return os.Environ(), nil
@@ -110,8 +110,8 @@ func unknownVariables(root *cobra.Command, environ []string) (unknown []unknownV
 	known := variables(root, nil)
 	for _, line := range environ {
 		name, _, _ := strings.Cut(line, "=")
-		if strings.HasPrefix(name, "ECHOD_") && !slices.Contains(known, name) && !isForeign(name) {
-			unknown = append(unknown, unknownVariable{name, nearest(name, known)})
+		if strings.HasPrefix(name, "ECHOD_") && !slices.Contains(known, name) && !isReservedName(name) {
+			unknown = append(unknown, unknownVariable{name, nearestName(name, known)})
 		}
 	}
 	slices.SortFunc(unknown, func(a, b unknownVariable) int { return strings.Compare(a.name, b.name) })
@@ -123,7 +123,7 @@ func variables(cmd *cobra.Command, names []string) []string {
 	cmd.InitDefaultHelpFlag()
 	cmd.LocalFlags().VisitAll(func(f *pflag.Flag) {
 		if hasVariable(f) {
-			names = append(names, variable(cmd, f.Name))
+			names = append(names, envName(cmd, f.Name))
 		}
 	})
 	for _, sub := range cmd.Commands() {
@@ -132,9 +132,9 @@ func variables(cmd *cobra.Command, names []string) []string {
 	return names
 }
 
-// isForeign reports whether a variable that begins with ECHOD_ is not a setting: an upgrade has set it, or Kubernetes
-// for a service named echod.
-func isForeign(name string) bool {
+// isReservedName reports whether a variable that begins with ECHOD_ is not a setting: an upgrade has set it, or
+// Kubernetes for a service named echod.
+func isReservedName(name string) bool {
 	for _, prefix := range []string{"ECHOD_INTERNAL_", "ECHOD_SERVICE_", "ECHOD_PORT_"} {
 		if strings.HasPrefix(name, prefix) {
 			return true
@@ -143,8 +143,8 @@ func isForeign(name string) bool {
 	return name == "ECHOD_PORT"
 }
 
-// nearest returns the known name that differs from name in the fewest letters.
-func nearest(name string, known []string) string {
+// nearestName returns the known name that differs from name in the fewest letters.
+func nearestName(name string, known []string) string {
 	names := &cobra.Command{}
 	for _, k := range known {
 		names.AddCommand(&cobra.Command{Use: k, Run: func(*cobra.Command, []string) {}})

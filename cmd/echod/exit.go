@@ -47,8 +47,8 @@ type usageError struct{ error }
 
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
-// takes wraps the errors of check as usage errors.
-func takes(check cobra.PositionalArgs) cobra.PositionalArgs {
+// usageArgs returns check with its errors wrapped as usage errors.
+func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {
 			return usageError{err}
@@ -57,8 +57,8 @@ func takes(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// report prints err to stderr and returns its exit code.
-func report(cmd *cobra.Command, err error) int {
+// printError prints err to stderr and returns its exit code.
+func printError(cmd *cobra.Command, err error) int {
 	if err == nil {
 		return 0
 	}
@@ -66,7 +66,7 @@ func report(cmd *cobra.Command, err error) int {
 	if isExit && exit.err == nil {
 		return exit.code
 	}
-	// The journal takes a line without a prefix for an informational one.
+	// The journal gives lines without a prefix the priority info.
 	prefix := ""
 	if stderrIsJournal() {
 		prefix = fmt.Sprintf("<%d>", journalError)
@@ -96,7 +96,7 @@ func report(cmd *cobra.Command, err error) int {
 	return exitFailed
 }
 
-// signalNumber returns what a shell adds to 128 for a process that sig has ended.
+// signalNumber returns the number that a shell adds to 128 for a process that sig has ended.
 func signalNumber(sig os.Signal) int {
 	if n, ok := sig.(syscall.Signal); ok {
 		return int(n)
@@ -114,13 +114,13 @@ func notifySignals(c chan<- os.Signal, signals ...os.Signal) {
 			wanted = append(wanted, sig)
 		}
 	}
-	if len(wanted) > 0 { // without a signal, Notify relays all of them
+	if len(wanted) > 0 { // without signals, Notify would relay all of them
 		signal.Notify(c, wanted...)
 	}
 }
 
-// onInterrupt calls f for each SIGINT, SIGTERM and one of the other signals that arrives, with the exit
-// code for it, until end is called. end waits for a call of f.
+// onInterrupt calls f for each SIGINT, SIGTERM or other given signal that arrives, with its exit code, until end is called.
+// end waits for a call of f in progress.
 func onInterrupt(f func(*exitError), others ...os.Signal) (end func()) {
 	signals := make(chan os.Signal, 2)
 	notifySignals(signals, append(others, os.Interrupt, syscall.SIGTERM)...)
@@ -143,8 +143,8 @@ func onInterrupt(f func(*exitError), others ...os.Signal) (end func()) {
 	}
 }
 
-// interruptible calls f with a context that SIGINT, SIGTERM and the other signals cancel. If f then
-// returns an error, interruptible returns one with the exit code of a process that the signal has ended.
+// interruptible calls f with a context that SIGINT, SIGTERM and the other signals cancel. If f returns an error after that,
+// interruptible returns an error with the exit code of a process that the signal has ended.
 func interruptible(ctx context.Context, f func(context.Context) error, others ...os.Signal) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(context.Canceled)

@@ -17,29 +17,29 @@ import (
 	"echod/server"
 )
 
-// holdsFile records the server's holds in $STATE_DIRECTORY, or else beside the control socket. A hold ends with its
-// process: after a restart the new server reports the holds of the old one, because their owners may rely on them.
+// holdsFile records the server's holds in a file in $STATE_DIRECTORY, or beside the control socket. Holds end with the
+// process. Their owners may rely on them, so after a restart the new server reports the holds of the previous one.
 type holdsFile struct {
 	path string
 	srv  *server.Server
 	log  *zap.Logger
-	lost []control.Hold // that the previous server had; set once
+	lost []control.Hold // holds of the previous server; set once
 	mu   sync.Mutex     // orders the updates
 }
 
-// recordedHolds is the content of the file. An array of holds, which earlier versions wrote, is read, too.
+// recordedHolds is the content of the file. Earlier versions wrote an array of holds, which is read, too.
 type recordedHolds struct {
 	Holds []control.Hold `json:"holds,omitempty"`
 	Lost  []control.Hold `json:"lost,omitempty"` // for the successor of an upgrade
 }
 
-// newHoldsFile returns nil unless only this user and root can write to the directory.
+// newHoldsFile returns nil if other users than this one and root can write to the directory.
 func newHoldsFile(socket string, srv *server.Server, log *zap.Logger) *holdsFile {
 	path := socket + ".holds"
 	if dir, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":"); dir != "" { // of systemd; it may list several
 		path = filepath.Join(dir, "holds")
 	}
-	if !filepath.IsAbs(path) || checkOwnAndParents(filepath.Dir(path)) != nil {
+	if !filepath.IsAbs(path) || checkOwnDirectoryAndParents(filepath.Dir(path)) != nil {
 		return nil
 	}
 	return &holdsFile{path: path, srv: srv, log: log}
@@ -61,7 +61,7 @@ func (f *holdsFile) read() (recorded recordedHolds) {
 	return recorded
 }
 
-// reportLost warns of the holds that the previous server had, and keeps them for the status.
+// reportLost logs the holds of the previous server, and keeps them for the status.
 func (f *holdsFile) reportLost() {
 	for _, h := range f.read().Holds {
 		if h.Expires == nil || h.Expires.After(time.Now()) {
@@ -76,10 +76,10 @@ func (f *holdsFile) reportLost() {
 	f.update()
 }
 
-// takeOver keeps the lost holds that the predecessor of an upgrade has recorded.
+// takeOver reads the lost holds that the predecessor of an upgrade has recorded.
 func (f *holdsFile) takeOver() { f.lost = f.read().Lost }
 
-// onRequest updates the file after a request to the control plane. The drain of a paused server keeps it.
+// onRequest updates the file after a request to the control plane.
 func (f *holdsFile) onRequest(_, method string, _ int) {
 	if method == http.MethodGet {
 		return
@@ -114,7 +114,7 @@ func (f *holdsFile) write(recorded recordedHolds) error {
 	if err != nil {
 		return err
 	}
-	// A new file is renamed, so that a reader never sees half of it.
+	// A new file is renamed, so that a reader never sees a part of it.
 	file, err := os.CreateTemp(filepath.Dir(f.path), filepath.Base(f.path)+".*")
 	if err != nil {
 		return err

@@ -61,10 +61,10 @@ func sendToJournal(message string, priority journal.Priority, vars map[string]st
 	return journal.Send(message, priority, vars)
 }
 
-// queued returns a sendFunc that leaves the sending to the sink.
-func (s *logSink) queued(send sendFunc) sendFunc {
+// queueSend returns a sendFunc that leaves the sending to the sink.
+func (s *logSink) queueSend(send sendFunc) sendFunc {
 	return func(message string, priority journal.Priority, vars map[string]string) error {
-		s.put(func() error { return send(message, priority, vars) })
+		s.enqueue(func() error { return send(message, priority, vars) })
 		return nil
 	}
 }

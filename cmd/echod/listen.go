@@ -40,12 +40,12 @@ func (s sockets) removeUnix() {
 	}
 }
 
-// open opens the sockets that the flags ask for, and takes those that systemd passes. These replace the
+// openSockets opens the sockets that the flags ask for, and takes those that systemd passes. These replace the
 // default address and the default control socket. Addresses given with --listen are served as well. There
 // is only one control socket, so that a different --control is an error.
 //
 // The echo listeners are opened last: once a client can connect, nothing delays the start.
-func (f serveFlags) open(ctx context.Context, opts control.SocketOptions, log *zap.Logger,
+func (f serveFlags) openSockets(ctx context.Context, opts control.SocketOptions, log *zap.Logger,
 	echo echoOptions,
 ) (s sockets, err error) {
 	defer func() {
@@ -103,12 +103,12 @@ const (
 	controlSocket = "control"
 )
 
-// inheritSockets takes the sockets that systemd passes, see sd_listen_fds(3). A socket with an unknown name
-// is an error: nobody would serve it.
+// inheritSockets returns the sockets that systemd passes; see sd_listen_fds(3). A socket with an unknown name is an
+// error, because nothing would serve it.
 func inheritSockets() (s sockets, err error) {
 	byName, err := activation.ListenersWithNames()
 	if err != nil {
-		return s, fmt.Errorf("taking the sockets from systemd: %w", err)
+		return s, fmt.Errorf("inheriting sockets from systemd: %w", err)
 	}
 	for name, listeners := range byName {
 		for _, ln := range listeners {
@@ -266,7 +266,8 @@ func listenControl(
 	return ln, err
 }
 
-// withoutAddress strips what package net adds to an error, for messages that name the address already.
+// withoutAddress removes the operation and the address that package net adds to an error, because the caller's message
+// has the address.
 func withoutAddress(err error) error {
 	if oe, ok := errors.AsType[*net.OpError](err); ok {
 		err = oe.Err

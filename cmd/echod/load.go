@@ -52,7 +52,7 @@ reordered, or if a limit (--max-...) was exceeded, 2 for usage errors.`,
   echod load --conns 200 --rate 10000 --plot run.svg --max-outage 1s --max-refused 0
   echod load --conns 50 --stages 100:30s,500:1m --size 64:90,1024-4096:9,65536:1
   echod load --json > before.json; echod load --compare before.json`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			l.out, l.err = cmd.OutOrStdout(), cmd.ErrOrStderr()
 			if err := l.check(cmd.Flags()); err != nil {
@@ -442,7 +442,7 @@ func (v *loadProgress) show(p load.Progress) {
 		fmt.Fprintln(v.out, strings.Join(v.fields(p), fieldGap))
 		return
 	}
-	line := fitting(v.fields(p), v.width()-1)
+	line := joinWithin(v.fields(p), v.width()-1)
 	columns := utf8.RuneCountInString(line)
 	fmt.Fprintf(v.out, "\r%s%s", line, strings.Repeat(" ", max(0, v.shown-columns)))
 	v.shown = columns
@@ -471,13 +471,13 @@ func (v *loadProgress) fields(p load.Progress) []string {
 	}
 	return append(fields, "notices "+humanize.Comma(p.Notices), "reconnects "+humanize.Comma(p.Reconnects),
 		humanize.Comma(int64(p.Open))+" open", rate,
-		"p99 "+latency(p.P99.Seconds()), "p50 "+latency(p.P50.Seconds()))
+		"p99 "+formatLatency(p.P99.Seconds()), "p50 "+formatLatency(p.P50.Seconds()))
 }
 
 const fieldGap = "  "
 
-// fitting joins as many fields as fit into width. The first one is cut if necessary.
-func fitting(fields []string, width int) string {
+// joinWithin joins as many fields as fit into width. The first one is cut if necessary.
+func joinWithin(fields []string, width int) string {
 	first := []rune(fields[0])
 	line := string(first[:min(len(first), max(0, width))])
 	for _, field := range fields[1:] {

@@ -44,14 +44,14 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 // loadTitle says what was done.
 func loadTitle(r *load.Report) string {
 	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, text.Count(r.Conns, "connection"),
-		seconds(r.Lasted))}
+		formatSeconds(r.Lasted))}
 	sizes := "messages of " + strings.ReplaceAll(r.Sizes, ",", ", ") + " bytes"
 	model := "Open model: latency counts from when each message was due."
 	switch {
 	case len(r.Stages) > 1:
 		title = append(title, sizes)
 		for _, s := range r.Stages {
-			title = append(title, fmt.Sprintf("%s/s for %s", humanize.Commaf(s.Rate), seconds(s.Seconds)))
+			title = append(title, fmt.Sprintf("%s/s for %s", humanize.Commaf(s.Rate), formatSeconds(s.Seconds)))
 		}
 	case r.Rate > 0:
 		title = append(title, humanize.Commaf(r.Rate)+" "+sizes+" a second")
@@ -63,13 +63,13 @@ func loadTitle(r *load.Report) string {
 		}
 		model += ".\nA stall also stalls the load, so most of the waiting it would cause is not seen."
 	}
-	return strings.Join(wrapped(title, 80), "\n") + "\n" + model
+	return strings.Join(wrapCells(title, 80), "\n") + "\n" + model
 }
 
 func writeLoadCounts(b *strings.Builder, r *load.Report) {
 	w := tabwriter.NewWriter(b, 0, 0, 2, ' ', 0)
 	row := func(name string, cells ...string) {
-		for i, line := range wrapped(cells, 63) {
+		for i, line := range wrapCells(cells, 63) {
 			if i > 0 {
 				name = ""
 			}
@@ -82,7 +82,7 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 		n(c.Tried, "tried"), n(c.Made, "made"), n(c.Refused, "refused"),
 		n(c.Reset, "reset"), n(c.TimedOut, "timed out"),
 	},
-		nonzero(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway,
+		listCounts(c.NoPort, "without a local port", c.Failed, "failed otherwise", c.TurnedAway,
 			"turned away")...)...)
 	if r.Handshake.Count+c.NoHandshake > 0 {
 		row("handshakes", n(r.Handshake.Count, "made"), n(c.Resumed, "resumed"), n(c.NoHandshake, "failed"))
@@ -91,23 +91,23 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 		n(e.Sent, "sent"), n(e.Returned, "returned"), n(e.Late, "late"),
 		n(e.Lost, "lost"), n(e.Corrupted, "corrupted"),
 	},
-		nonzero(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
+		listCounts(e.Unexpected, "unexpected", e.TurnedAway, "turned away", e.Unsent, "never sent")...)...)
 	row("order", n(e.Duplicated, "duplicated"), n(e.Reordered, "out of order"), n(e.Foreign, "misdelivered"))
-	throughput := []string{humanize.Comma(int64(r.PerSecond+0.5)) + " echoes/s over " + seconds(r.Took)}
+	throughput := []string{humanize.Comma(int64(r.PerSecond+0.5)) + " echoes/s over " + formatSeconds(r.Took)}
 	if r.OfferedPerSecond > 0 {
 		throughput = append(throughput,
 			fmt.Sprintf("%s/s offered over %s", humanize.Comma(int64(r.OfferedPerSecond+0.5)),
-				seconds(r.Lasted)))
+				formatSeconds(r.Lasted)))
 	}
 	row("throughput", throughput...)
 	row("notices", append([]string{n(not.Seen(), "seen"), n(not.Heeded, "heeded")},
-		nonzero(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages,
+		listCounts(not.Shutdown, "SHUTDOWN", not.Paused, "PAUSED", not.Busy, "BUSY", not.Messages,
 			"NOTICE")...)...)
 	row("ends", n(end.Left, "left in order"), n(end.Noticed, "after a notice"), n(end.Closed, "closed"),
 		n(end.Reset, "reset"), n(end.Failed, "other"))
 	row("reconnects", humanize.Comma(r.Reconnects))
 	row("without service", n(int64(r.Outage.Clients), "of "+text.Count(r.Conns, "client")),
-		"median "+latency(r.Outage.Median), "max "+latency(r.Outage.Max))
+		"median "+formatLatency(r.Outage.Median), "max "+formatLatency(r.Outage.Max))
 	if len(r.Addresses) > 1 {
 		for i, a := range r.Addresses {
 			name := ""
@@ -132,7 +132,7 @@ func writeLoadLatencies(b *strings.Builder, r *load.Report) {
 		}
 		fmt.Fprintf(w, "%s\t", line.name)
 		for _, v := range []float64{line.P50, line.P90, line.P99, line.P999, line.P9999, line.Max} {
-			fmt.Fprintf(w, "%s\t", latency(v))
+			fmt.Fprintf(w, "%s\t", formatLatency(v))
 		}
 		fmt.Fprintln(w)
 	}
@@ -147,14 +147,14 @@ func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
 		format := func(v float64) string { return humanize.Comma(int64(v + 0.5)) }
 		name, isTime := strings.CutSuffix(f.Name, "_seconds")
 		if isTime {
-			format = latency
+			format = formatLatency
 		}
 		change := "-"
 		switch {
 		case f.Before == f.After:
 			change = "same"
 		case f.Change != nil && *f.Change >= 9:
-			change = "x " + digits(*f.Change+1)
+			change = "x " + threeDigits(*f.Change+1)
 		case f.Change != nil:
 			change = fmt.Sprintf("%+.1f %%", *f.Change*100)
 		}
@@ -173,16 +173,16 @@ func loadConclusion(r *load.Report) string {
 		conclusion := "All messages came back, once and in order."
 		if r.Outage.Clients > 0 {
 			conclusion += fmt.Sprintf("\n%s of %s were without service for a while, at most %s.",
-				humanize.Comma(int64(r.Outage.Clients)), text.Count(r.Conns, "client"), latency(r.Outage.Max))
+				humanize.Comma(int64(r.Outage.Clients)), text.Count(r.Conns, "client"), formatLatency(r.Outage.Max))
 		}
 		return conclusion
 	}
-	missing := nonzero(r.Echoes.Lost, "lost", r.Echoes.TurnedAway, "turned away")
+	missing := listCounts(r.Echoes.Lost, "lost", r.Echoes.TurnedAway, "turned away")
 	return "Some messages did not come back, but no limit was exceeded: " + strings.Join(missing, ", ") + "."
 }
 
-// wrapped joins cells with commas into lines of at most width columns.
-func wrapped(cells []string, width int) []string {
+// wrapCells joins cells with commas into lines of at most width columns.
+func wrapCells(cells []string, width int) []string {
 	lines := []string{""}
 	for i, cell := range cells {
 		if i < len(cells)-1 {
@@ -201,8 +201,8 @@ func wrapped(cells []string, width int) []string {
 	return lines
 }
 
-// nonzero lists the counts that are not zero. pairs are counts and what they count.
-func nonzero(pairs ...any) []string {
+// listCounts lists the counts that are not zero. pairs are counts and what they count.
+func listCounts(pairs ...any) []string {
 	var listed []string
 	for i := 0; i < len(pairs); i += 2 {
 		if n := pairs[i].(int64); n > 0 {
@@ -212,21 +212,21 @@ func nonzero(pairs ...any) []string {
 	return listed
 }
 
-// latency formats seconds with three digits.
-func latency(s float64) string {
+// formatLatency formats seconds with three digits.
+func formatLatency(s float64) string {
 	switch {
 	case s == 0:
 		return "-"
 	case s < 0.9995e-3: // 1000 µs is 1 ms
-		return digits(s*1e6) + " µs"
+		return threeDigits(s*1e6) + " µs"
 	case s < 0.9995:
-		return digits(s*1e3) + " ms"
+		return threeDigits(s*1e3) + " ms"
 	default:
-		return digits(s) + " s"
+		return threeDigits(s) + " s"
 	}
 }
 
-func digits(v float64) string {
+func threeDigits(v float64) string {
 	switch {
 	case v < 10:
 		return fmt.Sprintf("%.2f", v)

@@ -149,7 +149,7 @@ func TestLatencyFormat(t *testing.T) {
 	for seconds, want := range map[float64]string{
 		0: "-", 1e-6: "1.00 µs", 0.000_999_4: "999 µs", 0.000_999_9: "1.00 ms", 0.0123: "12.3 ms", 0.9996: "1.00 s", 12.34: "12.3 s",
 	} {
-		if got := latency(seconds); got != want {
+		if got := formatLatency(seconds); got != want {
 			t.Errorf("%v s is %q, want %q", seconds, got, want)
 		}
 	}

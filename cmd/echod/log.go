@@ -80,15 +80,15 @@ func newLogger(enabled zapcore.LevelEnabler, format string, onDropped func(cause
 	}
 	if format == "journal" {
 		sink.core = journalCore{send: sendToJournal}
-		core := journalCore{LevelEnabler: enabled, send: sink.queued(sendToJournal)}
-		return zap.New(sampled(core, sink)), sink.start(), nil
+		core := journalCore{LevelEnabler: enabled, send: sink.queueSend(sendToJournal)}
+		return zap.New(withSampling(core, sink)), sink.start(), nil
 	}
 	if stderrIsJournal() {
 		encoder = priorityEncoder{encoder}
 	}
 	sink.core = zapcore.NewCore(encoder, zapcore.AddSync(os.Stderr), zapcore.DebugLevel)
 	core := zapcore.NewCore(encoder, zapcore.AddSync(sink.writer(os.Stderr)), enabled)
-	return zap.New(sampled(core, sink)), sink.start(), nil
+	return zap.New(withSampling(core, sink)), sink.start(), nil
 }
 
 func newConsoleEncoder() zapcore.Encoder {
@@ -122,10 +122,10 @@ type samplingCore struct {
 	sampler zapcore.Core // samples what it passes on to Core
 }
 
-func sampled(core zapcore.Core, sink *logSink) zapcore.Core {
+func withSampling(core zapcore.Core, sink *logSink) zapcore.Core {
 	count := zapcore.SamplerHook(func(_ zapcore.Entry, decision zapcore.SamplingDecision) {
 		if decision&zapcore.LogDropped != 0 {
-			sink.sampledOut()
+			sink.countSampled()
 		}
 	})
 	sampler := zapcore.NewSamplerWithOptions(core, time.Second, logPerSecond, logThereafter, count)
@@ -144,7 +144,7 @@ func (c samplingCore) Check(entry zapcore.Entry, ce *zapcore.CheckedEntry) *zapc
 }
 
 func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
-	if !isPerConn(fields) || cutOff(fields) {
+	if !isPerConn(fields) || endedByServer(fields) {
 		return c.Core.Write(entry, fields)
 	}
 	if ce := c.sampler.Check(entry, nil); ce != nil {
@@ -153,8 +153,8 @@ func (c samplingCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 	return nil
 }
 
-// cutOff reports whether fields say that the server ended the connection.
-func cutOff(fields []zapcore.Field) bool {
+// endedByServer reports whether fields say that the server ended the connection.
+func endedByServer(fields []zapcore.Field) bool {
 	return slices.ContainsFunc(fields, func(f zapcore.Field) bool {
 		reason, ok := f.Interface.(server.Reason)
 		return ok && (reason == server.ReasonDeadline || reason == server.ReasonForced)
@@ -201,8 +201,8 @@ func (s *logSink) start() *logSink {
 	return s
 }
 
-// put queues a write. The queue never blocks.
-func (s *logSink) put(write func() error) {
+// enqueue queues a write. The queue never blocks.
+func (s *logSink) enqueue(write func() error) {
 	select {
 	case s.queue <- write:
 	default:
@@ -210,8 +210,8 @@ func (s *logSink) put(write func() error) {
 	}
 }
 
-// sampledOut counts an entry that sampling has dropped.
-func (s *logSink) sampledOut() {
+// countSampled counts an entry that sampling has dropped.
+func (s *logSink) countSampled() {
 	s.bySampling.Add(1)
 	select {
 	case s.wake <- struct{}{}:
@@ -229,7 +229,7 @@ type queuedWriter struct {
 
 func (w queuedWriter) Write(p []byte) (int, error) {
 	text := bytes.Clone(p)
-	w.sink.put(func() error {
+	w.sink.enqueue(func() error {
 		_, err := w.out.Write(text)
 		return err
 	})

@@ -80,8 +80,8 @@ func TestLogSink(t *testing.T) {
 		broken := errors.New("broken")
 		sink.core = journalCore{send: func(string, journal.Priority, map[string]string) error { return broken }}
 		lost := make(chan struct{})
-		sink.put(func() error { return broken })
-		sink.put(func() error { sink.core = textCore(&out); close(lost); return nil })
+		sink.enqueue(func() error { return broken })
+		sink.enqueue(func() error { sink.core = textCore(&out); close(lost); return nil })
 		<-lost
 		sink.close()
 		<-sink.done
@@ -114,7 +114,7 @@ func TestSampling(t *testing.T) {
 			<-sink.done
 		}()
 		var lines bytes.Buffer
-		log := zap.New(sampled(textCore(&lines), sink))
+		log := zap.New(withSampling(textCore(&lines), sink))
 		const flood = logPerSecond + 250
 		closed := func(reason server.Reason) {
 			log.Info("connection closed", zap.Uint64("conn", 1), zap.Stringer("reason", reason))
@@ -155,7 +155,7 @@ func TestSampling(t *testing.T) {
 func TestAuditIsNotSampled(t *testing.T) {
 	var lines, reports bytes.Buffer
 	sink, _ := newTestSink(&reports)
-	log := zap.New(sampled(textCore(&lines), sink))
+	log := zap.New(withSampling(textCore(&lines), sink))
 	srv, err := server.New(server.Echo, server.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -37,7 +37,7 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	if err != nil {
 		refuseOffer(err)
 	}
-	return report(cmd, nameVariable(cmd, err))
+	return printError(cmd, nameVariable(cmd, err))
 }
 
 // buildCommands are commands that only some builds have, see gendocs.go.
@@ -88,7 +88,7 @@ func newVersionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
-		Args:  takes(cobra.NoArgs),
+		Args:  usageArgs(cobra.NoArgs),
 		Run: func(cmd *cobra.Command, _ []string) {
 			fmt.Fprintf(cmd.OutOrStdout(), "echod %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS,
 				runtime.GOARCH)
@@ -96,16 +96,16 @@ func newVersionCommand() *cobra.Command {
 	}
 }
 
-// completes sets the values that the shell offers for a flag.
-func completes(cmd *cobra.Command, flag string, values ...cobra.Completion) {
+// completeValues sets the values that the shell offers for a flag.
+func completeValues(cmd *cobra.Command, flag string, values ...cobra.Completion) {
 	complete := cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 	if err := cmd.RegisterFlagCompletionFunc(flag, complete); err != nil {
 		panic(err) // there is no such flag, or it has values already
 	}
 }
 
-// completesFiles makes the shell offer files for a flag.
-func completesFiles(cmd *cobra.Command, flag string) {
+// completeFiles makes the shell offer files for a flag.
+func completeFiles(cmd *cobra.Command, flag string) {
 	complete := cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault)
 	if err := cmd.RegisterFlagCompletionFunc(flag, complete); err != nil {
 		panic(err)

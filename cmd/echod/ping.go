@@ -25,7 +25,7 @@ import (
 )
 
 func newPingCommand() *cobra.Command {
-	p := pinger{interval: seconder(time.Second), timeout: seconder(5 * time.Second)}
+	p := pinger{interval: secondsFlag(time.Second), timeout: secondsFlag(5 * time.Second)}
 	cmd := &cobra.Command{
 		Use:   "ping [HOST:PORT]",
 		Short: "Connect, send a message and wait for its echo",
@@ -47,7 +47,7 @@ came before the first ping was done.`,
   echod ping -c 5 -i 0.2 -W 1 echo.example:9999
   echod ping --quiet                in a health check, for its exit status
   echod ping -c 0 --json | jq .     until Ctrl-C`,
-		Args: takes(cobra.MaximumNArgs(1)),
+		Args: usageArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p.out, p.err = cmd.OutOrStdout(), cmd.ErrOrStderr()
 			if len(args) > 0 {
@@ -56,7 +56,7 @@ came before the first ping was done.`,
 			if err := p.check(); err != nil {
 				return err
 			}
-			return p.untilInterrupted(cmd.Context())
+			return p.runUntilSignal(cmd.Context())
 		},
 	}
 	f := cmd.Flags()
@@ -75,31 +75,31 @@ came before the first ping was done.`,
 	return cmd
 }
 
-// A seconder is a flag for a time. A number without a unit is in seconds, as in ping(8).
-type seconder time.Duration
+// A secondsFlag is a flag for a time. A number without a unit is in seconds, as in ping(8).
+type secondsFlag time.Duration
 
-func (s *seconder) Set(text string) error {
+func (s *secondsFlag) Set(text string) error {
 	if n, err := strconv.ParseFloat(text, 64); err == nil && math.Abs(n) < 1e9 {
-		*s = seconder(n * float64(time.Second))
+		*s = secondsFlag(n * float64(time.Second))
 		return nil
 	}
 	d, err := time.ParseDuration(text)
 	if err != nil {
 		return errors.New("want a number of seconds, or a time such as 200ms")
 	}
-	*s = seconder(d)
+	*s = secondsFlag(d)
 	return nil
 }
 
-func (s *seconder) String() string { return time.Duration(*s).String() }
-func (s *seconder) Type() string   { return "time" }
+func (s *secondsFlag) String() string { return time.Duration(*s).String() }
+func (s *secondsFlag) Type() string   { return "time" }
 
 // pinger is one run of echod ping.
 type pinger struct {
 	address           string
 	tlsFlags          clientTLS
 	count, size       int
-	interval, timeout seconder
+	interval, timeout secondsFlag
 	ipv4, ipv6        bool
 	json, quiet       bool
 	out, err          io.Writer
@@ -163,9 +163,9 @@ func (p *pinger) check() error {
 	return nil
 }
 
-// untilInterrupted runs until it is done or a signal comes. After a signal it still
+// runUntilSignal runs until it is done or a signal comes. After a signal it still
 // prints a summary, and its result decides the exit status.
-func (p *pinger) untilInterrupted(ctx context.Context) error {
+func (p *pinger) runUntilSignal(ctx context.Context) error {
 	var outcome error
 	_ = interruptible(ctx, func(ctx context.Context) error {
 		outcome = p.run(ctx)
@@ -210,11 +210,11 @@ func (p *pinger) run(ctx context.Context) error {
 			return err
 		}
 	}
-	return p.outcome()
+	return p.result()
 }
 
-// outcome returns nil if at least one echo came back.
-func (p *pinger) outcome() error {
+// result returns nil if at least one echo came back.
+func (p *pinger) result() error {
 	unresolved := 0
 	for _, r := range p.results {
 		switch r.Result {
@@ -260,7 +260,7 @@ func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
 		}
 		return fail("dns", "name not resolved within %s", err)
 	}
-	if p.named() {
+	if p.needsLookup() {
 		r.DNS = new(time.Since(began).Seconds())
 	}
 	began = time.Now()
@@ -291,8 +291,8 @@ func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
 	return r
 }
 
-// named reports whether the host is a name that has to be resolved.
-func (p *pinger) named() bool {
+// needsLookup reports whether the host is a name that has to be resolved.
+func (p *pinger) needsLookup() bool {
 	_, err := netip.ParseAddr(p.host)
 	return p.host != "" && err != nil
 }
@@ -441,13 +441,13 @@ func (p *pinger) print(r pingResult) error {
 	} else {
 		dns, handshake := "", ""
 		if r.DNS != nil {
-			dns = " dns=" + latency(*r.DNS)
+			dns = " dns=" + formatLatency(*r.DNS)
 		}
 		if r.TLS != nil {
-			handshake = " tls=" + latency(*r.TLS)
+			handshake = " tls=" + formatLatency(*r.TLS)
 		}
 		err = printLine(p.out, "%d bytes from %s: seq=%d%s connect=%s%s echo=%s", r.Bytes, from, r.Seq,
-			dns, latency(*r.Connect), handshake, latency(*r.Echo))
+			dns, formatLatency(*r.Connect), handshake, formatLatency(*r.Echo))
 	}
 	if err != nil {
 		return fmt.Errorf("writing: %w", err)
@@ -490,7 +490,7 @@ func (s *pingSpread) String() string {
 	return fmt.Sprintf("%.3f/%.3f/%.3f/%.3f ms", s.Min*1e3, s.Mean*1e3, s.Max*1e3, s.Deviation*1e3)
 }
 
-func spreadOf(results []pingResult, step func(pingResult) *float64) *pingSpread {
+func newPingSpread(results []pingResult, step func(pingResult) *float64) *pingSpread {
 	s := pingSpread{Min: math.Inf(1)}
 	n, sum, squares := 0.0, 0.0, 0.0
 	for _, r := range results {
@@ -511,10 +511,10 @@ func spreadOf(results []pingResult, step func(pingResult) *float64) *pingSpread 
 func (p *pinger) summarize(took time.Duration) error {
 	s := pingSummary{
 		Type: "summary", Address: p.address, Sent: len(p.results), Results: map[string]int{}, Took: took.Seconds(),
-		DNS:     spreadOf(p.results, func(r pingResult) *float64 { return r.DNS }),
-		Connect: spreadOf(p.results, func(r pingResult) *float64 { return r.Connect }),
-		TLS:     spreadOf(p.results, func(r pingResult) *float64 { return r.TLS }),
-		Echo:    spreadOf(p.results, func(r pingResult) *float64 { return r.Echo }),
+		DNS:     newPingSpread(p.results, func(r pingResult) *float64 { return r.DNS }),
+		Connect: newPingSpread(p.results, func(r pingResult) *float64 { return r.Connect }),
+		TLS:     newPingSpread(p.results, func(r pingResult) *float64 { return r.TLS }),
+		Echo:    newPingSpread(p.results, func(r pingResult) *float64 { return r.Echo }),
 	}
 	for _, r := range p.results {
 		s.Results[r.Result]++
@@ -534,7 +534,7 @@ func (p *pinger) summarize(took time.Duration) error {
 			fmt.Fprintf(p.out, ", %d %s", s.Results[result], result)
 		}
 	}
-	_, err := fmt.Fprintf(p.out, ", time %s\n", span(took))
+	_, err := fmt.Fprintf(p.out, ", time %s\n", formatDuration(took))
 	for _, step := range []struct {
 		name string
 		*pingSpread

@@ -60,7 +60,7 @@ func says(text string) func(net.Conn) {
 func newPinger(t *testing.T, address string) *pinger {
 	t.Helper()
 	p := &pinger{
-		address: address, count: 1, size: 64, interval: seconder(time.Millisecond), timeout: seconder(10 * time.Second), out: io.Discard,
+		address: address, count: 1, size: 64, interval: secondsFlag(time.Millisecond), timeout: secondsFlag(10 * time.Second), out: io.Discard,
 	}
 	if err := p.check(); err != nil {
 		t.Fatal(err)
@@ -111,7 +111,7 @@ func TestPingResults(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newPinger(t, tt.address)
 			if tt.result == "no-echo" {
-				p.timeout = seconder(50 * time.Millisecond)
+				p.timeout = secondsFlag(50 * time.Millisecond)
 			}
 			err := p.run(t.Context())
 			got := p.results[0]
@@ -278,7 +278,7 @@ func TestPingTimes(t *testing.T) {
 		}
 	})
 	p := newPinger(t, slow)
-	p.count, p.interval = 2, seconder(200*time.Millisecond)
+	p.count, p.interval = 2, secondsFlag(200*time.Millisecond)
 	began := time.Now()
 	if err := p.run(t.Context()); err != nil {
 		t.Fatal(err)
@@ -338,7 +338,7 @@ func TestPingFamily(t *testing.T) {
 
 // As in ping(8), a number without a unit is in seconds.
 func TestPingSeconds(t *testing.T) {
-	var s seconder
+	var s secondsFlag
 	f := pflag.NewFlagSet("ping", pflag.ContinueOnError)
 	f.VarP(&s, "interval", "i", "")
 	for text, want := range map[string]time.Duration{

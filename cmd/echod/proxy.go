@@ -45,11 +45,11 @@ func parseTrusted(ranges []string) (trusted []netip.Prefix, err error) {
 	return trusted, nil
 }
 
-// proxied reads the PROXY header, version 1 or 2, of connections from trusted addresses. On other
-// connections everything is data.
-func proxied(trusted []netip.Prefix) server.WrapConn {
+// readProxyHeaders returns a WrapConn that reads the PROXY header, version 1 or 2, of connections from trusted addresses.
+// It reads nothing from other connections.
+func readProxyHeaders(trusted []netip.Prefix) server.WrapConn {
 	return func(_ context.Context, nc net.Conn) (net.Conn, error) {
-		if !trusts(trusted, nc.RemoteAddr()) {
+		if !isTrusted(trusted, nc.RemoteAddr()) {
 			return nc, nil
 		}
 		client, err := readProxyClient(nc)
@@ -64,7 +64,8 @@ func proxied(trusted []netip.Prefix) server.WrapConn {
 	}
 }
 
-func trusts(trusted []netip.Prefix, remote net.Addr) bool {
+// isTrusted reports whether remote is in trusted, or is a Unix socket if these are trusted.
+func isTrusted(trusted []netip.Prefix, remote net.Addr) bool {
 	if remote.Network() == "unix" {
 		return slices.Contains(trusted, trustUnix)
 	}

@@ -40,7 +40,7 @@ func TestProxyHeaderNamesTheClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	wrap := proxied(trusted)
+	wrap := readProxyHeaders(trusted)
 	for name, c := range map[string]struct{ from, sent, client string }{
 		"v1":                             {"10.1.2.3:4", "PROXY TCP4 203.0.113.9 10.0.0.1 5555 9999\r\n", "203.0.113.9:5555"},
 		"v1, IPv6":                       {"[::1]:4", "PROXY TCP6 2001:db8::9 ::1 5555 9999\r\n", "[2001:db8::9]:5555"},
@@ -79,7 +79,7 @@ func TestProxyHeaderNamesTheClient(t *testing.T) {
 }
 
 func TestProxyHeaderErrors(t *testing.T) {
-	wrap := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	wrap := readProxyHeaders([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
 	for name, sent := range map[string]string{
 		"nothing":             "",
 		"data":                "hello, world\n",
@@ -110,7 +110,7 @@ func TestProxyRangeErrors(t *testing.T) {
 
 // The server does not log clients that only connect.
 func TestProxyHeaderMissing(t *testing.T) {
-	wrap := proxied([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
+	wrap := readProxyHeaders([]netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")})
 	for sent, bare := range map[string]bool{"": true, "PRO": false, "PROXY ": false, "PROXY TCP4 1": false, v2Start(t): false} {
 		_, err := wrap(t.Context(), fromProxy{remote: "10.1.2.3:4", sent: strings.NewReader(sent)})
 		if errors.Is(err, io.EOF) != bare || !bare && !strings.HasSuffix(err.Error(), "the connection ended inside it") {

@@ -291,7 +291,7 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 			Dial: s.dial, Conns: s.conns, InFlight: s.inFlight, InFlightBytes: min(s.conns, 4) * inFlightBytes,
 			Ordered: ordered, Reconnect: s.backoff(),
 		},
-		Display: s.display(plain),
+		Display: s.newDisplay(plain),
 	}
 	if err := s.openFiles(&opts); err != nil {
 		return err
@@ -301,11 +301,11 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 		ignoreBackgroundWrite()
 	}
 	summary, err := s.runBulk(ctx, opts)
-	return s.conclude(opts, summary, err, plain)
+	return s.reportResult(opts, summary, err, plain)
 }
 
-// conclude reports how a run ended, and returns its exit code or error.
-func (s *sender) conclude(opts bulk.Options, summary bulk.Summary, err error, plain bool) error {
+// reportResult reports how a run ended, and returns its exit code or error.
+func (s *sender) reportResult(opts bulk.Options, summary bulk.Summary, err error, plain bool) error {
 	if errors.Is(err, syscall.EPIPE) && s.output == "" && s.resume == "" {
 		return &exitError{code: exitSignal + int(syscall.SIGPIPE)} // as a filter that SIGPIPE ends
 	}
@@ -326,19 +326,19 @@ func (s *sender) conclude(opts bulk.Options, summary bulk.Summary, err error, pl
 	case errors.Is(err, bulk.ErrStrict), badAddress, badCertificate: // the same command fails again
 		return err
 	case err != nil && s.resume != "" && !errors.Is(err, bulk.ErrNotSaved):
-		return fmt.Errorf("%w (the same command continues from here: --resume %s)", explain(err), s.resume)
+		return fmt.Errorf("%w (the same command continues from here: --resume %s)", addUnsentHint(err), s.resume)
 	case err != nil && summary.Unread && !plain && s.resume == "":
-		return fmt.Errorf("%w (a run with --resume FILE can be continued)", explain(err))
+		return fmt.Errorf("%w (a run with --resume FILE can be continued)", addUnsentHint(err))
 	case err != nil:
-		return explain(err)
+		return addUnsentHint(err)
 	case incomplete:
 		return &exitError{code: exitFailed} // everything was reported
 	}
 	return nil
 }
 
-// explain says that not all of the input was sent, if the server is the reason.
-func explain(err error) error {
+// addUnsentHint says that not all of the input was sent, if the server is the reason.
+func addUnsentHint(err error) error {
 	_, notice := errors.AsType[*client.NoticeError](err)
 	_, end := errors.AsType[*client.EndError](err)
 	if notice || end {
@@ -383,11 +383,11 @@ func (s *sender) format() (records.Options, error) {
 		return opts, usagef("--encoding: lines are not decoded with --verbatim")
 	}
 	var ok bool
-	if opts.Delimiter, ok = character(s.delimiter); !ok {
+	if opts.Delimiter, ok = singleRune(s.delimiter); !ok {
 		return opts, usagef("--delimiter %q: want one character", s.delimiter)
 	}
 	if s.comment != "" {
-		if opts.Comment, ok = character(s.comment); !ok || opts.Comment == opts.Delimiter {
+		if opts.Comment, ok = singleRune(s.comment); !ok || opts.Comment == opts.Delimiter {
 			return opts, usagef("--comment %q: want one character that is not the delimiter", s.comment)
 		}
 	}
@@ -417,8 +417,8 @@ func (s *sender) format() (records.Options, error) {
 	return opts, err
 }
 
-// character returns the only character of a flag's value.
-func character(value string) (rune, bool) {
+// singleRune returns the only character of a flag's value.
+func singleRune(value string) (rune, bool) {
 	if value == `\t` {
 		value = "\t"
 	}
@@ -447,9 +447,9 @@ func (s *sender) httpOptions() (records.HTTPOptions, error) {
 	return opts, nil
 }
 
-// display returns how to report a run: with bars on a terminal, unless the echo goes to
+// newDisplay returns how to report a run: with bars on a terminal, unless the echo goes to
 // it, and otherwise with lines.
-func (s *sender) display(plain bool) bulk.Display {
+func (s *sender) newDisplay(plain bool) bulk.Display {
 	switch {
 	case s.quiet:
 		return bulk.Errors(s.err)
@@ -457,12 +457,12 @@ func (s *sender) display(plain bool) bulk.Display {
 		return bulk.Events(s.err)
 	}
 	const every = 5 * time.Second
-	terminal := asTerminal(s.err)
+	terminal := terminalFile(s.err)
 	if terminal == nil {
 		return bulk.Lines(s.err, nil, every)
 	}
 	dumb := runtime.GOOS != "windows" && (os.Getenv("TERM") == "" || os.Getenv("TERM") == "dumb")
-	if !dumb && (s.output != "" || asTerminal(s.out) == nil) {
+	if !dumb && (s.output != "" || terminalFile(s.out) == nil) {
 		if bars, ok := bulk.Bars(terminal); ok {
 			return bars
 		}
@@ -470,8 +470,8 @@ func (s *sender) display(plain bool) bulk.Display {
 	return bulk.Lines(s.err, terminal, every)
 }
 
-// asTerminal returns w as the terminal that it is, or nil.
-func asTerminal(w io.Writer) *os.File {
+// terminalFile returns w as the terminal that it is, or nil.
+func terminalFile(w io.Writer) *os.File {
 	if file, ok := w.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 		return file
 	}

@@ -83,7 +83,7 @@ func newServeCommand(use string) *cobra.Command {
 		Long: `Run the echo server until a signal or 'echod ctl shutdown' stops it.
 
 ` + serveHelp,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			f.listenGiven = cmd.Flags().Changed("listen")
 			switch {
@@ -188,13 +188,13 @@ func newServeCommand(use string) *cobra.Command {
 		"with --check: `file` of variables to check in place of the\nenvironment, such as /etc/default/echod")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	for _, flag := range []string{"control", "pid-file", "env-file", "tls-cert", "tls-key", "tls-client-ca"} {
-		completesFiles(cmd, flag)
+		completeFiles(cmd, flag)
 	}
-	completes(cmd, "tls-client-auth", "require", "optional")
-	completes(cmd, "tls-min-version", "1.2", "1.3")
-	completes(cmd, "at-limit", "wait", "reject")
-	completes(cmd, "log-level", "debug", "info", "warn", "error")
-	completes(cmd, "log-format", "console", "json", "journal")
+	completeValues(cmd, "tls-client-auth", "require", "optional")
+	completeValues(cmd, "tls-min-version", "1.2", "1.3")
+	completeValues(cmd, "at-limit", "wait", "reject")
+	completeValues(cmd, "log-level", "debug", "info", "warn", "error")
+	completeValues(cmd, "log-format", "console", "json", "journal")
 	return cmd
 }
 
@@ -261,7 +261,7 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 		return opts, err
 	}
 	if len(trusted) > 0 {
-		opts.WrapConn = proxied(trusted)
+		opts.WrapConn = readProxyHeaders(trusted)
 	}
 	if len(f.httpHosts) > 0 && f.http == "" {
 		return opts, usagef("--http-host: needs --http")
@@ -299,15 +299,15 @@ func socketAccess(prefix, modeText, groupName string) (opts control.SocketOption
 	return opts, nil
 }
 
-// prepared holds the checked options and certificates, which serve needs to open its sockets.
-type prepared struct {
+// serveConfig holds the checked options and certificates, which serve needs to open its sockets.
+type serveConfig struct {
 	server  server.Options
 	control control.SocketOptions
 	echo    echoOptions
 }
 
 // prepare checks all flags but addresses, and loads the certificates. ticketKeys are the predecessor's.
-func (f serveFlags) prepare(ticketKeys []byte, log *zap.Logger) (p prepared, err error) {
+func (f serveFlags) prepare(ticketKeys []byte, log *zap.Logger) (p serveConfig, err error) {
 	if p.server, err = f.options(log); err != nil {
 		return p, err
 	}
@@ -385,7 +385,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err := warnUnknownVariables(log, cmd); err != nil {
 		return err
 	}
-	f.warn(log)
+	f.logLimitations(log)
 
 	var g run.Group
 	g.Add(control.ServerActor(srv, sockets.echo...))
@@ -397,7 +397,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	signals := control.NewSignals(srv, caught, log, sink.writer(os.Stderr))
 	signals.Seen = stats.Signal
 	signals.Final = underSystemd() || f.stopTimeout > 0
-	signals.PassOn = up.passOn
+	signals.PassOn = up.forwardSignal
 	handleSignals, stopSignals := signals.Actor()
 	g.Add(func() error {
 		awaitListening(srv, len(sockets.echo))
@@ -439,7 +439,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		plane := control.New(srv, planeOpts)
 		up.leave = append(up.leave, plane.Leave)
 		if tookOver {
-			plane.Continue()
+			plane.ContinuePauses()
 		}
 		g.Add(plane.Actor(sockets.control))
 		probes = append(probes, plane.Probe)
@@ -462,14 +462,14 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	}
 	if n := newSDNotifier(srv, log, probes...); n != nil {
 		if tookOver {
-			n.known = awaitSupervisor
+			n.awaitKnown = awaitSupervisor
 		}
-		up.leave = append(up.leave, n.silence)
+		up.leave = append(up.leave, n.stop)
 		g.Add(n.actor())
 	}
 
 	err = g.Run()
-	if !up.done.Load() {
+	if !up.handedOver.Load() {
 		sockets.removeUnix()
 		if err := pidFile(f.pidFile).remove(); err != nil {
 			log.Warn("cannot remove the pid file", zap.Error(err))
@@ -478,7 +478,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	if err != nil {
 		return err
 	}
-	if sig := signals.Forced(); sig != nil && !up.done.Load() {
+	if sig := signals.Forced(); sig != nil && !up.handedOver.Load() {
 		return &exitError{code: exitSignal + signalNumber(sig)}
 	}
 	return keepIfUpgraded(caught)
@@ -501,11 +501,11 @@ func awaitListening(srv *server.Server, n int) {
 
 // openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its
 // connections.
-func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *takenOver,
+func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *receivedOffer,
 	opts control.SocketOptions, log *zap.Logger, echo echoOptions,
 ) (sockets, error) {
 	if taken == nil {
-		return f.open(ctx, opts, log, echo)
+		return f.openSockets(ctx, opts, log, echo)
 	}
 	s, err := taken.sockets(opts, echo)
 	if err != nil {
@@ -515,9 +515,9 @@ func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, take
 	return s, srv.TakeOver(ctx, taken.offer, s.echo)
 }
 
-// warn logs which features are limited in this environment.
-func (f serveFlags) warn(log *zap.Logger) {
-	if missing := unsupported(runtime.GOOS); missing != nil {
+// logLimitations logs which features are limited in this environment.
+func (f serveFlags) logLimitations(log *zap.Logger) {
+	if missing := unsupportedFeatures(runtime.GOOS); missing != nil {
 		log.Warn("not supported on this platform", zap.Strings("features", missing))
 	}
 	const end = 2 * time.Second // for the server to stop after the deadline
@@ -531,8 +531,8 @@ func (f serveFlags) warn(log *zap.Logger) {
 	}
 }
 
-// unsupported lists the features that echod does not have on the given system.
-func unsupported(system string) []string {
+// unsupportedFeatures lists the features that echod does not have on the given system.
+func unsupportedFeatures(system string) []string {
 	const (
 		queue   = "the length of the accept queue"
 		filter  = "keeping new clients out of the accept queue during a drain"

@@ -11,12 +11,12 @@ import (
 	"syscall"
 )
 
-// checkOwn checks that dir belongs to this user or root, and that nobody else can write to it.
-func checkOwn(dir string) error { return checkDirectory(dir, false) }
+// checkOwnDirectory checks that dir belongs to this user or root, and that nobody else can write to it.
+func checkOwnDirectory(dir string) error { return checkDirectory(dir, false) }
 
-// checkOwnAndParents checks dir like checkOwn, and all directories above it, as written and with symbolic
-// links resolved.
-func checkOwnAndParents(dir string) error {
+// checkOwnDirectoryAndParents checks dir like checkOwnDirectory, and all directories above it, as written and with
+// symbolic links resolved.
+func checkOwnDirectoryAndParents(dir string) error {
 	if err := checkParents(dir); err != nil {
 		return err
 	}

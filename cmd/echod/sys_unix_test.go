@@ -86,19 +86,19 @@ func TestControlSocketDirectories(t *testing.T) {
 		}
 	}
 	t.Run("own directories are used", func(t *testing.T) {
-		expect(t, checkOwnAndParents(own(t, 0o755)), "")
+		expect(t, checkOwnDirectoryAndParents(own(t, 0o755)), "")
 	})
 	t.Run("directories that others can write to are not", func(t *testing.T) {
-		expect(t, checkOwnAndParents(own(t, 0o777)), "other users can write to it")
-		expect(t, checkOwnAndParents(filepath.Join(own(t, 0o777), "echod")), "other users can write to it")
-		expect(t, checkOwnAndParents(own(t, 0o777|fs.ModeSticky)), "other users can write to it")
+		expect(t, checkOwnDirectoryAndParents(own(t, 0o777)), "other users can write to it")
+		expect(t, checkOwnDirectoryAndParents(filepath.Join(own(t, 0o777), "echod")), "other users can write to it")
+		expect(t, checkOwnDirectoryAndParents(own(t, 0o777|fs.ModeSticky)), "other users can write to it")
 	})
 	t.Run("a sticky parent is safe", func(t *testing.T) {
 		dir := filepath.Join(own(t, 0o777|fs.ModeSticky), "echod")
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, checkOwnAndParents(dir), "")
+		expect(t, checkOwnDirectoryAndParents(dir), "")
 	})
 	t.Run("a symbolic link is not followed", func(t *testing.T) {
 		target := own(t, 0o700)
@@ -106,7 +106,7 @@ func TestControlSocketDirectories(t *testing.T) {
 		if err := os.Symlink(target, link); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, checkOwnAndParents(link), "not a directory")
+		expect(t, checkOwnDirectoryAndParents(link), "not a directory")
 	})
 	t.Run("directories of another user are not used", func(t *testing.T) {
 		if os.Getuid() != 0 {
@@ -116,8 +116,8 @@ func TestControlSocketDirectories(t *testing.T) {
 		if err := os.Chown(dir, 12345, -1); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, checkOwnAndParents(dir), "belongs to another user (uid 12345)")
-		expect(t, checkOwnAndParents(filepath.Join(dir, "echod")), "belongs to another user (uid 12345)")
+		expect(t, checkOwnDirectoryAndParents(dir), "belongs to another user (uid 12345)")
+		expect(t, checkOwnDirectoryAndParents(filepath.Join(dir, "echod")), "belongs to another user (uid 12345)")
 		t.Setenv("RUNTIME_DIRECTORY", "")
 		t.Setenv("XDG_RUNTIME_DIR", dir)
 		t.Setenv("TMPDIR", t.TempDir())

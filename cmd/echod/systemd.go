@@ -20,19 +20,19 @@ import (
 
 // sdNotifier tells systemd about the server's state, see sd_notify(3).
 type sdNotifier struct {
-	srv      *server.Server
-	probes   []func(context.Context) error // all must succeed for the server to count as alive
-	log      *zap.Logger
-	notify   func(state string)    // sd_notify
-	silent   atomic.Bool           // another process notifies now
-	silenced chan struct{}         // closed once it does
-	known    func(context.Context) // waits until systemd knows this process; nil if it does already
+	srv        *server.Server
+	probes     []func(context.Context) error // the server is alive if all of them succeed
+	log        *zap.Logger
+	notify     func(state string)    // sd_notify
+	stopped    atomic.Bool           // another process notifies now
+	done       chan struct{}         // closed by stop
+	awaitKnown func(context.Context) // waits until systemd knows this process; nil if it knows it already
 }
 
-// silence ends the notifications, because another process is the main process now. It is called once.
-func (n *sdNotifier) silence() {
-	n.silent.Store(true)
-	close(n.silenced)
+// stop ends the notifications, because another process is the main process now. It is called once.
+func (n *sdNotifier) stop() {
+	n.stopped.Store(true)
+	close(n.done)
 }
 
 // statusInterval is the time between two updates of the status.
@@ -46,9 +46,9 @@ func newSDNotifier(srv *server.Server, log *zap.Logger, probes ...func(context.C
 	if !underSystemd() {
 		return nil
 	}
-	n := &sdNotifier{srv: srv, probes: probes, log: log, silenced: make(chan struct{})}
+	n := &sdNotifier{srv: srv, probes: probes, log: log, done: make(chan struct{})}
 	n.notify = func(state string) {
-		if n.silent.Load() {
+		if n.stopped.Load() {
 			return
 		}
 		if err := sdNotify(os.Getenv("NOTIFY_SOCKET"), state); err != nil {
@@ -82,10 +82,10 @@ func (n *sdNotifier) actor() (execute func() error, interrupt func(error)) {
 		ctx, cancel := context.WithCancelCause(context.Background())
 		var tasks sync.WaitGroup
 		tasks.Go(func() {
-			if n.known != nil {
-				n.known(ctx)
+			if n.awaitKnown != nil {
+				n.awaitKnown(ctx)
 			}
-			tasks.Go(func() { n.announce(ctx) })
+			tasks.Go(func() { n.notifyReady(ctx) })
 			if interval, err := daemon.SdWatchdogEnabled(false); err != nil {
 				n.log.Warn("reading systemd's watchdog interval", zap.Error(err))
 			} else if interval > 0 {
@@ -94,19 +94,20 @@ func (n *sdNotifier) actor() (execute func() error, interrupt func(error)) {
 		})
 		select {
 		case <-n.srv.Done():
-		case <-n.silenced:
+		case <-n.done:
 		}
 		cancel(errStopped)
 		tasks.Wait()
 		<-n.srv.Done()
-		<-ending // the group's error is that of the first actor to return: not of this one
+		<-ending // the group's error is that of the first actor that returns, which must not be this one
 		return nil
 	}
 	return execute, func(error) { close(ending) }
 }
 
-// announce sends READY once all probes succeed, and the status and requests for time from then on.
-func (n *sdNotifier) announce(ctx context.Context) {
+// notifyReady sends READY when all probes succeed. Then it sends changes of the status, and during a drain requests for
+// more time.
+func (n *sdNotifier) notifyReady(ctx context.Context) {
 	if !n.awaitReady(ctx) {
 		return
 	}
@@ -124,7 +125,7 @@ func (n *sdNotifier) announce(ctx context.Context) {
 	}
 }
 
-// readyTimeout bounds the probes of a server that is not ready yet.
+// readyTimeout bounds each probe before the server is ready.
 const readyTimeout = 5 * time.Second
 
 // awaitReady waits until the server is running and all probes succeed. It returns false if ctx ends first.
@@ -156,11 +157,11 @@ func (n *sdNotifier) awaitChange(ctx context.Context, state server.State) {
 	_ = n.srv.AwaitStatus(ctx, func(now server.State, _ int) bool { return now != state })
 }
 
-// drainMargin is how long after its deadline a drain may end, generous for a busy machine.
+// drainMargin is the time that systemd grants a drain after its deadline. It is long, because the machine may be busy.
 const drainMargin = 10 * time.Second
 
-// extendTimeout asks systemd for the time that the drain still needs, whatever the unit's stop timeout is. A
-// drain that is stuck gets no more time.
+// extendTimeout asks systemd for the time that the drain still needs, regardless of the unit's stop timeout. For a drain
+// that is stuck it asks for no more time.
 func (n *sdNotifier) extendTimeout(st server.Status) {
 	if st.Drain == nil || st.State == server.StateStopped {
 		return
@@ -170,13 +171,13 @@ func (n *sdNotifier) extendTimeout(st server.Status) {
 		return
 	}
 	state := "EXTEND_TIMEOUT_USEC=" + strconv.FormatInt(left.Microseconds(), 10)
-	if !time.Now().Before(st.Drain.AcceptUntil) { // until then the drain can be cancelled, and STOPPING cannot
+	if !time.Now().Before(st.Drain.AcceptUntil) { // before that the drain can be cancelled, and STOPPING cannot
 		state = daemon.SdNotifyStopping + "\n" + state
 	}
 	n.notify(state)
 }
 
-// pingWatchdog pings systemd's watchdog while the probes succeed. Systemd restarts a server that does not.
+// pingWatchdog pings systemd's watchdog while the probes succeed. Without pings systemd restarts the server.
 func (n *sdNotifier) pingWatchdog(ctx context.Context, interval time.Duration) {
 	tick := time.NewTicker(interval / 3)
 	defer tick.Stop()

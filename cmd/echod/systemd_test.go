@@ -144,7 +144,7 @@ func TestReady(t *testing.T) {
 		core, logs := observer.New(zap.WarnLevel)
 		plane := &fakeProbe{err: errors.New("not yet")}
 		s := &sdNotifier{srv: srv, log: zap.New(core), probes: []func(context.Context) error{srv.Probe, plane.probe}}
-		sent := runTask(t, s, s.announce)
+		sent := runTask(t, s, s.notifyReady)
 		pass(time.Minute)
 		if lines := sent.take(); plane.count() > 0 || lines != nil {
 			t.Errorf("before it serves: %d probes, notified %q", plane.count(), lines)
@@ -205,7 +205,7 @@ func TestExtendTimeout(t *testing.T) {
 		srv, serve := newTestServer(t, server.Options{Logger: log, Drain: server.DrainOptions{Delay: 30 * time.Second}})
 		serve()
 		s := &sdNotifier{srv: srv, log: zap.NewNop()}
-		sent := runTask(t, s, s.announce)
+		sent := runTask(t, s, s.notifyReady)
 		t.Cleanup(func() { close(release) })
 		pass(time.Second)
 		sent.take()

@@ -51,8 +51,8 @@ const (
 // tlsScheme marks addresses that are served over TLS.
 const tlsScheme = "tls://"
 
-// load loads the certificates; they are nil if none of the addresses needs them. ticketKeys are the predecessor's. All errors but those of the files are usage
-// errors.
+// load loads the certificates; they are nil if none of the addresses needs them. ticketKeys are the predecessor's.
+// All errors but those of the files are usage errors.
 func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (*server.Certificates, error) {
 	needed := slices.ContainsFunc(addresses, func(address string) bool { return strings.HasPrefix(address, tlsScheme) })
 	certs, keys := f.certs, f.keys
@@ -147,7 +147,7 @@ func (s *sockets) listenUnix(ctx context.Context, path string, opts control.Sock
 		return fmt.Errorf("--listen: %w", err)
 	}
 	s.unix = append(s.unix, ln)
-	s.echo = append(s.echo, server.Listener{Listener: control.Handed(ln)})
+	s.echo = append(s.echo, server.Listener{Listener: control.UnwrapListener(ln)})
 	return nil
 }
 

@@ -34,7 +34,7 @@ It finds the server like 'echod ctl', and needs a terminal; use 'echod ctl statu
 'echod ctl events' in scripts. When the server stops, it waits for the next one.
 
 Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if opts.Interval < shortestInterval || opts.Interval > longestInterval {
 				return usagef("--interval %v: want %v to %v", opts.Interval, shortestInterval, longestInterval)
@@ -63,7 +63,7 @@ Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 	cmd.Flags().DurationVar(&opts.Interval, "interval", time.Second, "`time` between two updates")
 	cmd.Flags().BoolVar(&noColor, "no-color", false, "no colours; the NO_COLOR variable does the same")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	completesFiles(cmd, "control")
+	completeFiles(cmd, "control")
 	return cmd
 }
 

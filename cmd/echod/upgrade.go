@@ -23,20 +23,20 @@ import (
 )
 
 // An upgrade replaces the running program with the one on disk. The predecessor starts the successor, and hands its
-// listeners and connections over to it (server.HandOver). upgrade_linux.go starts the processes and decides which one
-// stays the parent.
+// listeners and connections over to it (server.HandOver). upgrade_linux.go starts the processes, and decides which one
+// remains the parent.
 
 const defaultUpgradeTimeout = 10 * time.Second
 
 // Names of the HandoverOptions.Extra listeners.
 const (
-	handedControl = "control"
-	handedHTTP    = "http"
-	handedAgent   = "agent"
+	extraControl = "control"
+	extraHTTP    = "http"
+	extraAgent   = "agent"
 )
 
-// handedData is the HandoverOptions.Data of an upgrade.
-type handedData struct {
+// upgradeData is the HandoverOptions.Data of an upgrade.
+type upgradeData struct {
 	Version string   `json:"version"`
 	PID     int      `json:"pid"`
 	TLS     []string `json:"tls,omitempty"` // addresses of the listeners with TLS
@@ -47,16 +47,16 @@ type handedData struct {
 
 // upgrader is the predecessor's side of upgrades.
 type upgrader struct {
-	srv     *server.Server
-	log     *zap.Logger
-	timeout time.Duration // for the successor to be ready
-	keep    time.Duration // for which connections that stay behind are served before they are drained
-	sockets sockets
-	certs   *server.Certificates    // nil without TLS
-	leave   []func()                // stop using the listeners that were passed on
-	notify  func(successor process) // tells the supervisor, before the successor does
-	done    atomic.Bool             // another process serves now
-	one     sync.Mutex              // held during an upgrade
+	srv        *server.Server
+	log        *zap.Logger
+	timeout    time.Duration // for the successor to be ready
+	keep       time.Duration // time before connections that were not handed over are drained
+	sockets    sockets
+	certs      *server.Certificates    // nil without TLS
+	leave      []func()                // functions that stop using the listeners that were handed over
+	notify     func(successor process) // tells the supervisor about the successor
+	handedOver atomic.Bool             // another process serves now
+	running    sync.Mutex              // held during an upgrade
 }
 
 // actor returns the run.Group pair that upgrades on each signal from in, until the server has stopped.
@@ -66,11 +66,11 @@ func (u *upgrader) actor(in <-chan os.Signal) (execute func() error, interrupt f
 		for {
 			select {
 			case <-u.srv.Done():
-				<-ending // the group's error is that of the first actor to return: not of this one
+				<-ending // the group's error is that of the first actor that returns, which must not be this one
 				return nil
 			case sig := <-in:
 				if u.srv.HandedOver() {
-					u.passOn(sig)
+					u.forwardSignal(sig)
 					continue
 				}
 				if _, err := u.upgrade(context.Background(), 0); err != nil {
@@ -87,10 +87,10 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	if timeout == 0 {
 		timeout = u.timeout
 	}
-	if !u.one.TryLock() {
+	if !u.running.TryLock() {
 		return done, server.ErrHandoverInProgress
 	}
-	defer u.one.Unlock()
+	defer u.running.Unlock()
 	if d := u.srv.Status().Drain; d != nil {
 		return done, &server.DrainingError{Deadline: d.Deadline}
 	}
@@ -111,29 +111,29 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 	}
 	u.log.Info("upgrading", zap.Int("successor", successor.pid))
 	successorPID.Store(int64(successor.pid))
-	about := handedData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
+	about := upgradeData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
 	if u.certs != nil {
 		about.TicketKeys = u.certs.TicketKeys()
 	}
 	extra := map[string]net.Listener{}
 	if ln := u.sockets.control; ln != nil {
-		extra[handedControl] = control.Handed(ln)
-		about.ControlInherited = extra[handedControl] == ln
+		extra[extraControl] = control.UnwrapListener(ln)
+		about.ControlInherited = extra[extraControl] == ln
 	}
 	data, err := json.Marshal(about)
 	if err != nil {
 		return done, err
 	}
 	if u.sockets.http != nil {
-		extra[handedHTTP] = u.sockets.http
+		extra[extraHTTP] = u.sockets.http
 	}
 	if u.sockets.agent != nil {
-		extra[handedAgent] = u.sockets.agent
+		extra[extraAgent] = u.sockets.agent
 	}
 	report, err := u.srv.HandOver(ctx, link, server.HandoverOptions{
 		Program: "echod " + version, Data: data, Extra: extra, Kill: successor.kill,
 		Keep:      cmp.Or(u.keep, u.srv.Status().Grace),
-		Committed: func() { u.committed(successor) },
+		Committed: func() { u.stopServing(successor) },
 	})
 	if err != nil {
 		successorPID.Store(0)
@@ -144,14 +144,14 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		return done, err
 	}
 	return control.Upgraded{
-		PID: successor.pid, HandedOver: report.HandedOver, Behind: report.Behind,
+		PID: successor.pid, HandedOver: report.HandedOver, Behind: report.Kept,
 		FrozenSeconds: report.Frozen.Seconds(), TookSeconds: report.Took.Seconds(),
 	}, nil
 }
 
-// committed stops using everything except the connections that stayed behind.
-func (u *upgrader) committed(successor process) {
-	u.done.Store(true)
+// stopServing releases everything that the successor uses now. The connections that were not handed over stay.
+func (u *upgrader) stopServing(successor process) {
+	u.handedOver.Store(true)
 	tellKeeper(successor.pid)
 	for _, leave := range u.leave {
 		leave()
@@ -160,34 +160,34 @@ func (u *upgrader) committed(successor process) {
 	successor.release()
 }
 
-// passOn passes a signal on to the successor once that serves. This process also drains its own connections. (systemd
-// itself sends signals to both.)
-func (u *upgrader) passOn(sig os.Signal) {
+// forwardSignal forwards a signal to the successor after a handover. This process also drains its own connections. systemd
+// itself sends signals to both processes.
+func (u *upgrader) forwardSignal(sig os.Signal) {
 	if u.srv.HandedOver() && !isUnit() {
 		signalServing(sig)
 	}
 }
 
-// takenOver is the offer that a successor has received.
-type takenOver struct {
+// receivedOffer is the offer of the predecessor, in a successor.
+type receivedOffer struct {
 	offer *server.Offer
-	from  handedData
+	from  upgradeData
 }
 
-// receiveOffer returns nil if this process was not started for an upgrade.
-func receiveOffer(ctx context.Context) (*takenOver, error) {
+// receiveOffer receives the predecessor's offer. It returns nil if no upgrade started this process.
+func receiveOffer(ctx context.Context) (*receivedOffer, error) {
 	link, err := predecessorLink()
 	if err != nil || link == nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, defaultUpgradeTimeout,
-		errors.New("no offer came from the predecessor"))
+		errors.New("the predecessor sent no offer in time"))
 	defer cancel()
 	offer, err := server.ReceiveOffer(ctx, link)
 	if err != nil {
 		return nil, err
 	}
-	t := &takenOver{offer: offer}
+	t := &receivedOffer{offer: offer}
 	if err := json.Unmarshal(offer.Data, &t.from); err != nil {
 		err = fmt.Errorf("reading the predecessor's offer: %w", err)
 		offer.Refuse(err)
@@ -197,31 +197,30 @@ func receiveOffer(ctx context.Context) (*takenOver, error) {
 }
 
 // ticketKeys returns the keys of session tickets that were handed over. t may be nil.
-func (t *takenOver) ticketKeys() []byte {
+func (t *receivedOffer) ticketKeys() []byte {
 	if t == nil {
 		return nil
 	}
 	return t.from.TicketKeys
 }
 
-// refuseOffer tells the predecessor why this process cannot take over, if an upgrade started it and its command line
-// is invalid.
+// refuseOffer tells the predecessor why this process cannot take over. It does nothing if no upgrade started this process.
 func refuseOffer(why error) {
 	if taken, err := receiveOffer(context.Background()); taken != nil && err == nil {
 		taken.offer.Refuse(why)
 	}
 }
 
-// sockets returns the listeners from the predecessor. They replace those in the flags.
-func (t *takenOver) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
-	s.echo, s.http, s.agent = t.offer.Listeners, t.offer.Extra[handedHTTP], t.offer.Extra[handedAgent]
+// sockets returns the listeners of the predecessor. They replace those in the flags.
+func (t *receivedOffer) sockets(opts control.SocketOptions, echo echoOptions) (s sockets, err error) {
+	s.echo, s.http, s.agent = t.offer.Listeners, t.offer.Extra[extraHTTP], t.offer.Extra[extraAgent]
 	for i := range s.echo {
 		s.echo[i].EmptyQueue = s.echo[i].Inherited
 	}
 	if err := s.adoptEcho(t.from.TLS, echo); err != nil {
 		return s, err
 	}
-	s.control = t.offer.Extra[handedControl]
+	s.control = t.offer.Extra[extraControl]
 	if s.control != nil && !t.from.ControlInherited {
 		s.control, err = control.Adopt(s.control, opts)
 	}
@@ -242,7 +241,7 @@ the old one continues unchanged, and the command says why.
 
 Exit codes: 0 upgraded, 1 rolled back or refused, 2 no server answers, 4 the running version
 cannot be upgraded and has to be restarted, 64 usage.`,
-		Args: takes(cobra.NoArgs),
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if timeout < 0 {
 				return usagef("--timeout %s: must not be negative", timeout)
@@ -254,7 +253,7 @@ cannot be upgraded and has to be restarted, 64 usage.`,
 				}
 				ctl.path = path
 			}
-			return ctl.do(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
+			return ctl.withClient(cmd, func(ctx context.Context, c *control.Client, out io.Writer) error {
 				done, err := c.Upgrade(ctx, timeout)
 				if problem, ok := errors.AsType[*control.Problem](err); ok && problem.Type == control.ProblemNotFound {
 					return &exitError{exitTooOld, errors.New("the running version cannot be upgraded: restart it")}
@@ -263,7 +262,7 @@ cannot be upgraded and has to be restarted, 64 usage.`,
 					return err
 				}
 				err = printLine(out, "upgraded to process %d: %s handed over, frozen for %s", done.PID,
-					text.Count(done.HandedOver, "connection"), seconds(done.FrozenSeconds))
+					text.Count(done.HandedOver, "connection"), formatSeconds(done.FrozenSeconds))
 				for why, n := range done.Behind {
 					err = errors.Join(err, printLine(out, "%s stayed with the old process: %s",
 						text.Count(n, "connection"), strings.TrimSpace(why)))

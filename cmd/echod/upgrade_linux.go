@@ -27,7 +27,7 @@ import (
 const (
 	envStarter = "ECHOD_INTERNAL_STARTER" // this process starts the successor, writes its pid to fd 6, and exits
 	envLink    = "ECHOD_INTERNAL_LINK"    // descriptor of the link to the predecessor
-	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that ends when the supervisor knows the successor
+	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that reports the end of file when the supervisor knows the successor
 	envReport  = "ECHOD_INTERNAL_REPORT"  // descriptor to which a successor writes its pid, for the keeper
 )
 
@@ -44,7 +44,7 @@ const (
 type process struct {
 	pid  int
 	pidf int      // pidfd
-	gate *os.File // closed to let it notify the supervisor
+	gate *os.File // closing it lets the successor notify the supervisor
 }
 
 func (p process) kill() {
@@ -63,18 +63,18 @@ func (p process) release() {
 	_ = unix.Close(p.pidf)
 }
 
-// keeperPipe tells this process, when it has become the keeper, which process serves. The first upgrade makes it.
+// keeperPipe carries the pids of serving processes to this process if it is the keeper. The first upgrade makes it.
 var keeperPipe struct{ r, w *os.File }
 
-// inheritedReport is the pipe to the keeper that a successor has inherited. It is kept, because the finalizer of an
-// os.File closes the descriptor.
+// inheritedReport is the pipe to the keeper that a successor has inherited. The os.File must stay reachable, because its
+// finalizer closes the descriptor.
 var inheritedReport = sync.OnceValue(func() *os.File { return os.NewFile(fdReport, "report") })
 
-// isKept reports whether another process stays the parent of all generations: systemd, or a keeper.
-func isKept() bool { return isUnit() || os.Getenv(envReport) != "" }
+// hasStableParent reports whether another process remains the parent after each upgrade: systemd or a keeper.
+func hasStableParent() bool { return isUnit() || os.Getenv(envReport) != "" }
 
-// isUnit reports whether this process is the main process of a systemd unit, so that systemd becomes the parent of the
-// successor. NOTIFY_SOCKET alone does not say so: containers and supervisors pass it on.
+// isUnit reports whether this process is the main process of a systemd unit. Then systemd becomes the parent of the
+// successor. NOTIFY_SOCKET alone does not show that, because containers and supervisors pass it to their processes.
 func isUnit() bool {
 	parent := os.Getppid()
 	return underSystemd() && os.Getenv("INVOCATION_ID") != "" && os.Getpid() != 1 &&
@@ -121,7 +121,7 @@ func startSuccessor(ctx context.Context) (p process, link server.Link, err error
 			err = context.Cause(ctx)
 		}
 		if err != nil {
-			_ = cmd.Process.Kill() // it is not a starter, or it hangs
+			_ = cmd.Process.Kill() // the program is not echod with upgrades, or it hangs
 		}
 		_ = cmd.Wait() // a starter exits at once
 	}
@@ -142,7 +142,7 @@ func startSuccessor(ctx context.Context) (p process, link server.Link, err error
 func readPID(r io.Reader) (int, error) {
 	line, err := bufio.NewReader(io.LimitReader(r, 64)).ReadString('\n')
 	if err != nil {
-		return 0, errors.New("the program on disk does not know upgrades, or did not start")
+		return 0, errors.New("the program on disk did not start, or does not support upgrades")
 	}
 	return strconv.Atoi(strings.TrimSpace(line))
 }
@@ -175,16 +175,16 @@ func socketPair() (near *net.UnixConn, far *os.File, err error) {
 	return nc.(*net.UnixConn), far, nil
 }
 
-// reportPipe returns the descriptor to which the successor writes its pid. At the first upgrade without systemd it
-// makes this process the keeper, the parent of all later processes.
+// reportPipe returns the pipe to which the successor writes its pid. At the first upgrade without systemd it makes this
+// process the keeper, which is the parent of all later processes.
 func reportPipe() (*os.File, error) {
 	if os.Getenv(envReport) != "" {
 		return inheritedReport(), nil
 	}
 	if keeperPipe.w == nil {
-		if !isKept() {
+		if !hasStableParent() {
 			if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-				return nil, fmt.Errorf("staying the parent of the successor: %w", err)
+				return nil, fmt.Errorf("becoming the parent of the successor: %w", err)
 			}
 		}
 		var err error
@@ -195,8 +195,8 @@ func reportPipe() (*os.File, error) {
 	return keeperPipe.w, nil
 }
 
-// internalRole does the work of a starter or a keeper if an upgrade started this process as one, and reports whether
-// it did. It must run first, because the command line and the environment are those of the server.
+// internalRole runs the starter if an upgrade started this process as one, and reports whether it did. It must be called
+// first, because the command line and the environment are those of the server.
 func internalRole() (code int, done bool) {
 	if os.Getenv(envStarter) != "" {
 		return runStarter(), true
@@ -204,7 +204,7 @@ func internalRole() (code int, done bool) {
 	return 0, false
 }
 
-// runStarter starts the successor and exits, so that the successor loses its parent.
+// runStarter starts the successor and exits, so that the supervisor or the keeper becomes the successor's parent.
 func runStarter() int {
 	path, err := exec.LookPath(os.Args[0])
 	if err != nil {
@@ -218,7 +218,8 @@ func runStarter() int {
 	}
 	cmd.Env = append(successorEnviron(), fmt.Sprintf("%s=%d", envLink, fdLink), fmt.Sprintf("%s=%d", envGate, fdGate),
 		fmt.Sprintf("%s=%d", envReport, fdReport))
-	// A terminal signals its foreground process group. The first process passes signals on, so that nobody gets two.
+	// A terminal signals its foreground process group, and the first process forwards signals. With a process group of its
+	// own the successor gets each signal once.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		fmt.Fprintln(os.Stderr, "echod: starting the successor:", err)
@@ -266,7 +267,7 @@ const gateTimeout = 5 * time.Second
 // predecessor dies.
 func tellKeeper(pid int) {
 	if os.Getenv(envReport) != "" {
-		_, _ = fmt.Fprintln(inheritedReport(), pid) // under systemd nobody reads it
+		_, _ = fmt.Fprintln(inheritedReport(), pid) // under systemd no process reads it
 	}
 }
 
@@ -280,8 +281,8 @@ func awaitSupervisor(ctx context.Context) {
 	_, _ = io.Copy(io.Discard, gate)
 }
 
-// tellSupervisor tells systemd that the successor is the main process, and waits until systemd knows: until then it
-// ignores the successor's notifications (sd_notify(3), MAINPID and BARRIER).
+// tellSupervisor tells systemd that the successor is the main process, and waits until systemd has processed that. Before,
+// systemd ignores the successor's notifications (sd_notify(3), MAINPID and BARRIER).
 func tellSupervisor(successor process) {
 	socket := os.Getenv("NOTIFY_SOCKET")
 	if !isUnit() {
@@ -307,10 +308,11 @@ func tellSupervisor(successor process) {
 	}
 }
 
-// successorPID is the process that serves after an upgrade of this one, or is starting for that; 0 if there is none.
+// successorPID is the pid of the process that serves after an upgrade of this one, or that is starting; 0 if there is none.
 var successorPID atomic.Int64
 
-// servingPID returns the process that serves, after an upgrade of this process. The keeper knows later ones, too.
+// servingPID returns the pid of the process that serves after an upgrade of this one. In the keeper, that may be a later
+// successor.
 func servingPID() int {
 	pid := int(successorPID.Load())
 	if keeperPipe.r == nil {
@@ -324,7 +326,7 @@ func servingPID() int {
 	_ = raw.Read(func(fd uintptr) bool {
 		var block [512]byte
 		for {
-			n, err := unix.Read(int(fd), block[:]) // it does not block: os.Pipe has set that
+			n, err := unix.Read(int(fd), block[:]) // does not block, because os.Pipe makes the descriptor non-blocking
 			if err == unix.EINTR {
 				continue
 			}
@@ -345,25 +347,25 @@ func servingPID() int {
 
 // signalServing sends a signal to the process that serves.
 func signalServing(sig os.Signal) {
-	keeping.Lock()
-	defer keeping.Unlock()
+	keeperMu.Lock()
+	defer keeperMu.Unlock()
 	pid := servingPID()
 	if s, ok := sig.(syscall.Signal); ok && pid != 0 {
 		_ = syscall.Kill(pid, s)
 	}
 }
 
-// keeping is held while the pipe to the keeper is read.
-var keeping sync.Mutex
+// keeperMu is held while keeperPipe is read.
+var keeperMu sync.Mutex
 
-// notifyUpgrade registers for the signal that asks for an upgrade.
+// notifyUpgrade relays the signal that requests an upgrade to c.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
 
-// keepIfUpgraded makes this process the keeper if it was the first one and has handed over, because the program that
-// started it watches it until the service ends. The keeper passes signals on to the serving process, and returns its
-// exit code.
+// keepIfUpgraded makes this process the keeper if it was the first process and has handed over. The program that started
+// it then still has a process to watch, until the service ends. The keeper forwards signals to the serving process, and
+// returns its exit code.
 func keepIfUpgraded(caught chan os.Signal) error {
-	if successorPID.Load() == 0 || isKept() {
+	if successorPID.Load() == 0 || hasStableParent() {
 		return nil
 	}
 	notifySignals(caught, syscall.SIGUSR1, syscall.SIGUSR2)
@@ -373,7 +375,7 @@ func keepIfUpgraded(caught chan os.Signal) error {
 
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
-	exits := make(chan exit)
+	exits := make(chan childExit)
 	go waitChildren(ctx, exits)
 	codes := make(map[int]int) // of processes that have exited
 	for {
@@ -381,12 +383,12 @@ func keepIfUpgraded(caught chan os.Signal) error {
 		case sig := <-caught:
 			signalServing(sig)
 		case e, ok := <-exits:
-			serving := servingPID() // also keeps the pipe from filling up
+			serving := servingPID() // also empties the pipe
 			if ok {
 				codes[e.pid] = e.code
 				break
 			}
-			if codes[serving] == 0 { // no child is left
+			if codes[serving] == 0 { // there are no more children
 				return nil
 			}
 			return &exitError{code: codes[serving]}
@@ -394,11 +396,11 @@ func keepIfUpgraded(caught chan os.Signal) error {
 	}
 }
 
-// exit is a child that has exited.
-type exit struct{ pid, code int }
+// childExit is a child that has exited.
+type childExit struct{ pid, code int }
 
 // waitChildren reaps children until there is none, and then closes exits.
-func waitChildren(ctx context.Context, exits chan<- exit) {
+func waitChildren(ctx context.Context, exits chan<- childExit) {
 	defer close(exits)
 	for {
 		var status syscall.WaitStatus
@@ -414,7 +416,7 @@ func waitChildren(ctx context.Context, exits chan<- exit) {
 			code = exitSignal + int(status.Signal())
 		}
 		select {
-		case exits <- exit{pid, code}:
+		case exits <- childExit{pid, code}:
 		case <-ctx.Done():
 			return
 		}

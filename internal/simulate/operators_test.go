@@ -213,7 +213,7 @@ func (r *opResult) answer() string {
 	case r.err != nil:
 		return r.err.Error()
 	case r.plan.Do == "upgrade":
-		return fmt.Sprintf("handed over %d, behind %v, frozen %v", r.report.HandedOver, r.report.Behind, r.report.Frozen)
+		return fmt.Sprintf("handed over %d, behind %v, frozen %v", r.report.HandedOver, r.report.Kept, r.report.Frozen)
 	case r.plan.Do == "notify":
 		return fmt.Sprintf("%q sent %d, failed %d", r.text, r.notified.Sent, r.notified.Failed)
 	case r.hold.ID != "":
