@@ -166,11 +166,10 @@ func BenchmarkSnapshot(b *testing.B) {
 func BenchmarkSweep(b *testing.B) {
 	forEachCrowd(b, []int{1000, 15_000}, func(b *testing.B, n int) {
 		s := newCrowd(b, n, Echo, Options{Timeouts: Timeouts{Idle: 24 * time.Hour, Stall: 24 * time.Hour}})
+		sw := newSweeper(s)
 		b.ReportAllocs()
 		for b.Loop() {
-			for c := range paced(s.openConns(), backgroundBurst) {
-				s.checkTimeouts(c, time.Now())
-			}
+			sw.sweep(time.Now())
 		}
 		reportPerConn(b, n)
 		for _, c := range s.openConns() {

@@ -21,20 +21,27 @@ import (
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
-	// Fields that are used for every read and write come first, so that they share a cache line.
-	srv            *Server // set once, by newConn
-	bytesIn        atomic.Uint64
-	bytesOut       atomic.Uint64
-	lastActive     atomic.Int64 // when a byte was last read or written, by Server.clock
-	queuedMessages atomic.Int32 // number of items in messages
-	idle           atomic.Int32 // one of the idle constants
-	writeLock      writeLock    // held for each whole write; guards the next three fields, and changes of nc
-	lastByte       byte         // the last byte written
-	writeClosed    bool         // CloseWrite was called
-	writeBroken    bool         // a write ended halfway: the client could not parse anything after it
-	flags          connFlags
-	echoToken      atomic.Int32 // one of the token constants
-	phase          atomic.Int32 // a Phase
+	// Fields that are used for every read and write come first, so that they share a cache line. The order leaves no
+	// gaps, because an idle connection costs each byte.
+	srv         *Server // set once, by newConn
+	bytesIn     atomic.Uint64
+	bytesOut    atomic.Uint64
+	lastActive  atomic.Int64 // when a byte was last read or written, by Server.clock
+	idle        atomic.Int32 // one of the idle constants
+	flags       connFlags
+	writeLock   writeLock // held for each whole write; guards the next three fields, and changes of nc
+	lastByte    byte      // the last byte written
+	writeClosed bool      // CloseWrite was called
+	writeBroken bool      // a write ended halfway: the client could not parse anything after it
+	writeHeld   bool      // the handover holds writeLock; owned by the handover
+
+	// Guarded by Server.state.
+	admitted, rejected bool
+	told               bool // the client was told to leave, or will be in a moment
+
+	echoToken    atomic.Int32 // one of the token constants
+	phase        atomic.Int32 // a Phase
+	writeStarted atomic.Int64 // when the write in progress began, by Server.clock; 0 if there is none
 
 	// Set once, by newConn; id by state.addConn.
 	id       uint64
@@ -44,20 +51,7 @@ type Conn struct {
 
 	nc net.Conn // the stream that the handler reads and writes: sock, or one that WrapConn or TLS made of it
 
-	// Guarded by Server.state.
-	admitted, rejected bool
-	told               bool // the client was told to leave, or will be in a moment
-
-	writeHeld  bool // the handover holds writeLock; owned by the handover
-	clientGone bool // the client has closed or reset the connection; owned by the sweeper
-	handshaken bool // the TLS handshake is complete; owned by the reading goroutine
-
-	writeStarted atomic.Int64 // when the write in progress began, by Server.clock; 0 if there is none
-
-	messages lockedValue[*messageQueue] // nil until the first one
-	closing  lockedValue[closingState]
-
-	sendProgress sendProgress // owned by the sweeper
+	closing lockedValue[closingState]
 }
 
 // connFlags is a set of flags, in one word to save memory.
@@ -76,6 +70,11 @@ const (
 	flagClosed                              // Close was called, or the handler has returned
 	flagNotified                            // the kernel has accepted the drain notice
 	flagMaxAgeScheduled                     // the notice for Timeouts.MaxAge was scheduled
+	flagClientGone                          // the sweeper has seen that the client has closed or reset the connection
+	flagHandshaken                          // the reader has seen that the TLS handshake is complete
+	flagMessagesQueued                      // rareState.messages is not empty; guarded by closing
+	flagMessagesClosed                      // no message can be queued any more; guarded by closing
+	flagMayWait                             // written bytes may wait for the client; the sweeper clears it when none do
 )
 
 func (f *connFlags) has(flag uint32) bool { return f.bits.Load()&flag != 0 }
@@ -93,6 +92,7 @@ type closingState struct {
 // rareState holds what few connections need. It is allocated on first use, to save memory.
 type rareState struct {
 	notifier                    Notifier
+	messages                    []*message // queued while another write was in progress
 	labels                      map[string]string
 	readDeadline, writeDeadline time.Time       // set by the handler
 	parent                      context.Context // of the handler's context
@@ -317,14 +317,14 @@ func (c *Conn) idleReadError() (err error) {
 // handshake that a drain has interrupted.
 func (c *Conn) finishHandshake() error {
 	session, ok := c.nc.(*tls.Conn)
-	if !ok || c.handshaken {
+	if !ok || c.flags.has(flagHandshaken) {
 		return nil
 	}
 	c.endIdle(true)
 	if err := session.Handshake(); err != nil {
 		return err
 	}
-	c.handshaken = true
+	c.flags.set(flagHandshaken)
 	c.MarkIdle()
 	return nil
 }

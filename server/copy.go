@@ -31,12 +31,12 @@ func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 type copier struct {
 	src   *Conn
 	dst   io.Writer
-	buf   *buffer // nil while the client is silent
+	buf   *buffer // with the bytes of the last read; nil while the client is silent
 	size  bufferSize
 	small bool // the last read would have fit into a smaller buffer
 	echo  bool // dst is src
 	// resumable means that a handover may interrupt the copier anywhere. The copier then returns ErrHandover, and
-	// leaves the bytes that it has read and not written in unwritten.
+	// unwritten returns the bytes that it has read and not written.
 	resumable bool
 
 	started      bool // onReadable was called
@@ -45,9 +45,6 @@ type copier struct {
 	// Results of onReadable.
 	holdsWriteLock bool // src.writeLock is held, because only a part of the read was written
 	eof            bool
-	lastRead       int    // size of the last read
-	unwritten      []byte // bytes of the last read that were not written yet
-	err            error
 	written        int64
 }
 
@@ -78,7 +75,7 @@ func (cp *copier) copyRaw(raw syscall.RawConn) (int64, error) {
 		if cp.resumable && !c.takeEchoToken() {
 			return cp.written, ErrHandover
 		}
-		if len(cp.unwritten) > 0 {
+		if len(cp.unwritten()) > 0 {
 			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
 			}
@@ -87,8 +84,8 @@ func (cp *copier) copyRaw(raw syscall.RawConn) (int64, error) {
 		case cp.eof:
 			c.flags.set(flagSawEOF)
 			return cp.written, nil
-		case cp.err != nil:
-			return cp.written, c.ioError(c.readError(cp.err))
+		case cp.buf != nil && cp.buf.err != nil:
+			return cp.written, c.ioError(c.readError(cp.buf.err))
 		case err != nil:
 			if c.idle.Load() != idleUnmarked {
 				if interrupted := c.endIdle(false); interrupted != nil && c.cause() == nil {
@@ -144,7 +141,7 @@ func (cp *copier) onReadable(fd uintptr) (done bool) {
 			cp.goIdle()
 			return false
 		case err != nil:
-			cp.err = err
+			cp.buf.err = err
 			return true
 		case n == 0:
 			cp.eof = true
@@ -155,7 +152,7 @@ func (cp *copier) onReadable(fd uintptr) (done bool) {
 		}
 		c.bytesIn.Add(uint64(n))
 		c.markActive()
-		cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
+		cp.buf.setRead(n)
 		if !cp.echo || !cp.writeNow(fd) {
 			return true
 		}
@@ -201,19 +198,20 @@ func (cp *copier) writeNow(fd uintptr) bool {
 		c.writeLock.Unlock()
 		return false
 	}
-	n, _ := writeFD(fd, cp.unwritten)
+	rest := cp.buf.unwritten
+	n, _ := writeFD(fd, rest)
 	if n > 0 {
-		c.bytesOut.Add(uint64(n))
-		c.lastByte = cp.unwritten[n-1]
+		c.addWritten(rest[:n], n)
 		cp.written += int64(n)
-		cp.unwritten = cp.unwritten[n:]
+		rest = rest[n:]
+		cp.buf.unwritten = rest
 	}
-	if n > 0 && len(cp.unwritten) > 0 {
+	if n > 0 && len(rest) > 0 {
 		cp.holdsWriteLock = true
 		return false
 	}
 	c.unlockWrite()
-	return len(cp.unwritten) == 0
+	return len(rest) == 0
 }
 
 // writeUnwritten writes the rest, and waits for dst.
@@ -223,28 +221,26 @@ func (cp *copier) writeUnwritten() (err error) {
 	case cp.resumable:
 		if n, err = cp.writeResumable(); errors.Is(err, ErrHandover) {
 			cp.written += int64(n)
-			cp.unwritten = cp.unwritten[n:]
+			cp.buf.unwritten = cp.buf.unwritten[n:]
 			return err
 		}
 	case cp.holdsWriteLock:
-		n, err = cp.src.writeForHandler(cp.unwritten)
+		n, err = cp.src.writeForHandler(cp.buf.unwritten)
 		cp.src.writeBroken = cp.src.writeBroken || err != nil
 		cp.holdsWriteLock = false
 		cp.src.unlockWrite()
 	default:
-		n, err = cp.dst.Write(cp.unwritten)
-		if n < 0 || n > len(cp.unwritten) {
+		n, err = cp.dst.Write(cp.buf.unwritten)
+		if n < 0 || n > len(cp.buf.unwritten) {
 			n, err = 0, errInvalidWrite
 		}
 	}
 	cp.written += int64(n)
-	if err == nil && n < len(cp.unwritten) {
+	if err == nil && n < len(cp.buf.unwritten) {
 		err = io.ErrShortWrite
 	}
-	cp.unwritten = nil
-	if cp.buf != nil {
-		cp.resizeBuffer()
-	}
+	cp.buf.unwritten = nil
+	cp.resizeBuffer()
 	return err
 }
 
@@ -261,12 +257,13 @@ func (cp *copier) writeResumable() (int, error) {
 	if err := c.writeError(); err != nil {
 		return 0, err
 	}
+	rest := cp.buf.unwritten
 	var written int
 	for {
-		n, err := c.writeForHandler(cp.unwritten[written:])
+		n, err := c.writeForHandler(rest[written:])
 		written += n
 		switch {
-		case err == nil || written == len(cp.unwritten):
+		case err == nil || written == len(rest):
 			return written, err
 		case !cp.wasInterrupted(err):
 			c.writeBroken = c.writeBroken || halfway || written > 0
@@ -286,18 +283,33 @@ var errInvalidWrite = errors.New("the writer returned an invalid count")
 
 // resizeBuffer chooses the size of the next buffer from the size of the last read.
 func (cp *copier) resizeBuffer() {
+	if cp.buf.size == unpooled {
+		cp.releaseBuffer()
+		return
+	}
 	var next bufferSize
-	next, cp.small = cp.buf.size.next(cp.lastRead, cp.small)
+	next, cp.small = cp.buf.size.next(cp.buf.lastRead, cp.small)
 	if next != cp.buf.size {
 		cp.releaseBuffer()
 		cp.size = next
 	}
 }
 
+// unwritten returns the bytes of the last read that were not written yet.
+func (cp *copier) unwritten() []byte {
+	if cp.buf == nil {
+		return nil
+	}
+	return cp.buf.unwritten
+}
+
 // finish releases the buffer, and keeps a copy of the unwritten bytes.
 func (cp *copier) finish() {
-	cp.unwritten = slices.Clone(cp.unwritten)
+	rest := slices.Clone(cp.unwritten())
 	cp.releaseBuffer()
+	if len(rest) > 0 {
+		cp.buf = unpooledBuffer(rest)
+	}
 }
 
 func (cp *copier) releaseBuffer() {
@@ -313,7 +325,7 @@ func (cp *copier) copyBuffered() (int64, error) {
 	defer cp.finish()
 	for {
 		n, err := cp.src.Read(cp.buf.bytes)
-		cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
+		cp.buf.setRead(n)
 		if n > 0 {
 			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
@@ -337,20 +349,21 @@ func (cp *copier) copyBuffered() (int64, error) {
 
 // echo writes pending, which another process has read, and then sends back what the client sends.
 func (c *Conn) echo(pending []byte) error {
-	cp := &copier{src: c, dst: c, echo: true, resumable: true, unwritten: pending}
+	cp := &copier{src: c, dst: c, echo: true, resumable: true}
 	c.flags.set(flagEchoing)
 	if c.flags.has(flagHandingOver) || !c.takeEchoToken() { // a handover that began before flagEchoing was set has not interrupted the echo
 		return Handover(pending)
 	}
 	var err error
 	if len(pending) > 0 {
+		cp.buf = unpooledBuffer(pending)
 		err = cp.writeUnwritten()
 	}
 	if err == nil {
 		_, err = cp.copy()
 	}
 	if errors.Is(err, ErrHandover) {
-		return Handover(cp.unwritten)
+		return Handover(cp.unwritten())
 	}
 	return err
 }
@@ -360,7 +373,8 @@ type bufferSize int8
 
 // The sizes. Half a megabyte moves bulk data with as little CPU time as splice(2) does (docs/benchmarks.md).
 const (
-	smallBuffer bufferSize = iota
+	unpooled bufferSize = iota - 1 // of any size, and not from a pool
+	smallBuffer
 	mediumBuffer
 	largeBuffer
 )
@@ -396,7 +410,22 @@ type buffer struct {
 	bytes    []byte
 	size     bufferSize
 	recvArgs recvArgs
+
+	// The last read.
+	lastRead  int    // size of it
+	unwritten []byte // bytes of it that were not written yet
+	err       error
 }
+
+// unpooledBuffer returns a buffer for pending, as if it had been read.
+func unpooledBuffer(pending []byte) *buffer {
+	b := &buffer{bytes: pending, size: unpooled}
+	b.setRead(len(pending))
+	return b
+}
+
+// setRead records that a read has filled the first n bytes.
+func (b *buffer) setRead(n int) { b.lastRead, b.unwritten = n, b.bytes[:n:n] }
 
 // getBuffer returns a buffer of size s. If too many of that size are in use, it returns a smaller one.
 func getBuffer(s bufferSize) *buffer {
@@ -414,6 +443,10 @@ func getBuffer(s bufferSize) *buffer {
 
 // put returns the buffer to its pool.
 func (b *buffer) put() {
+	if b.size == unpooled {
+		return
+	}
+	b.unwritten, b.err = nil, nil
 	if b.size > smallBuffer {
 		buffers[b.size].inUse.Add(-1)
 	}

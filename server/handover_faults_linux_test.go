@@ -81,6 +81,7 @@ func playSuccessor() {
 			sig = syscall.SIGSTOP
 		}
 		_ = syscall.Kill(os.Getpid(), sig)
+		select {} // the signal arrives a moment later
 	})
 	offer, err := ReceiveOffer(context.Background(), link)
 	if err != nil {

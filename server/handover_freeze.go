@@ -283,9 +283,6 @@ func (p *predecessor) freezeAtSafePoint(ctx context.Context, c *Conn) (why strin
 
 // renderQueued moves the queued messages to unsentNotices. The caller makes sure that nothing else writes.
 func (c *Conn) renderQueued() {
-	if c.queuedMessages.Load() == 0 {
-		return
-	}
 	for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 		text := c.render(m)
 		if len(text) == 0 {

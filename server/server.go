@@ -146,7 +146,7 @@ func (s *Server) ServeListener(l Listener) error {
 		}
 	})
 	if sweep {
-		go s.sweep()
+		go s.sweepConns()
 	}
 	s.log.Info("listening", zap.Stringer("address", l.Addr()), zap.Bool("tls", l.TLSConfig != nil))
 

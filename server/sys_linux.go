@@ -189,28 +189,45 @@ func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
 	return length, limit, err == nil
 }
 
-// sendQueue returns how much data is on its way to the peer, in bytes or segments for TCP, and in bytes of memory for a
-// Unix socket.
-func sendQueue(nc net.Conn) (q sendQueueInfo, ok bool) {
+// A sendQueueReader reads the send queues of sockets, one after another. It allocates nothing for each, apart from the
+// syscall.RawConn that package net makes.
+type sendQueueReader struct {
+	isUnix bool
+	info   sendQueueInfo
+	err    error
+	readFD func(fd uintptr) // bound once
+}
+
+func newSendQueueReader() *sendQueueReader {
+	r := new(sendQueueReader)
+	r.readFD = r.readDescriptor
+	return r
+}
+
+// read returns how much data is on its way to the peer, in bytes or segments for TCP, and in bytes of memory for a Unix
+// socket.
+func (r *sendQueueReader) read(nc net.Conn) (q sendQueueInfo, ok bool) {
 	raw := rawConn(nc)
 	if raw == nil {
 		return q, false
 	}
-	_, isUnix := nc.(*net.UnixConn)
-	var err error
-	failed := raw.Control(func(fd uintptr) {
-		// The ioctl comes first, because usually nothing waits and TCP_INFO takes memory.
-		q.waiting, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
-		q.acked = uint64(q.waiting)
-		if err != nil || isUnix || q.waiting == 0 {
-			return
-		}
-		var info *unix.TCPInfo
-		if info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
-			q.waiting, q.acked = int(info.Unacked)+int(info.Notsent_bytes), info.Bytes_acked
-		}
-	})
-	return q, failed == nil && err == nil
+	_, r.isUnix = nc.(*net.UnixConn)
+	err := raw.Control(r.readFD)
+	return r.info, err == nil && r.err == nil
+}
+
+func (r *sendQueueReader) readDescriptor(fd uintptr) {
+	// The ioctl comes first, because usually nothing waits and TCP_INFO takes memory.
+	var waiting int
+	waiting, r.err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+	r.info = sendQueueInfo{waiting: waiting, acked: uint64(waiting)}
+	if r.err != nil || r.isUnix || waiting == 0 {
+		return
+	}
+	var info *unix.TCPInfo
+	if info, r.err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); r.err == nil {
+		r.info = sendQueueInfo{waiting: int(info.Unacked) + int(info.Notsent_bytes), acked: info.Bytes_acked}
+	}
 }
 
 // setOrphanTimeout bounds how long the kernel keeps unsent data after the close: TCP_USER_TIMEOUT, tcp(7).

@@ -130,8 +130,8 @@ func halfWritten(t *testing.T, sent string, do func(*Conn, *copier)) string {
 		if err := errors.Join(err, raw.Read(cp.onReadable)); err != nil {
 			return err
 		}
-		if !cp.holdsWriteLock || len(cp.unwritten) == 0 || len(cp.unwritten) == len(sent) {
-			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", len(cp.unwritten), len(sent), cp.holdsWriteLock)
+		if left := len(cp.unwritten()); !cp.holdsWriteLock || left == 0 || left == len(sent) {
+			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", left, len(sent), cp.holdsWriteLock)
 		}
 		do(c, cp)
 		cp.releaseBuffer()
@@ -659,7 +659,7 @@ func TestCancelWhenGone(t *testing.T) {
 		send(t, c, "x")
 		_ = c.CloseWrite()
 		conn := next(t, conns)
-		s.checkTimeouts(conn, time.Now())
+		newSweeper(s).sweep(time.Now())
 		wantErr(t, "cause", context.Cause((*connContext)(conn)), nil)
 	})
 }
@@ -711,10 +711,11 @@ func TestStallTimeoutOverTCP(t *testing.T) {
 			next(t, written)
 			conn := s.openConns()[0]
 			now := time.Now()
-			s.checkTimeouts(conn, now)
-			s.checkTimeouts(conn, now.Add(DefaultStallTimeout))
+			sw := newSweeper(s)
+			sw.sweep(now)
+			sw.sweep(now.Add(DefaultStallTimeout))
 			wantEqual(t, network+": reason within the slack", conn.closeReason(), Reason(0))
-			s.checkTimeouts(conn, now.Add(2*DefaultStallTimeout))
+			sw.sweep(now.Add(2 * DefaultStallTimeout))
 			wantEqual(t, network+": reason in the end", conn.closeReason(), ReasonStalled)
 		}
 	})

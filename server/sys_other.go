@@ -62,7 +62,11 @@ func handshakesInProgress(net.Listener) bool { return false }
 
 func acceptQueue(net.Listener) (length, limit int, ok bool) { return 0, 0, false }
 
-func sendQueue(net.Conn) (q sendQueueInfo, ok bool) { return q, false }
+type sendQueueReader struct{}
+
+func newSendQueueReader() *sendQueueReader { return nil }
+
+func (*sendQueueReader) read(net.Conn) (q sendQueueInfo, ok bool) { return q, false }
 
 func setOrphanTimeout(net.Conn) {}
 

@@ -60,7 +60,11 @@ func (t *table) len() int { return t.open }
 
 // all returns the open connections, oldest first.
 func (t *table) all() []*Conn {
-	all := make([]*Conn, 0, t.open)
+	return t.appendAll(make([]*Conn, 0, t.open))
+}
+
+// appendAll appends the open connections to all, oldest first.
+func (t *table) appendAll(all []*Conn) []*Conn {
 	for _, r := range t.rows {
 		if r.c != nil {
 			all = append(all, r.c)

@@ -392,6 +392,7 @@ func (c *Conn) restore(r handoverConn) {
 	c.lastActive.Store(c.srv.clockAt(r.Active))
 	c.bytesIn.Store(r.BytesIn)
 	c.bytesOut.Store(r.BytesOut)
+	c.flags.set(flagMayWait) // the predecessor may have written them a moment ago
 	if r.Notified {
 		c.flags.set(flagNotified)
 	}

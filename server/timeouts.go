@@ -12,17 +12,30 @@ const (
 	maxSweep = 1 * time.Second
 )
 
-// sendProgress is what the sweeper knows about data that waits for the client to acknowledge it.
+// sendProgress is what a sweep saw of data that waits for the client to acknowledge it. It is zero if none waits.
 type sendProgress struct {
-	acked             uint64 // bytes acknowledged by the client, at the last sweep that saw a change
-	changedAt         int64  // when acked changed or data began to wait, by Server.clock; 0 while nothing waits
-	bytesOutWhenEmpty uint64 // Conn.bytesOut at the last sweep that saw nothing waiting
+	acked     uint64    // bytes acknowledged by the client
+	changedAt time.Time // when acked changed or data began to wait, as far as sweeps have seen it
 }
 
-// sweep is the goroutine that finds idle, stalled and old connections. One goroutine checks all of them, so that
-// reads and writes need not reset a timer. It is late by at most an eighth of the timeout, or a second if that is less.
-func (s *Server) sweep() {
+func (p sendProgress) waiting() bool { return !p.changedAt.IsZero() }
+
+// A sweeper finds idle, stalled and old connections.
+type sweeper struct {
+	srv    *Server
+	queues *sendQueueReader
+	conns  []*Conn // scratch space of sweep, kept so that a sweep of idle connections makes no garbage
+	// progress has the connections that had data waiting at the last sweep. Most have none, and need no memory for it.
+	progress map[*Conn]sendProgress
+}
+
+func newSweeper(s *Server) *sweeper { return &sweeper{srv: s, queues: newSendQueueReader()} }
+
+// sweepConns is the goroutine of the sweeper. One goroutine checks all connections, so that reads and writes need not
+// reset a timer. It is late by at most an eighth of the timeout, or a second if that is less.
+func (s *Server) sweepConns() {
 	defer close(s.sweeperDone)
+	sw := newSweeper(s)
 	tick := time.NewTicker(s.sweepInterval())
 	defer tick.Stop()
 	for {
@@ -32,11 +45,20 @@ func (s *Server) sweep() {
 		case <-s.timeoutsChanged:
 			tick.Reset(s.sweepInterval())
 		case now := <-tick.C:
-			for c := range paced(s.openConns(), backgroundBurst) {
-				s.checkTimeouts(c, now)
-			}
+			sw.sweep(now)
 		}
 	}
+}
+
+// sweep checks all connections once.
+func (sw *sweeper) sweep(now time.Time) {
+	before := sw.progress
+	sw.progress = make(map[*Conn]sendProgress)
+	sw.srv.state.With(func(st *state) { sw.conns = st.conns.appendAll(sw.conns[:0]) })
+	for c := range paced(sw.conns, backgroundBurst) {
+		sw.checkTimeouts(c, now, before[c])
+	}
+	clear(sw.conns) // closed connections must not stay in memory until the next sweep
 }
 
 // sweepInterval returns the time between two sweeps. Without a timeout that is the longest possible time.
@@ -88,8 +110,10 @@ func (c *Conn) reachedMaxAge(now time.Time) bool {
 	return age >= time.Duration(float64(most)*(1-maxAgeJitter)) && age >= c.maxAge()
 }
 
-// checkTimeouts ends c if it is stalled or idle, and schedules its notice if it has reached its maximum age.
-func (s *Server) checkTimeouts(c *Conn, now time.Time) {
+// checkTimeouts ends c if it is stalled or idle, and schedules its notice if it has reached its maximum age. before is
+// what the last sweep saw.
+func (sw *sweeper) checkTimeouts(c *Conn, now time.Time, before sendProgress) {
+	s := sw.srv
 	if Phase(c.phase.Load()) != PhaseServing {
 		return
 	}
@@ -99,16 +123,17 @@ func (s *Server) checkTimeouts(c *Conn, now time.Time) {
 	}
 	timeouts := s.activeSettings().timeouts
 	lastMove := s.timeAt(c.lastActive.Load())
-	if moved, waiting := c.waitingSince(now); waiting {
+	if p := sw.sendProgress(c, now, before); p.waiting() {
+		sw.progress[c] = p
 		// A quarter is added, because a kernel opens its receive window in large steps at irregular intervals.
 		if stall := timeouts.Stall; stall > 0 {
-			if now.Sub(moved) >= stall+stall/4 {
+			if now.Sub(p.changedAt) >= stall+stall/4 {
 				c.end(ReasonStalled, ErrStalled)
 			}
 			return
 		}
-		if moved.After(lastMove) {
-			lastMove = moved
+		if p.changedAt.After(lastMove) {
+			lastMove = p.changedAt
 		}
 	}
 	if idle := timeouts.Idle; idle > 0 && now.Sub(lastMove) >= idle {
@@ -120,36 +145,27 @@ func (s *Server) checkTimeouts(c *Conn, now time.Time) {
 	}
 }
 
-// waitingSince reports whether data waits for the client, and since when the client's kernel has acknowledged none of
-// it. Completed writes do not show progress, because the send buffer takes megabytes at a time, and writes succeed
-// for a client that has vanished. On systems that do not report acknowledgements, waitingSince uses blocked writes.
-func (c *Conn) waitingSince(now time.Time) (since time.Time, waiting bool) {
-	p := &c.sendProgress
+// sendProgress returns what the client's kernel has acknowledged of the data that waits for it. Completed writes do not
+// show progress, because the send buffer takes megabytes at a time, and writes succeed for a client that has vanished.
+// On systems that do not report acknowledgements, blocked writes count as waiting data.
+func (sw *sweeper) sendProgress(c *Conn, now time.Time, before sendProgress) sendProgress {
 	blocked := c.writeStarted.Load()
-	out := c.bytesOut.Load()
-	if blocked == 0 && out == p.bytesOutWhenEmpty {
-		return since, false // the usual case: nothing was written since the last sweep that saw nothing waiting
+	if blocked == 0 && !c.flags.has(flagMayWait) {
+		return sendProgress{} // the usual case: nothing was written since the last sweep that saw nothing waiting
 	}
-	q, ok := sendQueue(c.sock)
-	if !ok {
-		return c.blockedSince(blocked)
+	c.flags.clear(flagMayWait) // before the queue is read, so that the next sweep sees what is written meanwhile
+	q, ok := sw.queues.read(c.sock)
+	switch {
+	case !ok && blocked != 0: // not a socket, or on a system that does not report it
+		return sendProgress{changedAt: c.srv.timeAt(max(blocked, c.lastActive.Load()))}
+	case !ok || q.waiting == 0 && blocked == 0:
+		return sendProgress{}
 	}
-	if q.waiting == 0 && blocked == 0 {
-		p.bytesOutWhenEmpty, p.changedAt = out, 0
-		return since, false
+	c.flags.set(flagMayWait)
+	if !before.waiting() || q.acked != before.acked {
+		return sendProgress{acked: q.acked, changedAt: now}
 	}
-	if p.changedAt == 0 || q.acked != p.acked {
-		p.acked, p.changedAt = q.acked, int64(now.Sub(c.srv.started))+1
-	}
-	return c.srv.timeAt(p.changedAt), true
-}
-
-// blockedSince is waitingSince for a connection that is not a socket.
-func (c *Conn) blockedSince(blocked int64) (since time.Time, waiting bool) {
-	if blocked == 0 {
-		return since, false
-	}
-	return c.srv.timeAt(max(blocked, c.lastActive.Load())), true
+	return before
 }
 
 // sendQueueInfo is what the kernel reports about data on its way to a client.
@@ -163,9 +179,9 @@ type sendQueueInfo struct {
 func (c *Conn) cancelIfGone() {
 	var used bool
 	c.closing.With(func(cl *closingState) { used = cl.ctx != nil && cl.cause == nil })
-	if !used || c.clientGone || !peerGone(c.sock) {
+	if !used || c.flags.has(flagClientGone) || !peerGone(c.sock) {
 		return
 	}
-	c.clientGone = true
+	c.flags.set(flagClientGone)
 	c.closing.With(func(cl *closingState) { cl.ctx.cancel(ErrClientGone) })
 }

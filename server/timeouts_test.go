@@ -94,20 +94,21 @@ func TestIdleTimeout(t *testing.T) {
 			echoed(t, c, "y")
 			conn := s.openConns()[0]
 			lastEcho := s.timeAt(conn.lastActive.Load())
-			s.checkTimeouts(conn, lastEcho.Add(idle-1))
+			sw := newSweeper(s)
+			sw.sweep(lastEcho.Add(idle - 1))
 			if why := conn.closeReason(); why != 0 {
 				t.Errorf("the connection ended as %v before its time", why)
 			}
 			echoed(t, c, "z")
 			await(t, "the end of the write, and acknowledgements, which the client's kernel may delay", func() bool {
-				q, ok := sendQueue(conn.sock)
+				q, ok := sw.queues.read(conn.sock)
 				return conn.writeStarted.Load() == 0 && (!ok || q.waiting == 0)
 			})
-			s.checkTimeouts(conn, lastEcho.Add(idle))
+			sw.sweep(lastEcho.Add(idle))
 			if why := conn.closeReason(); why != 0 {
 				t.Errorf("the connection ended as %v although it had echoed", why)
 			}
-			s.checkTimeouts(conn, time.Now().Add(idle))
+			sw.sweep(time.Now().Add(idle))
 			wantEqual(t, "reason in the end", conn.closeReason(), ReasonIdleTimeout)
 		})
 	})

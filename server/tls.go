@@ -216,7 +216,7 @@ func (cp *copier) copyTLS(session *tls.Conn, transport *tlsTransport) (int64, er
 			}
 		}
 		if n > 0 {
-			cp.lastRead, cp.unwritten = n, cp.buf.bytes[:n:n]
+			cp.buf.setRead(n)
 			if werr := cp.writeUnwritten(); werr != nil {
 				return cp.written, werr
 			}

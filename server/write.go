@@ -25,27 +25,15 @@ const (
 // maxMessages bounds how many messages may wait for a client that does not read.
 const maxMessages = 16
 
-// messageQueue holds the messages that were queued while another write was in progress.
-type messageQueue struct {
-	items  []*message
-	closed bool
-}
-
-// closedMessages is the queue of every closed connection.
-var closedMessages = &messageQueue{closed: true}
-
 // queueMessage sends m as soon as no other write is in progress. It does not block, even if the client's window is
 // full. If another goroutine holds the write lock, that goroutine sends m when it releases the lock.
 func (c *Conn) queueMessage(m *message) {
 	var refused bool
-	c.messages.With(func(queue **messageQueue) {
-		if *queue == nil {
-			*queue = new(messageQueue)
-		}
-		q := *queue
-		if refused = q.closed || len(q.items) >= maxMessages; !refused {
-			q.items = append(q.items, m)
-			c.queuedMessages.Add(1)
+	c.closing.With(func(cl *closingState) {
+		rare := cl.ensureRare()
+		if refused = c.flags.has(flagMessagesClosed) || len(rare.messages) >= maxMessages; !refused {
+			rare.messages = append(rare.messages, m)
+			c.flags.set(flagMessagesQueued)
 		}
 	})
 	if refused {
@@ -67,7 +55,7 @@ func (c *Conn) unlockWrite() {
 // sendQueued sends the queued messages, unless another goroutine holds the write lock, which then sends them. If the
 // kernel does not accept a whole message at once, sendQueued starts finishMessage, which keeps the lock.
 func (c *Conn) sendQueued() {
-	for c.queuedMessages.Load() > 0 && !c.flags.has(flagHandingOver) && c.writeLock.TryLock() {
+	for c.flags.has(flagMessagesQueued) && !c.flags.has(flagHandingOver) && c.writeLock.TryLock() {
 		for m := c.nextMessage(); m != nil; m = c.nextMessage() {
 			text := c.render(m)
 			if len(text) == 0 {
@@ -150,10 +138,17 @@ func (c *Conn) flushMessages() {
 
 // nextMessage removes the oldest message from the queue, and returns it; nil if there is none.
 func (c *Conn) nextMessage() (m *message) {
-	c.messages.With(func(queue **messageQueue) {
-		if q := *queue; q != nil && len(q.items) > 0 {
-			m, q.items = q.items[0], q.items[1:]
-			c.queuedMessages.Add(-1)
+	if !c.flags.has(flagMessagesQueued) {
+		return nil
+	}
+	c.closing.With(func(cl *closingState) {
+		rare := cl.ensureRare()
+		if len(rare.messages) > 0 {
+			m, rare.messages = rare.messages[0], rare.messages[1:]
+		}
+		if len(rare.messages) == 0 {
+			rare.messages = nil
+			c.flags.clear(flagMessagesQueued)
 		}
 	})
 	return m
@@ -162,12 +157,12 @@ func (c *Conn) nextMessage() (m *message) {
 // closeMessages closes the queue. Messages in it and later ones are not sent.
 func (c *Conn) closeMessages() {
 	var left []*message
-	c.messages.With(func(queue **messageQueue) {
-		if *queue != nil {
-			left = (*queue).items
+	c.closing.With(func(cl *closingState) {
+		c.flags.set(flagMessagesClosed)
+		c.flags.clear(flagMessagesQueued)
+		if cl.rare != nil {
+			left, cl.rare.messages = cl.rare.messages, nil
 		}
-		*queue = closedMessages
-		c.queuedMessages.Store(0)
 	})
 	for _, m := range left {
 		m.done(c.undeliveredResult(m.notice))
@@ -283,12 +278,21 @@ func (c *Conn) write(p []byte) (written int, err error) {
 	return written, nil
 }
 
-// countWritten counts the last n bytes of p as written. The caller holds the write lock.
+// countWritten counts the last n bytes of p as written, and marks the connection as active. The caller holds the write
+// lock.
 func (c *Conn) countWritten(p []byte, n int) {
 	if n > 0 {
-		c.bytesOut.Add(uint64(n))
-		c.lastByte = p[len(p)-1]
+		c.addWritten(p, n)
 		c.markActive()
+	}
+}
+
+// addWritten is countWritten without the mark, for an echo whose read has just set it. n is not 0.
+func (c *Conn) addWritten(p []byte, n int) {
+	c.bytesOut.Add(uint64(n))
+	c.lastByte = p[len(p)-1]
+	if !c.flags.has(flagMayWait) {
+		c.flags.set(flagMayWait)
 	}
 }
 
