@@ -259,8 +259,8 @@ func (c *Client) CancelShutdown(ctx context.Context) (out Change, err error) {
 	return out, c.call(ctx, http.MethodDelete, "/v1/shutdown", nil, nil, &out)
 }
 
-// Wait returns when the condition holds. The error is a *Problem of type ProblemTimeout if it did not hold in time,
-// and of type ProblemDraining if it can no longer hold.
+// Wait returns when the condition is true. The error is a *Problem of type ProblemTimeout if it did not become true in
+// time, and of type ProblemDraining if it cannot become true any more.
 func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err error) {
 	if err := c.checkAlive(ctx); err != nil {
 		return out, err
@@ -282,7 +282,7 @@ func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err err
 	}
 }
 
-// isUpgraded reports whether an upgrade is the reason for a refusal: the next request reaches the successor.
+// isUpgraded reports whether err means that the server was upgraded. The next request reaches the successor.
 func isUpgraded(err error) bool {
 	problem, ok := errors.AsType[*Problem](err)
 	return ok && problem.Type == ProblemUpgraded
@@ -337,12 +337,12 @@ func (c *Client) readEvents(ctx context.Context, query url.Values, yield func(Ev
 	}
 }
 
-// Lease is a hold that lasts as long as its connection: the server releases it when the process that holds it dies.
+// Lease is a hold that depends on a connection. The server releases it when the process that holds it dies.
 type Lease struct {
 	Hold     Hold
 	body     io.ReadCloser
 	ended    chan struct{}
-	released Released // once ended is closed
+	released Released // set before ended is closed
 }
 
 // PauseWhileConnected pauses the server until the lease is closed, ctx is done, or the process dies.
@@ -369,10 +369,10 @@ func (l *Lease) await(ctx context.Context, c *Client, lines *bufio.Scanner) {
 	}
 }
 
-// Ended is closed when the hold has ended, or the connection.
+// Ended returns a channel that is closed when the hold or the connection has ended.
 func (l *Lease) Ended() <-chan struct{} { return l.ended }
 
-// EndReason says why the hold ended. Call it once Ended is closed.
+// EndReason returns why the hold ended. Call it after Ended is closed.
 func (l *Lease) EndReason() string { return l.released.Released }
 
 // Close closes the connection. The server then releases the hold, possibly after Close has returned. To release it
@@ -382,7 +382,7 @@ func (l *Lease) Close() {
 	<-l.ended
 }
 
-// checkAlive checks that the server answers, before a request whose answer may take any time.
+// checkAlive checks that the server answers. It is called before a request whose answer may take any time.
 func (c *Client) checkAlive(ctx context.Context) error {
 	alive, err := c.send(ctx, http.MethodHead, "/v1/status", nil, nil, silenceTimeout)
 	if err != nil {
@@ -483,7 +483,7 @@ func (c *Client) sendOnce(
 	return nil, &problem
 }
 
-// silenceTimer ends a request's context when nothing has come from the server for too long.
+// silenceTimer ends a request's context when the server has sent nothing for too long.
 type silenceTimer struct {
 	cancel  context.CancelCauseFunc
 	timer   *time.Timer
@@ -524,7 +524,7 @@ type answerBody struct {
 	timer *silenceTimer
 }
 
-// Read fails with errNoAnswer when nothing has come for too long.
+// Read fails with errNoAnswer when the server has sent nothing for too long.
 func (b *answerBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if n > 0 {
@@ -542,7 +542,7 @@ func (b *answerBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// requestError returns the error for a request that was not sent, or whose answer was not read.
+// requestError returns the error for a request that could not be sent, or whose answer could not be read.
 func (c *Client) requestError(ctx context.Context, err error) error {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errNoAnswer):
@@ -556,7 +556,7 @@ func (c *Client) requestError(ctx context.Context, err error) error {
 	return &UnreachableError{Path: c.path, Err: err}
 }
 
-// newLines reads the lines of a stream. A line that is cut short does not count.
+// newLines returns a scanner for the lines of a stream. It drops an incomplete last line.
 func newLines(r io.Reader) *bufio.Scanner {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, maxLine)

@@ -111,8 +111,7 @@ func ipOf(a net.Addr) netip.Addr {
 	return ap.Addr().Unmap().WithZone("")
 }
 
-// connOrders are the orders of a list of connections. The key of what comes first is the lowest; connections with the
-// same key follow by id.
+// connOrders are the orders of a list of connections. A list is sorted by the key, and by id where keys are equal.
 var connOrders = map[string]func(server.ConnInfo) uint64{
 	"opened": func(server.ConnInfo) uint64 { return 0 },
 	"idle":   func(c server.ConnInfo) uint64 { return uint64(max(0, c.Active.UnixNano())) }, // the idlest first
@@ -122,10 +121,10 @@ var connOrders = map[string]func(server.ConnInfo) uint64{
 
 const orderNames = "opened, idle, in or out"
 
-// maxPage is how many connections a page in another order than opened has at most: these are kept in memory.
+// maxPage bounds a page in another order than opened, because such a page is kept in memory.
 const maxPage = 1000
 
-// listPosition is where a connection is in a list. As a cursor it is the last one of a page.
+// listPosition is the position of a connection in a list. A cursor is the position of the last connection of a page.
 type listPosition struct {
 	Sort string `json:"s"`
 	Key  uint64 `json:"k"`
@@ -137,7 +136,7 @@ func (p listPosition) compare(q listPosition) int {
 }
 
 func (p listPosition) cursor() string {
-	text, _ := json.Marshal(p) // it can always be encoded
+	text, _ := json.Marshal(p) // encoding this type cannot fail
 	return base64.RawURLEncoding.EncodeToString(text)
 }
 
@@ -152,7 +151,7 @@ func decodeCursor(to *listPosition) decoder {
 			err = json.Unmarshal(raw, to)
 		}
 		if err != nil || to.ID == 0 {
-			return errors.New("it is not next of an earlier answer")
+			return errors.New("it is not the value of next in an earlier answer")
 		}
 		return nil
 	}
@@ -191,7 +190,7 @@ func (p *Plane) getConns(w *response, r *http.Request) error {
 	rows, more := page.sorted()
 	for _, row := range rows {
 		if list.add(wireConn(row.conn)) != nil {
-			return nil // the caller has gone
+			return nil // the caller has left
 		}
 	}
 	if more && len(rows) > 0 {
@@ -201,7 +200,7 @@ func (p *Plane) getConns(w *response, r *http.Request) error {
 	return nil
 }
 
-// streamConns writes a list in the order of the table, without keeping it.
+// streamConns writes a list in the order opened, without keeping it in memory.
 func (p *Plane) streamConns(w *response, filter *connFilter, limit int, after listPosition) {
 	list := newConnWriter(w)
 	var last uint64
@@ -216,16 +215,16 @@ func (p *Plane) streamConns(w *response, filter *connFilter, limit int, after li
 			break
 		}
 		if last = c.ID; list.add(wireConn(c)) != nil {
-			return // the caller has gone
+			return // the caller has left
 		}
 	}
 	list.end()
 }
 
-// connPage keeps the first limit connections of a list. It is a heap with the last of them on top.
+// connPage holds the first connections of a list, up to limit. It is a heap with the last of them on top.
 type connPage struct {
 	limit int
-	more  bool // there are further ones
+	more  bool // there are more than limit
 	rows  []pageRow
 }
 
@@ -258,7 +257,7 @@ func (p *connPage) Swap(i, j int)      { p.rows[i], p.rows[j] = p.rows[j], p.row
 func (p *connPage) Push(row any)       { p.rows = append(p.rows, row.(pageRow)) }
 func (p *connPage) Pop() any           { panic("a page only grows") }
 
-// connWriter writes Conns one connection at a time, so that a list of any length takes little memory.
+// connWriter writes the JSON of Conns one connection at a time, so that a list of any length takes little memory.
 type connWriter struct {
 	out    *bufio.Writer
 	lines  *json.Encoder
@@ -274,7 +273,7 @@ func newConnWriter(w http.ResponseWriter) *connWriter {
 	return &connWriter{out: out, lines: json.NewEncoder(out)}
 }
 
-// add writes c. An error means that the caller has gone.
+// add writes c. An error means that the caller has left.
 func (l *connWriter) add(c Conn) error {
 	if l.length > 0 {
 		_ = l.out.WriteByte(',')
@@ -299,26 +298,26 @@ func (p *Plane) deleteConns(w *response, r *http.Request) error {
 		return err
 	}
 	if all == filter.given {
-		return invalid("all", "say which connections: either all=true, or remote, min_idle, identity or several of them")
+		return invalid("all", "want either all=true, or one or more of remote, min_idle and identity")
 	}
 	n := p.srv.KillFunc(filter.matches)
 	return p.answerChange(w, Change{Changed: n > 0, Killed: &n})
 }
 
-// Peer is what the connections of one client address have in common.
+// Peer sums up the connections of one client address.
 type Peer struct {
-	Address     string    `json:"address"` // of IPv6 the prefix that counts as one client; of a Unix socket the user
+	Address     string    `json:"address"` // an IPv4 address, an IPv6 prefix, or uid=N for a Unix socket
 	Connections int       `json:"connections"`
 	Oldest      time.Time `json:"oldest"`
-	IdleSeconds float64   `json:"idle_seconds"` // of the connection that is idle for the shortest time
+	IdleSeconds float64   `json:"idle_seconds"` // of the least idle connection
 	BytesIn     uint64    `json:"bytes_in"`
 	BytesOut    uint64    `json:"bytes_out"`
 }
 
-// Peers answers GET /v1/clients: those with the most connections first.
+// Peers answers GET /v1/clients. Addresses with the most connections come first.
 type Peers struct {
 	Clients []Peer `json:"clients"`
-	Total   int    `json:"total"` // number of addresses, also of those that limit leaves out
+	Total   int    `json:"total"` // number of addresses, including those beyond the limit
 }
 
 func (p *Plane) getClients(w *response, r *http.Request) error {
@@ -357,7 +356,7 @@ func (p *Plane) getClients(w *response, r *http.Request) error {
 	return answerJSON(w, http.StatusOK, out)
 }
 
-// peerAddress names what counts as one client.
+// peerAddress returns the address that identifies a client.
 func peerAddress(remote net.Addr, ipv6Prefix int) string {
 	if cred, ok := remote.(server.Credentials); ok {
 		return "uid=" + strconv.Itoa(cred.UID)
@@ -373,12 +372,12 @@ func peerAddress(remote net.Addr, ipv6Prefix int) string {
 	return addr.String()
 }
 
-// ListRequest says which connections to list, in which order, and how many.
+// ListRequest selects connections for a list, and its order.
 type ListRequest struct {
 	ConnFilter
-	Sort   string // "opened", the oldest first, which is the default; "idle", the idlest first; "in", "out": the most bytes first
-	Limit  int    // of a page; negative: all, or 1,000 in another order than opened
-	Cursor string // Next of the page before; empty: the first page
+	Sort   string // "opened" (the default), "idle" (the idlest first), "in" or "out" (the most bytes first)
+	Limit  int    // of a page; negative means all, or 1,000 in another order than opened
+	Cursor string // Next of the previous page; empty means the first page
 }
 
 // ConnPage returns a page of the open connections. Connections that change their place in the order between two
@@ -396,13 +395,12 @@ func (c *Client) ConnPage(ctx context.Context, req ListRequest) (out Conns, err 
 	return out, c.call(ctx, http.MethodGet, "/v1/conns", query, nil, &out)
 }
 
-// Conns returns up to limit open connections (negative: all) that match the filter, the oldest first.
+// Conns returns up to limit open connections that match the filter, the oldest first. A negative limit means all.
 func (c *Client) Conns(ctx context.Context, limit int, filter ConnFilter) (out Conns, err error) {
 	return c.ConnPage(ctx, ListRequest{ConnFilter: filter, Limit: limit})
 }
 
-// Clients returns up to limit client addresses (negative: all) with the figures of their connections that match the
-// filter.
+// Clients returns up to limit client addresses that have connections matching the filter. A negative limit means all.
 func (c *Client) Clients(ctx context.Context, limit int, filter ConnFilter) (out Peers, err error) {
 	query := filter.query()
 	if limit >= 0 {

@@ -19,7 +19,7 @@ const (
 	sampleCount = 151 // five minutes
 )
 
-// sample is a server's figures at one instant.
+// sample holds the figures of a server at one time.
 type sample struct {
 	at                        time.Time
 	open                      int
@@ -48,7 +48,8 @@ func (h *history) sample(ctx context.Context) {
 	}
 }
 
-// addSample adds a sample if the latest one is old enough. So several listeners of a Plane can each run the history.
+// addSample adds a sample, unless the latest one is less than half of sampleEvery old. So each listener of a Plane can run
+// sample on the same history.
 func (h *history) addSample() {
 	now := time.Now()
 	h.mu.Lock()
@@ -67,7 +68,7 @@ func (h *history) addSample() {
 	h.samples = append(h.samples, s)
 }
 
-// traffic is what the page shows of a history.
+// traffic is the part of the page that shows a history.
 type traffic struct {
 	Span   string
 	Charts []chart
@@ -98,7 +99,7 @@ func (h *history) traffic() traffic {
 		for i := 1; i < len(samples); i++ {
 			before, after := samples[i-1], samples[i]
 			seconds := after.at.Sub(before.at).Seconds()
-			// Closing connections can be counted a moment later than their bytes.
+			// The difference can be negative, because a closing connection may be counted later than its bytes.
 			rates = append(rates, max(0, float64(int64(of(after)-of(before)))/seconds))
 		}
 		return rates
@@ -132,7 +133,7 @@ type series struct {
 // newChart draws the series in a view box of 300 x 60.
 func newChart(title string, format func(float64) string, all ...series) chart {
 	const width, height, margin = 300.0, 60.0, 2.0
-	top := 1.0 // a line of zeros lies at the bottom
+	top := 1.0 // draws a line of zeros at the bottom
 	for _, s := range all {
 		for _, v := range s.values {
 			top = max(top, v)
@@ -145,7 +146,7 @@ func newChart(title string, format func(float64) string, all ...series) chart {
 		var points strings.Builder
 		most := 0.0
 		for i, v := range s.values {
-			// The newest value is at the right edge, so that a short history grows from there.
+			// The newest value is at the right edge, so that a short history starts there.
 			x := width - float64(len(s.values)-1-i)*width/(sampleCount-1)
 			fmt.Fprintf(&points, "%.1f,%.1f ", x, height-margin-v/top*(height-2*margin))
 			most = max(most, v)

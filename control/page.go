@@ -22,14 +22,13 @@ import (
 	"echod/server"
 )
 
-// The status page, at / of a Plane made by NewWeb. The server renders it and escapes texts from clients and
-// operators. The script only replaces sections with those that the server sends. Without the script the page does not
-// update itself.
+// The status page, at / of a Plane made by NewWeb. The server renders it, and escapes texts from clients and operators. The
+// page's script only replaces sections by new ones from the server. Without the script the page does not update itself.
 
 //go:embed page
 var pageFiles embed.FS
 
-// pagePolicy lets the browser load nothing but the page's own files, and run and parse nothing else.
+// pagePolicy is the Content-Security-Policy. It lets the browser load only the page's own files.
 const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
 	"form-action 'self'; base-uri 'none'; frame-ancestors 'none'; " +
 	"require-trusted-types-for 'script'; trusted-types echod"
@@ -37,8 +36,8 @@ const pagePolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img
 const (
 	pageConns   = 50          // connections shown
 	pageEvery   = time.Second // between two updates
-	pageRest    = 50          // the pause after an update is at least this many times as long as the update took
-	pageMaxText = 100         // bytes of a search
+	pageRest    = 50          // minimum pause after an update, as a multiple of the time that the update took
+	pageMaxText = 100         // maximum length of a search, in bytes
 )
 
 var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMap{
@@ -54,7 +53,7 @@ func formatCount(n any) string {
 	return humanize.Comma(int64(n.(int)))
 }
 
-// pageRoutes are the page, its files and its updates.
+// pageRoutes returns the routes of the page, its files and its updates.
 func (p *Plane) pageRoutes() []route {
 	routes := []route{
 		{http.MethodGet, "/{$}", p.getPage},
@@ -66,18 +65,18 @@ func (p *Plane) pageRoutes() []route {
 	return routes
 }
 
-// pageQuery is what the page's form asks for.
+// pageQuery holds the values of the page's form.
 type pageQuery struct {
 	Text string // part of a connection's id, address, state or label
 	Sort string
 }
 
-// pageSorts are the orders of the connections, the first by default.
+// pageSorts are the orders of the connections. The first one is the default.
 var pageSorts = []string{"oldest", "newest", "idle", "bytes"}
 
 func decodePageQuery(r *http.Request) (q pageQuery, err error) {
 	q.Sort = pageSorts[0]
-	anyText := func(raw json.RawMessage) error { // a search for 42 is a search for text
+	anyText := func(raw json.RawMessage) error { // decodeQuery passes 42 as a number, but a search is always text
 		if json.Unmarshal(raw, &q.Text) != nil {
 			q.Text = string(raw)
 		}
@@ -105,7 +104,7 @@ func (p *Plane) getPage(w *response, r *http.Request) error {
 		return fmt.Errorf("rendering the status page: %w", err)
 	}
 	pageHeaders(w.Header(), "text/html; charset=utf-8")
-	_, _ = w.Write(page.Bytes()) // an error means that the caller has gone
+	_, _ = w.Write(page.Bytes()) // an error means that the caller has left
 	return nil
 }
 
@@ -114,7 +113,7 @@ func pageHeaders(h http.Header, contentType string) {
 	h.Set("Content-Security-Policy", pagePolicy)
 	h.Set("X-Content-Type-Options", "nosniff")
 	h.Set("Referrer-Policy", "no-referrer")
-	h.Set("Cache-Control", "no-store") // an upgrade may bring another page
+	h.Set("Cache-Control", "no-store") // an upgrade may change the page
 }
 
 func getPageFile(w *response, r *http.Request) error {
@@ -126,7 +125,7 @@ func getPageFile(w *response, r *http.Request) error {
 		".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".svg": "image/svg+xml",
 	}
 	pageHeaders(w.Header(), types[path.Ext(r.URL.Path)])
-	_, _ = w.Write(file) // an error means that the caller has gone
+	_, _ = w.Write(file) // an error means that the caller has left
 	return nil
 }
 
@@ -143,7 +142,7 @@ func (p *Plane) getPageEvents(w *response, r *http.Request) error {
 	pageHeaders(s.Header(), "text/event-stream")
 	s.WriteHeader(http.StatusOK)
 	if _, err := fmt.Fprint(s.response, "retry: 2000\n\n"); err != nil {
-		return nil // the caller has gone
+		return nil // the caller has left
 	}
 
 	sent := map[string]string{}
@@ -178,7 +177,7 @@ func (p *Plane) getPageEvents(w *response, r *http.Request) error {
 	for {
 		began := time.Now()
 		if update() != nil {
-			return nil // the caller has gone
+			return nil // the caller has left
 		}
 		next := time.NewTimer(max(pageEvery, pageRest*time.Since(began)))
 		select {
@@ -190,7 +189,7 @@ func (p *Plane) getPageEvents(w *response, r *http.Request) error {
 	}
 }
 
-// pageView is what the page shows.
+// pageView holds the values that the page shows.
 type pageView struct {
 	Version string
 	Query   pageQuery
@@ -213,10 +212,10 @@ type pageView struct {
 type (
 	pageHold struct{ ID, Reason, Clients, Since, Ends, By string }
 
-	// pageAction is a command that an operator might want now.
+	// pageAction is a command that the page suggests to the operator.
 	pageAction struct{ To, Command string }
 
-	// pageLimit is a figure with its limit, which is 0 if there is none.
+	// pageLimit is a figure and its limit; 0 means no limit.
 	pageLimit struct {
 		What       string
 		Now, Limit uint64
@@ -237,18 +236,18 @@ type (
 	}
 )
 
-// High is from where on the limit is close.
+// High returns the value above which the figure is close to its limit.
 func (l pageLimit) High() uint64 { return l.Limit * 9 / 10 }
 
-// Percent is how much of the limit is used.
+// Percent returns the used part of the limit, in percent.
 func (l pageLimit) Percent() uint64 { return l.Now * 100 / max(1, l.Limit) }
 
-// Title is the document's title.
+// Title returns the document's title.
 func (v pageView) Title() string {
 	return fmt.Sprintf("%s · %s · echod", v.Status.State, text.Count(v.Status.Connections, "connection"))
 }
 
-// view returns the page at this moment.
+// view returns the current values of the page.
 func (p *Plane) view(q pageQuery) pageView {
 	p.history.addSample()
 	now, st := time.Now(), p.srv.Status()
@@ -269,7 +268,7 @@ func (p *Plane) view(q pageQuery) pageView {
 	return v
 }
 
-// describeState says in which state the server is, why, until when, and what an operator can do about it.
+// describeState describes the state of the server, the reason, the end, and commands that change it.
 func (v *pageView) describeState(now time.Time) {
 	st := v.Status
 	connected := text.Count(st.Connections, "client") + " connected"
@@ -381,7 +380,7 @@ func (v *pageView) listConns(srv *server.Server, now time.Time) {
 	}
 }
 
-// matchesSearch reports whether a connection's id is wanted, or its address, state or labels contain it.
+// matchesSearch reports whether a connection's id is the searched text, or its address, state or labels contain the text.
 func matchesSearch(c server.ConnInfo, wanted string) bool {
 	if wanted == "" || strconv.FormatUint(c.ID, 10) == wanted {
 		return true
@@ -399,7 +398,7 @@ func labelText(labels map[string]string) string {
 	return strings.Join(all, ", ")
 }
 
-// formatDuration formats a duration for people, such as 3 s, 4 min 5 s or 2 h 3 min.
+// formatDuration formats a duration, such as 3 s, 4 min 5 s or 2 h 3 min.
 func formatDuration(d time.Duration) string {
 	s := int64(d.Round(time.Second) / time.Second)
 	switch {
@@ -414,7 +413,7 @@ func formatDuration(d time.Duration) string {
 	}
 }
 
-// reasonMeanings say what the close reasons mean.
+// reasonMeanings explains the close reasons.
 var reasonMeanings = map[server.Reason]string{
 	server.ReasonClientClosed:         "the client ended its stream",
 	server.ReasonClientLeft:           "the client ended its stream after it was told to leave",

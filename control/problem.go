@@ -11,16 +11,16 @@ import (
 	"echod/server"
 )
 
-// Problem is an error answered by the control plane, as in RFC 9457. Types are stable.
+// Problem is an error answer of the control plane (RFC 9457). Its types are stable.
 type Problem struct {
 	Type     string     `json:"type"`
 	Title    string     `json:"title"`
 	Status   int        `json:"status"`
 	Detail   string     `json:"detail,omitempty"`
 	Field    string     `json:"field,omitempty"`    // ProblemInvalid: the field or parameter
-	State    string     `json:"state,omitempty"`    // of ProblemDraining, NotDraining and Timeout
-	Deadline *time.Time `json:"deadline,omitempty"` // ProblemDraining: when the drain ends at the latest
-	Holds    []Hold     `json:"holds,omitempty"`    // ProblemHolds: those in force
+	State    string     `json:"state,omitempty"`    // ProblemDraining, ProblemNotDraining, ProblemTimeout
+	Deadline *time.Time `json:"deadline,omitempty"` // ProblemDraining: latest end of the drain
+	Holds    []Hold     `json:"holds,omitempty"`    // ProblemHolds: all holds
 }
 
 // Error returns the detail, or the title if there is none.
@@ -62,10 +62,10 @@ func notFound(format string, args ...any) *Problem {
 	}
 }
 
-// maxDetail bounds what a problem repeats of its request, in bytes.
+// maxDetail bounds the detail of a problem, in bytes.
 const maxDetail = 512
 
-// problemOf returns what to answer for err.
+// problemOf returns the problem for err.
 func (p *Plane) problemOf(err error) *Problem {
 	problem := p.classify(err)
 	problem.Detail, problem.Field = atMost(maxDetail, problem.Detail), shorten(problem.Field)
@@ -128,7 +128,7 @@ func (p *Plane) classify(err error) *Problem {
 	}
 	if errors.Is(err, errCallerGone) {
 		return &Problem{
-			Type: ProblemTimeout, Title: "The caller has gone", Status: http.StatusRequestTimeout,
+			Type: ProblemTimeout, Title: "The caller has left", Status: http.StatusRequestTimeout,
 			Detail: err.Error(), State: p.srv.Status().State.String(),
 		}
 	}
@@ -143,5 +143,5 @@ func (p *Plane) classify(err error) *Problem {
 func (p *Problem) write(w http.ResponseWriter) {
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(p.Status)
-	_ = json.NewEncoder(w).Encode(p) // an error means that the caller has gone
+	_ = json.NewEncoder(w).Encode(p) // an error means that the caller has left
 }

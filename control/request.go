@@ -17,14 +17,14 @@ import (
 	"echod/server"
 )
 
-// Requests are decoded strictly: a field or parameter that is unknown, given twice, null or of a wrong type is a
-// problem that names it. json.Decoder alone does not do this, even with DisallowUnknownFields: it takes
-// the last of two values, ignores null and the case of names, and its errors do not always name the field.
+// Requests are decoded strictly. If a field or parameter is unknown, given twice, null or of the wrong type, the answer is
+// a problem that names it. json.Decoder does not suffice, even with DisallowUnknownFields: it accepts two values, null and
+// names in another case, and its errors do not always name the field.
 
 // maxBody bounds a request's body, in bytes.
 const maxBody = 16 << 10
 
-// fields lists what a request may have, and where each value goes.
+// fields maps the names of the fields that a request may have to their decoders.
 type fields map[string]decoder
 
 // A decoder stores one value: a field's JSON, or a query parameter as JSON. Its error says what is wrong
@@ -83,15 +83,15 @@ func decodeObject(body []byte, want fields) error {
 		return invalid("body", "not valid JSON: %s", describeEOF(err))
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return invalid("body", "something follows the JSON object")
+		return invalid("body", "unexpected data after the JSON object")
 	}
 	return nil
 }
 
-// describeEOF describes a body that ends too early.
+// describeEOF replaces an error for a body that ends too early by one that says so.
 func describeEOF(err error) error {
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errors.New("it ends in the middle")
+		return errors.New("it ends too early")
 	}
 	return err
 }
@@ -117,24 +117,24 @@ func decodeQuery(r *http.Request, want fields) error {
 	return nil
 }
 
-// queryJSON returns a parameter's text as JSON: a number, true, false, or else a string.
+// queryJSON returns a parameter's text as JSON: a number, true, false, or otherwise a string.
 func queryJSON(text string) json.RawMessage {
 	if _, err := strconv.ParseInt(text, 10, 64); err == nil || text == "true" || text == "false" {
 		return json.RawMessage(text)
 	}
-	quoted, _ := json.Marshal(text) // a string can always be encoded
+	quoted, _ := json.Marshal(text) // encoding a string cannot fail
 	return quoted
 }
 
-// describe lists the fields for an error.
+// describe lists the names of the fields, for an error.
 func (f fields) describe() string {
 	if len(f) == 0 {
-		return "none is known here"
+		return "want none"
 	}
 	return "want " + strings.Join(slices.Sorted(maps.Keys(f)), ", ")
 }
 
-// lineField takes a string of one line. It reaches clients, logs and terminals.
+// lineField decodes a string that passes server.CheckText, because it may be sent to clients, logs and terminals.
 func lineField(to *string) decoder {
 	return func(raw json.RawMessage) error {
 		if err := unmarshal(raw, to, "a string"); err != nil {
@@ -144,7 +144,7 @@ func lineField(to *string) decoder {
 	}
 }
 
-// durationField takes a Go duration in a string, such as "1.5s". It must not be negative.
+// durationField decodes a string with a Go duration, such as "1.5s". It must not be negative.
 func durationField(to *time.Duration) decoder {
 	return func(raw json.RawMessage) error {
 		const want = `a duration such as "1.5s"`
@@ -168,7 +168,7 @@ func boolField(to *bool) decoder {
 	return func(raw json.RawMessage) error { return unmarshal(raw, to, "true or false") }
 }
 
-// countField takes a whole number that is not negative.
+// countField decodes a whole number. It must not be negative.
 func countField(to *int) decoder {
 	return func(raw json.RawMessage) error {
 		const want = "a whole number"
@@ -182,7 +182,7 @@ func countField(to *int) decoder {
 	}
 }
 
-// eventIDField takes the id of an event, and notes that it was given.
+// eventIDField decodes the id of an event, and sets given.
 func eventIDField(to *uint64, given *bool) decoder {
 	return func(raw json.RawMessage) error {
 		*given = true
@@ -210,7 +210,7 @@ func stateField(to *server.State) decoder {
 	}
 }
 
-// wordField takes one word, and sets to when it is given.
+// wordField accepts only the given word, and sets to.
 func wordField(word string, to *bool) decoder {
 	return func(raw json.RawMessage) error {
 		var got string

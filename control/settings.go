@@ -17,8 +17,8 @@ import (
 type Setting struct {
 	Name       string `json:"name"`
 	Value      string `json:"value"`
-	AtStart    string `json:"at_start"`   // as flags or the environment have it; a restart brings it back
-	Changeable bool   `json:"changeable"` // while the server runs
+	AtStart    string `json:"at_start"`   // from the flags or the environment; a restart restores it
+	Changeable bool   `json:"changeable"` // reports whether it can change while the server runs
 }
 
 // Settings answers GET /v1/settings.
@@ -37,11 +37,11 @@ type SettingChange struct {
 type SettingsChanged struct {
 	Changed bool            `json:"changed"`
 	Changes []SettingChange `json:"changes"`
-	// Until says when the changes end.
+	// Until says how long the changes last.
 	Until string `json:"until"`
 }
 
-// untilRestart is the Until of all changes. An upgrade keeps them.
+// untilRestart is the value of Until. An upgrade keeps the changes.
 const untilRestart = "restart"
 
 func (p *Plane) getSettings(w *response, r *http.Request) error {
@@ -67,9 +67,9 @@ func (p *Plane) getSettings(w *response, r *http.Request) error {
 	return answerJSON(w, http.StatusOK, out)
 }
 
-// settingEdit is what a request asks of one setting.
+// settingEdit is the change of one setting in a request.
 type settingEdit struct {
-	value       *string  // nil: add and remove
+	value       *string  // the new value; nil means add and remove
 	add, remove []string // entries of a list
 }
 
@@ -118,7 +118,7 @@ func (p *Plane) patchSettings(w *response, r *http.Request) error {
 
 var errFixed = errors.New("it cannot change while the server runs: set it and restart")
 
-// decodeEdit takes a value as text, as a number, or as a list of texts, or {"add": list, "remove": list}.
+// decodeEdit decodes a text, a number, a list of texts, or {"add": list, "remove": list}.
 func decodeEdit(raw json.RawMessage) (edit settingEdit, err error) {
 	const want = "text, a number, or a list of texts"
 	var v any
@@ -191,13 +191,13 @@ func (c *Client) Settings(ctx context.Context) (out Settings, err error) {
 	return out, c.call(ctx, http.MethodGet, "/v1/settings", nil, nil, &out)
 }
 
-// ListEdit adds ranges to a setting that is a list, and removes others.
+// ListEdit adds entries to a setting that is a list, and removes others.
 type ListEdit struct {
 	Add    []string `json:"add,omitempty"`
 	Remove []string `json:"remove,omitempty"`
 }
 
-// ChangeSettings changes settings by name: all of them, or none if there is an error. A value is text in the form of
+// ChangeSettings changes settings by name. If one is invalid, it changes none. A value is text in the form of
 // the setting's flag, or a ListEdit.
 func (c *Client) ChangeSettings(ctx context.Context, values map[string]any) (out SettingsChanged, err error) {
 	return out, c.call(ctx, http.MethodPatch, "/v1/settings", nil, values, &out)

@@ -14,9 +14,9 @@ import (
 
 // Signals turns signals into drains:
 //
-//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane began a drain, that drain
-//     continues and keeps its deadline: supervisors and terminals send TERM and HUP in pairs.
-//   - The second one closes everything now. QUIT writes the stacks of all goroutines first.
+//   - The first INT, TERM or QUIT begins a drain. If HUP or the control plane began a drain, that drain continues with
+//     its deadline, because supervisors and terminals send TERM and HUP in pairs.
+//   - The second one closes everything at once. QUIT writes the stacks of all goroutines first.
 //   - HUP begins a drain, and never forces it.
 //
 // The program registers the channel with signal.Notify before it opens its listeners, so that no signal causes the
@@ -28,11 +28,11 @@ type Signals struct {
 	stacks io.Writer
 	// Seen, if not nil, is called with the name of each signal. Set it before Actor is called.
 	Seen func(name string)
-	// PassOn, if not nil, is called with each signal after it was handled, to pass it on to another process. Set it
-	// before Actor is called.
+	// PassOn, if not nil, is called with each signal after it was handled, to forward it to another process. Set it before
+	// Actor is called.
 	PassOn func(sig os.Signal)
-	// Final makes drains that a signal began impossible to cancel, because a supervisor kills the process some time
-	// after its signal. Set it before Actor is called.
+	// Final makes the drains that signals begin final (server.DrainOptions.Final), because a supervisor kills the process
+	// some time after its signal. Set it before Actor is called.
 	Final  bool
 	forced atomic.Pointer[os.Signal]
 }
@@ -46,7 +46,7 @@ func NewSignals(srv *server.Server, in <-chan os.Signal, log *zap.Logger, stacks
 func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 	ending := make(chan struct{})
 	execute = func() error {
-		asked := 0 // INT, TERM and QUIT so far
+		asked := 0 // number of INT, TERM and QUIT so far
 		for {
 			select {
 			case <-s.srv.Done():
@@ -54,7 +54,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 				return nil
 			case sig := <-s.in:
 				if s.srv.Status().State < server.StateDraining {
-					asked = 0 // also after a drain that was cancelled
+					asked = 0 // no drain yet, or it was cancelled
 				}
 				if sig != syscall.SIGHUP {
 					asked++
@@ -70,7 +70,7 @@ func (s *Signals) Actor() (execute func() error, interrupt func(error)) {
 	return execute, interrupt
 }
 
-// Forced returns the signal that closed everything, once the actor has returned. It is nil if none did.
+// Forced returns the signal that closed everything, or nil if none did. Call it after the actor has returned.
 func (s *Signals) Forced() os.Signal {
 	if sig := s.forced.Load(); sig != nil {
 		return *sig

@@ -13,8 +13,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// bindPrivate binds a socket that only its owner can use from the first instant. Only the umask can do that
-// here. It is the whole process's: files made by others at this moment are more private than asked for, never less.
+// bindPrivate binds a socket that only its owner can use from the first instant. On this platform only the umask can do
+// that. The umask is that of the whole process, so files that other goroutines create meanwhile may get fewer permissions
+// than intended, never more.
 func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
 	before := syscall.Umask(0o177)
 	defer syscall.Umask(before)
@@ -34,7 +35,7 @@ func setAccess(path string, opts SocketOptions) error {
 		}
 	}
 	if opts.Mode.Perm() == 0o600 {
-		return nil // bindPrivate's
+		return nil // bindPrivate has set it
 	}
 	if err := unix.Fchmodat(unix.AT_FDCWD, path, uint32(opts.Mode.Perm()), unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return fmt.Errorf("setting its mode: %w", err)

@@ -57,9 +57,9 @@ func setAccess(path string, opts SocketOptions) error {
 		}
 	}
 	if opts.Mode.Perm() == 0o600 {
-		return nil // bindPrivate's
+		return nil // bindPrivate has set it
 	}
-	err = os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), opts.Mode.Perm()) // the file itself, wherever path leads by now
+	err = os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), opts.Mode.Perm()) // the opened file, even if path now names another
 	if errors.Is(err, fs.ErrNotExist) {                                   // there is no /proc
 		err = unix.Fchmodat(fd, "", uint32(opts.Mode.Perm()), unix.AT_EMPTY_PATH)
 	}

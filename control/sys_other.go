@@ -10,7 +10,7 @@ import (
 	"syscall"
 )
 
-// maxSocketPath is how many bytes sun_path holds, without its final zero (afunix.h).
+// maxSocketPath is the length of sun_path in bytes, without its final zero (afunix.h).
 const maxSocketPath = 107
 
 // lock is not supported on this platform.
@@ -19,7 +19,7 @@ func lock(context.Context, string) (unlock func(), err error) { return func() {}
 // checkDirectory checks nothing on this platform.
 func checkDirectory(string) error { return nil }
 
-// bindPrivate binds a socket. The directory's permissions say who can use it.
+// bindPrivate binds a socket. On this platform the directory's permissions decide who can use it.
 func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "unix", path)
@@ -29,7 +29,7 @@ func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
 	return ln.(*net.UnixListener), nil
 }
 
-// setAccess does nothing: sockets have no mode on this platform.
+// setAccess does nothing, because sockets have no mode on this platform.
 func setAccess(string, SocketOptions) error { return nil }
 
 func shortPath(path string) (address string, done func(), err error) {
@@ -39,7 +39,7 @@ func shortPath(path string) (address string, done func(), err error) {
 	return path, func() {}, nil
 }
 
-// checkWritable reports whether dir exists.
+// checkWritable returns an error if dir does not exist.
 func checkWritable(dir string) error {
 	_, err := os.Stat(dir)
 	return err
@@ -55,7 +55,7 @@ func isRefused(err error) bool { return errors.Is(err, wsaECONNREFUSED) }
 
 func isBusy(error) bool { return false }
 
-// isOutOfFiles knows EMFILE too, which portable listeners return; the system does not.
+// isOutOfFiles also recognizes EMFILE, which portable listeners return and the system does not.
 func isOutOfFiles(err error) bool { return errors.Is(err, wsaEMFILE) || errors.Is(err, syscall.EMFILE) }
 
 func hungUp(net.Conn) bool { return false }

@@ -21,9 +21,9 @@ import (
 // maxSocketPath is how many bytes sun_path holds, without its final zero.
 var maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
-// lock keeps other servers of this user from replacing the same dead socket at the same time. The file belongs
-// to this user alone, so that no other user can keep the server from starting. If another user has put a
-// file there, nothing is locked.
+// lock locks the file at path, so that two servers of this user do not replace the same unserved socket at the same time.
+// The file belongs to this user alone, so that no other user can keep the server from starting. If there is a file of
+// another user, lock does nothing.
 func lock(ctx context.Context, path string) (unlock func(), err error) {
 	starting := fmt.Errorf("another server of this user is starting: %s is locked", path)
 	ctx, cancel := context.WithTimeoutCause(ctx, lockTimeout, starting)
@@ -31,7 +31,7 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 		if err != nil {
-			return func() {}, nil // making the socket fails too, or another user's file is there
+			return func() {}, nil // making the socket fails, too, or the file is another user's
 		}
 		switch locked, err := lockOwn(f, path); {
 		case err != nil:
@@ -39,7 +39,7 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 			return func() {}, nil
 		case locked:
 			return func() {
-				_ = os.Remove(path) // before it is unlocked: lockOwn looks whether it is still there
+				_ = os.Remove(path) // before the unlock, because lockOwn checks that the file still exists
 				_ = f.Close()
 			}, nil
 		}
@@ -52,7 +52,7 @@ func lock(ctx context.Context, path string) (unlock func(), err error) {
 	}
 }
 
-// lockOwn tries to lock f. It is an error if f is not this user's alone.
+// lockOwn tries to lock f. It returns an error if f does not belong to this user alone.
 func lockOwn(f *os.File, path string) (locked bool, err error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -66,7 +66,7 @@ func lockOwn(f *os.File, path string) (locked bool, err error) {
 		return false, nil
 	}
 	now, err := os.Lstat(path)
-	return err == nil && os.SameFile(now, info), nil // else its owner has removed it
+	return err == nil && os.SameFile(now, info), nil // otherwise its owner has removed it
 }
 
 func ownerOf(info fs.FileInfo) (uid int, ok bool) {
@@ -77,9 +77,8 @@ func ownerOf(info fs.FileInfo) (uid int, ok bool) {
 	return int(stat.Uid), true
 }
 
-// checkDirectory returns an error if a user other than root and this process's could replace what is in dir: each
-// directory and link on the way must belong to one of them, and a directory that others may write to must
-// have the sticky bit.
+// checkDirectory returns an error if another user than root and this process's could replace files in dir. Each directory
+// and link in the path must belong to one of the two. A directory that others may write to must have the sticky bit.
 func checkDirectory(dir string) error {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -127,7 +126,7 @@ func checkDirectory(dir string) error {
 	return nil
 }
 
-// checkWritable reports whether this process may make files in dir.
+// checkWritable returns an error if this process may not create files in dir.
 func checkWritable(dir string) error { return unix.Access(dir, unix.W_OK|unix.X_OK) }
 
 func isRefused(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }
@@ -148,18 +147,18 @@ func hungUp(conn net.Conn) (gone bool) {
 	return false
 }
 
-// awaitHangup returns when the other end has closed conn in both directions, or conn is closed. It returns at once
-// where that is not known.
+// awaitHangup returns when the other end has closed conn in both directions, or when conn is closed. It returns at once on
+// systems that do not report that.
 func awaitHangup(conn net.Conn) {
 	if raw := rawConn(conn); raw != nil {
-		_ = raw.Read(pollHangup) // the runtime's poller calls it again at each change
+		_ = raw.Read(pollHangup) // the poller calls pollHangup again after each change
 	}
 }
 
-// hasInput reports whether there is something to read from conn.
+// hasInput reports whether conn has input to read.
 func hasInput(conn net.Conn) (pending bool) {
 	if raw := rawConn(conn); raw != nil {
-		_ = raw.Control(func(fd uintptr) { // fails only once conn is closed
+		_ = raw.Control(func(fd uintptr) { // an error means that conn is closed
 			var b [1]byte
 			n, _, err := unix.Recvfrom(int(fd), b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 			pending = err == nil && n > 0

@@ -14,31 +14,31 @@ import (
 	"echod/server"
 )
 
-// probeTimeout is how long a server may take to prove that it is alive. It is longer than the longest back-off
-// of an accept loop that is out of files, one second.
+// probeTimeout bounds a probe. It is longer than the maximum backoff of an accept loop that is out of files, which is one
+// second.
 const probeTimeout = 3 * time.Second
 
-// NewWeb returns a read-only Plane for probes, Prometheus and people. More callers may reach it than the control
-// socket.
+// NewWeb returns a read-only Plane for probes, Prometheus and browsers. It reveals less than a Plane from New, because more
+// callers may reach it.
 //
-//	/           a page for people, with the state, limits, traffic and connections; it updates itself
+//	/           the status page, with the state, limits, traffic and connections; it updates itself
 //	/livez      200 while the accept loops run, also when paused or draining; else 503
 //	/readyz     200 while new clients are served, or wait at the connection limit; else 503
 //	/v1/status  as on the control socket
 //	/metrics    Options.Metrics
 //	/debug/     Options.Debug
 //
-// The body of a probe's answer is a line with the reason. Probes answer to every host name, because load balancers
-// choose their own. The other paths answer 421 to names that are not in Options.Hosts, which protects them against
-// DNS rebinding.
+// The body of a probe's answer is a line with the reason. Probes are answered for every host name, because load balancers
+// use names of their own. Other paths are answered with 421 for names that are not in Options.Hosts, to protect them
+// against DNS rebinding.
 func NewWeb(srv *server.Server, opts Options) *Plane {
 	p := newPlane(srv, opts)
 	p.readOnly = true
 	p.history = &history{srv: srv}
-	p.http.SetKeepAlivesEnabled(false) // no connection outlives its answer
+	p.http.SetKeepAlivesEnabled(false) // each connection is closed after its answer
 	p.http.TLSConfig, p.https = opts.TLSConfig, opts.TLSConfig != nil
 	p.http.Protocols = new(http.Protocols)
-	p.http.Protocols.SetHTTP1(true) // HTTP/2 is for connections with many requests
+	p.http.Protocols.SetHTTP1(true) // HTTP/2 helps only connections with many requests
 	p.hosts = map[string]struct{}{"localhost": {}, "echod": {}}
 	for _, name := range opts.Hosts {
 		p.hosts[strings.ToLower(strings.TrimSuffix(name, "."))] = struct{}{}
@@ -55,7 +55,7 @@ func NewWeb(srv *server.Server, opts Options) *Plane {
 	return p
 }
 
-// allowsHost reports whether the request's Host header may be answered. HTTP/1.0 needs none.
+// allowsHost reports whether the name in the request's Host header is allowed. HTTP/1.0 requests may have no Host header.
 func (p *Plane) allowsHost(r *http.Request) bool {
 	if p.hosts == nil || r.Host == "" || r.URL.Path == "/livez" || r.URL.Path == "/readyz" {
 		return true
@@ -95,7 +95,7 @@ func (p *Plane) getReady(w *response, _ *http.Request) error {
 	return answerText(w, http.StatusOK, line)
 }
 
-// readiness reports whether new clients should be sent to a server, and why.
+// readiness reports whether the server is ready for new clients, and why.
 func readiness(srv *server.Server) (ready bool, line string) {
 	st := srv.Status()
 	open := text.Count(st.Connections, "connection")
@@ -113,7 +113,7 @@ func readiness(srv *server.Server) (ready bool, line string) {
 	}
 }
 
-// notReady says why a server that is not running is not ready.
+// notReady returns the reason why a server that is not running is not ready.
 func notReady(st server.Status) string {
 	line := "not ready: " + st.State.String()
 	switch {
@@ -138,6 +138,6 @@ func answerText(w http.ResponseWriter, status int, line string) error {
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	w.Header().Set("Cache-Control", "no-store")
 	w.WriteHeader(status)
-	_, _ = fmt.Fprintln(w, text.Printable(line)) // an error means that the caller has gone
+	_, _ = fmt.Fprintln(w, text.Printable(line)) // an error means that the caller has left
 	return nil
 }

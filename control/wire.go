@@ -27,27 +27,27 @@ type Status struct {
 	Notices       Notices           `json:"notices"`
 	Holds         []Hold            `json:"holds"`
 	Drain         *Drain            `json:"drain,omitempty"`
-	Predecessor   *Predecessor      `json:"predecessor,omitempty"` // until it has ended
+	Predecessor   *Predecessor      `json:"predecessor,omitempty"` // missing when it has ended
 
-	LostHolds []Hold `json:"lost_holds,omitempty"` // that a restart has ended: the server is not paused by them
+	LostHolds []Hold `json:"lost_holds,omitempty"` // holds that a restart has ended; they do not pause the server
 
-	Certificates []Certificate `json:"certificates,omitempty"` // for TLS, the default first
+	Certificates []Certificate `json:"certificates,omitempty"` // of TLS listeners, the default first
 
 	Told int `json:"told"` // open connections whose clients were told to leave
-	// How many connections are served at once; missing if there is no limit. When the server is full, new clients
-	// wait or are rejected: at_limit says which.
+	// The maximum number of connections served at once; missing if there is no limit. at_limit says whether new clients
+	// wait or are rejected when the server is full.
 	MaxConns *int   `json:"max_conns,omitempty"`
 	AtLimit  string `json:"at_limit"`
 	Full     bool   `json:"full"`
 
-	SettingsChanged []SettingChange `json:"settings_changed"` // since the start, at runtime
+	SettingsChanged []SettingChange `json:"settings_changed"` // changed at runtime, with the initial values
 
 	// The defaults of a drain.
 	GraceSeconds      float64 `json:"grace_seconds"`
 	DrainDelaySeconds float64 `json:"drain_delay_seconds"`
 	SpreadSeconds     float64 `json:"spread_seconds"`
 
-	MaxConnAgeSeconds float64 `json:"max_conn_age_seconds"` // 0 is no limit
+	MaxConnAgeSeconds float64 `json:"max_conn_age_seconds"` // 0 means no limit
 }
 
 // Process is a process of a server.
@@ -56,13 +56,13 @@ type Process struct {
 	Version string `json:"version"`
 }
 
-// Predecessor is the process that handed over to this one, and still serves connections that could not be handed over.
+// Predecessor is the process that handed over to this one. It still serves connections that were not handed over.
 type Predecessor struct {
 	Process
-	Connections int `json:"connections"` // they count as open
+	Connections int `json:"connections"` // connections that it still serves; they count as open
 }
 
-// Notices counts the texts sent to clients since the start, by a drain and by POST /v1/notify.
+// Notices counts the notices of drains and of POST /v1/notify since the start.
 type Notices struct {
 	Sent   uint64 `json:"sent"`
 	Failed uint64 `json:"failed"`
@@ -83,25 +83,25 @@ type Hold struct {
 	Mode    string     `json:"mode"`
 	Since   time.Time  `json:"since"`
 	Expires *time.Time `json:"expires,omitempty"`
-	UID     *int       `json:"uid,omitempty"` // who placed it, if known
+	UID     *int       `json:"uid,omitempty"` // of the process that placed it, if known
 	PID     *int       `json:"pid,omitempty"`
 
-	User   string `json:"user,omitempty"`   // the name of uid
-	Claims string `json:"claims,omitempty"` // what the caller said about itself, not proved
+	User   string `json:"user,omitempty"`   // name of uid
+	Claims string `json:"claims,omitempty"` // what the caller says about itself, unverified
 
 	Evict         bool    `json:"evict,omitempty"`          // the connected clients are sent away
-	SpreadSeconds float64 `json:"spread_seconds,omitempty"` // so long after since the last is told
+	SpreadSeconds float64 `json:"spread_seconds,omitempty"` // time over which clients are told, from since
 }
 
-// Drain is the drain in progress, or the one that has ended.
+// Drain is the drain in progress or the finished drain.
 type Drain struct {
 	Since          time.Time  `json:"since"`
-	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // with a delay: new clients are served until then
-	TellingUntil   *time.Time `json:"telling_until,omitempty"`   // with a spread: the last client is told then
+	AcceptingUntil *time.Time `json:"accepting_until,omitempty"` // set if there is a delay; new clients are served until then
+	TellingUntil   *time.Time `json:"telling_until,omitempty"`   // set if there is a spread; the last client is told then
 	Deadline       time.Time  `json:"deadline"`
 	Reason         string     `json:"reason"`
-	Told           int        `json:"told"`   // clients told so far
-	Untold         int        `json:"untold"` // clients that are served and were not told yet
+	Told           int        `json:"told"`   // clients that were told to leave
+	Untold         int        `json:"untold"` // clients that are being served and were not told yet
 	Notified       int        `json:"notified"`
 	NoticeFailed   int        `json:"notice_failed"`
 }
@@ -118,11 +118,11 @@ type Conn struct {
 	BytesOut    uint64    `json:"bytes_out"`
 	Notified    bool      `json:"notified"`
 
-	Drain  *ConnDrain        `json:"drain,omitempty"`  // since its client was told to leave
+	Drain  *ConnDrain        `json:"drain,omitempty"`  // set when its client was told to leave
 	Labels map[string]string `json:"labels,omitempty"` // set by the handler
 }
 
-// ConnDrain is why and when a connection is closed.
+// ConnDrain says when and why a connection is closed.
 type ConnDrain struct {
 	Deadline time.Time `json:"deadline"`
 	Reason   string    `json:"reason"`
@@ -142,13 +142,13 @@ type ClosedConn struct {
 	Notified        bool      `json:"notified"`
 
 	Labels map[string]string `json:"labels,omitempty"` // set by the handler
-	Error  string            `json:"error,omitempty"`  // of the handler
+	Error  string            `json:"error,omitempty"`  // of the handler or the handshake
 }
 
 // Conns answers GET /v1/conns.
 type Conns struct {
 	Connections []Conn `json:"connections"`
-	Next        string `json:"next,omitempty"` // the cursor of the next page, if there is one
+	Next        string `json:"next,omitempty"` // cursor of the next page, if there is one
 }
 
 // ClosedConns answers GET /v1/conns/closed, the latest first.
@@ -156,7 +156,7 @@ type ClosedConns struct {
 	Connections []ClosedConn `json:"connections"`
 }
 
-// Change answers requests that change something: what has changed, and the state after that.
+// Change answers requests that change something, with the change and the new state.
 type Change struct {
 	Changed  bool   `json:"changed"`
 	State    string `json:"state"`
@@ -164,14 +164,14 @@ type Change struct {
 	Killed   *int   `json:"killed,omitempty"`   // number of connections
 	Drain    *Drain `json:"drain,omitempty"`
 
-	ExtendedSeconds *float64 `json:"extended_seconds,omitempty"` // by how much the deadline of the drain was moved
+	ExtendedSeconds *float64 `json:"extended_seconds,omitempty"` // time by which the deadline of the drain was moved
 }
 
 // Upgraded answers POST /v1/upgrade.
 type Upgraded struct {
 	PID           int            `json:"pid"` // of the successor
 	HandedOver    int            `json:"handed_over"`
-	Behind        map[string]int `json:"behind"` // connections that the predecessor still serves, by why
+	Behind        map[string]int `json:"behind"` // connections that the predecessor still serves, by the reason
 	FrozenSeconds float64        `json:"frozen_seconds"`
 	TookSeconds   float64        `json:"took_seconds"`
 }
@@ -188,13 +188,13 @@ type Waited struct {
 	Connections int    `json:"connections"`
 }
 
-// Released is the last line of POST /v1/pause?while=connected, if the hold ends before the connection.
+// Released is the last line of POST /v1/pause?while=connected. It is sent if the hold ends before the connection.
 type Released struct {
-	Released string `json:"released"` // why
+	Released string `json:"released"` // why the hold ended
 	State    string `json:"state"`
 }
 
-// Event is a line of GET /v1/events. Below Type, only the fields of that type are set.
+// Event is a line of GET /v1/events. Of the fields below Type, only those of that type are set.
 type Event struct {
 	ID     uint64      `json:"id"` // for GET /v1/events?after=
 	Time   time.Time   `json:"time"`
@@ -212,12 +212,12 @@ type Event struct {
 	ChangedBy *Caller         `json:"changed_by,omitempty"`
 }
 
-// Caller is who released a hold or changed settings through the control socket.
+// Caller identifies the process that released a hold or changed settings through the control socket.
 type Caller struct {
 	UID    int    `json:"uid"`
 	PID    int    `json:"pid"`
-	User   string `json:"user,omitempty"`   // the name of uid
-	Claims string `json:"claims,omitempty"` // not proved
+	User   string `json:"user,omitempty"`   // name of uid
+	Claims string `json:"claims,omitempty"` // unverified
 }
 
 func wireStatus(st server.Status, version string) Status {
@@ -254,7 +254,7 @@ func wireStatus(st server.Status, version string) Status {
 	return out
 }
 
-// NewHold describes a hold as the API does.
+// NewHold returns the API's form of a hold.
 func NewHold(h server.HoldInfo) Hold {
 	out := Hold{ID: h.ID, Reason: h.Reason, Mode: h.Mode.String(), Since: h.Since}
 	if !h.Expires.IsZero() {

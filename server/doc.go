@@ -5,7 +5,7 @@
 // [Limits]; it can be paused and resumed while it serves ([Server.Pause]); and it drains ([Server.Shutdown],
 // [Server.Drain]): it stops accepting, tells every client, gives them time, and then closes. No byte that was read is
 // lost, and no client that reads its notice and leaves is reset. [Server.Status], [Server.Conns] and
-// [Server.Subscribe] show what happens. The server sends nothing to clients unless [Options] has a [Notifier].
+// [Server.Subscribe] show what the server does. The server sends nothing to clients unless [Options] has a [Notifier].
 //
 // # The life of a connection
 //
@@ -20,15 +20,15 @@
 //     SetDeadline has an additional goroutine, which Serve waits for.
 //   - Each connection has one goroutine, for WrapConn, the handler, and its end. Another one exists only while a
 //     notice waits for a client that does not read. They end with the connection, at the latest when the drain closes
-//     it, and the drain waits for them. It does not wait for a handler that ignores its context, and its OnClose: it
-//     logs the handler and stops without it.
+//     it, and the drain waits for them. If a handler ignores its context, the drain logs that, and does not wait for
+//     the handler and its OnClose.
 //   - The sweeper closes idle and stalled connections. The first Serve starts it; the drain stops it and waits for it.
 //   - The drain runs on a goroutine of its own, which ends with the server. Serve, Shutdown, Drain, Close and Done wait
 //     for it. Functions of RegisterOnShutdown run on goroutines that the drain waits for.
-//   - A probe has one goroutine, because a lock may never be released. There is one at most. Probe waits for it until
-//     its context ends.
-//   - After HandOver one goroutine reports to the successor how the connections that stayed behind end. After TakeOver
-//     one receives these reports. The drain waits for both.
+//   - A probe has one goroutine, because the lock that it takes may never be released. There is one at most. Probe waits
+//     for it until its context ends.
+//   - After HandOver one goroutine reports to the successor how the connections that the server keeps end, and another
+//     one receives requests from it. After TakeOver one receives these reports. The drain waits for all of them.
 //
 // A hold with a TTL has a timer, which is stopped when the hold ends.
 //

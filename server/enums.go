@@ -16,8 +16,8 @@ type State int
 const (
 	StateStarting State = iota + 1 // made by New; Serve was not called yet
 	StateRunning                   // accepting and serving
-	StatePaused                    // serving the connections it has and admitting none: at least one hold exists
-	StateDraining                  // clients are told to leave, after DrainOptions.Delay, and have until the deadline
+	StatePaused                    // at least one hold exists: existing connections are served, and none is admitted
+	StateDraining                  // after DrainOptions.Delay clients are told to leave, and have time until the deadline
 	StateStopped                   // every connection is closed
 )
 
@@ -40,12 +40,12 @@ func ParseState(name string) (State, error) {
 // Phase is the state of a connection.
 type Phase int32
 
-// The phases. PhaseClosed is seen by Options.ConnState only.
+// The phases. Only Options.ConnState gets PhaseClosed.
 const (
-	PhaseWaiting   Phase = iota + 1 // accepted: in its handshake, or waiting to be admitted
+	PhaseWaiting   Phase = iota + 1 // accepted, and in its handshake or waiting for admission
 	PhaseServing                    // the handler runs
 	PhaseRejecting                  // the client is told why it is not served
-	PhaseClosing                    // flushed, half-closed, waiting for the client's FIN
+	PhaseClosing                    // writes are flushed, and the server waits for the client's FIN
 	PhaseClosed
 )
 
@@ -66,24 +66,24 @@ const (
 	ReasonClientReset                            // the client reset the connection, or the network lost it
 	ReasonClientLeft                             // EOF from a client that had been told to leave
 	ReasonIdleTimeout                            // no byte moved in either direction for Timeouts.Idle
-	ReasonStalled                                // the client took nothing for Timeouts.Stall while data waited for it
+	ReasonStalled                                // the client acknowledged nothing for Timeouts.Stall while data waited for it
 	ReasonHandlerDone                            // the handler returned nil or closed the connection
 	ReasonHandlerError                           // the handler returned an error
 	ReasonHandlerPanic                           // the handler panicked
 	ReasonKilled                                 // Server.Kill or Server.KillFunc
-	ReasonRejectedPaused                         // came during a pause with PauseReject
-	ReasonRejectedLimit                          // came over Limits.MaxConns
-	ReasonRejectedDraining                       // came when the drain could give it no time
+	ReasonRejectedPaused                         // rejected during a pause with PauseReject
+	ReasonRejectedLimit                          // rejected because of Limits.MaxConns
+	ReasonRejectedDraining                       // connected too late in a drain
 	ReasonRejectedHandshake                      // WrapConn returned an error or took too long
-	ReasonDeadline                               // the grace period was over
+	ReasonDeadline                               // still open when its grace period ended
 	ReasonForced                                 // Server.Close or Server.Force
-	ReasonLost                                   // stayed with a predecessor that died; see Server.TakeOver
+	ReasonLost                                   // kept by a predecessor that died; see Server.TakeOver
 	ReasonHandshakeFailed                        // the TLS handshake failed or took too long
-	ReasonEvicted                                // stayed to the end of its grace period in an eviction; see PauseOptions.Evict
-	ReasonMaxAge                                 // the same after it had reached Timeouts.MaxAge
-	ReasonRejectedAddressLimit                   // came over Limits.MaxConnsPerIP or MaxConnsPerUID
-	ReasonRejectedRate                           // came over Limits.MaxConnRate or MaxConnRateTotal
-	ReasonRejectedDenied                         // its address may not connect; see Access
+	ReasonEvicted                                // like ReasonDeadline, for an eviction; see PauseOptions.Evict
+	ReasonMaxAge                                 // like ReasonDeadline, for a connection that had reached Timeouts.MaxAge
+	ReasonRejectedAddressLimit                   // rejected because of Limits.MaxConnsPerIP or MaxConnsPerUID
+	ReasonRejectedRate                           // rejected because of Limits.MaxConnRate or MaxConnRateTotal
+	ReasonRejectedDenied                         // rejected because of Access
 	reasonEnd
 
 	reasonHandedOver Reason = -1 // not closed: another process serves it
@@ -116,14 +116,14 @@ func Reasons() []Reason {
 	return all
 }
 
-// PauseMode is what happens to clients that connect during a pause.
+// PauseMode says what happens to clients that connect during a pause.
 type PauseMode int
 
 const (
 	// PauseQueue leaves them in the kernel's accept queue and serves them on resume, oldest first. It is the zero
 	// value.
 	PauseQueue PauseMode = iota
-	// PauseReject accepts them, tells them (NoticeReject), and closes.
+	// PauseReject accepts them, sends NoticeReject, and closes.
 	PauseReject
 )
 
@@ -143,13 +143,13 @@ func ParsePauseMode(name string) (PauseMode, error) {
 	return 0, fmt.Errorf("unknown mode %q: want hold or reject", name)
 }
 
-// LimitMode is what happens to clients that connect while Limits.MaxConns are being served.
+// LimitMode says what happens to clients that connect while Limits.MaxConns are being served.
 type LimitMode int
 
 const (
 	// LimitQueue leaves them in the kernel's accept queue until a place is free. It is the zero value.
 	LimitQueue LimitMode = iota
-	// LimitReject accepts them, tells them (NoticeReject), and closes.
+	// LimitReject accepts them, sends NoticeReject, and closes.
 	LimitReject
 )
 

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// ErrServerClosed is what Serve returns after a drain, like net/http's.
+// ErrServerClosed is returned by Serve after a drain, as in net/http.
 var ErrServerClosed = errors.New("server closed")
 
 // Causes with which the server ends a connection. context.Cause finds them in the handler's context, and the
@@ -21,10 +21,10 @@ var (
 	ErrConnClosed error = closedError("the connection is closed")
 
 	// ErrClientGone is the cause with which Options.CancelWhenGone cancels a handler's context.
-	ErrClientGone error = closedError("the client has gone")
+	ErrClientGone error = closedError("the client has closed or reset the connection")
 )
 
-// closedError says why a connection is over.
+// closedError is a cause with which the server ends a connection.
 type closedError string
 
 func (e closedError) Error() string        { return string(e) }
@@ -32,14 +32,15 @@ func (e closedError) Is(target error) bool { return target == net.ErrClosed }
 
 // Errors after which the connection stays open.
 var (
-	// ErrDraining is what an interrupted Read returns after Conn.MarkIdle. No byte was lost; the handler may continue.
+	// ErrDraining is returned by a Read that a drain has interrupted, after Conn.MarkIdle. No byte was lost, and the handler
+	// may continue.
 	ErrDraining = errors.New("the connection is being drained")
-	// ErrHandover is what an interrupted Read returns when the connection is to be handed over. No byte was lost.
+	// ErrHandover is returned by a Read that a handover has interrupted, after Conn.MarkIdle. No byte was lost.
 	ErrHandover = errors.New("the connection is being handed over")
-	// ErrWriteClosed is what Write returns after CloseWrite.
+	// ErrWriteClosed is returned by Write after CloseWrite.
 	ErrWriteClosed = errors.New("write after CloseWrite")
-	// ErrWriteBroken is what Write returns after an earlier write sent only a part of its bytes.
-	ErrWriteBroken = errors.New("an earlier write was cut short")
+	// ErrWriteBroken is returned by Write after an earlier write has sent only a part of its bytes.
+	ErrWriteBroken = errors.New("an earlier write was incomplete")
 )
 
 // Causes that end a hold, found with Hold.Cause. A *DrainingError is another one.
@@ -60,26 +61,25 @@ var (
 	// ErrNotDraining means that no drain is in progress.
 	ErrNotDraining = errors.New("no drain is in progress")
 	// ErrDrainFinal means that a drain can no longer be cancelled or extended.
-	ErrDrainFinal = errors.New("the drain cannot be changed any more")
+	ErrDrainFinal = errors.New("the drain can no longer be changed")
 	// ErrNoListener means that the server no longer serves the given listener.
 	ErrNoListener = errors.New("no such listener")
-	// ErrStuck is what Probe returns when the server no longer does its work and will not recover by itself.
+	// ErrStuck is returned by Probe when the server does not work and will not recover by itself.
 	ErrStuck = errors.New("the server is stuck")
 
 	errNotNew = errors.New("server: the Server was not made by New")
 )
 
-// A HoldsError refuses to resume the server, because several holds exist: release them by their ids, or all of them
-// with ResumeAll.
+// A HoldsError is returned by Resume if several holds exist. Release them by their ids, or all of them with ResumeAll.
 type HoldsError struct{ Holds []HoldInfo }
 
 func (e *HoldsError) Error() string {
 	return fmt.Sprintf("%d holds exist: name those to release, or ask for all of them", len(e.Holds))
 }
 
-// A DrainingError refuses a request because the server is draining or has stopped.
+// A DrainingError means that the server refused a request because it is draining or has stopped.
 type DrainingError struct {
-	Deadline time.Time // when the drain ends at the latest
+	Deadline time.Time // latest end of the drain
 }
 
 func (e *DrainingError) Error() string {

@@ -13,10 +13,10 @@ import (
 // When ServeConn returns, the server writes what is pending, half-closes, waits a moment for the client's FIN, and
 // closes. The handler need not call Close.
 //
-// A graceful handler reacts to two signals. Conn.Draining is closed when the drain begins: the handler may finish its
-// work and return, or continue until the client leaves. If the handler calls Conn.MarkIdle between two requests, the
-// drain also interrupts the Read that waits for the next one. When ctx is done the handler must return:
-// context.Cause(ctx) is the reason, reads fail at once, and writes fail after at most a second.
+// A graceful handler reacts to two signals. Conn.Draining is closed when the drain begins. The handler may then finish its
+// work and return, or continue until the client leaves. If the handler calls Conn.MarkIdle between two requests, the drain
+// also interrupts the Read that waits for the next one. When ctx is done, the handler must return. context.Cause(ctx) is
+// then the reason, reads fail at once, and writes fail after at most a second.
 //
 // The result determines the log line, the close reason and ClosedConn.Err. A handler can return the errors of its
 // reads and writes unchanged: the server recognises an end of stream, a reset, ErrDraining and its own causes. It
@@ -34,12 +34,12 @@ type HandlerFunc func(ctx context.Context, c *Conn) error
 func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) error { return f(ctx, c) }
 
 // A Resumer is a Handler whose connections can be handed over to another process; see Server.HandOver. The handler
-// opts in by reaching a safe point, between two requests: when Conn.HandingOver is closed, or when a Read fails with
+// opts in by returning at a safe point, between two requests: when Conn.HandingOver is closed, or when a Read fails with
 // ErrHandover after Conn.MarkIdle, ServeConn returns Handover(state).
 type Resumer interface {
 	Handler
-	// ResumeConn is ServeConn for a connection that was handed over. state is what the handler returned with Handover,
-	// in this process or in another one.
+	// ResumeConn is like ServeConn, for a connection that was handed over. state is the argument of Handover, in this
+	// process or in another one.
 	ResumeConn(ctx context.Context, c *Conn, state []byte) error
 }
 
@@ -62,7 +62,7 @@ func (echoHandler) ResumeConn(_ context.Context, c *Conn, state []byte) error { 
 // logged.
 type WrapConn func(ctx context.Context, nc net.Conn) (net.Conn, error)
 
-// handlerName returns the name that h has in the source, for the log.
+// handlerName returns the name of h's function or type, for the log.
 func handlerName(h Handler) string {
 	if v := reflect.ValueOf(h); v.Kind() == reflect.Func {
 		if f := runtime.FuncForPC(v.Pointer()); f != nil {

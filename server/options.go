@@ -33,8 +33,8 @@ type Options struct {
 	// QuietConns suppresses the log lines "connection opened" and "connection closed".
 	QuietConns bool
 
-	// Notifier encodes the texts that the server itself sends to clients: on a drain, on a rejection, and for an
-	// operator's message. If it is nil, the server sends none. Conn.SetNotifier replaces it for one connection.
+	// Notifier encodes the server's own messages to clients: on a drain, on a rejection, and from an operator. If it is
+	// nil, the server sends none. Conn.SetNotifier replaces it for one connection.
 	Notifier Notifier
 
 	Limits   Limits
@@ -58,7 +58,7 @@ type Options struct {
 	ConnContext func(ctx context.Context, c *Conn) context.Context
 	// CancelWhenGone cancels the handler's context with ErrClientGone about a second after the client has closed or
 	// reset the connection, even if the handler is not reading. As in net/http, a half-close counts as closing. It
-	// works for sockets on unix systems only.
+	// works only for sockets on unix systems.
 	CancelWhenGone bool
 	// ConnState, when not nil, is called when a connection enters a phase, on one of the server's goroutines. It is
 	// called concurrently and must not block.
@@ -77,20 +77,20 @@ type Limits struct {
 	// Connections in a handshake (WrapConn, TLS) do not count: the server admits, queues or rejects the client after
 	// its handshake. MaxHandshakes bounds them.
 	MaxConns int
-	// AtLimit is what happens to clients beyond MaxConns.
+	// AtLimit says what happens to clients beyond MaxConns.
 	AtLimit LimitMode
 	// MaxConnsPerIP is the maximum number of connections served at once from one client address. The server rejects
 	// more, regardless of AtLimit, so that one client cannot block the accept queue. It also bounds the client's TLS
 	// handshakes: at the limit, the oldest one is closed for a new one. Zero and Off mean no limit.
 	MaxConnsPerIP int
-	// MaxConnsPerUID is the same for one user id on Unix sockets, on systems that report it. Zero and Off mean no
-	// limit.
+	// MaxConnsPerUID is like MaxConnsPerIP, for one user id on Unix sockets. It needs a system that reports user ids. Zero
+	// and Off mean no limit.
 	MaxConnsPerUID int
-	// MaxConnRate is how many connections one client address may open in a time. More are rejected with
+	// MaxConnRate bounds the rate of new connections from one client address. Further ones are rejected with
 	// ReasonRejectedRate.
 	MaxConnRate Rate
-	// MaxConnRateTotal is the same for all addresses together. With LimitQueue more wait in the accept queue, with
-	// LimitReject they are rejected.
+	// MaxConnRateTotal bounds the rate of new connections from all addresses. With LimitQueue further clients wait in the
+	// accept queue. With LimitReject they are rejected.
 	MaxConnRateTotal Rate
 	// IPv6Prefix is the number of leading bits of an IPv6 address that identify a client for MaxConnsPerIP and
 	// MaxConnRate. Zero means 64, because a site usually has at least a /64 (RFC 6177). IPv4 addresses, also when
@@ -100,7 +100,7 @@ type Limits struct {
 	// in the accept queue until a handshake ends. If the oldest one takes more than a second, it is closed for a new one.
 	// Zero means DefaultMaxHandshakes.
 	MaxHandshakes int
-	// ReservedFiles is the number of open files that connections being served leave free for the rest of the process.
+	// ReservedFiles is the number of open files that are kept free for the rest of the process.
 	// Zero means 160, or half of the process's limit if that is less. Servers in one process share the remaining
 	// files.
 	ReservedFiles int
@@ -129,12 +129,12 @@ type Timeouts struct {
 // handlers do. The promise is two seconds, which leaves a margin for busy machines.
 const (
 	flushTimeout   = 1 * time.Second         // for writing what was read, when the server ends a connection
-	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after ours
-	lingerBytes    = 64 << 20                // discarded in that time, at most
-	abortAfter     = 1350 * time.Millisecond // after the deadline connections are closed under their handlers
-	abandonAfter   = 150 * time.Millisecond  // after that, handlers that ignore their context are left behind
-	orphanTimeout  = 10 * time.Second        // for the kernel to deliver what is unsent when a connection is closed
-	messageTimeout = 1 * time.Second         // for Notify's texts to be taken by the kernel
+	lingerTimeout  = 300 * time.Millisecond  // for the client's FIN after the server's
+	lingerBytes    = 64 << 20                // maximum number of bytes discarded in that time
+	abortAfter     = 1350 * time.Millisecond // after the deadline, connections are closed while their handlers run
+	abandonAfter   = 150 * time.Millisecond  // after that, the server stops without handlers that ignore their context
+	orphanTimeout  = 10 * time.Second        // for the kernel to deliver unsent data of a closed connection
+	messageTimeout = 1 * time.Second         // for the kernel to accept the messages of Notify
 )
 
 // withDefaults returns o with its zero values replaced by their defaults, or an error that names each invalid option.

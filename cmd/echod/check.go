@@ -93,7 +93,7 @@ func checkAddress(ctx context.Context, hostPort string) error {
 	return err
 }
 
-// checkCommand is serve with --check.
+// checkCommand runs serve --check.
 func checkCommand(cmd *cobra.Command, f serveFlags) error {
 	log, sink, err := newLogger(zap.WarnLevel, "console", nil)
 	if err != nil {
@@ -109,7 +109,7 @@ func checkCommand(cmd *cobra.Command, f serveFlags) error {
 	return describeSources(cmd.OutOrStdout(), cmd)
 }
 
-// describeSources says that the configuration is valid, and where it comes from: a shell usually lacks the
+// describeSources says that the configuration is valid and where it comes from, because a shell usually does not have the
 // environment of the service.
 func describeSources(out io.Writer, cmd *cobra.Command) error {
 	var flags, names []string
@@ -132,7 +132,7 @@ func describeSources(out io.Writer, cmd *cobra.Command) error {
 	return err
 }
 
-// warnUnknownVariables logs the variables that no command knows.
+// warnUnknownVariables logs the variables that belong to no command.
 func warnUnknownVariables(log *zap.Logger, cmd *cobra.Command) error {
 	environ, err := envOf(cmd)
 	if err != nil {

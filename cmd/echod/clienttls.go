@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// clientTLS holds the flags of send, load and ping about TLS, as given.
+// clientTLS holds the TLS flags of send, load and ping.
 type clientTLS struct {
 	on         bool
 	ca         string
@@ -32,7 +32,7 @@ func (t *clientTLS) add(f *pflag.FlagSet) {
 		"do not verify the server: anybody can read and change what is\nsent")
 }
 
-// address returns address with the scheme that --tls asks for.
+// address returns address with the scheme tls:// if --tls is set.
 func (t *clientTLS) address(address string) (string, error) {
 	switch {
 	case !t.on || strings.HasPrefix(address, tlsScheme):

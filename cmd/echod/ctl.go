@@ -64,11 +64,10 @@ succeeded but the pause ended before it did.`,
 type ctl struct {
 	path  string
 	json  bool
-	quiet bool // do not repeat notes about the search for a server
+	quiet bool // print no notes about the search for a server
 }
 
-// withClient calls f with a client. With --json it prints the answers as they come, and discards what f writes
-// to out for people.
+// withClient calls f with a client. With --json it prints the answers of the server, and discards what f writes to out.
 func (ctl *ctl) withClient(cmd *cobra.Command, f func(ctx context.Context, c *control.Client, out io.Writer) error) error {
 	notes := cmd.ErrOrStderr()
 	if ctl.quiet {
@@ -170,7 +169,7 @@ func showStatus(out io.Writer, st control.Status) error {
 	return w.Flush()
 }
 
-// describeDrain says how far a drain is and when it ends.
+// describeDrain describes the progress of a drain and when it ends.
 func describeDrain(d control.Drain) string {
 	words := []string{d.Reason, formatDuration(max(0, time.Until(d.Deadline))) + " left", fmt.Sprintf("%d notified", d.Notified)}
 	if d.NoticeFailed > 0 {
@@ -377,8 +376,8 @@ or the server stops meanwhile.`,
 // waitRetry is the time between two attempts of wait to reach a server.
 const waitRetry = 100 * time.Millisecond
 
-// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil. With again it also waits
-// for the next server if one goes away meanwhile.
+// retryUntilUp calls f until it reaches a server, for at most timeout if that is not nil. With again it also calls f again
+// if the server stops during a call.
 func (ctl *ctl) retryUntilUp(timeout *time.Duration, f func(timeout *time.Duration) error, again bool) error {
 	began := time.Now()
 	for left := timeout; ; time.Sleep(waitRetry) {
@@ -605,7 +604,7 @@ func drainLeft(change control.Change) string {
 	return formatDuration(max(0, time.Until(change.Drain.Deadline))) + " left"
 }
 
-// printLine prints a line for people. Texts from the server become printable.
+// printLine prints a line. It makes texts from the server printable.
 func printLine(out io.Writer, format string, args ...any) error {
 	_, err := fmt.Fprintln(out, text.Printable(fmt.Sprintf(format, args...)))
 	return err

@@ -18,7 +18,7 @@ import (
 	"echod/server"
 )
 
-// addFilterFlags adds the flags that say which connections are meant. only is "only" in lists.
+// addFilterFlags adds the flags that select connections. only is "only" for commands that list them.
 func addFilterFlags(cmd *cobra.Command, f *control.ConnFilter, only string) {
 	cmd.Flags().StringSliceVar(&f.Remote, "remote", nil,
 		only+"clients from these address `ranges`, such as 10.0.0.0/8;\nunix is clients of Unix sockets")
@@ -70,7 +70,7 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 	return cmd
 }
 
-// listConns gets all pages.
+// listConns requests all pages.
 func listConns(ctx context.Context, c *control.Client, req control.ListRequest) (conns []control.Conn, err error) {
 	for all := req.Limit < 0; ; {
 		page, err := c.ConnPage(ctx, req)
@@ -290,7 +290,7 @@ func printKilled(out io.Writer, change control.Change, err error) error {
 // completionTimeout bounds how long the shell waits for the server.
 const completionTimeout = time.Second
 
-// complete offers what f gets from the server, or nothing.
+// complete offers the values that f requests from the server, or none after an error.
 func (ctl *ctl) complete(cmd *cobra.Command, f func(ctx context.Context, c *control.Client) []cobra.Completion,
 ) ([]cobra.Completion, cobra.ShellCompDirective) {
 	c, err := controlClient(ctl.path, io.Discard)

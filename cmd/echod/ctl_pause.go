@@ -16,8 +16,8 @@ import (
 	"echod/control"
 )
 
-// Exit codes of 'pause -- COMMAND'. Shells use the last two for a command that cannot be run or is not found
-// (POSIX, 2.8.2), and timeout(1) the first one for a failure of its own.
+// Exit codes of 'pause -- COMMAND'. timeout(1) uses the first one for a failure of its own. Shells use the others for a
+// command that cannot be run or is not found (POSIX, 2.8.2).
 const (
 	exitPauseEnded    = 125
 	exitNotExecutable = 126
@@ -87,8 +87,8 @@ sends them PAUSED and closes.`,
 	return cmd
 }
 
-// pauseWhile runs command while the server is paused. The hold is tied to this process's connection: the
-// server releases it however this process ends.
+// pauseWhile runs command while the server is paused. The hold depends on this process's connection, so the server
+// releases it even if this process is killed.
 func (ctl *ctl) pauseWhile(cmd *cobra.Command, req control.PauseRequest, command []string) error {
 	c, err := controlClient(ctl.path, cmd.ErrOrStderr())
 	if err != nil {
@@ -135,12 +135,12 @@ func releaseLease(ctx context.Context, c *control.Client, lease *control.Lease) 
 	}
 }
 
-// runChild runs child until it exits, and returns its exit code as a shell would. It relays the signals that
-// a terminal does not send to the child itself. It calls early if the lease ends first.
+// runChild runs child until it exits, and returns its exit code as a shell would. It forwards the signals that a terminal
+// does not send to the child itself. It calls early if the lease ends before the child.
 func runChild(child *exec.Cmd, lease *control.Lease, early func()) (code int, err error) {
 	signals := make(chan os.Signal, 16)
-	// These stay caught until this process exits. A terminal sends SIGINT to both processes; it may arrive here
-	// after the child has exited, and must not keep this process from releasing the hold.
+	// The signals stay caught until this process exits. A terminal sends SIGINT to both processes. It may arrive after
+	// the child has exited, and must not end this process before it has released the hold.
 	notifySignals(signals, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP)
 	if err := child.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
@@ -165,7 +165,7 @@ func runChild(child *exec.Cmd, lease *control.Lease, early func()) (code int, er
 			ended = nil
 		case sig := <-signals:
 			if sig == syscall.SIGTERM || sig == syscall.SIGHUP {
-				_ = child.Process.Signal(sig) // the child may just have exited
+				_ = child.Process.Signal(sig) // an error means that the child has exited
 			}
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"echod/server"
 )
 
-// fixedSettings returns the settings of the server's flags that cannot change while it runs.
+// fixedSettings returns the server's flags that cannot change while it runs.
 func fixedSettings(flags *pflag.FlagSet) (fixed []control.Setting) {
 	changeable := server.SettingNames()
 	flags.VisitAll(func(f *pflag.Flag) {
@@ -60,7 +60,7 @@ func (ctl *ctl) settingsCommand() *cobra.Command {
 	return cmd
 }
 
-// valueOrNone shows an empty value.
+// valueOrNone returns value, or a word for an empty one.
 func valueOrNone(value string) string {
 	if value == "" {
 		return "-"

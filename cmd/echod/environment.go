@@ -11,11 +11,11 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// Environment variables that stand in for flags.
+// Environment variables that set flags.
 
 // envName returns the name of the environment variable for a flag: ECHOD_FLAG for the server's flags, and
-// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. These often run in the server's
-// environment, and must not use its settings.
+// ECHOD_CTL_FLAG, ECHOD_SEND_FLAG and so on for those of the other commands. The other commands have their own variables,
+// because they often run in the server's environment.
 func envName(cmd *cobra.Command, flag string) string {
 	path := strings.Fields(cmd.CommandPath())
 	name := "echod-"
@@ -70,13 +70,13 @@ func envOf(cmd *cobra.Command) ([]string, error) {
 	return readVariables(file.Value.String())
 }
 
-// hasVariable reports whether an environment variable can set a flag. --check and --env-file have none: a server with
-// --check in its environment would never start.
+// hasVariable reports whether an environment variable can set a flag. --check and --env-file have none, because a server
+// with --check in its environment would never start.
 func hasVariable(f *pflag.Flag) bool {
 	return f.Name != "help" && f.Name != "check" && f.Name != "env-file"
 }
 
-// flagError returns pflag's error about a value without strconv's part, which repeats the value.
+// flagError returns an error of pflag without the part from strconv, which repeats the value.
 func flagError(err error) error {
 	text, _, _ := strings.Cut(err.Error(), ": strconv.")
 	return errors.New(text)
@@ -98,14 +98,14 @@ func nameVariable(cmd *cobra.Command, err error) error {
 	return err
 }
 
-// An unknownVariable is a variable of the environment that belongs to no flag.
+// An unknownVariable is an environment variable that belongs to no flag.
 type unknownVariable struct {
 	name    string
 	nearest string // the known variable whose name is most like it
 }
 
-// unknownVariables returns the variables that begin with ECHOD_ and belong to no command. They are not an error,
-// because after a downgrade the variables of the newer version are still set.
+// unknownVariables returns the variables that begin with ECHOD_ and belong to no command. They are not errors, because
+// after a downgrade the variables of the newer version may still be set.
 func unknownVariables(root *cobra.Command, environ []string) (unknown []unknownVariable) {
 	known := variables(root, nil)
 	for _, line := range environ {

@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra/doc"
 )
 
-// gendocs is part of builds with the tag gendocs only: package doc adds a megabyte to the binary.
+// gendocs is only in builds with the tag gendocs, because package doc adds a megabyte to the binary.
 func init() {
 	buildCommands = append(buildCommands, &cobra.Command{
 		Use:    "gendocs DIRECTORY",
@@ -40,7 +40,7 @@ func generate(root *cobra.Command, dir string) error {
 	root.DisableAutoGenTag = true
 	for _, cmd := range root.Commands() {
 		if cmd.Name() == "completion" {
-			cmd.Hidden = true // no pages for it
+			cmd.Hidden = true // without a man page
 		}
 	}
 	header := &doc.GenManHeader{Section: "1", Date: &date, Source: "echod " + version, Manual: "User Commands"}

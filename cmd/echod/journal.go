@@ -34,7 +34,7 @@ var priorities = map[zapcore.Level]journal.Priority{
 	zapcore.FatalLevel:  journal.PriCrit,
 }
 
-// priorityEncoder prefixes each line with its priority, as sd-daemon(3) describes it.
+// priorityEncoder prefixes each line with its priority; see sd-daemon(3).
 type priorityEncoder struct{ zapcore.Encoder }
 
 var buffers = buffer.NewPool()
@@ -56,12 +56,12 @@ func (e priorityEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field
 // sendFunc sends an entry to the journal, like journal.Send.
 type sendFunc func(message string, priority journal.Priority, vars map[string]string) error
 
-// sendToJournal can block while the journal's queue is full.
+// sendToJournal sends an entry to the journal. It blocks while the journal's queue is full.
 func sendToJournal(message string, priority journal.Priority, vars map[string]string) error {
 	return journal.Send(message, priority, vars)
 }
 
-// queueSend returns a sendFunc that leaves the sending to the sink.
+// queueSend returns a sendFunc that queues the entry in the sink, which calls send.
 func (s *logSink) queueSend(send sendFunc) sendFunc {
 	return func(message string, priority journal.Priority, vars map[string]string) error {
 		s.enqueue(func() error { return send(message, priority, vars) })
@@ -69,8 +69,8 @@ func (s *logSink) queueSend(send sendFunc) sendFunc {
 	}
 }
 
-// journalCore logs to the journal. Each field of an entry becomes a field of the journal's, so that
-// journalctl CONN=17 finds it.
+// journalCore logs to the journal. Each field of an entry becomes a field in the journal, so that journalctl CONN=17 finds
+// it.
 type journalCore struct {
 	zapcore.LevelEnabler
 	with []zapcore.Field
@@ -109,8 +109,7 @@ func (c journalCore) Write(entry zapcore.Entry, fields []zapcore.Field) error {
 
 func (c journalCore) Sync() error { return nil }
 
-// journalName turns a field's name into one that the journal accepts. Names that mean something to the
-// journal get a prefix.
+// journalName converts a field's name to one that the journal accepts. Names that the journal uses itself get a prefix.
 func journalName(name string) string {
 	upper := strings.ToUpper(name)
 	switch upper {
@@ -125,7 +124,7 @@ func journalName(name string) string {
 	}, upper), "_0123456789")
 }
 
-// maxJournalValue bounds a field in bytes. The longest ones are stacks.
+// maxJournalValue bounds a field in bytes. The longest fields are stacks.
 const maxJournalValue = 32 << 10
 
 // journalValue formats a field as text. Values that are text in the JSON log look the same here.

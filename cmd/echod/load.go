@@ -198,7 +198,7 @@ func (l *loader) setLimits(flags *pflag.FlagSet) error {
 	return nil
 }
 
-// check turns the flags into options.
+// check checks the flags, and sets the options.
 func (l *loader) check(flags *pflag.FlagSet) error {
 	if l.opts.Conns < 1 {
 		return usagef("--conns %d: must be at least 1", l.opts.Conns)
@@ -250,8 +250,8 @@ func (l *loader) check(flags *pflag.FlagSet) error {
 	return nil
 }
 
-// run carries out the command. The first interrupt ends the run, the second one the
-// wait for what is in flight.
+// run runs the command. The first interrupt ends the run. The second one ends the
+// wait for messages in flight.
 func (l *loader) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(context.Canceled)
@@ -269,7 +269,7 @@ func (l *loader) run(ctx context.Context) error {
 	return l.load(ctx)
 }
 
-// load does the run and writes its results.
+// load runs the load and writes the results.
 func (l *loader) load(ctx context.Context) error {
 	before, err := l.readBefore()
 	if err != nil {
@@ -338,8 +338,8 @@ func (l *loader) readBefore() (*load.Report, error) {
 // writesLog reports whether --hdr asks for a log, which is written during the run.
 func (l *loader) writesLog() bool { return strings.HasSuffix(l.files[hdrFile], ".hlog") }
 
-// loadFiles are the files that a report is written to, nil if not wanted. They are
-// opened before the run, so that a wrong path does not cost a run.
+// loadFiles are the files that a report is written to; nil if there is none. They are
+// opened before the run, so that a wrong path is reported at once.
 type loadFiles [loadFileCount]*outputFile
 
 func (l *loader) openFiles() (files loadFiles, err error) {
@@ -366,8 +366,8 @@ func (files loadFiles) close() error {
 	return errors.Join(errs...)
 }
 
-// An outputFile loses its old content when it is first written, and not if the run
-// fails before.
+// An outputFile is truncated at the first write. If the run fails before that, it keeps
+// its content.
 type outputFile struct {
 	*os.File
 	written bool
@@ -401,15 +401,15 @@ func (l *loader) writeFiles(files loadFiles, report, before *load.Report) error 
 // progressEvery is how often progress is printed without a terminal.
 const progressEvery = 5 * time.Second
 
-// loadProgress shows the progress of a run: on a terminal in one line that changes, and
-// otherwise in a new line now and then.
+// loadProgress shows the progress of a run. On a terminal it updates one line. Otherwise
+// it prints a new line every progressEvery.
 type loadProgress struct {
 	out      io.Writer
 	terminal bool
 	width    func() int
 	duration time.Duration
-	printed  time.Duration // when the last line was
-	shown    int           // columns of the present line
+	printed  time.Duration // when the last line was printed, from the start of the run
+	shown    int           // columns of the line on the terminal
 }
 
 func newLoadProgress(out io.Writer, opts load.Options) *loadProgress {
@@ -455,7 +455,7 @@ func (v *loadProgress) end() {
 	}
 }
 
-// fields returns what there is to show, the most important first.
+// fields returns the fields to show, the most important first.
 func (v *loadProgress) fields(p load.Progress) []string {
 	when := fmt.Sprintf("%.0f/%s", min(p.Elapsed, v.duration).Seconds(), v.duration)
 	if p.Draining {
@@ -490,7 +490,7 @@ func joinWithin(fields []string, width int) string {
 	return line
 }
 
-// writeLoadJSON prints a report as JSON, with what is wrong with it.
+// writeLoadJSON prints a report as JSON, with the failures and the comparison.
 func writeLoadJSON(out io.Writer, report *load.Report, failures []string, comparison *load.Comparison) error {
 	if failures == nil {
 		failures = []string{}

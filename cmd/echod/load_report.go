@@ -14,7 +14,7 @@ import (
 	"echod/internal/text"
 )
 
-// writeLoadReport prints a report for people.
+// writeLoadReport prints a report as text.
 func writeLoadReport(out io.Writer, r *load.Report, failures []string, comparison *load.Comparison) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s\n\n", loadTitle(r))
@@ -32,7 +32,7 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 	if len(failures) == 0 {
 		fmt.Fprintln(&b, loadConclusion(r))
 	}
-	// Addresses, and a report to compare with, come from elsewhere.
+	// Addresses and the report to compare with are untrusted.
 	for line := range strings.Lines(b.String()) {
 		if err := printLine(out, "%s", strings.TrimSuffix(line, "\n")); err != nil {
 			return fmt.Errorf("writing the report: %w", err)
@@ -41,7 +41,7 @@ func writeLoadReport(out io.Writer, r *load.Report, failures []string, compariso
 	return nil
 }
 
-// loadTitle says what was done.
+// loadTitle returns the first line: what the run did.
 func loadTitle(r *load.Report) string {
 	title := []string{fmt.Sprintf("%s: %s for %s", r.Address, text.Count(r.Conns, "connection"),
 		formatSeconds(r.Lasted))}
@@ -117,7 +117,7 @@ func writeLoadCounts(b *strings.Builder, r *load.Report) {
 			row(name, a.Address+" "+n(a.Made, "connects"), n(a.Failed, "failed"))
 		}
 	}
-	_ = w.Flush() // a Builder accepts everything
+	_ = w.Flush() // writing to a Builder does not fail
 }
 
 func writeLoadLatencies(b *strings.Builder, r *load.Report) {
@@ -167,7 +167,7 @@ func writeLoadComparison(b *strings.Builder, c *load.Comparison) {
 	}
 }
 
-// loadConclusion sums up a run in which nothing was wrong.
+// loadConclusion sums up a run without failures.
 func loadConclusion(r *load.Report) string {
 	if r.Echoes.Returned == r.Echoes.Sent {
 		conclusion := "All messages came back, once and in order."

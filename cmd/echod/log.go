@@ -55,9 +55,9 @@ func parseLevel(level string) (zap.AtomicLevel, error) {
 	return enabled, err
 }
 
-// newLogger returns a logger that never blocks its caller, for the formats console, json and journal;
-// an empty format is chosen by what stderr is. onDropped, which may be nil, is told how many entries were
-// dropped and for which cause. The caller closes the sink.
+// newLogger returns a logger that never blocks its caller. format is console, json, journal, or empty to choose one by
+// the kind of stderr. onDropped, if not nil, is called with the number of dropped entries and the cause. The caller must
+// close the sink.
 func newLogger(enabled zapcore.LevelEnabler, format string, onDropped func(cause string, entries int64),
 ) (*zap.Logger, *logSink, error) {
 	sink := newLogSink(onDropped)
@@ -98,8 +98,8 @@ func newConsoleEncoder() zapcore.Encoder {
 	return printableEncoder{zapcore.NewConsoleEncoder(config)}
 }
 
-// printableEncoder makes each entry one line that is safe for a terminal. The console encoder escapes less than that:
-// messages may have newlines, and fields C1 control characters and direction marks.
+// printableEncoder makes each entry one line that is safe for a terminal. The console encoder alone leaves newlines in
+// messages, and C1 control characters and direction marks in fields.
 type printableEncoder struct{ zapcore.Encoder }
 
 func (e printableEncoder) Clone() zapcore.Encoder { return printableEncoder{e.Encoder.Clone()} }
@@ -115,11 +115,11 @@ func (e printableEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Fiel
 	return encoded, nil
 }
 
-// samplingCore samples the entries about single connections, because clients can cause any number of them. It logs
-// all other entries, and all connections that the server itself ended, so that a flood cannot hide them.
+// samplingCore samples entries about single connections, because clients can cause any number of them. It logs all other
+// entries, and all about connections that the server ended, so that a flood cannot hide them.
 type samplingCore struct {
 	zapcore.Core
-	sampler zapcore.Core // samples what it passes on to Core
+	sampler zapcore.Core // samples entries, and passes the rest to Core
 }
 
 func withSampling(core zapcore.Core, sink *logSink) zapcore.Core {
@@ -168,23 +168,22 @@ func isPerConn(fields []zapcore.Field) bool {
 
 const (
 	logBacklog = 4096                   // entries that wait for a slow reader
-	logFlush   = 250 * time.Millisecond // for the reader to take them when the process ends
+	logFlush   = 250 * time.Millisecond // time for the reader to read them when the process ends
 	logLossGap = time.Second            // between two reports of entries dropped by sampling
 )
 
 // logSink writes the log without blocking its callers. Stderr may be a terminal that is stopped with
-// Ctrl-S, or a pipe whose reader hangs, and neither may stop the server. Entries that find the queue full
-// are dropped, and so are those that cannot be written. Once the reader continues, a log entry says how many.
+// Ctrl-S, or a pipe whose reader hangs, and neither may block the server. Entries are dropped if the queue is full or if
+// they cannot be written. When the reader continues, a log entry says how many were dropped.
 //
-// The sink's goroutine is started by start and ends with close. If stderr blocks it, it ends with the
-// process.
+// start starts the sink's goroutine, and close ends it. If stderr blocks it, it ends with the process.
 type logSink struct {
 	queue      chan func() error
-	core       zapcore.Core // writes the entries about dropped entries, without the queue
+	core       zapcore.Core // writes entries about dropped entries, without the queue
 	onDropped  func(cause string, entries int64)
 	bySampling atomic.Int64
 	bySlowness atomic.Int64
-	wake       chan struct{} // sampling has dropped an entry
+	wake       chan struct{} // holds a token when sampling has dropped an entry
 	quit       chan struct{}
 	done       chan struct{}
 }
@@ -201,7 +200,7 @@ func (s *logSink) start() *logSink {
 	return s
 }
 
-// enqueue queues a write. The queue never blocks.
+// enqueue queues a write. It never blocks.
 func (s *logSink) enqueue(write func() error) {
 	select {
 	case s.queue <- write:
@@ -219,7 +218,7 @@ func (s *logSink) countSampled() {
 	}
 }
 
-// writer returns a writer that queues what is written to out. Its Write never fails and never blocks.
+// writer returns a writer that queues its writes to out. Its Write never fails and never blocks.
 func (s *logSink) writer(out io.Writer) io.Writer { return queuedWriter{s, out} }
 
 type queuedWriter struct {
@@ -283,7 +282,7 @@ func (s *logSink) reportDropped(cause string, counter *atomic.Int64) {
 	}
 }
 
-// close ends the sink once the reader has taken all entries, or after logFlush.
+// close ends the sink when all entries are written, or after logFlush.
 func (s *logSink) close() {
 	close(s.quit)
 	select {

@@ -40,7 +40,7 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return printError(cmd, nameVariable(cmd, err))
 }
 
-// buildCommands are commands that only some builds have, see gendocs.go.
+// buildCommands are the commands of builds with certain tags; see gendocs.go.
 var buildCommands []*cobra.Command
 
 func newRootCommand() *cobra.Command {
@@ -100,7 +100,7 @@ func newVersionCommand() *cobra.Command {
 func completeValues(cmd *cobra.Command, flag string, values ...cobra.Completion) {
 	complete := cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 	if err := cmd.RegisterFlagCompletionFunc(flag, complete); err != nil {
-		panic(err) // there is no such flag, or it has values already
+		panic(err) // the flag does not exist, or has values already
 	}
 }
 

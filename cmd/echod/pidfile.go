@@ -10,7 +10,7 @@ import (
 	"strings"
 )
 
-// pidFile is the path of a file with the pid of the serving process, which after an upgrade is the successor's. If it
+// pidFile is the path of a file with the pid of the serving process. After an upgrade that is the successor. If the path
 // is empty, there is no file.
 type pidFile string
 
@@ -44,7 +44,7 @@ func (p pidFile) remove() error {
 	}
 	content, err := os.ReadFile(string(p))
 	if err != nil || strings.TrimSpace(string(content)) != strconv.Itoa(os.Getpid()) {
-		return nil // another server's, or gone
+		return nil // the file is another server's, or does not exist
 	}
 	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

@@ -163,8 +163,8 @@ func (p *pinger) check() error {
 	return nil
 }
 
-// runUntilSignal runs until it is done or a signal comes. After a signal it still
-// prints a summary, and its result decides the exit status.
+// runUntilSignal runs until all pings are done or a signal arrives. After a signal it
+// prints the summary, too, and the pings so far decide the exit status.
 func (p *pinger) runUntilSignal(ctx context.Context) error {
 	var outcome error
 	_ = interruptible(ctx, func(ctx context.Context) error {
@@ -188,7 +188,7 @@ func (p *pinger) run(ctx context.Context) error {
 	for ctx.Err() == nil {
 		r := p.ping(ctx, len(p.results)+1)
 		if r.err != nil && ctx.Err() != nil {
-			break // interrupted: this one does not count
+			break // an interrupted ping does not count
 		}
 		p.results = append(p.results, r)
 		if err := p.print(r); err != nil {
@@ -265,7 +265,7 @@ func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
 	}
 	began = time.Now()
 	dial := func(ctx context.Context, _ string) (net.Conn, error) { return p.dial(ctx, hosts, &r) }
-	var told *client.NoticeError // the server's last word, even if it does not close
+	var told *client.NoticeError // a notice counts even if the server does not close the connection
 	onNotice := func(n client.Notice) {
 		if n.Ends() {
 			told = &client.NoticeError{Notice: n}
@@ -319,8 +319,8 @@ func (p *pinger) resolve(ctx context.Context) ([]netip.Addr, error) {
 	return hosts, err
 }
 
-// dial connects to the first address that answers, and stores in r which one that is, and
-// how long the TLS handshake took. Each address gets its share of the time.
+// dial connects to the first address that answers. It stores the address and the time of
+// the TLS handshake in r. The addresses share the time equally.
 func (p *pinger) dial(ctx context.Context, hosts []netip.Addr, r *pingResult) (net.Conn, error) {
 	if p.host == "" {
 		return client.DialConn(ctx, p.address, nil)
@@ -403,13 +403,13 @@ func pingResultOf(err error) string {
 	return "error"
 }
 
-// A wrongEchoError says what came instead of the echo.
+// A wrongEchoError says what the server sent instead of the echo.
 type wrongEchoError struct{ *client.CorruptionError }
 
 func (e *wrongEchoError) Error() string { return fmt.Sprintf("got %q instead of the echo", e.Got) }
 
-// pingError removes the address from an error of package client: it has been
-// printed.
+// pingError removes the address from an error of package client, because it was
+// printed already.
 func pingError(err error) error {
 	if wrong, ok := errors.AsType[*client.CorruptionError](err); ok {
 		return &wrongEchoError{wrong}
@@ -423,7 +423,7 @@ func pingError(err error) error {
 	return err
 }
 
-// print prints a ping. A single failed one is not printed: it is the command's error.
+// print prints a ping. It does not print a single failed one, which is the command's error.
 func (p *pinger) print(r pingResult) error {
 	switch {
 	case p.json:
@@ -470,13 +470,13 @@ type pingSummary struct {
 	Returned int            `json:"returned"`
 	Results  map[string]int `json:"results"`
 	Took     float64        `json:"took_seconds"`
-	DNS      *pingSpread    `json:"dns,omitempty"` // nil if no ping got that far
+	DNS      *pingSpread    `json:"dns,omitempty"` // nil if no ping has resolved a name
 	Connect  *pingSpread    `json:"connect,omitempty"`
 	TLS      *pingSpread    `json:"tls,omitempty"`
 	Echo     *pingSpread    `json:"echo,omitempty"`
 }
 
-// A pingSpread describes some times. Deviation is the standard deviation, which ping(8)
+// A pingSpread sums up times. Deviation is the standard deviation, which ping(8)
 // calls mdev.
 type pingSpread struct {
 	Min       float64 `json:"min_seconds"`
@@ -525,7 +525,7 @@ func (p *pinger) summarize(took time.Duration) error {
 	}
 	lost := 100 * float64(s.Sent-s.Returned) / float64(s.Sent)
 	if s.Returned > 0 {
-		lost = min(lost, 99.9) // not rounded to 100
+		lost = min(lost, 99.9) // so that it is not rounded to 100
 	}
 	fmt.Fprintf(p.out, "\n--- %s echod ping statistics ---\n%d sent, %d returned, %.3g%% lost",
 		text.Printable(p.address), s.Sent, s.Returned, lost)

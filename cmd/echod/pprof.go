@@ -7,7 +7,7 @@ import (
 	"strconv"
 )
 
-// maxProfile bounds the seconds of a profile, because everybody who can reach --http can ask for one.
+// maxProfile bounds the seconds of a profile, because every client of --http can request one.
 const maxProfile = 60
 
 // profiles returns the handler of /debug/pprof/. It makes one profile at a time, to bound the load.

@@ -22,11 +22,11 @@ import (
 func init() {
 	// nginx writes IPv4 addresses into TCP6 headers when a client and the server differ in family.
 	proxyproto.V1AcceptIPv4InTCP6 = true
-	// The bound is against untrusted senders. The proxies are trusted, and have a time limit.
+	// proxyproto bounds headers because of untrusted senders. Our proxies are trusted, and have a time limit.
 	proxyproto.MaxV2HeaderSize = math.MaxUint16
 }
 
-// trustUnix is the range of all clients of Unix sockets.
+// trustUnix stands for all clients of Unix sockets.
 var trustUnix = netip.Prefix{}
 
 // parseTrusted parses the address ranges of proxies, and the word unix. An IPv4-mapped range becomes an IPv4 range.
@@ -70,7 +70,7 @@ func isTrusted(trusted []netip.Prefix, remote net.Addr) bool {
 		return slices.Contains(trusted, trustUnix)
 	}
 	from, err := netip.ParseAddrPort(remote.String())
-	addr := from.Addr().Unmap().WithZone("") // as parseTrusted has them
+	addr := from.Addr().Unmap().WithZone("") // in the form of the ranges
 	return err == nil && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
 }
 
@@ -92,7 +92,7 @@ func readProxyClient(nc net.Conn) (net.Addr, error) {
 	}
 	client, ok := header.SourceAddr.(*net.TCPAddr)
 	if header.Command.IsLocal() || !ok {
-		return nil, nil // a connection of the proxy's own, such as a health check
+		return nil, nil // the proxy's own connection, such as a health check
 	}
 	return client, nil
 }
@@ -102,7 +102,7 @@ const (
 	signatureV1 = "PROXY "
 	signatureV2 = "\r\n\r\n\x00\r\nQUIT\n"
 	maxV1       = 107
-	fixedV2     = 16 // before the addresses and TLVs, which are up to 65,535 bytes
+	fixedV2     = 16 // bytes before the addresses and TLVs, which have up to 65,535 bytes
 
 	familyV2    = 13 // offset of the byte whose upper half is the address family
 	unspecified = 0  // AF_UNSPEC
@@ -115,7 +115,7 @@ var (
 
 func isV2(raw []byte) bool { return string(raw[:len(signatureV1)]) == signatureV2[:len(signatureV1)] }
 
-// readProxyHeader reads a header and nothing of what follows it. The error wraps io.EOF if the stream ended
+// readProxyHeader reads a header, and no byte after it. The error wraps io.EOF if the stream ended
 // before the first byte, and io.ErrUnexpectedEOF if it ended inside the header.
 func readProxyHeader(r io.Reader) ([]byte, error) {
 	raw := make([]byte, len(signatureV1), maxV1)
@@ -132,7 +132,7 @@ func readProxyHeader(r io.Reader) ([]byte, error) {
 	}
 }
 
-// readV1 reads byte by byte: it must not take any byte after the newline.
+// readV1 reads byte by byte, because it must not read a byte after the newline.
 func readV1(r io.Reader, raw []byte) ([]byte, error) {
 	for len(raw) < maxV1 {
 		next := raw[len(raw) : len(raw)+1]

@@ -166,9 +166,9 @@ type sender struct {
 	flags     *pflag.FlagSet
 	in        io.Reader
 	out, err  io.Writer
-	roots     *x509.CertPool // of --cacert; nil: the system's
+	roots     *x509.CertPool // of --cacert; nil means those of the system
 	tls       clientTLS
-	tlsConfig *tls.Config // for the server; nil: crypto/tls's defaults
+	tlsConfig *tls.Config // for the server; nil means crypto/tls's defaults
 }
 
 func (s *sender) run(ctx context.Context, args []string) error {
@@ -186,7 +186,7 @@ func (s *sender) run(ctx context.Context, args []string) error {
 		}
 	}
 	if s.output == "-" {
-		s.output = "" // standard output too
+		s.output = "" // "-" means standard output, too
 	}
 	if err := s.readCertificates(); err != nil {
 		return err
@@ -271,7 +271,7 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 	if err != nil {
 		return err
 	}
-	plain := !s.lines && !s.csv && !s.raw // standard input as it is
+	plain := !s.lines && !s.csv && !s.raw // send standard input unchanged
 	if len(inputs) == 0 {
 		inputs = []string{stdinName}
 	}
@@ -279,10 +279,10 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 		s.reconnect = true
 	}
 	ordered := s.ordered || s.conns == 1
-	format.Pieces = plain && ordered && s.failed == "" // come back as the line that they were
+	format.Pieces = plain && ordered && s.failed == "" // in order, the pieces of a long line make up the line again
 	format.Verbatim = format.Verbatim || plain
 	format.NameRows = s.csv && len(inputs) > 1
-	// A record costs an allocation. Collecting them earlier keeps the memory near what is in flight.
+	// Each record is an allocation. More frequent collections keep the memory close to the size of the records in flight.
 	debug.SetGCPercent(50)
 	const inFlightBytes = 1 << 20 // for each connection, up to 4 MiB
 	opts := bulk.Options{
@@ -297,7 +297,7 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 		return err
 	}
 	if !plain {
-		signal.Ignore(syscall.SIGPIPE) // a reader that goes away is an error, after which the state is saved
+		signal.Ignore(syscall.SIGPIPE) // if the reader exits, writing fails, and the state is saved
 		ignoreBackgroundWrite()
 	}
 	summary, err := s.runBulk(ctx, opts)
@@ -307,7 +307,7 @@ func (s *sender) sendRecords(ctx context.Context, inputs []string) error {
 // reportResult reports how a run ended, and returns its exit code or error.
 func (s *sender) reportResult(opts bulk.Options, summary bulk.Summary, err error, plain bool) error {
 	if errors.Is(err, syscall.EPIPE) && s.output == "" && s.resume == "" {
-		return &exitError{code: exitSignal + int(syscall.SIGPIPE)} // as a filter that SIGPIPE ends
+		return &exitError{code: exitSignal + int(syscall.SIGPIPE)} // like a filter that SIGPIPE has ended
 	}
 	incomplete := summary.Missing() > 0 || summary.BadInputs > 0
 	switch {
@@ -323,7 +323,7 @@ func (s *sender) reportResult(opts bulk.Options, summary bulk.Summary, err error
 	_, badAddress := errors.AsType[*net.AddrError](err)
 	_, badCertificate := errors.AsType[*tls.CertificateVerificationError](err)
 	switch {
-	case errors.Is(err, bulk.ErrStrict), badAddress, badCertificate: // the same command fails again
+	case errors.Is(err, bulk.ErrStrict), badAddress, badCertificate: // the same command would fail again
 		return err
 	case err != nil && s.resume != "" && !errors.Is(err, bulk.ErrNotSaved):
 		return fmt.Errorf("%w (the same command continues from here: --resume %s)", addUnsentHint(err), s.resume)
@@ -337,7 +337,7 @@ func (s *sender) reportResult(opts bulk.Options, summary bulk.Summary, err error
 	return nil
 }
 
-// addUnsentHint says that not all of the input was sent, if the server is the reason.
+// addUnsentHint adds to err that not all of the input was sent, if the server closed the connection.
 func addUnsentHint(err error) error {
 	_, notice := errors.AsType[*client.NoticeError](err)
 	_, end := errors.AsType[*client.EndError](err)
@@ -347,7 +347,7 @@ func addUnsentHint(err error) error {
 	return err
 }
 
-// format returns how the flags say to read the inputs.
+// format returns the format of the inputs, from the flags.
 func (s *sender) format() (records.Options, error) {
 	opts := records.Options{
 		Format: records.Lines, NoHeader: s.noHeader, LazyQuotes: s.lazyQuotes, AllowRagged: s.allowRagged,
@@ -426,7 +426,7 @@ func singleRune(value string) (rune, bool) {
 	return r, size == len(value) && size > 0 && records.ValidDelimiter(r)
 }
 
-// httpOptions returns how the flags say to request URLs.
+// httpOptions returns the options for requests of URLs, from the flags.
 func (s *sender) httpOptions() (records.HTTPOptions, error) {
 	opts := records.HTTPOptions{
 		UserAgent: "echod/" + version, RootCAs: s.roots, Header: http.Header{}, Retries: cmp.Or(s.retries, -1),
@@ -439,7 +439,7 @@ func (s *sender) httpOptions() (records.HTTPOptions, error) {
 		name, value = strings.TrimSpace(name), strings.TrimSpace(value)
 		control := func(r rune) bool { return r <= ' ' || r > '~' }
 		if !ok || name == "" || strings.ContainsFunc(name, control) || strings.ContainsAny(value, "\r\n\x00") {
-			return opts, usagef("--header, number %d: want 'Name: value'", i+1) // it may be secret
+			return opts, usagef("--header, number %d: want 'Name: value'", i+1) // the value is not printed, because it may be secret
 		}
 		name = textproto.CanonicalMIMEHeaderKey(name)
 		opts.Header[name] = append(opts.Header[name], value)
@@ -447,8 +447,8 @@ func (s *sender) httpOptions() (records.HTTPOptions, error) {
 	return opts, nil
 }
 
-// newDisplay returns how to report a run: with bars on a terminal, unless the echo goes to
-// it, and otherwise with lines.
+// newDisplay returns the display of a run: bars on a terminal, or lines if stderr is not a
+// terminal or the echo goes to the same terminal.
 func (s *sender) newDisplay(plain bool) bulk.Display {
 	switch {
 	case s.quiet:
@@ -470,7 +470,7 @@ func (s *sender) newDisplay(plain bool) bulk.Display {
 	return bulk.Lines(s.err, terminal, every)
 }
 
-// terminalFile returns w as the terminal that it is, or nil.
+// terminalFile returns w if it is a terminal, or nil.
 func terminalFile(w io.Writer) *os.File {
 	if file, ok := w.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 		return file
@@ -478,8 +478,8 @@ func terminalFile(w io.Writer) *os.File {
 	return nil
 }
 
-// runBulk runs it. The first signal stops reading, the second ends the run. The closing of
-// the terminal sends SIGHUP.
+// runBulk sends the records. The first signal stops reading, the second ends the run.
+// SIGHUP counts, because closing the terminal sends it.
 func (s *sender) runBulk(ctx context.Context, opts bulk.Options) (summary bulk.Summary, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -537,7 +537,7 @@ type namedFile struct {
 }
 
 func statFile(name string) namedFile {
-	info, _ := os.Stat(name) // opening it returns the error
+	info, _ := os.Stat(name) // opening the file returns the error
 	return namedFile{name, info}
 }
 
@@ -550,7 +550,7 @@ func statStream(name string, stream any) namedFile {
 	return namedFile{name: name}
 }
 
-// same reports whether both are, or will be, one regular file.
+// same reports whether both name the same regular file, which need not exist.
 func (f namedFile) same(other namedFile) bool {
 	if f.info != nil && other.info != nil {
 		return f.info.Mode().IsRegular() && os.SameFile(f.info, other.info)
@@ -560,7 +560,7 @@ func (f namedFile) same(other namedFile) bool {
 	return f.info == nil && other.info == nil && errA == nil && errB == nil && a == b
 }
 
-// checkFiles checks that no file is written that is read, or written twice.
+// checkFiles checks that no file is both read and written, or written twice.
 func (s *sender) checkFiles(inputs []string) error {
 	var read, written []namedFile
 	for _, name := range inputs {

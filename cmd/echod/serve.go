@@ -34,7 +34,7 @@ Each flag has an environment variable: ECHOD_MAX_CONNS for --max-conns, and so o
 flags that may be repeated it holds a comma-separated list. Flags take precedence. An
 empty variable counts as unset.`
 
-// serveFlags holds the flags of serve, as given.
+// serveFlags holds the flags of serve.
 type serveFlags struct {
 	listen              []string
 	control             string
@@ -72,7 +72,7 @@ type serveFlags struct {
 	checkOnly bool
 	envFile   string
 
-	listenGiven bool // listen is not the default
+	listenGiven bool // listen was set by a flag or a variable
 }
 
 func newServeCommand(use string) *cobra.Command {
@@ -137,7 +137,7 @@ func newServeCommand(use string) *cobra.Command {
 			"{reason}, {deadline} and Go escapes; a text that does not end\n"+
 			"in \\n is sent exactly as it is; an empty one sends nothing\n"+
 			"(default: SHUTDOWN {seconds} {reason}\\n)")
-	flags.Lookup("notice").DefValue = "" // pflag would quote the backslash of the default once more
+	flags.Lookup("notice").DefValue = "" // pflag would escape the backslash of the default again
 	flags.IntVar(&f.maxConns, "max-conns", 0,
 		"maximum `number` of connections served at once; 0 is as many as\nthe limit of open files allows")
 	flags.StringVar(&f.atLimit, "at-limit", "wait",
@@ -299,14 +299,14 @@ func socketAccess(prefix, modeText, groupName string) (opts control.SocketOption
 	return opts, nil
 }
 
-// serveConfig holds the checked options and certificates, which serve needs to open its sockets.
+// serveConfig holds the options and certificates that serve needs to open its sockets.
 type serveConfig struct {
 	server  server.Options
 	control control.SocketOptions
 	echo    echoOptions
 }
 
-// prepare checks all flags but addresses, and loads the certificates. ticketKeys are the predecessor's.
+// prepare checks all flags except addresses, and loads the certificates. ticketKeys are those of the predecessor.
 func (f serveFlags) prepare(ticketKeys []byte, log *zap.Logger) (p serveConfig, err error) {
 	if p.server, err = f.options(log); err != nil {
 		return p, err
@@ -326,9 +326,9 @@ func (f serveFlags) prepare(ticketKeys []byte, log *zap.Logger) (p serveConfig, 
 // serve runs the server until it has stopped.
 func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	ctx := cmd.Context()
-	// Signals are caught before any socket opens: from the first client on, a signal starts a drain.
-	// Those that arrive before the run group starts wait in the channel.
-	caught := make(chan os.Signal, 16) // signal.Notify drops what does not fit
+	// Signals are caught before any socket opens, so that a signal starts a drain as soon as there can be clients. Signals
+	// that arrive before the run group starts wait in the channel.
+	caught := make(chan os.Signal, 16) // signal.Notify drops signals if the channel is full
 	notifySignals(caught, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
 	upgrades := make(chan os.Signal, 1)
 	notifyUpgrade(upgrades)
@@ -373,13 +373,13 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 		predecessor = &control.Process{PID: taken.from.PID, Version: taken.from.Version}
 	}
 	tookOver := taken != nil
-	taken = nil // from now on an error is this process's own
+	taken = nil // the predecessor has ended; a later error is only this process's
 	if err := pidFile(f.pidFile).write(); err != nil {
 		if !tookOver {
 			sockets.close()
 			return err
 		}
-		log.Error("cannot write the pid file", zap.Error(err)) // the clients matter more
+		log.Error("cannot write the pid file", zap.Error(err)) // not fatal, because clients are connected
 	}
 	log.Info("starting", zap.String("version", version), zap.Int("pid", os.Getpid()), zap.Duration("grace", f.grace))
 	if err := warnUnknownVariables(log, cmd); err != nil {
@@ -484,23 +484,23 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	return keepIfUpgraded(caught)
 }
 
-// awaitListening waits until the server serves n listeners, for a second at most. A drain that begins earlier
-// would end before it knows their clients.
+// awaitListening waits until the server serves n listeners, for a second at most. A drain that begins earlier could end
+// before these listeners' clients are accepted.
 func awaitListening(srv *server.Server, n int) {
 	for range 1000 {
 		if len(srv.Status().Listeners) >= n {
 			return
 		}
 		select {
-		case <-time.After(time.Millisecond): // nothing reports each listener
+		case <-time.After(time.Millisecond): // the server does not report single listeners
 		case <-srv.Done():
 			return
 		}
 	}
 }
 
-// openOrTakeOver opens the sockets that the flags ask for, or takes those of the predecessor over, with its
-// connections.
+// openOrTakeOver opens the sockets that the flags name. If there is a predecessor, it takes over its sockets and
+// connections instead.
 func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, taken *receivedOffer,
 	opts control.SocketOptions, log *zap.Logger, echo echoOptions,
 ) (sockets, error) {
@@ -515,7 +515,7 @@ func (f serveFlags) openOrTakeOver(ctx context.Context, srv *server.Server, take
 	return s, srv.TakeOver(ctx, taken.offer, s.echo)
 }
 
-// logLimitations logs which features are limited in this environment.
+// logLimitations logs features that do not work or are limited in this environment.
 func (f serveFlags) logLimitations(log *zap.Logger) {
 	if missing := unsupportedFeatures(runtime.GOOS); missing != nil {
 		log.Warn("not supported on this platform", zap.Strings("features", missing))

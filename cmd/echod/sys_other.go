@@ -2,11 +2,11 @@
 
 package main
 
-// The directories for control sockets are the user's own on this platform.
+// On this platform the directories for control sockets belong to the user.
 
 func checkOwnDirectory(string) error           { return nil }
 func checkOwnDirectoryAndParents(string) error { return nil }
 func checkParents(string) error                { return nil }
 
-// There are no jobs to stop on this platform.
+// This platform has no job control.
 func ignoreBackgroundWrite() {}

@@ -11,7 +11,7 @@ import (
 	"syscall"
 )
 
-// checkOwnDirectory checks that dir belongs to this user or root, and that nobody else can write to it.
+// checkOwnDirectory checks that dir belongs to this user or root, and that no other user can write to it.
 func checkOwnDirectory(dir string) error { return checkDirectory(dir, false) }
 
 // checkOwnDirectoryAndParents checks dir like checkOwnDirectory, and all directories above it, as written and with
@@ -23,7 +23,7 @@ func checkOwnDirectoryAndParents(dir string) error {
 	return checkDirectory(dir, false)
 }
 
-// checkParents checks that nobody but root and this user can replace dir.
+// checkParents checks that only root and this user can replace dir.
 func checkParents(dir string) error {
 	parent := filepath.Dir(filepath.Clean(dir))
 	real, err := filepath.EvalSymlinks(parent)
@@ -44,7 +44,7 @@ func checkParents(dir string) error {
 }
 
 // checkDirectory checks the owner and mode of a directory, or of a symbolic link above one. In a sticky
-// directory, such as /tmp, others cannot replace what is not theirs.
+// directory, such as /tmp, other users cannot replace the files of this one.
 func checkDirectory(dir string, above bool) error {
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -63,6 +63,6 @@ func checkDirectory(dir string, above bool) error {
 	return nil
 }
 
-// ignoreBackgroundWrite lets a background job write to its terminal although 'stty tostop' is set.
-// Otherwise the job would be stopped.
+// ignoreBackgroundWrite lets a background job write to its terminal if 'stty tostop' is set. Otherwise the kernel would
+// stop the job.
 func ignoreBackgroundWrite() { signal.Ignore(syscall.SIGTTOU) }

@@ -10,10 +10,10 @@ import (
 	"echod/internal/text"
 )
 
-// tableWidth is how many columns a table takes at most: a terminal has at least so many.
+// tableWidth is the maximum width of a table in columns. A terminal usually has at least as many.
 const tableWidth = 80
 
-// A table is printed in columns. Those whose head ends in ~ are shortened until the table fits into 80 columns.
+// A table is printed in columns. Columns whose head ends in ~ are shortened until the table fits into tableWidth.
 type table struct {
 	heads   []string
 	shrinks []bool
@@ -31,7 +31,7 @@ func newTable(heads string) *table {
 	return t
 }
 
-// row adds a row. Texts from the server become printable.
+// row adds a row. It makes texts from the server printable.
 func (t *table) row(cells ...any) {
 	texts := make([]string, len(cells))
 	for i, cell := range cells {

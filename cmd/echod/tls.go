@@ -18,7 +18,7 @@ import (
 	"echod/server"
 )
 
-// tlsFlags holds the flags of serve about TLS, as given.
+// tlsFlags holds the TLS flags of serve.
 type tlsFlags struct {
 	certs, keys []string
 	clientCA    string
@@ -51,7 +51,7 @@ const (
 // tlsScheme marks addresses that are served over TLS.
 const tlsScheme = "tls://"
 
-// load loads the certificates; they are nil if none of the addresses needs them. ticketKeys are the predecessor's.
+// load loads the certificates. It returns nil if no address needs them. ticketKeys are those of the predecessor.
 // All errors but those of the files are usage errors.
 func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (*server.Certificates, error) {
 	needed := slices.ContainsFunc(addresses, func(address string) bool { return strings.HasPrefix(address, tlsScheme) })
@@ -100,7 +100,7 @@ func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (
 }
 
 // authenticatedSuites returns the cipher suites of TLS 1.2 with authenticated encryption. It leaves out those with
-// CBC, because of attacks such as Lucky Thirteen. All clients of the last ten years support others.
+// CBC, because of attacks such as Lucky Thirteen. All clients of the last ten years support the others.
 func authenticatedSuites() (ids []uint16) {
 	for _, suite := range tls.CipherSuites() {
 		if strings.Contains(suite.Name, "_GCM_") || strings.Contains(suite.Name, "_CHACHA20_") {
@@ -110,7 +110,7 @@ func authenticatedSuites() (ids []uint16) {
 	return ids
 }
 
-// withoutClientAuth returns a configuration that asks for no client certificate, because probes have none.
+// withoutClientAuth returns a configuration that requests no client certificate, because probes have none.
 func withoutClientAuth(config *tls.Config) *tls.Config {
 	return &tls.Config{GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
 		current, err := config.GetConfigForClient(hello)
@@ -128,11 +128,11 @@ func withoutClientAuth(config *tls.Config) *tls.Config {
 func watchActor(srv *server.Server, certs *server.Certificates) (execute func() error, interrupt func(error)) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	execute = func() error {
-		_ = certs.Watch(ctx) // the cause of ctx
+		_ = certs.Watch(ctx) // returns the cause of ctx
 		return nil
 	}
 	interrupt = func(error) {
-		<-srv.Done() // handshakes go on during the drain
+		<-srv.Done() // handshakes continue during the drain
 		cancel(server.ErrServerClosed)
 	}
 	return execute, interrupt
@@ -151,7 +151,7 @@ func (s *sockets) listenUnix(ctx context.Context, path string, opts control.Sock
 	return nil
 }
 
-// tlsAddresses are those of listeners with TLS, for the successor.
+// tlsAddresses returns the addresses of listeners with TLS, for the successor.
 func tlsAddresses(listeners []server.Listener) (addresses []string) {
 	for _, ln := range listeners {
 		if ln.TLSConfig != nil {
@@ -161,7 +161,7 @@ func tlsAddresses(listeners []server.Listener) (addresses []string) {
 	return addresses
 }
 
-// adoptEcho prepares listeners from a predecessor as listenEcho prepares new ones.
+// adoptEcho configures listeners of a predecessor as listenEcho configures new ones.
 func (s *sockets) adoptEcho(tlsAddresses []string, opts echoOptions) error {
 	for i, ln := range s.echo {
 		address := ln.Addr().String()

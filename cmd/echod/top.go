@@ -67,7 +67,7 @@ Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 	return cmd
 }
 
-// terminalOf returns the file behind a stream that is a terminal, and nil otherwise.
+// terminalOf returns the file of a stream that is a terminal, or nil.
 func terminalOf(stream any) *os.File {
 	if file, ok := stream.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
 		return file
@@ -75,8 +75,8 @@ func terminalOf(stream any) *os.File {
 	return nil
 }
 
-// speaksUTF8 reports whether the terminal shows more than ASCII, by the variables that choose the locale
-// (POSIX, 8.2). Windows has none of them, and shows it.
+// speaksUTF8 reports whether the terminal shows UTF-8, according to the variables of the locale (POSIX, 8.2). Windows does
+// not have these variables, and shows UTF-8.
 func speaksUTF8() bool {
 	for _, name := range []string{"LC_ALL", "LC_CTYPE", "LANG"} {
 		if locale := os.Getenv(name); locale != "" {
