@@ -150,7 +150,7 @@ func (c *Conn) endHandshake(err error) {
 		why, cause = ReasonClientReset, ErrConnClosed
 	}
 	first := c.end(why, cause)
-	if crowded := errors.Is(c.cause(), errHandshakeLimit); crowded {
+	if errors.Is(c.cause(), errHandshakeLimit) {
 		err = fmt.Errorf("%w: %w", errHandshakeLimit, err)
 	} else if !first || why != c.handshakeReason() {
 		return // the server has ended the connection, or the client left before the handshake began

@@ -58,9 +58,9 @@ func TestVisit(t *testing.T) {
 		c := &Conn{srv: s}
 		cp := &copier{src: c, dst: c, echo: true}
 		if !cp.onReadable(uintptr(pair[1])) {
-			t.Error("visit waits, want it to return")
+			t.Error("onReadable returned false, want true")
 		}
-		wantEqual(t, "messages echoed in one visit", c.BytesOut(), uint64(maxReads))
+		wantEqual(t, "messages echoed in one call", c.BytesOut(), uint64(maxReads))
 		cp.releaseBuffer()
 	})
 
@@ -131,7 +131,7 @@ func halfWritten(t *testing.T, sent string, do func(*Conn, *copier)) string {
 			return err
 		}
 		if left := len(cp.unwritten()); !cp.holdsWriteLock || left == 0 || left == len(sent) {
-			t.Errorf("after the visit %d bytes of %d are left, lock kept: %t", left, len(sent), cp.holdsWriteLock)
+			t.Errorf("after onReadable %d bytes of %d are left, lock kept: %t", left, len(sent), cp.holdsWriteLock)
 		}
 		do(c, cp)
 		cp.releaseBuffer()
