@@ -42,9 +42,9 @@
 // announced the end of the connection, later errors are a [*NoticeError]. Bytes
 // that are neither echo nor notice are a [*CorruptionError].
 //
-// One case is ambiguous. If a client sends a line that is itself a valid notice,
-// and the server sends the same notice, nobody can know which of the two arrived
-// first. The echo is complete in this case too.
+// One case is ambiguous: a client sends a line that is itself a valid notice, and
+// the server sends the same notice. The client cannot tell which of the two
+// arrived first. The echo is complete in this case, too.
 //
 // # Goroutines
 //

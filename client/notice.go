@@ -68,8 +68,8 @@ func (n Notice) String() string {
 }
 
 // ParseNotice parses a line without its newline. It reports false if the line is
-// not a notice, is longer than 4 KiB, is not valid UTF-8, or has control
-// characters other than tabs, which could manipulate a terminal.
+// not a notice. A notice has at most 4 KiB and is valid UTF-8. It has no control
+// characters other than tabs, because they could manipulate a terminal.
 //
 // A line of this form may also be an echo. Only a [Client] or a [Stream], which
 // know what was sent, can tell.

@@ -121,8 +121,8 @@ func (l *callerListener) closeIdlest() bool {
 	return true
 }
 
-// closePriority returns 0 for a connection that has sent nothing or is answered, 1 for one that has sent a part of a
-// request, and 2 for one whose request is being answered.
+// closePriority returns 0 for a connection that has sent nothing or is answered, and 1 for one that has sent a part of a
+// request. It returns 2 for one whose request is being answered.
 func (c *callerConn) closePriority() int {
 	switch {
 	case c.answered:

@@ -15,9 +15,9 @@ import (
 	"time"
 )
 
-// Conn is an accepted connection. It differs from other net.Conns: notices never land inside a Write; Close leaves
-// flushing, half-closing and lingering to the server; deadlines no longer change once the server ends the connection;
-// and a write deadline applies to the handler's writes only.
+// Conn is an accepted connection. It differs from other net.Conns in four ways. Notices are never sent inside a Write.
+// After Close the server flushes, half-closes and lingers. Deadlines no longer change once the server ends the
+// connection. And a write deadline applies only to the handler's writes.
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
@@ -203,8 +203,8 @@ func (c Credentials) String() string { return fmt.Sprintf("uid=%d,pid=%d", c.UID
 // them.
 func (c *Conn) PeerCredentials() (cred Credentials, ok bool) { return peerCredentials(c.sock) }
 
-// Draining returns a channel that is closed when the connection's drain begins: its client has been told, and has
-// until DrainDeadline. The cause is a drain of the server, an eviction (PauseOptions.Evict), or the connection's age
+// Draining returns a channel that is closed when the connection's drain begins: its client has been told to leave, and
+// has time until DrainDeadline. The cause is a drain of the server, an eviction (PauseOptions.Evict), or the connection's age
 // (Timeouts.MaxAge). The handler may finish its work until its context is cancelled.
 func (c *Conn) Draining() (signal <-chan struct{}) {
 	c.closing.With(func(cl *closingState) {
@@ -231,7 +231,7 @@ func (c *Conn) DrainDeadline() (deadline time.Time, ok bool) {
 	return deadline, ok
 }
 
-// DrainReason returns why the connection is being drained; empty while it is not.
+// DrainReason returns why the connection is being drained. It is empty while the connection is not being drained.
 func (c *Conn) DrainReason() (reason string) {
 	c.closing.With(func(cl *closingState) {
 		if cl.rare != nil {
@@ -265,10 +265,10 @@ func (c *Conn) moveDeadline(deadline func(connDrain) time.Time) {
 	})
 }
 
-// MarkIdle declares that the handler has answered all requests and has read nothing of the next one: with a
-// bufio.Reader, that Buffered returns 0. (A bufio.Scanner does not report this.) A drain then makes the waiting Read,
-// or the next one, fail with ErrDraining, once per connection. No byte is lost, so the handler may also continue. The
-// first byte read ends the mark. Call MarkIdle on the goroutine that reads.
+// MarkIdle declares that the handler has answered all requests and has read nothing of the next one. With a bufio.Reader
+// the latter means that Buffered returns 0. (A bufio.Scanner does not report this.) A drain then makes the waiting Read,
+// or the next one, fail with ErrDraining, once per connection. No byte is lost, so the handler may also continue. Reading
+// a byte removes the mark. Call MarkIdle on the goroutine that reads.
 func (c *Conn) MarkIdle() { c.idle.CompareAndSwap(idleUnmarked, idleMarked) }
 
 // endIdle removes the mark of MarkIdle after a read; data reports whether the read returned data. If a drain or a
@@ -313,8 +313,8 @@ func (c *Conn) idleReadError() (err error) {
 	return err
 }
 
-// finishHandshake performs the handshake of a TLS session before its first idle read: crypto/tls cannot continue a
-// handshake that a drain has interrupted.
+// finishHandshake performs the handshake of a TLS session before its first idle read, because crypto/tls cannot continue
+// a handshake that a drain has interrupted.
 func (c *Conn) finishHandshake() error {
 	session, ok := c.nc.(*tls.Conn)
 	if !ok || c.flags.has(flagHandshaken) {
@@ -331,7 +331,7 @@ func (c *Conn) finishHandshake() error {
 
 // SetNotifier replaces the Notifier of this connection; nil means no notices. Call it before a change of protocol,
 // such as STARTTLS in the handler. It waits for a write in progress, and drops notices that are not sent yet. A drain
-// notifies once, so a Notifier that is set after that is not called: check Draining.
+// sends one notice, so a Notifier that is set after that is not called for it; check Draining.
 func (c *Conn) SetNotifier(n Notifier) {
 	if n == nil {
 		n = silentNotifier{}
@@ -343,7 +343,7 @@ func (c *Conn) SetNotifier(n Notifier) {
 
 // Wrap replaces the connection's stream with the one that wrap returns, such as a TLS session for STARTTLS. While
 // wrap runs, the server sends nothing to the client; afterwards its notices use the new stream. Write the plain-text
-// answer to STARTTLS inside wrap, because a notice could follow it if it were written earlier. Call Wrap on the
+// answer to STARTTLS inside wrap, because a notice could follow an answer that is written earlier. Call Wrap on the
 // goroutine that reads, before any byte of the new stream has been read. If wrap returns an error, the old stream
 // stays in place but the server sends no more notices; the handler should return. Only ctx bounds Wrap, not
 // Timeouts.Handshake. The connection's addresses do not change.

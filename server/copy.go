@@ -20,8 +20,8 @@ const maxReads = 16
 // stream. It holds no buffer while the client is silent, and uses larger buffers for a client that sends more. If w
 // is c itself, as in an echo, each message costs two system calls and no allocation.
 //
-// WriteTo reads, so only one goroutine may use it at a time. Deadlines and the end of the connection act as in Read
-// and Write, except that a write deadline counts only for a write that has to wait for the client.
+// WriteTo reads, so only one goroutine may use it at a time. Deadlines and the end of the connection act as in Read and
+// Write. But a write deadline does not apply to a write that need not wait for the client.
 func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 	cp := &copier{src: c, dst: w, echo: w == io.Writer(c)}
 	return cp.copy()
@@ -351,7 +351,8 @@ func (cp *copier) copyBuffered() (int64, error) {
 func (c *Conn) echo(pending []byte) error {
 	cp := &copier{src: c, dst: c, echo: true, resumable: true}
 	c.flags.set(flagEchoing)
-	if c.flags.has(flagHandingOver) || !c.takeEchoToken() { // a handover that began before flagEchoing was set has not interrupted the echo
+	// A handover that began before flagEchoing was set has not interrupted the echo.
+	if c.flags.has(flagHandingOver) || !c.takeEchoToken() {
 		return Handover(pending)
 	}
 	var err error
@@ -371,7 +372,7 @@ func (c *Conn) echo(pending []byte) error {
 // bufferSize is one of the sizes of the buffers that WriteTo reads into.
 type bufferSize int8
 
-// The sizes. Half a megabyte moves bulk data with as little CPU time as splice(2) does (docs/benchmarks.md).
+// The sizes. With half a megabyte, bulk data takes as little CPU time as with splice(2) (docs/benchmarks.md).
 const (
 	unpooled bufferSize = iota - 1 // of any size, and not from a pool
 	smallBuffer

@@ -18,7 +18,7 @@ const (
 	EventHoldPlaced   EventType = "hold"
 	EventHoldReleased EventType = "released"
 	EventSettings     EventType = "settings"
-	// EventMissed replaces events that a subscriber has missed, because it is slow or because it comes too late.
+	// EventMissed replaces events that a subscriber has missed, because it is slow or subscribed too late.
 	EventMissed EventType = "missed"
 	// EventUpgraded means that another process serves now. A subscriber of the predecessor gets it as its last event,
 	// and continues in the successor with SubscribeAfter.
@@ -35,7 +35,7 @@ type Event struct {
 	Closed *ClosedConn // EventClosed
 	Hold   *HoldInfo   // EventHoldPlaced, EventHoldReleased
 	Cause  string      // EventHoldReleased: why
-	By     Caller      // EventHoldReleased, EventSettings: who asked for it, if a caller did
+	By     Caller      // EventHoldReleased, EventSettings: the caller that requested it, if there was one
 	Missed int         // EventMissed: how many; zero if that is not known
 
 	Settings []SettingChange // EventSettings
@@ -121,9 +121,9 @@ func (h *history) after(id uint64) []Event {
 // server: it misses events, and is told how many.
 func (s *Server) Subscribe() *Subscription { return s.subscribe(nil) }
 
-// SubscribeAfter is Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept
-// while there are subscribers, and for a minute after the last one has gone. An event of type EventMissed stands for
-// those that are not.
+// SubscribeAfter is like Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept
+// while there are subscribers, and for a minute after the last one was closed. An event of type EventMissed stands
+// for events that are not kept.
 func (s *Server) SubscribeAfter(id uint64) *Subscription { return s.subscribe(&id) }
 
 func (s *Server) subscribe(after *uint64) *Subscription {

@@ -86,8 +86,8 @@ type handover struct {
 // everything stays as it was, and the error says why. After that HandOver returns a report and no error. The server
 // then drains the connections that it keeps, and stops.
 //
-// The server keeps connections whose handler is not a Resumer or does not reach its safe point, and those with a stream
-// on top of their socket, such as TLS. The error is a *DrainingError if the server drains, and ErrHandoverInProgress if
+// The server keeps connections whose handler is not a Resumer or does not reach its safe point. It also keeps those with a
+// stream on top of their socket, such as TLS. The error is a *DrainingError if the server drains, and ErrHandoverInProgress if
 // another handover is in progress. HandOver closes link; on success it does so when the last connection that the server
 // keeps has ended.
 func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (report HandoverReport, err error) {

@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// A Listener is a listener together with how its connections are served.
+// A Listener is a net.Listener with the options for its connections.
 type Listener struct {
 	net.Listener
 	// Handler serves the connections. Nil means the server's handler.
@@ -21,23 +21,22 @@ type Listener struct {
 	// WrapConn prepares the connections. Nil means Options.WrapConn.
 	WrapConn WrapConn
 	// TLSConfig makes the server perform a TLS handshake on each connection, after WrapConn, so that a PROXY header
-	// comes before TLS. Nil means no TLS. The configuration must not be changed any more.
+	// comes before TLS. Nil means no TLS. The configuration must not be modified after that.
 	TLSConfig *tls.Config
-	// Inherited means that another process, such as systemd, has the listener's socket too. A drain then only stops
-	// accepting: it leaves the clients in the accept queue to the successor, and does not change the socket. Accepted
+	// Inherited means that another process, such as systemd, has the listener's socket, too. A drain then only stops
+	// accepting. It does not change the socket, and leaves the clients in the accept queue to the successor. Accepted
 	// connections keep the keepalive and TCP_NODELAY settings of the socket.
 	Inherited bool
 	// EmptyQueue makes a drain of an inherited listener serve the clients that are in the accept queue when it
-	// begins. Use it if there may be no successor: the kernel resets clients in the queue when the last process
-	// closes the socket. Later clients are left to the successor.
+	// begins. Use it if there may be no successor, because the kernel resets clients in the queue when the last process
+	// closes the socket. The drain leaves later clients to the successor.
 	EmptyQueue bool
 }
 
-// Addr is the listener's address. It is never nil, though that of the net.Listener may be.
+// Addr returns the listener's address. It is never nil, even if that of the net.Listener is.
 func (l Listener) Addr() net.Addr { return knownAddr(l.Listener.Addr()) }
 
-// knownAddr returns addr, or a placeholder if addr is nil: listeners and connections of other packages may have no
-// address.
+// knownAddr returns addr, or a placeholder if addr is nil. Listeners and connections of other packages may have no address.
 func knownAddr(addr net.Addr) net.Addr {
 	if addr == nil {
 		return unknownAddr{}
@@ -54,7 +53,7 @@ func (unknownAddr) String() string  { return "unknown" }
 type ListenConfig struct {
 	// Backlog is the length of the accept queue. Zero means the system's maximum. It needs a unix system.
 	Backlog int
-	// KeepAlive is how TCP keepalive is set for accepted connections. The zero value means Go's defaults.
+	// KeepAlive configures TCP keepalive for accepted connections. The zero value means Go's defaults.
 	KeepAlive net.KeepAliveConfig
 }
 
@@ -64,8 +63,8 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 }
 
 // Listen opens a listener at address: host:port or tcp://host:port for TCP, or unix:///path for a Unix socket. The
-// host 0.0.0.0 is all IPv4 addresses; an empty host or [::] is all IPv4 and IPv6 addresses. Unlike net.Listen it does
-// not use Multipath TCP, because a drain cannot stop new handshakes on such a listener while it empties the accept
+// host 0.0.0.0 means all IPv4 addresses. An empty host or [::] means all IPv4 and IPv6 addresses. Unlike net.Listen it
+// does not use Multipath TCP, because a drain cannot stop new handshakes on such a listener while it empties the accept
 // queue. On Windows the path of a Unix socket may begin with a drive, as in unix:///C:/path. Serve takes listeners of
 // any kind.
 func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener, error) {
@@ -79,12 +78,12 @@ func (lc ListenConfig) Listen(ctx context.Context, address string) (net.Listener
 	}
 	config.SetMultipathTCP(false)
 	config.Control = func(network, _ string, raw syscall.RawConn) error {
-		if network != "unix" { // before listen(2), so that no client connects without it
+		if network != "unix" { // before listen(2), so that it applies to every client
 			keepUrgentInline(raw)
 		}
 		return nil
 	}
-	if ctx.Err() != nil { // package net may not look at ctx for a host that needs no DNS
+	if ctx.Err() != nil { // package net may ignore ctx for a host that needs no DNS
 		return nil, fmt.Errorf("listening on %s: %w", address, context.Cause(ctx))
 	}
 	ln, err := config.Listen(ctx, network, addr)
@@ -117,7 +116,7 @@ func splitAddress(address string) (network, addr string, err error) {
 	}
 }
 
-// tcpNetwork returns the network for an address. Package net would listen on IPv6 too for 0.0.0.0.
+// tcpNetwork returns the network for an address. For 0.0.0.0 and the network tcp, package net would also listen on IPv6.
 func tcpNetwork(addr string) string {
 	if strings.HasPrefix(addr, "0.0.0.0:") {
 		return "tcp4"
@@ -134,7 +133,7 @@ type acceptSource interface {
 	// interrupt makes accept return, also if it is called later, until resume. Both are called under the same lock.
 	interrupt()
 	resume()
-	// close closes the listener and returns connections that were accepted in the meantime.
+	// close closes the listener, and returns connections that were accepted before that.
 	close() iter.Seq[net.Conn]
 }
 
@@ -155,7 +154,7 @@ type deadlineListener interface {
 	SetDeadline(t time.Time) error
 }
 
-// aLongTimeAgo as a deadline makes a blocked call return at once.
+// aLongTimeAgo is a deadline that makes a blocked call return at once.
 var aLongTimeAgo = time.Unix(1, 0)
 
 // deadlineSource interrupts accept with the listener's deadline.

@@ -35,13 +35,13 @@ func (c Caller) fields(prefix string) []zap.Field {
 
 // PauseOptions describes a pause. The zero value is a hold without a reason that lasts until it is released.
 type PauseOptions struct {
-	Reason string        // one line, for people
-	TTL    time.Duration // the hold ends by itself after this; zero and Off: never
+	Reason string        // one line of text
+	TTL    time.Duration // time after which the hold ends by itself; zero and Off mean never
 	Mode   PauseMode
 	By     Caller
 	// Evict sends the connected clients away: each is told to leave, with Reason or "evicted", has
 	// Options.Drain.Grace, and is then closed with ReasonEvicted. The server stays up. When the hold ends, clients
-	// that have not been told stay connected; those that have been told are still closed.
+	// that have not been told stay connected. Those that have been told are still closed.
 	Evict bool
 	// Spread is the time over which these clients are told, one after another at random moments. Zero and Off mean
 	// all at once.
@@ -58,7 +58,7 @@ type HoldInfo struct {
 	Reason  string
 	Mode    PauseMode
 	Since   time.Time
-	Expires time.Time // zero if it does not
+	Expires time.Time // zero if the hold does not expire
 	By      Caller
 	Evict   bool          // clients are sent away
 	Spread  time.Duration // time over which clients are told, from Since
@@ -163,7 +163,8 @@ func (h *Hold) Info() HoldInfo { return h.info }
 // Done returns a channel that is closed when the hold has ended.
 func (h *Hold) Done() <-chan struct{} { return h.ended.Done() }
 
-// Cause says why the hold has ended: ErrReleased, ErrResumed, ErrExpired or a *DrainingError; nil while it exists.
+// Cause returns why the hold has ended: ErrReleased, ErrResumed, ErrExpired or a *DrainingError. It returns nil while the
+// hold exists.
 func (h *Hold) Cause() error { return context.Cause(h.ended) }
 
 // Release ends the hold, and resumes the server if it was the last one. It reports whether the hold existed.

@@ -134,8 +134,7 @@ func rangesSetting(name string, field func(*Settings) *[]netip.Prefix) setting {
 	}
 }
 
-// SettingNames returns the names by which Settings.Set and Settings.Get know the settings. They are those of echod's
-// flags.
+// SettingNames returns the names of settings for Settings.Get and Settings.Set. They are the names of echod's flags.
 func SettingNames() (names []string) {
 	for _, setting := range settingTable {
 		names = append(names, setting.name)
@@ -143,7 +142,7 @@ func SettingNames() (names []string) {
 	return names
 }
 
-// ErrUnknownSetting means that no setting has the name.
+// ErrUnknownSetting means that there is no setting with the given name.
 var ErrUnknownSetting = errors.New("unknown setting")
 
 // Get returns a setting as text, in the form of echod's flag; empty if its name is unknown.
@@ -157,7 +156,7 @@ func (s *Settings) Get(name string) string {
 }
 
 // Set sets a setting from text, in the form of echod's flag: 0 disables a limit or a timeout. Lists are separated by
-// commas. The error is ErrUnknownSetting, or says what is wrong with the text.
+// commas. The error is ErrUnknownSetting, or says why the text is invalid.
 func (s *Settings) Set(name, text string) error {
 	for _, setting := range settingTable {
 		if setting.name == name {
@@ -232,12 +231,12 @@ func (s *Server) Settings() (now Settings) {
 	return s.activeSettings().toSettings()
 }
 
-// Configure changes settings while the server serves: change gets those in force and may modify them. Either all
+// Configure changes settings while the server serves: change gets the current ones, and may modify them. Either all
 // changes take effect or, if change returns an error or a value is invalid, none. They take effect at once:
 // clients that wait for a higher limit are admitted. A lower limit closes no connection.
 //
-// The changes are logged and published with their caller. They last until the server ends, and go along in a
-// handover. change must not call the server, and may be called more than once.
+// The changes are logged and published with their caller. They last until the server stops. A handover
+// keeps them. change must not call the server, and may be called more than once.
 func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []SettingChange, err error) {
 	if s.log == nil {
 		return nil, errNotNew

@@ -194,8 +194,8 @@ func (s *Server) openConns() (conns []*Conn) {
 	return conns
 }
 
-// Kill ends an open connection, and returns at once. Its handler has a second to write what it has read; then the
-// client sees an end of stream. The error is ErrNoConn if no connection with that id is open, or if it is already
+// Kill ends an open connection, and returns at once. Its handler has a second to write what it has read. Then the client
+// sees the end of the stream. The error is ErrNoConn if no connection with that id is open, or if it is already
 // ending.
 func (s *Server) Kill(id uint64) error {
 	if err := s.awaitFreezeEnd(); err != nil {
@@ -232,8 +232,8 @@ func (s *Server) kill(c *Conn) bool {
 }
 
 // Notify sends an operator's message to every client that is being served, encoded by its Notifier. It waits for at
-// most a second. It returns how many messages the kernel accepted and how many failed; clients whose Notifier returns
-// nil count as neither. The error says why text is invalid; see CheckText.
+// most a second. It returns how many messages the kernel has accepted and how many have failed. Clients whose Notifier
+// returns nil count as neither. The error says why text is invalid; see CheckText.
 func (s *Server) Notify(ctx context.Context, text string) (sent, failed int, err error) {
 	if s.log == nil {
 		return 0, 0, errNotNew

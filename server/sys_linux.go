@@ -204,8 +204,8 @@ func newSendQueueReader() *sendQueueReader {
 	return r
 }
 
-// read returns how much data is on its way to the peer, in bytes or segments for TCP, and in bytes of memory for a Unix
-// socket.
+// read returns how much data is on its way to the peer. The unit is bytes or segments for TCP, and bytes of memory for a
+// Unix socket.
 func (r *sendQueueReader) read(nc net.Conn) (q sendQueueInfo, ok bool) {
 	raw := rawConn(nc)
 	if raw == nil {

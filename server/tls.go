@@ -126,7 +126,8 @@ func (nothingBuffered) Error() string   { return "nothing buffered" }
 func (nothingBuffered) Timeout() bool   { return true }
 func (nothingBuffered) Temporary() bool { return true }
 
-// isOneRecord reports whether data is a whole record with application data (RFC 8446, 5.1), if it begins with one.
+// isOneRecord reports whether data is exactly one record with application data (RFC 8446, 5.1). It
+// assumes that data begins with a record.
 func isOneRecord(data []byte) bool {
 	const header, applicationData = 5, 23
 	return len(data) > header && data[0] == applicationData && header+int(data[3])<<8+int(data[4]) == len(data)
@@ -162,8 +163,8 @@ func (t *tlsTransport) Read(p []byte) (int, error) {
 	return t.Conn.Read(p)
 }
 
-// tlsSession returns the TLS session that the connection reads and writes, and what is below it; transport is nil
-// unless the server made the session.
+// tlsSession returns the TLS session in nc, or nil. transport is the stream below it if the server made the session, and
+// otherwise nil.
 func tlsSession(nc net.Conn) (session *tls.Conn, transport *tlsTransport) {
 	session, _ = nc.(*tls.Conn)
 	if session != nil {
@@ -256,7 +257,7 @@ func (cp *copier) readBuffered(n int, session *tls.Conn, transport *tlsTransport
 	return n, empty
 }
 
-// Labels of a connection whose client has identified itself by a certificate that was verified.
+// Labels of a connection whose client has a verified certificate.
 const (
 	LabelSubject = "tls_subject" // for example "CN=client,O=Example"
 	LabelNames   = "tls_names"   // DNS names, mail and IP addresses and URIs, separated by commas
@@ -277,8 +278,9 @@ func (c *Conn) setIdentityLabels() {
 	for _, uri := range leaf.URIs {
 		names = append(names, uri.String())
 	}
-	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String()))         // the result of labelText is a valid label
-	for len(strings.Join(names, ",")) > maxLabelLength && len(names) > 1 { // drop whole names, because a part of a name could be another client's name
+	_ = c.SetLabel(LabelSubject, labelText(leaf.Subject.String())) // the result of labelText is a valid label
+	// Whole names are dropped, because a part of a name could be the name of another client.
+	for len(strings.Join(names, ",")) > maxLabelLength && len(names) > 1 {
 		names = names[:len(names)-1]
 	}
 	_ = c.SetLabel(LabelNames, labelText(strings.Join(names, ",")))
@@ -297,11 +299,11 @@ func labelText(text string) string {
 // HandshakeFailure says why a TLS handshake failed. Its values are stable, for use in metrics.
 type HandshakeFailure string
 
-// The reasons.
+// The failures.
 const (
 	HandshakeTimeout        HandshakeFailure = "timeout"         // it took longer than Timeouts.Handshake
 	HandshakeNotTLS         HandshakeFailure = "not-tls"         // the client sent something else, such as plain text
-	HandshakeNoCertificate  HandshakeFailure = "no-certificate"  // the client sent no certificate, and must
+	HandshakeNoCertificate  HandshakeFailure = "no-certificate"  // the client sent no certificate, and one is required
 	HandshakeBadCertificate HandshakeFailure = "bad-certificate" // the client's certificate is not trusted
 	HandshakeRefused        HandshakeFailure = "refused"         // the client refused, for example the server's certificate
 	HandshakeIncompatible   HandshakeFailure = "incompatible"    // no common version, cipher suite or protocol
@@ -317,10 +319,10 @@ func HandshakeFailures() []HandshakeFailure {
 	}
 }
 
-// HandshakeError is the error of a TLS handshake. ClosedConn.Err has it for a connection that was closed because of it.
+// HandshakeError is the error of a TLS handshake. It is ClosedConn.Err of a connection that was closed because of it.
 type HandshakeError struct {
 	Failure HandshakeFailure
-	Err     error // crypto/tls's
+	Err     error // the error of crypto/tls
 }
 
 var handshakeTexts = map[HandshakeFailure]string{
