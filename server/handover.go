@@ -547,7 +547,7 @@ func (p *predecessor) commit(ctx context.Context) error {
 	p.opts.Kill()
 	_ = p.link.SetDeadline(time.Now().Add(p.opts.SafePointTimeout))
 	if p.await(msgAck) == nil {
-		p.s.log.Error("the successor was killed after it had taken over: its connections are lost")
+		p.s.log.Error("the successor was killed after it had taken over; its connections are lost")
 		return nil
 	}
 	return fmt.Errorf("committing: %w", err)
