@@ -21,8 +21,8 @@ import (
 //
 // One goroutine may read while others write; all other methods may be called concurrently. A Conn must not be copied.
 type Conn struct {
-	// Fields that are used for every read and write come first, so that they share a cache line. The order leaves no
-	// gaps, because an idle connection costs each byte.
+	// Fields that are used for every read and write come first, so that they share a cache line. The order avoids
+	// padding, because each byte counts for every idle connection.
 	srv         *Server // set once, by newConn
 	bytesIn     atomic.Uint64
 	bytesOut    atomic.Uint64
