@@ -139,10 +139,13 @@ func missing(t testing.TB, what string) {
 // It keeps make test quick.
 func slow(t testing.TB) {
 	t.Helper()
-	if os.Getenv("ECHOD_TEST_SLOW") != "1" {
+	if !slowToo() {
 		t.Skip("slow: make check runs it, or ECHOD_TEST_SLOW=1")
 	}
 }
+
+// slowToo reports whether the slow tests run too. A test that tries something often can try it more often then.
+func slowToo() bool { return os.Getenv("ECHOD_TEST_SLOW") == "1" }
 
 // long skips a test that takes minutes, unless ECHOD_TEST_LONG=1 asks for it, as make check-long does.
 func long(t testing.TB) {

@@ -403,3 +403,17 @@ func (c closeReporter) Close() error {
 	close(c.closed)
 	return c.Conn.Close()
 }
+
+func TestTimeForHandshakes(t *testing.T) {
+	for name, c := range map[string]struct{ grace, want time.Duration }{
+		"is bounded":                   {time.Hour, handshakeTime},
+		"does not exceed the deadline": {time.Second, time.Second},
+	} {
+		t.Run(name, inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+			c1 := r.dial(t) // keeps the drain going
+			r.drain(c.grace, "x")
+			wantEqual(t, "time", (&acceptor{srv: r.Server}).handshakeTime(), c.want)
+			_ = c1.Close()
+		}))
+	}
+}
