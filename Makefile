@@ -15,8 +15,9 @@ bin/echod: go.mod go.sum $(shell find . -name '*.go' ! -name '*_test.go' ! -path
 run: build ## build and run bin/echod; ARGS='--listen :7' are its arguments
 	@exec bin/echod $(ARGS)
 
+# 'go test' runs as many packages at a time as there are CPUs, in this order. The longest come first.
 test: ## run the quick tests, under the race detector if there is a C compiler
-	scripts/test.sh
+	scripts/test.sh ./integration ./server ./...
 
 check: ## run the slow tests, and check coverage, the other modules and the packages: up to 25 minutes
 	scripts/check.sh

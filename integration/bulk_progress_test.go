@@ -129,9 +129,9 @@ func testShrinkingTerminal(t *testing.T) {
 	t.Parallel()
 	e := start(t)
 	input := filepath.Join(t.TempDir(), "in")
-	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 2000)), 0o600))
+	check(t, os.WriteFile(input, []byte(strings.Repeat("a line\n", 1000)), 0o600))
 	term, _ := openTerminal(t)
-	term.types(fmt.Sprintf("$ECHOD send --address %s --lines --rate 700 --output /dev/null %s %s; echo \"code=$?\"\n", e.addr, input, input))
+	term.types(fmt.Sprintf("$ECHOD send --address %s --lines --rate 500 --output /dev/null %s %s; echo \"code=$?\"\n", e.addr, input, input))
 	term.awaits(`all 0/2 .*records`)
 	check(t, pty.Setsize(term.tty, &pty.Winsize{Cols: 40, Rows: 24}))
 	term.awaits(`\nall \d/2[^\n\x1b]{0,30}\x1b\[K\x1b\[J\x1b\[\dA`) // within 40 columns

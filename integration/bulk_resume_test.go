@@ -39,7 +39,7 @@ func TestSendResume(t *testing.T) {
 func testResumeAfterInterrupt(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	const rows = 3000
+	const rows = 1500
 	table := writeCSV(t, rows)
 	dir := t.TempDir()
 	out, state := filepath.Join(dir, "out"), filepath.Join(dir, "state.json")
@@ -172,7 +172,7 @@ func testResumeRemembersFailures(t *testing.T) {
 	e := start(t)
 	dir := t.TempDir()
 	table, out, failed := filepath.Join(dir, "t.csv"), filepath.Join(dir, "out"), filepath.Join(dir, "failed")
-	check(t, os.WriteFile(table, []byte("a,b\n1,2\n3\n"+strings.Repeat("4,5\n", 3000)+"6\n"), 0o600))
+	check(t, os.WriteFile(table, []byte("a,b\n1,2\n3\n"+strings.Repeat("4,5\n", 1500)+"6\n"), 0o600))
 	args := []string{"--csv", "--output", out, "--failed", failed, "--resume", filepath.Join(dir, "state"), table}
 	if got := e.interrupted(syscall.SIGINT, out, args...); got.code != 130 {
 		t.Errorf("interrupted: %+v", got)
@@ -259,7 +259,7 @@ func (e *echod) interrupted(sig syscall.Signal, out string, args ...string) resu
 		return 0
 	}
 	before := size()
-	cmd := e.sendCommand(append([]string{"--rate", "1000"}, args...)...)
+	cmd := e.sendCommand(append([]string{"--rate", "500"}, args...)...)
 	cmd.Env = environment()
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -274,7 +274,7 @@ func (e *echod) interrupted(sig syscall.Signal, out string, args ...string) resu
 func testResumeAfterKill(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	const rows = 3000
+	const rows = 1500
 	table, dir := writeCSV(t, rows), t.TempDir()
 	out := filepath.Join(dir, "out")
 	args := []string{"--csv", "--conns", "4", "--ordered", "--output", out, "--resume", filepath.Join(dir, "state"), table}

@@ -49,6 +49,7 @@ func TestHelp(t *testing.T) {
 // Each command has a page with all its flags, and mandoc finds no error in it.
 func TestManPages(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	mandoc := require(t, "mandoc")
 	dir := t.TempDir()
 	generate := exec.Command("go", "run", "-tags", "gendocs", "../cmd/echod", "gendocs", dir)

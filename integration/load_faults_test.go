@@ -95,6 +95,7 @@ func (x *toxic) adds(kind string, attributes map[string]any) {
 // Each kind of network fault is reported as what it is.
 func TestLoadThroughABadNetwork(t *testing.T) {
 	t.Parallel()
+	slow(t)
 	e := start(t)
 	for _, tt := range []struct {
 		kind       string

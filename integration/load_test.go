@@ -141,17 +141,17 @@ func TestLoadShowsAStall(t *testing.T) {
 		t.Run("pipeline "+pipeline, func(t *testing.T) {
 			t.Parallel()
 			e := start(t)
-			l := startLoad(t, e.addr, "--conns", "8", "--rate", "2000", "--duration", "4s", "--late", "30s",
+			l := startLoad(t, e.addr, "--conns", "8", "--rate", "1000", "--duration", "4s", "--late", "30s",
 				"--drain-wait", "20s",
 				"--pipeline", pipeline, "--json")
 			e.awaitOpen(8)
-			poll(t, "a third of a second of messages", func() bool { return e.status().BytesIn >= 50_000 })
+			poll(t, "a third of a second of messages", func() bool { return e.status().BytesIn >= 25_000 })
 			e.signal(syscall.SIGSTOP)
 			time.Sleep(time.Second)
 			e.signal(syscall.SIGCONT)
 			v := l.report(0)
-			if v.Echoes.Sent != 8000 || v.Echoes.Returned != 8000 || v.Echoes.Lost != 0 {
-				t.Errorf("%+v: want 8000 sent and returned", v.Echoes)
+			if v.Echoes.Sent != 4000 || v.Echoes.Returned != 4000 || v.Echoes.Lost != 0 {
+				t.Errorf("%+v: want 4000 sent and returned", v.Echoes)
 			}
 			if v.Echo.P999 < 0.5 || v.Echo.P999 > 5 {
 				t.Errorf("p99.9 is %v s, want about a second", v.Echo.P999)
@@ -217,16 +217,16 @@ func TestLoadInterruptedTwiceStopsWaiting(t *testing.T) {
 func TestLoadAcrossARestart(t *testing.T) {
 	t.Parallel()
 	e := start(t, "--grace", "20s")
-	l := startLoad(t, e.addr, "--conns", "16", "--rate", "2000", "--duration", "4s", "--json",
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "1000", "--duration", "3s", "--json",
 		"--max-disconnects", "0", "--timeout", "20s")
 	e.awaitOpen(16)
-	poll(t, "some messages", func() bool { return e.status().BytesIn >= 50_000 })
+	poll(t, "some messages", func() bool { return e.status().BytesIn >= 25_000 })
 	e.signal(syscall.SIGTERM)
 	e.wait(0)
 	start(t, "--listen", e.addr)
 	v := l.report(0)
-	if v.Echoes.Sent != 8000 || v.Echoes.Returned != 8000 {
-		t.Errorf("%+v: want 8000 sent and returned", v.Echoes)
+	if v.Echoes.Sent != 3000 || v.Echoes.Returned != 3000 {
+		t.Errorf("%+v: want 3000 sent and returned", v.Echoes)
 	}
 	if v.Notices.Shutdown != 16 || v.Notices.Heeded != 16 || v.Ends.Noticed != 16 || v.Reconnects != 16 ||
 		v.Outage.Clients != 16 {
@@ -239,7 +239,7 @@ func TestLoadAcrossARestart(t *testing.T) {
 func TestLoadAcrossAKill(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	l := startLoad(t, e.addr, "--conns", "16", "--rate", "20000", "--duration", "3s", "--json",
+	l := startLoad(t, e.addr, "--conns", "16", "--rate", "4000", "--duration", "2s", "--json",
 		"--max-disconnects", "3")
 	e.awaitOpen(16)
 	e.signal(syscall.SIGSTOP) // so that something is in flight for certain

@@ -290,7 +290,7 @@ func testMalformed(t *testing.T) {
 			echoed.Add(1)
 		}
 	}()
-	const requests, workers, halfOpen = 1000, 30, 10
+	const requests, workers, halfOpen = 300, 30, 10
 	each(t, workers+halfOpen, func(worker int) error {
 		if worker >= workers {
 			return e.refuses("GET /v1/sta", false, false)

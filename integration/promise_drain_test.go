@@ -304,7 +304,7 @@ func testDrainOfSenders(t *testing.T, over transport) {
 func testDrainOfStreams(t *testing.T, over transport) {
 	t.Parallel()
 	e := over.start(t, "--grace", "20s")
-	const clients, warm = 200, 16 << 10
+	const clients, warm = 100, 16 << 10
 	streams := make([]*stream, clients)
 	ready := make(chan struct{}, clients)
 	for i := range streams {
@@ -479,7 +479,7 @@ func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 
 func testServerStopsAfterTheLast(t *testing.T, over transport, sig syscall.Signal) {
 	e := over.start(t, "--grace", "60s")
-	peers := e.crowd(300)
+	peers := e.crowd(100)
 	begun := e.signal(sig)
 	e.expectTold(peers, begun, "SHUTDOWN 60 "+control.SignalName(sig)+"\n")
 	e.awaitLog("signal received", "signal", control.SignalName(sig))
@@ -494,24 +494,24 @@ func testServerStopsAfterTheLast(t *testing.T, over transport, sig syscall.Signa
 	if took := e.gone.Sub(left); took > 2*time.Second {
 		t.Errorf("the server stopped %s after the last client had left", took)
 	}
-	if sum := e.awaitLog("drained"); sum.num("left_by_themselves") != 300 || sum.num("notices_failed") != 0 {
+	if sum := e.awaitLog("drained"); sum.num("left_by_themselves") != 100 || sum.num("notices_failed") != 0 {
 		t.Errorf("the summary is %s", sum.text)
 	}
 }
 
-// Beside 20 clients that flood and never read, 300 others get the notice as soon, are served, and read a FIN at the
+// Beside 20 clients that flood and never read, 100 others get the notice as soon, are served, and read a FIN at the
 // deadline, not before.
 func testDrainBesideFlood(t *testing.T, over transport) {
 	const grace = 1500 * time.Millisecond
 	e := over.start(t, "--grace", grace.String())
-	peers := e.crowd(300)
+	peers := e.crowd(100)
 	var flooders sync.WaitGroup
 	defer flooders.Wait()
 	for range 20 {
 		p := e.dial()
 		flooders.Go(p.flood)
 	}
-	e.awaitOpen(320)
+	e.awaitOpen(120)
 	e.awaitBlocked(20)
 
 	begun := e.signal(syscall.SIGTERM)
@@ -530,7 +530,7 @@ func testDrainBesideFlood(t *testing.T, over transport) {
 	if took := e.gone.Sub(begun); took > goneBy(grace) {
 		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
 	}
-	if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 320 {
+	if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 120 {
 		t.Errorf("the summary is %s", sum.text)
 	}
 }

@@ -79,7 +79,7 @@ func TestSendOneMessage(t *testing.T) {
 func TestSendStandardInput(t *testing.T) {
 	t.Parallel()
 	e := start(t)
-	noise := make([]byte, 3<<20)
+	noise := make([]byte, 1<<20)
 	_, _ = rand.NewChaCha8([32]byte{7}).Read(noise)
 	for name, input := range map[string]string{
 		"lines":                   "one\ntwo\n\nfour\n",
@@ -87,7 +87,7 @@ func TestSendStandardInput(t *testing.T) {
 		"nothing":                 "",
 		"what looks like notices": "SHUTDOWN 5 SIGTERM\nPAUSED\nBUSY\nNOTICE hi\n",
 		"any bytes":               string(noise),
-		"a long line":             strings.Repeat("x", 3<<20) + "\nshort\n",
+		"a long line":             strings.Repeat("x", 1<<20) + "\nshort\n",
 	} {
 		for _, flags := range [][]string{nil, {"--reconnect"}} {
 			t.Run(name+strings.Join(flags, ""), func(t *testing.T) {

@@ -216,7 +216,10 @@ func TestTLSScan(t *testing.T) {
 // and through ctl when the test cannot wait.
 func TestTLSCertificatesAreReplacedUnderLoad(t *testing.T) {
 	t.Parallel()
-	const times = 100
+	times := 20
+	if slowToo() {
+		times = 100
+	}
 	e, dir, roots := startTLS(t)
 	var mu sync.Mutex
 	trusted := []*x509.CertPool{roots}

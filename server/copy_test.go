@@ -243,7 +243,7 @@ func TestEcho(t *testing.T) {
 			if c, ok := nc.(*net.TCPConn); ok {
 				_ = c.SetReadBuffer(32 << 10) // makes for many short writes
 			}
-			sent := make([]byte, 8<<20)
+			sent := make([]byte, 4<<20)
 			for i := range sent {
 				sent[i] = byte(i ^ i>>8 ^ i>>16)
 			}

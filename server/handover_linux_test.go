@@ -162,7 +162,7 @@ func testHandoverEviction(t *testing.T) {
 }
 
 func testHandoverStreams(t *testing.T) {
-	const clients, handovers = 10, 12
+	const clients, handovers = 10, 6
 	g, addr := firstGeneration(t, Echo, Options{})
 	var streams sync.WaitGroup
 	stop := make(chan struct{})
@@ -252,7 +252,7 @@ func streamUntil(t *testing.T, c *net.TCPConn, stop <-chan struct{}, seed uint64
 func testHandoverHalfClosed(t *testing.T) {
 	g, addr := firstGeneration(t, Echo, Options{})
 	c := dialTCP(t, addr)
-	want := make([]byte, 32<<20)                  // more than socket buffers take
+	want := make([]byte, 16<<20)                  // more than socket buffers take
 	_, _ = rand.NewChaCha8([32]byte{}).Read(want) // never fails
 	sent := make(chan error, 1)
 	go func() {
@@ -497,9 +497,10 @@ func testHandoverRollback(t *testing.T) {
 
 // testHandoverNotice: a message is posted to a client whose window is full. The successor sends what is left of it.
 func testHandoverNotice(t *testing.T) {
+	const size = 16 << 20
 	g, addr := firstGeneration(t, Echo, Options{Notifier: NotifierFunc(func(n Notice) []byte {
 		if n.Kind == NoticeMessage {
-			return bytes.Repeat([]byte("m"), 32<<20) // more than socket buffers take
+			return bytes.Repeat([]byte("m"), size) // more than socket buffers take
 		}
 		return nil
 	})})
@@ -519,7 +520,7 @@ func testHandoverNotice(t *testing.T) {
 	send(t, c, "y")
 	_ = c.CloseWrite()
 	got, err := io.ReadAll(c)
-	if err != nil || len(got) != 32<<20+1 || got[len(got)-1] != 'y' || bytes.Count(got, []byte("m")) != 32<<20 {
+	if err != nil || len(got) != size+1 || got[len(got)-1] != 'y' || bytes.Count(got, []byte("m")) != size {
 		t.Errorf("read %d bytes, error %v; want the whole message and then the echo", len(got), err)
 	}
 	_ = next.Close()

@@ -300,7 +300,7 @@ func TestListsHandshake(t *testing.T) {
 func TestDrainOverTCP(t *testing.T) {
 	// A client that has been told tries at once to connect again.
 	t.Run("nobody is told before accepting has stopped", func(t *testing.T) {
-		for range 20 {
+		for range 10 {
 			s, addr := serveTCP(t, Echo, Options{})
 			c := dialTCP(t, addr)
 			echoed(t, c, "x\n")
@@ -344,7 +344,7 @@ func TestDrainOverTCP(t *testing.T) {
 					}
 				})
 			}
-			_ = s.state.Await(t.Context(), func(st *state) bool { return st.accepted > 1000 })
+			_ = s.state.Await(t.Context(), func(st *state) bool { return st.accepted > 300 })
 			drainIn(s, 20*time.Second, "x")
 			all.Wait()
 		}

@@ -43,8 +43,9 @@ func packed(t testing.TB, r io.Reader, pack func(io.Writer) io.WriteCloser) io.R
 // TestMemory streams several times what may be in memory at any time.
 func TestMemory(t *testing.T) {
 	const (
-		total  = 24 << 20
-		short  = 4 << 20   // of short records, which take long to read
+		total  = 12 << 20
+		short  = 2 << 20   // of short records, which take long to read
+		step   = 512 << 10 // between two measurements
 		buffer = 512 << 10 // more than all buffers, without long records
 		window = maxZstdWindow * 3 / 2
 	)
@@ -66,7 +67,7 @@ func TestMemory(t *testing.T) {
 		"csv":                  {endless(row, short), Options{Format: CSV}, buffer},
 		"raw":                  {endless(row, total), Options{Format: Raw}, buffer},
 		"gzip":                 {packed(t, endless(row, short), toGzip), Options{}, buffer},
-		"zstd":                 {packed(t, endless(row, total), toZstd), Options{}, buffer + window},
+		"zstd":                 {packed(t, endless(row, 2*total), toZstd), Options{}, buffer + window},
 		"a line":               {endless("x", total), Options{}, buffer + 2*defaultMaxRecord},
 		"long lines":           {endless(strings.Repeat("x", defaultMaxRecord-1)+"\n", total), Options{}, buffer + 3*defaultMaxRecord},
 		"a row":                {endless("x,", total), Options{Format: CSV, NoHeader: true}, buffer + 3*defaultMaxRecord},
@@ -81,7 +82,7 @@ func TestMemory(t *testing.T) {
 			defer s.Close()
 			base, most := live(), uint64(0)
 			sample := func() { most = max(most, max(base, live())-base) }
-			read, due := 0, short/8
+			read, due := 0, step
 			for record, err := range s.All() {
 				read += len(record.Data)
 				if _, ok := err.(*Error); err != nil && !ok {
@@ -89,7 +90,7 @@ func TestMemory(t *testing.T) {
 				}
 				if read >= due || err != nil {
 					sample()
-					due += short / 8
+					due += step
 				}
 			}
 			sample()
