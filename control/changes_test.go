@@ -81,6 +81,7 @@ func testEvict(t *testing.T) {
 			t.Errorf("hold %+v, want an eviction over 10 s", hold)
 		}
 		wantEqual(t, "the client reads", <-c.lines, "SHUTDOWN 5 m\n")
+		synctest.Wait() // its drain is recorded after that
 		wantEqual(t, "told", must[Status](t)(r.client.Status(t.Context())).Told, 1)
 		drain := must[Conns](t)(r.client.Conns(t.Context(), -1, ConnFilter{})).Connections[0].Drain
 		if drain == nil || drain.Reason != "m" || time.Until(drain.Deadline) != 5*time.Second {

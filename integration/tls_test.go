@@ -287,9 +287,14 @@ func TestTLSIdentity(t *testing.T) {
 	}
 	ca := filepath.Join(dir, "authorities.pem")
 	check(t, os.WriteFile(ca, authorities, 0o600))
-	e, _, roots := startTLS(t, "--tls-client-ca", ca)
+	e, _, roots := startTLS(t, "--tls-client-ca", ca, "--listen", "tls://127.0.0.1:0")
+	second := e.addrs[1] // the same rules apply there
 	for name, cert := range clients {
-		c, err := tls.Dial("tcp", e.addr, &tls.Config{RootCAs: roots, ServerName: "localhost", Certificates: []tls.Certificate{cert}})
+		address := e.addr
+		if name == "worker 2" {
+			address = second
+		}
+		c, err := tls.Dial("tcp", address, &tls.Config{RootCAs: roots, ServerName: "localhost", Certificates: []tls.Certificate{cert}})
 		check(t, err)
 		defer c.Close()
 		check(t, c.SetDeadline(time.Now().Add(patience)))
@@ -297,6 +302,15 @@ func TestTLSIdentity(t *testing.T) {
 		check(t, err)
 		_, err = io.ReadFull(c, make([]byte, len(name)+1))
 		check(t, err)
+	}
+	for _, address := range e.addrs {
+		c, err := tls.Dial("tcp", address, &tls.Config{RootCAs: roots, ServerName: "localhost"})
+		check(t, err) // the alert comes after the client's end of the handshake
+		defer c.Close()
+		check(t, c.SetDeadline(time.Now().Add(patience)))
+		if _, err := c.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "certificate required") {
+			t.Errorf("a client without a certificate at %s: %v", address, err)
+		}
 	}
 	got := e.ctl("conns", "--identity", "worker*")
 	if lines := strings.Count(got.stdout, "CN=worker"); got.code != 0 || lines != 2 || strings.Contains(got.stdout, "other") {

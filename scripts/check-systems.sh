@@ -136,6 +136,11 @@ for system in $systems; do
 		go build -C testing -o "$tmp/lacks.exe" ./wine
 		"$wine" "$tmp/lacks.exe"
 	fi
+	if [ "$GOOS" = linux ] && [ -n "$with" ]; then
+		echo "== $system: what qemu-user gets wrong"
+		go build -C testing -o "$tmp/wrong" ./qemu
+		"$with" "$tmp/wrong"
+	fi
 	mkdir "$tmp/$system"
 	if [ "${RUN:-}" != none ]; then
 		# shellcheck disable=SC2086 # $with is a path, or nothing

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"math"
@@ -63,6 +64,55 @@ func writer(b *testing.B, nc net.Conn, message []byte) (write func()) {
 		writing.Wait()
 	})
 	return func() { due <- struct{}{} }
+}
+
+// BenchmarkTLSConnection is a connection over TLS: handshake, one echo, and the end, including the client's share. The
+// other server is crypto/tls with a goroutine for each connection.
+func BenchmarkTLSConnection(b *testing.B) {
+	forServer, forClient := tlsConfigs(b)
+	forClient.CurvePreferences = []tls.CurveID{tls.X25519}
+	for name, serve := range map[string]func(*testing.B, net.Listener){
+		"server": func(b *testing.B, ln net.Listener) {
+			s, _ := newServer(b, Echo, Options{QuietConns: true})
+			serveListener(b, s, Listener{Listener: ln, TLSConfig: forServer})
+		},
+		"crypto-tls": func(_ *testing.B, ln net.Listener) {
+			go func() {
+				for {
+					nc, err := ln.Accept()
+					if err != nil {
+						return
+					}
+					go func() {
+						c := tls.Server(nc, forServer)
+						_, _ = io.Copy(c, c)
+						_ = c.Close()
+					}()
+				}
+			}()
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			ln := listen(b)
+			serve(b, ln)
+			echo := make([]byte, 64)
+			b.ReportAllocs()
+			for b.Loop() {
+				nc, err := net.Dial("tcp", ln.Addr().String())
+				if err != nil {
+					b.Fatal(err)
+				}
+				c := tls.Client(nc, forClient)
+				if _, err := c.Write(echo); err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.ReadFull(c, echo); err != nil {
+					b.Fatal(err)
+				}
+				_ = c.Close()
+			}
+		})
+	}
 }
 
 // BenchmarkAdmitRelease is what the server does for a connection: it adds it to the table, admits it, serves and

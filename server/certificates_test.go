@@ -209,6 +209,7 @@ func TestCertificates(t *testing.T) {
 	t.Run("of authorities decide about clients, whose names become labels", func(t *testing.T) {
 		certFile, keyFile := writeCertificate(t, t.TempDir(), first)
 		caFile, _ := writeCertificate(t, t.TempDir(), second)
+		third := newCertificate(t, "third", nil)
 		store, err := LoadCertificates(CertificateOptions{
 			Pairs: []CertificatePair{{certFile, keyFile}}, ClientCAFile: caFile,
 			Config: &tls.Config{ClientAuth: tls.RequireAndVerifyClientCert},
@@ -221,16 +222,31 @@ func TestCertificates(t *testing.T) {
 		ln := listen(t)
 		s, logs := newServer(t, Echo, Options{})
 		serveListener(t, s, Listener{Listener: ln, TLSConfig: store.Config()})
-		c := dialTLS(t, ln.Addr(), &tls.Config{
-			RootCAs: roots, ServerName: "first", Certificates: []tls.Certificate{newCertificate(t, "alice", &second)},
-		})
-		send(t, c, "hello")
-		receives(t, c, "hello")
+		dial := func(name string, authority tls.Certificate) *tls.Conn {
+			cert := newCertificate(t, name, &authority)
+			return dialTLS(t, ln.Addr(), &tls.Config{
+				RootCAs: roots, ServerName: "first",
+				GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil },
+			})
+		}
+		echoed(t, dial("alice", second), "hello")
 		want := map[string]string{LabelSubject: "CN=alice", LabelNames: "alice,127.0.0.1"}
 		for info := range s.Conns() {
 			wantEqual(t, "labels", info.Labels, want)
 		}
 		wantEqual(t, "labels in the log", logs.FilterMessage("connection opened").All()[0].ContextMap()["labels"], any(want))
+
+		otherFile, _ := writeCertificate(t, t.TempDir(), third)
+		if err := os.Rename(otherFile, caFile); err != nil {
+			t.Fatal(err)
+		}
+		if changed, err := store.Reload(); !changed || err != nil {
+			t.Fatalf("Reload: %v, %v", changed, err)
+		}
+		echoed(t, dial("bob", third), "hello")
+		if _, err := dial("mallory", second).Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "unknown certificate authority") {
+			t.Errorf("a client of the authority that was replaced: %v", err)
+		}
 	})
 
 	t.Run("name the file that cannot be loaded", func(t *testing.T) {

@@ -87,18 +87,11 @@ func (c *Conn) performHandshake() (refused Reason, err error) {
 		c.closing.With(func(cl *closingState) { cl.ensureRare().parent = c.acceptor.baseContext })
 	}
 	timeout := c.srv.activeSettings().timeouts.Handshake
-	ctx, cancel := context.WithTimeoutCause((*connContext)(c), timeout, errHandshakeTimeout)
-	defer cancel()
 	c.setHandshakeDeadline(time.Now().Add(timeout))
 	if c.acceptor.wrap != nil {
-		wrapped, err := c.acceptor.wrap(ctx, c.nc)
-		switch {
-		case err != nil && ctx.Err() != nil:
-			return 0, fmt.Errorf("%w: %w", context.Cause(ctx), err)
-		case err != nil:
+		if err := c.wrapStream(timeout); err != nil {
 			return 0, err
 		}
-		c.setStream(wrapped)
 	}
 	if refused = c.srv.checkAccess(c); refused == 0 && c.acceptor.tls != nil {
 		c.flags.set(flagTLSBegun)
@@ -107,12 +100,27 @@ func (c *Conn) performHandshake() (refused Reason, err error) {
 		}
 		// Without a Done channel, crypto/tls starts no goroutine. The connection's deadline bounds the handshake, and
 		// the end of the connection interrupts it.
-		if err := c.replaceStream(context.WithoutCancel(ctx), c.acceptor.tls); err != nil {
+		if err := c.replaceStream(context.WithoutCancel((*connContext)(c)), c.acceptor.tls); err != nil {
 			return 0, err
 		}
 		c.setIdentityLabels()
 	}
 	return refused, nil
+}
+
+// wrapStream calls WrapConn. Only WrapConn needs a context with a timeout.
+func (c *Conn) wrapStream(timeout time.Duration) error {
+	ctx, cancel := context.WithTimeoutCause((*connContext)(c), timeout, errHandshakeTimeout)
+	defer cancel()
+	wrapped, err := c.acceptor.wrap(ctx, c.nc)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	case err != nil:
+		return err
+	}
+	c.setStream(wrapped)
+	return nil
 }
 
 var (

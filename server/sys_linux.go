@@ -180,13 +180,22 @@ func listsHandshake(lines *bufio.Scanner, port int) bool {
 // tcpi_unacked and tcpi_sacked (tcp_get_info in net/ipv4/tcp.c).
 func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
 	err := controlListener(ln, func(fd int) error {
-		info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+		info, err := tcpInfo(fd)
 		if err == nil {
 			length, limit = int(info.Unacked), int(info.Sacked)
 		}
 		return err
 	})
 	return length, limit, err == nil
+}
+
+// tcpInfo reads TCP_INFO. The error is errors.ErrUnsupported where only its beginning is filled in, as under qemu-user.
+func tcpInfo(fd int) (*unix.TCPInfo, error) {
+	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err == nil && info.Snd_cwnd == 0 { // Linux has at least 1 here, for a listener too
+		return nil, errUnsupported
+	}
+	return info, err
 }
 
 // A sendQueueReader reads the send queues of sockets, one after another. It allocates nothing for each, apart from the
@@ -218,15 +227,18 @@ func (r *sendQueueReader) read(nc net.Conn) (q sendQueueInfo, ok bool) {
 
 func (r *sendQueueReader) readDescriptor(fd uintptr) {
 	// The ioctl comes first, because usually nothing waits and TCP_INFO takes memory.
-	var waiting int
-	waiting, r.err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
-	r.info = sendQueueInfo{waiting: waiting, acked: uint64(waiting)}
+	var waiting uint32
+	waiting, r.err = unix.IoctlGetUint32(int(fd), unix.SIOCOUTQ)
+	r.info = sendQueueInfo{waiting: int(waiting), acked: uint64(waiting)}
 	if r.err != nil || r.isUnix || waiting == 0 {
 		return
 	}
 	var info *unix.TCPInfo
-	if info, r.err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); r.err == nil {
+	switch info, r.err = tcpInfo(int(fd)); {
+	case r.err == nil:
 		r.info = sendQueueInfo{waiting: int(info.Unacked) + int(info.Notsent_bytes), acked: info.Bytes_acked}
+	case errors.Is(r.err, errUnsupported):
+		r.err = nil
 	}
 }
 

@@ -641,9 +641,12 @@ func TestG14TLSClientsInTheQueueAndInTheirHandshakeAreToldOfADrain(t *testing.T)
 	wantClosed(t, s, map[Reason]uint64{ReasonClientLeft: queued + unfinished})
 }
 
+// emulated is the environment variable that says, with 1, that the tests run on an emulator.
+const emulated = "ECHOD_TEST_EMULATED"
+
 // unlessRace returns n, or a tenth of it where cryptography takes long: under the race detector, and on an emulator.
 func unlessRace(n int) int {
-	if isRace() || os.Getenv("ECHOD_TEST_EMULATED") == "1" {
+	if isRace() || os.Getenv(emulated) == "1" {
 		return n / 10
 	}
 	return n

@@ -211,7 +211,9 @@ func (s *logSink) enqueue(write func() error) {
 
 // countSampled counts an entry that sampling has dropped.
 func (s *logSink) countSampled() {
-	s.bySampling.Add(1)
+	if s.bySampling.Add(1) > 1 {
+		return // the first one has woken the goroutine, which costs more than all else about a dropped entry
+	}
 	select {
 	case s.wake <- struct{}{}:
 	default:
@@ -249,6 +251,9 @@ func (s *logSink) run() {
 		case <-due:
 			due = nil
 			s.reportDropped(droppedBySampling, &s.bySampling)
+			if s.bySampling.Load() > 0 { // the entry could not be written, or more were dropped in the meantime
+				due = time.After(logLossGap)
+			}
 		case <-s.quit:
 			for len(s.queue) > 0 {
 				s.write(<-s.queue)

@@ -1,9 +1,18 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 )
@@ -35,6 +44,20 @@ func TestTLSFlags(t *testing.T) {
 			t.Errorf("got %v, %v; want neither", certs, err)
 		}
 	})
+	for text, want := range map[string]uint16{"1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13} {
+		t.Run("the lowest version is "+text, func(t *testing.T) {
+			dir := t.TempDir()
+			writeTestCertificate(t, dir)
+			flags := tlsFlags{certs: []string{filepath.Join(dir, "cert.pem")}, keys: []string{filepath.Join(dir, "key.pem")}, minVersion: text}
+			certs, err := flags.load(withTLS, nil, zap.NewNop())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := certs.Config().MinVersion; got != want {
+				t.Errorf("MinVersion %s, want %s", tls.VersionName(got), tls.VersionName(want))
+			}
+		})
+	}
 	t.Run("suites with CBC are left out", func(t *testing.T) {
 		if len(authenticatedSuites()) == 0 {
 			t.Error("no suites are left")
@@ -45,4 +68,29 @@ func TestTLSFlags(t *testing.T) {
 			}
 		}
 	})
+}
+
+// writeTestCertificate writes a certificate that signs itself, and its key, to cert.pem and key.pem.
+func writeTestCertificate(t *testing.T, dir string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"localhost"}}
+	cert, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for file, block := range map[string]*pem.Block{
+		"cert.pem": {Type: "CERTIFICATE", Bytes: cert}, "key.pem": {Type: "PRIVATE KEY", Bytes: secret},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, file), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
