@@ -759,7 +759,6 @@ func TestMarkIdle(t *testing.T) {
 		}
 		s, addr := serveTCP(t, lineProtocol(false), Options{})
 		var leaving sync.WaitGroup
-		began := time.Now()
 		for range clients {
 			c := dialTCP(t, addr)
 			leaving.Go(func() {
@@ -768,11 +767,11 @@ func TestMarkIdle(t *testing.T) {
 			})
 		}
 		awaitConns(t, s, clients)
-		most := max(500*time.Millisecond, 3*time.Since(began)) // connecting shows how busy the machine is
-		rep, took := drainIn(s, time.Minute, "x")
+		const grace = 10 * time.Minute
+		rep, took := drainIn(s, grace, "x")
 		leaving.Wait()
-		if took > most {
-			t.Errorf("the drain took %v, want at most %v", took, most)
+		if took > grace/10 { // far more than a busy machine needs
+			t.Errorf("the drain took %v of the grace period of %v", took, grace)
 		}
 		t.Logf("the drain took %v", took)
 		wantEqual(t, "clients that left by themselves", rep.Left, clients)
