@@ -24,6 +24,8 @@ func TestUpgradeSupervised(t *testing.T) {
 	t.Run("a terminal", testUpgradeTerminal)
 	t.Run("the pid file names the process that serves", testPIDFile)
 	t.Run("the predecessor is shown and can be told to end", testPredecessor)
+	t.Run("the keeper needs little memory", testKeeperMemory)
+	t.Run("the death of the keeper drains", testKeeperDeath)
 }
 
 // supervised is a server that a supervisor starts, from a copy of the program.
@@ -225,19 +227,110 @@ func testContainer(t *testing.T, init ...string) {
 	}
 }
 
-// Ctrl-C in a terminal drains the successor once, and the shell gets its prompt back when that has ended.
+// Ctrl-Z in a terminal stops all processes, and fg continues them. Ctrl-C drains the successor once, and the shell gets
+// its prompt back when that has ended.
 func testUpgradeTerminal(t *testing.T) {
 	t.Parallel()
 	term, socket := openTerminal(t)
+	term.types("stty tostop\n") // the successor is in the background, and still may write its log
 	p := term.serveIn("--grace 20s")
-	if got := run(t, commandOf(built(t, echodBinary), "ctl", "--control", socket, "upgrade")); got.code != 0 {
+	got := run(t, commandOf(built(t, echodBinary), "ctl", "--control", socket, "upgrade"))
+	var successor int
+	if _, err := fmt.Sscanf(got.stdout, "upgraded to process %d:", &successor); err != nil {
 		t.Fatalf("upgrade: %+v", got)
 	}
 	check(t, p.echo("after the upgrade\n"))
+	stopped := func() bool {
+		_, rest, _ := strings.Cut(readFile(t, fmt.Sprintf("/proc/%d/stat", successor)), ") ")
+		return strings.HasPrefix(rest, "T")
+	}
+	term.types(ctrlZ)
+	term.awaits("Stopped")
+	poll(t, "the successor to stop", stopped)
+	term.types("fg\n")
+	check(t, p.echo("continued\n"))
 	term.types(ctrlC)
 	check(t, p.expect("SHUTDOWN 20 SIGINT\n"))
 	check(t, p.leave())
-	term.awaits("code=0")
+	term.awaits(`drained +\{"reason": "SIGINT"`)
+	term.types("echo over=$?\n")
+	term.awaits("over=0")
+}
+
+// privateMemory returns the bytes of memory that a process shares with no file and with no other process. There are none
+// while it executes a program.
+func privateMemory(t *testing.T, pid int) (bytes int, ok bool) {
+	t.Helper()
+	rollup, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	if err != nil {
+		return 0, false
+	}
+	for line := range strings.Lines(string(rollup)) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "Pss_Anon:" {
+			n, err := strconv.Atoi(f[1])
+			check(t, err)
+			return n << 10, true
+		}
+	}
+	t.Fatal("smaps_rollup has no Pss_Anon")
+	return 0, false
+}
+
+func testKeeperMemory(t *testing.T) {
+	t.Parallel()
+	e, program := upgradable(t, "--grace", "1m")
+	name := func() string { return strings.TrimSpace(readFile(t, fmt.Sprintf("/proc/%d/comm", e.pid))) }
+	called := name()
+	for _, p := range e.crowd(1000) {
+		check(t, p.leave())
+	}
+	served, _ := privateMemory(t, e.pid)
+	peers := e.crowd(20)
+	if got := e.ctl("upgrade"); got.code != 0 {
+		t.Fatal(got.stderr)
+	}
+	check(t, os.Remove(program)) // the keeper does not need it
+	const most = 2 << 20
+	poll(t, "the keeper to free its memory", func() bool {
+		kept, ok := privateMemory(t, e.pid)
+		if ok && kept < most {
+			t.Logf("%d kB while it served, %d kB as the keeper", served>>10, kept>>10)
+		}
+		return ok && kept < most
+	})
+	if now := name(); now != called {
+		t.Errorf("the process is called %s, it was %s", now, called)
+	}
+
+	// It passes signals on, also to later processes, and has the exit code of the last one.
+	copyFile(t, built(t, leanBinary), program)
+	first := e.status().PID
+	e.signal(syscall.SIGUSR2)
+	poll(t, "the second upgrade", func() bool {
+		got := e.ctl("status", "--json")
+		return got.code == 0 && !strings.Contains(got.stdout, fmt.Sprintf(`"pid":%d,`, first))
+	})
+	each(t, len(peers), func(i int) error { return peers[i].echo("here\n") })
+	e.signal(syscall.SIGTERM)
+	each(t, len(peers), func(i int) error { return peers[i].expect("SHUTDOWN 60 SIGTERM\n") })
+	e.signal(syscall.SIGTERM)
+	e.wait(128 + int(syscall.SIGTERM))
+}
+
+// A supervisor whose process was killed starts another one, which needs the addresses.
+func testKeeperDeath(t *testing.T) {
+	t.Parallel()
+	e, program := upgradable(t, "--grace", "20s")
+	p := e.served()
+	for range 2 {
+		if got := e.ctl("upgrade"); got.code != 0 {
+			t.Fatal(got.stderr)
+		}
+	}
+	check(t, syscall.Kill(e.pid, syscall.SIGKILL))
+	check(t, p.expect("SHUTDOWN 20 orphaned\n"))
+	check(t, p.leave())
+	poll(t, "all processes to end", func() bool { return len(processesOf(t, program)) == 0 })
 }
 
 func testPIDFile(t *testing.T) {

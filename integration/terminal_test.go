@@ -120,6 +120,7 @@ func (term *terminal) awaits(pattern string) []string {
 
 const (
 	ctrlC         = "\x03"
+	ctrlZ         = "\x1a"
 	ctrlBackslash = "\x1c"
 )
 

@@ -459,6 +459,9 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	}
 	if tookOver {
 		tellKeeper(os.Getpid())
+		if watchKeeper, stop := keeperActor(srv, log); watchKeeper != nil {
+			g.Add(watchKeeper, stop)
+		}
 	}
 	if n := newSDNotifier(srv, log, probes...); n != nil {
 		if tookOver {

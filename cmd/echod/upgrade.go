@@ -110,7 +110,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		return done, fmt.Errorf("starting the successor: %w", err)
 	}
 	u.log.Info("upgrading", zap.Int("successor", successor.pid))
-	successorPID.Store(int64(successor.pid))
+	setSuccessor(successor.pid)
 	about := upgradeData{Version: version, PID: os.Getpid(), TLS: tlsAddresses(u.sockets.echo)}
 	if u.certs != nil {
 		about.TicketKeys = u.certs.TicketKeys()
@@ -136,7 +136,7 @@ func (u *upgrader) upgrade(ctx context.Context, timeout time.Duration) (done con
 		Committed: func() { u.stopServing(successor) },
 	})
 	if err != nil {
-		successorPID.Store(0)
+		setSuccessor(0)
 		successor.kill()
 		if errors.Is(err, io.EOF) {
 			err = errors.New("the successor exited before it was ready: its messages are in this server's log")
@@ -261,8 +261,12 @@ cannot be upgraded and has to be restarted, 64 usage.`,
 				if err != nil {
 					return err
 				}
+				frozen := "under 1ms"
+				if done.FrozenSeconds >= time.Millisecond.Seconds() {
+					frozen = formatSeconds(done.FrozenSeconds)
+				}
 				err = printLine(out, "upgraded to process %d: %s handed over, frozen for %s", done.PID,
-					text.Count(done.HandedOver, "connection"), formatSeconds(done.FrozenSeconds))
+					text.Count(done.HandedOver, "connection"), frozen)
 				for why, n := range done.Behind {
 					err = errors.Join(err, printLine(out, "%s stayed with the old process: %s",
 						text.Count(n, "connection"), strings.TrimSpace(why)))

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,8 +17,10 @@ import (
 	"syscall"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
+	"echod/cmd/echod/internal/keeper"
 	"echod/server"
 )
 
@@ -29,6 +30,7 @@ const (
 	envLink    = "ECHOD_INTERNAL_LINK"    // descriptor of the link to the predecessor
 	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that reports the end of file when the supervisor knows the successor
 	envReport  = "ECHOD_INTERNAL_REPORT"  // descriptor to which a successor writes its pid, for the keeper
+	envKept    = "ECHOD_INTERNAL_KEPT"    // a keeper reads what is written there
 )
 
 // A starter's descriptors. The successor gets the first three.
@@ -63,8 +65,11 @@ func (p process) release() {
 	_ = unix.Close(p.pidf)
 }
 
-// keeperPipe carries the pids of serving processes to this process if it is the keeper. The first upgrade makes it.
-var keeperPipe struct{ r, w *os.File }
+// kept is set in the first process, by its first upgrade: it becomes the keeper of all later processes.
+var kept struct {
+	*keeper.Keeper
+	report *os.File // successors inherit it
+}
 
 // inheritedReport is the pipe to the keeper that a successor has inherited. The os.File must stay reachable, because its
 // finalizer closes the descriptor.
@@ -112,6 +117,9 @@ func startSuccessor(ctx context.Context) (p process, link server.Link, err error
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.ExtraFiles = []*os.File{far, gateR, report, pidW}
 	cmd.Env = append(successorEnviron(), envStarter+"=1")
+	if !hasStableParent() {
+		cmd.Env = append(cmd.Env, envKept+"=1")
+	}
 	err = cmd.Start()
 	_ = pidW.Close()
 	if err == nil {
@@ -181,18 +189,13 @@ func reportPipe() (*os.File, error) {
 	if os.Getenv(envReport) != "" {
 		return inheritedReport(), nil
 	}
-	if keeperPipe.w == nil {
-		if !hasStableParent() {
-			if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-				return nil, fmt.Errorf("becoming the parent of the successor: %w", err)
-			}
-		}
+	if kept.Keeper == nil {
 		var err error
-		if keeperPipe.r, keeperPipe.w, err = os.Pipe(); err != nil {
+		if kept.Keeper, kept.report, err = keeper.New(!hasStableParent()); err != nil {
 			return nil, err
 		}
 	}
-	return keeperPipe.w, nil
+	return kept.report, nil
 }
 
 // internalRole runs the starter if an upgrade started this process as one, and reports whether it did. It must be called
@@ -243,6 +246,7 @@ func predecessorLink() (server.Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s=%s: %w", envLink, fd, err)
 	}
+	ignoreBackgroundWrite() // to the terminal whose foreground has the keeper
 	unix.CloseOnExec(fdGate)
 	unix.CloseOnExec(fdReport)
 	f := os.NewFile(uintptr(n), "handover")
@@ -269,6 +273,51 @@ func tellKeeper(pid int) {
 	if os.Getenv(envReport) != "" {
 		_, _ = fmt.Fprintln(inheritedReport(), pid) // under systemd no process reads it
 	}
+}
+
+// keeperActor returns the run.Group pair that drains the server when its keeper has died: whatever started the keeper
+// takes the service for ended, and may start it again. Execute is nil without a keeper.
+func keeperActor(srv *server.Server, log *zap.Logger) (execute func() error, interrupt func(error)) {
+	if os.Getenv(envKept) == "" {
+		return nil, nil
+	}
+	// A copy, because waiting holds the lock of an os.File against tellKeeper.
+	fd, err := unix.FcntlInt(fdReport, unix.F_DUPFD_CLOEXEC, 0)
+	if err == nil {
+		err = unix.SetNonblock(fd, true) // otherwise the runtime cannot wait for it
+	}
+	if err != nil {
+		log.Warn("cannot watch the keeper", zap.Error(err))
+		return nil, nil
+	}
+	pipe := os.NewFile(uintptr(fd), "keeper")
+	interrupted := make(chan struct{})
+	execute = func() error {
+		defer pipe.Close()
+		if awaitReaderClosed(pipe) == nil {
+			log.Error("the keeper, which was the first process, has died")
+			srv.StartDrain(server.DrainOptions{Reason: "orphaned"})
+		}
+		<-interrupted // the group's error is that of the first actor to return: not of this one
+		return nil
+	}
+	return execute, func(error) {
+		close(interrupted)
+		_ = pipe.SetWriteDeadline(time.Unix(1, 0))
+	}
+}
+
+// awaitReaderClosed waits until nobody can read the pipe any more.
+func awaitReaderClosed(pipe *os.File) error {
+	raw, err := pipe.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return raw.Write(func(fd uintptr) bool {
+		fds := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(fds, 0)
+		return err == nil && n > 0 && fds[0].Revents&unix.POLLERR != 0
+	})
 }
 
 // awaitSupervisor waits until the supervisor knows this successor, or until ctx ends.
@@ -311,52 +360,22 @@ func tellSupervisor(successor process) {
 // successorPID is the pid of the process that serves after an upgrade of this one, or that is starting; 0 if there is none.
 var successorPID atomic.Int64
 
-// servingPID returns the pid of the process that serves after an upgrade of this one. In the keeper, that may be a later
-// successor.
-func servingPID() int {
-	pid := int(successorPID.Load())
-	if keeperPipe.r == nil {
-		return pid
-	}
-	raw, err := keeperPipe.r.SyscallConn()
-	if err != nil {
-		return pid
-	}
-	var lines []byte
-	_ = raw.Read(func(fd uintptr) bool {
-		var block [512]byte
-		for {
-			n, err := unix.Read(int(fd), block[:]) // does not block, because os.Pipe makes the descriptor non-blocking
-			if err == unix.EINTR {
-				continue
-			}
-			if n <= 0 {
-				return true
-			}
-			lines = append(lines, block[:n]...)
-		}
-	})
-	for line := range strings.FieldsSeq(string(lines)) {
-		if n, err := strconv.Atoi(line); err == nil {
-			pid = n
-		}
-	}
+// setSuccessor sets the pid of the process that serves after an upgrade of this one, or that is starting; 0 if there is none.
+func setSuccessor(pid int) {
 	successorPID.Store(int64(pid))
-	return pid
-}
-
-// signalServing sends a signal to the process that serves.
-func signalServing(sig os.Signal) {
-	keeperMu.Lock()
-	defer keeperMu.Unlock()
-	pid := servingPID()
-	if s, ok := sig.(syscall.Signal); ok && pid != 0 {
-		_ = syscall.Kill(pid, s)
+	if kept.Keeper != nil {
+		kept.Starting(pid)
 	}
 }
 
-// keeperMu is held while keeperPipe is read.
-var keeperMu sync.Mutex
+// signalServing sends a signal to the process that serves. In the keeper, that may be a later successor.
+func signalServing(sig os.Signal) {
+	if kept.Keeper != nil {
+		kept.Signal(sig)
+	} else if s, ok := sig.(syscall.Signal); ok && successorPID.Load() != 0 {
+		_ = syscall.Kill(int(successorPID.Load()), s)
+	}
+}
 
 // notifyUpgrade relays the signal that requests an upgrade to c.
 func notifyUpgrade(c chan<- os.Signal) { notifySignals(c, syscall.SIGUSR2) }
@@ -368,57 +387,9 @@ func keepIfUpgraded(caught chan os.Signal) error {
 	if successorPID.Load() == 0 || hasStableParent() {
 		return nil
 	}
-	notifySignals(caught, syscall.SIGUSR1, syscall.SIGUSR2)
-	_ = keeperPipe.w.Close()
-	debug.SetGCPercent(10)
-	debug.FreeOSMemory()
-
-	ctx, cancel := context.WithCancelCause(context.Background())
-	defer cancel(nil)
-	exits := make(chan childExit)
-	go waitChildren(ctx, exits)
-	codes := make(map[int]int) // of processes that have exited
-	for {
-		select {
-		case sig := <-caught:
-			signalServing(sig)
-		case e, ok := <-exits:
-			serving := servingPID() // also empties the pipe
-			if ok {
-				codes[e.pid] = e.code
-				break
-			}
-			if codes[serving] == 0 { // there are no more children
-				return nil
-			}
-			return &exitError{code: codes[serving]}
-		}
+	_ = kept.report.Close()
+	if code := kept.Keep(caught); code != 0 {
+		return &exitError{code: code}
 	}
-}
-
-// childExit is a child that has exited.
-type childExit struct{ pid, code int }
-
-// waitChildren reaps children until there is none, and then closes exits.
-func waitChildren(ctx context.Context, exits chan<- childExit) {
-	defer close(exits)
-	for {
-		var status syscall.WaitStatus
-		pid, err := syscall.Wait4(-1, &status, 0, nil)
-		switch {
-		case errors.Is(err, syscall.EINTR):
-			continue
-		case err != nil:
-			return
-		}
-		code := status.ExitStatus()
-		if status.Signaled() {
-			code = exitSignal + int(status.Signal())
-		}
-		select {
-		case exits <- childExit{pid, code}:
-		case <-ctx.Done():
-			return
-		}
-	}
+	return nil
 }

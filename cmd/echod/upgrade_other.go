@@ -6,7 +6,8 @@ import (
 	"context"
 	"errors"
 	"os"
-	"sync/atomic"
+
+	"go.uber.org/zap"
 
 	"echod/server"
 )
@@ -28,6 +29,10 @@ func predecessorLink() (server.Link, error) { return nil, nil }
 
 func tellKeeper(int) {}
 
+func keeperActor(*server.Server, *zap.Logger) (execute func() error, interrupt func(error)) {
+	return nil, nil
+}
+
 func awaitSupervisor(context.Context) {}
 
 func tellSupervisor(process) {}
@@ -36,7 +41,7 @@ func isUnit() bool { return false }
 
 func signalServing(os.Signal) {}
 
-var successorPID atomic.Int64
+func setSuccessor(int) {}
 
 func notifyUpgrade(chan<- os.Signal) {}
 
