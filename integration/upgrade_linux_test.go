@@ -287,6 +287,16 @@ func testUpgradeCallers(t *testing.T) {
 			t.Errorf("event %d is %s with the id %d, after %d", i, ev.Type, ev.ID, events[max(0, i-1)].ID)
 		}
 	}
+	again := 0
+	for ev, err := range c.EventsAfter(t.Context(), events[0].ID) { // a caller that was away during all upgrades
+		check(t, err)
+		if again++; ev.Type != events[again].Type || ev.ID != events[again].ID {
+			t.Errorf("for a later caller event %d is %s with the id %d, want %s", again, ev.Type, ev.ID, events[again].Type)
+		}
+		if again == len(events)-1 {
+			break
+		}
+	}
 	e.signal(syscall.SIGTERM)
 	e.wait(0)
 }

@@ -98,6 +98,25 @@ func (h *history) add(e Event) {
 	h.events = append(h.events, e)
 }
 
+// since returns the kept events after the one with the given id.
+func (h *history) since(id uint64) []Event {
+	kept := h.events[max(0, len(h.events)-eventHistory):]
+	i := slices.IndexFunc(kept, func(e Event) bool { return e.ID > id })
+	if i < 0 {
+		return nil
+	}
+	return slices.Clone(kept[i:])
+}
+
+// restore takes over a predecessor's events, oldest first. Those before a gap are of no use.
+func (h *history) restore(events []Event) {
+	begin := len(events)
+	for next := h.last; begin > 0 && events[begin-1].ID == next; next-- {
+		begin--
+	}
+	h.events = slices.Clone(events[begin:])
+}
+
 // after returns the events after the one with the given id. If some are not kept, the first one is an EventMissed.
 func (h *history) after(id uint64) []Event {
 	kept := h.events[max(0, len(h.events)-eventHistory):]
@@ -122,8 +141,8 @@ func (h *history) after(id uint64) []Event {
 func (s *Server) Subscribe() *Subscription { return s.subscribe(nil) }
 
 // SubscribeAfter is like Subscribe, but begins with the events after the one with the given id. The last 1,024 are kept
-// while there are subscribers, and for a minute after the last one was closed. An event of type EventMissed stands
-// for events that are not kept.
+// while there are subscribers, for a minute after the last one was closed, and through a handover. An event of type
+// EventMissed stands for events that are not kept.
 func (s *Server) SubscribeAfter(id uint64) *Subscription { return s.subscribe(&id) }
 
 func (s *Server) subscribe(after *uint64) *Subscription {

@@ -184,6 +184,7 @@ type predecessor struct {
 	seed        maphash.Seed
 	sentRecords map[uint64]uint64 // hash of the last record that was sent, by the connection's id
 	closedSent  int               // number of closed connections that were sent
+	lastEvent   uint64            // id of the last event that was sent
 	recordBuf   []byte            // buffer for one record, for reuse
 	kept        map[*Conn]string  // connections that this process keeps, and why
 }
@@ -260,7 +261,9 @@ func (p *predecessor) offer() error {
 // comes before the freeze.
 func (p *predecessor) copyAhead(ctx context.Context) error {
 	history := handoverMessage{Type: msgConns}
-	p.s.state.With(func(st *state) { history.Recent = p.unsentClosed(st) })
+	var events []Event
+	p.s.state.With(func(st *state) { history.Recent, events = p.unsentClosed(st), p.unsentEvents(st) })
+	history.Events = recordEvents(events)
 	if err := p.send(history); err != nil {
 		return err
 	}
@@ -310,6 +313,16 @@ func (p *predecessor) unsentClosed(st *state) (closed []handoverClosed) {
 		closed = append(closed, newHandoverClosed(c))
 	}
 	return closed
+}
+
+// unsentEvents returns the kept events that were not sent yet.
+func (p *predecessor) unsentEvents(st *state) []Event {
+	if !st.wantsEvents() {
+		return nil
+	}
+	events := st.history.since(p.lastEvent)
+	p.lastEvent = st.history.last
+	return events
 }
 
 // sendConns sends connections, and waits for the acknowledgement: descriptors in flight are limited (unix(7),
@@ -419,6 +432,7 @@ func (p *predecessor) finalMessage(conns []*Conn) handoverMessage {
 	if known < len(p.sentRecords) {
 		m.Gone = p.notHandedOver(conns)
 	}
+	var events []Event
 	p.s.state.With(func(st *state) {
 		st.reportEnds = true
 		for c, why := range p.kept {
@@ -449,8 +463,9 @@ func (p *predecessor) finalMessage(conns []*Conn) handoverMessage {
 		}
 		m.Holds = st.holdInfos()
 		m.FirstEvent, m.LastEvent = st.history.first, st.history.last
-		m.Recent = p.unsentClosed(st)
+		m.Recent, events = p.unsentClosed(st), p.unsentEvents(st)
 	})
+	m.Events = recordEvents(events)
 	return m
 }
 

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -104,6 +105,7 @@ func TestG12Handover(t *testing.T) {
 	t.Run("an eviction goes along", testHandoverEviction)
 	t.Run("the successor tells a client whose window is shut", testHandoverShut)
 	t.Run("settings that were changed go along, also twice", testHandoverSettings)
+	t.Run("a subscriber with an old id misses no event", testHandoverEvents)
 }
 
 func testHandoverSettings(t *testing.T) {
@@ -123,6 +125,68 @@ func testHandoverSettings(t *testing.T) {
 	wantEqual(t, "max-conns, lowered to what files allow", next.activeSettings().limits.MaxConns, Limits{}.withDefaults(zap.NewNop()).MaxConns)
 	_ = next.Close()
 	next.served.Wait()
+}
+
+// testHandoverEvents: a subscriber that comes after two handovers gets all events, as the one who was always there.
+func testHandoverEvents(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{Limits: Limits{MaxConns: 100}})
+	first := g.Subscribe()
+	var want []Event
+	follow := func(sub *Subscription) (last uint64) {
+		for e := range sub.Events(t.Context()) {
+			want = append(want, e)
+			if e.Type == EventUpgraded {
+				return e.ID
+			}
+		}
+		t.Fatal("the subscription ended without an event of type upgraded")
+		return 0
+	}
+	some := func() {
+		c := dialTCP(t, addr)
+		echoed(t, c, "hello\n")
+		_ = c.Close()
+		awaitConns(t, g.Server, 0)
+		h, err := g.Pause(PauseOptions{Reason: "backup", By: Caller{UID: 7, PID: 9}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Release()
+		set(t, g.Server, "idle-timeout=1h")
+		set(t, g.Server, "idle-timeout=0s")
+	}
+	some()
+	for range 2 {
+		next, _ := g.takeOver(t, Echo, Options{Limits: Limits{MaxConns: 100}})
+		last := follow(first)
+		g.served.Wait()
+		g, first = next, next.SubscribeAfter(last)
+		some()
+	}
+	_ = g.Close()
+	g.served.Wait()
+	for e := range first.Events(t.Context()) {
+		want = append(want, e)
+	}
+
+	late := g.SubscribeAfter(want[0].ID)
+	got := slices.Collect(late.Events(t.Context()))
+	wantEqual(t, "number of events", len(got), len(want)-1)
+	for i, e := range got {
+		wantEqual(t, "event", described(t, e), described(t, want[i+1]))
+	}
+	for i := range want {
+		wantEqual(t, "id", want[i].ID, want[0].ID+uint64(i))
+	}
+}
+
+// described is an event without the time of an upgrade, which both processes tell.
+func described(t *testing.T, e Event) string {
+	t.Helper()
+	if e.Type == EventUpgraded {
+		e.Time = time.Time{}
+	}
+	return string(recordEvents([]Event{e})[0])
 }
 
 // testHandoverEviction: some clients are told before the handover and the others after it, each once. All have their

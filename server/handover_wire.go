@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 )
 
@@ -67,8 +68,9 @@ type handoverMessage struct {
 	NoticesSent   uint64 `json:"notices_sent,omitempty"`
 	NoticesFailed uint64 `json:"notices_failed,omitempty"`
 
-	FirstEvent uint64 `json:"first_event,omitempty"`
-	LastEvent  uint64 `json:"last_event,omitempty"`
+	FirstEvent uint64            `json:"first_event,omitempty"`
+	LastEvent  uint64            `json:"last_event,omitempty"`
+	Events     []json.RawMessage `json:"events,omitempty"` // conns, final: those since the last message, oldest first
 
 	HoldIDs []string `json:"hold_ids,omitempty"` // hold-conns: one descriptor each
 
@@ -364,6 +366,92 @@ func (r handoverClosed) closedConn() ClosedConn {
 		c.Err = errors.New(r.Err)
 	}
 	return c
+}
+
+// handoverEvent is an Event.
+type handoverEvent struct {
+	ID       uint64          `json:"id"`
+	Time     time.Time       `json:"time"`
+	Type     EventType       `json:"type"`
+	State    string          `json:"state,omitempty"`
+	Conn     *handoverOpened `json:"conn,omitempty"`
+	Closed   *handoverClosed `json:"closed,omitempty"`
+	Hold     *HoldInfo       `json:"hold,omitempty"`
+	Cause    string          `json:"cause,omitempty"`
+	By       *Caller         `json:"by,omitempty"`
+	Missed   int             `json:"missed,omitempty"`
+	Settings []SettingChange `json:"settings,omitempty"`
+}
+
+// handoverOpened is the ConnInfo of a connection that was just opened.
+type handoverOpened struct {
+	ID     uint64            `json:"id"`
+	Remote string            `json:"remote"`
+	Local  string            `json:"local"`
+	Phase  Phase             `json:"phase"`
+	Opened time.Time         `json:"opened"`
+	Labels map[string]string `json:"labels,omitempty"`
+}
+
+// maxHandoverEvents is how many bytes of events are handed over, the newest ones.
+const maxHandoverEvents = 1 << 20
+
+// recordEvents encodes events, oldest first. It leaves out the oldest ones beyond the maximum.
+func recordEvents(events []Event) (records []json.RawMessage) {
+	size := 0
+	for _, e := range slices.Backward(events) {
+		r := handoverEvent{
+			ID: e.ID, Time: e.Time, Type: e.Type, Hold: e.Hold, Cause: e.Cause, Missed: e.Missed, Settings: e.Settings,
+		}
+		if e.By != (Caller{}) {
+			r.By = &e.By
+		}
+		if e.Type == EventState {
+			r.State = e.State.String()
+		}
+		if c := e.Conn; c != nil {
+			r.Conn = &handoverOpened{
+				ID: c.ID, Remote: c.Remote.String(), Local: c.Local.String(), Phase: c.Phase, Opened: c.Opened, Labels: c.Labels,
+			}
+		}
+		if e.Closed != nil {
+			r.Closed = new(newHandoverClosed(*e.Closed))
+		}
+		record, err := json.Marshal(r)
+		if size += len(record); err != nil || size > maxHandoverEvents {
+			break
+		}
+		records = append(records, record)
+	}
+	slices.Reverse(records)
+	return records
+}
+
+// parseEvent decodes an event of any version.
+func parseEvent(record json.RawMessage) (e Event, err error) {
+	var r handoverEvent
+	if err := json.Unmarshal(record, &r); err != nil {
+		return e, err
+	}
+	e = Event{ID: r.ID, Time: r.Time, Type: r.Type, Hold: r.Hold, Cause: r.Cause, Missed: r.Missed, Settings: r.Settings}
+	if r.By != nil {
+		e.By = *r.By
+	}
+	if r.Type == EventState {
+		if e.State, err = ParseState(r.State); err != nil {
+			return e, err
+		}
+	}
+	if c := r.Conn; c != nil {
+		e.Conn = &ConnInfo{
+			ID: c.ID, Remote: textAddr(c.Remote), Local: textAddr(c.Local), Phase: c.Phase, Opened: c.Opened, Active: c.Opened,
+			Labels: c.Labels,
+		}
+	}
+	if r.Closed != nil {
+		e.Closed = new(r.Closed.closedConn())
+	}
+	return e, nil
 }
 
 // parseReason is the inverse of Reason.String. A reason that this version does not know counts as ReasonLost.

@@ -116,6 +116,7 @@ type successor struct {
 	acceptors []*acceptor
 	conns     map[uint64]*incomingConn // by id
 	recent    []handoverClosed         // oldest first
+	events    []Event                  // oldest first
 	count     int                      // connections that were taken over
 	kept      int                      // number of connections that the predecessor keeps
 	holdConns map[string]net.Conn      // connections of PauseOptions.Conn, by the hold's id
@@ -166,7 +167,7 @@ func (t *successor) run() error {
 
 // addConns makes connections of the descriptors in m. It does not read or write them.
 func (t *successor) addConns(m handoverMessage, files []any) error {
-	t.addRecentClosed(m.Recent)
+	t.addHistory(m)
 	records, err := parseRecords(m.records)
 	if err == nil && len(records) != len(files) {
 		err = fmt.Errorf("got %d descriptors for %d connections", len(files), len(records))
@@ -240,17 +241,22 @@ func (r *incomingConn) stopAhead() {
 	}
 }
 
-// addRecentClosed adds closed connections to recent, which has the oldest first.
-func (t *successor) addRecentClosed(newestFirst []handoverClosed) {
-	for _, c := range slices.Backward(newestFirst) {
+// addHistory adds the closed connections and the events of m.
+func (t *successor) addHistory(m handoverMessage) {
+	for _, c := range slices.Backward(m.Recent) { // newest first
 		t.recent = append(t.recent, c)
+	}
+	for _, record := range m.Events {
+		if e, err := parseEvent(record); err == nil { // otherwise it is of a newer version, and leaves a gap
+			t.events = append(t.events, e)
+		}
 	}
 }
 
 // applyFinal applies the final state m to the connections that were sent ahead. The error says which connection is
 // missing or cannot be resumed.
 func (t *successor) applyFinal(m handoverMessage) error {
-	t.addRecentClosed(m.Recent)
+	t.addHistory(m)
 	for _, id := range m.Gone {
 		if r := t.conns[id]; r != nil {
 			r.closeCopy()
@@ -287,7 +293,7 @@ func (t *successor) commit(m handoverMessage) error {
 	s.restoreSettings(m.Settings)
 	var active, idle []*incomingConn
 	s.state.With(func(st *state) {
-		st.restore(m)
+		st.restore(m, t.events)
 		for _, c := range t.recent {
 			st.recentClosed.add(c.closedConn())
 		}
@@ -359,8 +365,8 @@ func (r *incomingConn) closeCopy() {
 	connFiles.Add(-1)
 }
 
-// restore sets the counters and the history from the final state.
-func (st *state) restore(m handoverMessage) {
+// restore sets the counters and the history from the final state. events are the oldest first.
+func (st *state) restore(m handoverMessage, events []Event) {
 	if st.lifecycle == StateStarting {
 		st.setLifecycle(StateRunning)
 	}
@@ -369,6 +375,7 @@ func (st *state) restore(m handoverMessage) {
 	st.noticesSent, st.noticesFailed = m.NoticesSent, m.NoticesFailed
 	if m.LastEvent > 0 {
 		st.history = history{first: m.FirstEvent, last: m.LastEvent, until: time.Now().Add(historyTime)}
+		st.history.restore(events)
 	}
 	st.publish(Event{Type: EventUpgraded})
 	for name, n := range m.Closed {
