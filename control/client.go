@@ -92,7 +92,7 @@ type UnreachableError struct {
 }
 
 var (
-	errNoAnswer = fmt.Errorf("nothing came for %s", silenceTimeout)
+	errNoAnswer = fmt.Errorf("it sent nothing for %s", silenceTimeout)
 	errBusy     = errors.New("its queue of connections is full")
 )
 
@@ -582,7 +582,7 @@ func (c *Client) readLine(ctx context.Context, lines *bufio.Scanner, out any) er
 
 func (c *Client) decode(answer []byte, out any) error {
 	if err := json.Unmarshal(answer, out); err != nil {
-		return fmt.Errorf("control socket %s answers something that is not the control API: %w", c.path, err)
+		return fmt.Errorf("control socket %s answers with something other than the control API: %w", c.path, err)
 	}
 	if c.OnAnswer != nil {
 		c.OnAnswer(answer)

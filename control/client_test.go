@@ -174,7 +174,7 @@ func testLeaseGone(t *testing.T) {
 
 func testBadAnswers(t *testing.T) {
 	for _, other := range []struct{ answer, want string }{
-		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers something that is not the control API: invalid character 'h' looking for beginning of value"},
+		{"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers with something other than the control API: invalid character 'h' looking for beginning of value"},
 		{"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nhey", "control socket /run/echod.sock answers 404 Not Found"},
 		{"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\n{}", "control socket /run/echod.sock answers 502 Bad Gateway"},
 	} {
@@ -321,7 +321,7 @@ func testSilentServer(t *testing.T) {
 				}
 				began := time.Now()
 				err := call.call(t.Context(), c)
-				const want = "the server on control socket /run/echod.sock does not answer: nothing came for 5s"
+				const want = "the server on control socket /run/echod.sock does not answer: it sent nothing for 5s"
 				if _, ok := errors.AsType[*UnreachableError](err); !ok || err.Error() != want {
 					t.Errorf("%s after %q: error is %v, want an UnreachableError that says: %s", call.name, half, err, want)
 				}

@@ -131,7 +131,7 @@ func testGroupFails(t *testing.T) {
 	}
 	path := filepath.Join(shortDir(t), "s")
 	_, err := Listen(t.Context(), path, SocketOptions{Mode: 0o660, GID: new(1)})
-	if err == nil || !strings.Contains(err.Error(), "giving it to group 1") {
+	if err == nil || !strings.Contains(err.Error(), "changing its group to 1") {
 		t.Errorf("error is %v: want it to name the group", err)
 	}
 	wantNothing(t, path)

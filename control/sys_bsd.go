@@ -31,7 +31,7 @@ func bindPrivate(ctx context.Context, path string) (*net.UnixListener, error) {
 func setAccess(path string, opts SocketOptions) error {
 	if opts.GID != nil {
 		if err := os.Lchown(path, -1, *opts.GID); err != nil {
-			return fmt.Errorf("giving it to group %d: %w", *opts.GID, withoutPath(err))
+			return fmt.Errorf("changing its group to %d: %w", *opts.GID, withoutPath(err))
 		}
 	}
 	if opts.Mode.Perm() == 0o600 {

@@ -53,7 +53,7 @@ func setAccess(path string, opts SocketOptions) error {
 	}
 	if opts.GID != nil {
 		if err := unix.Fchownat(fd, "", -1, *opts.GID, unix.AT_EMPTY_PATH); err != nil {
-			return fmt.Errorf("giving it to group %d: %w", *opts.GID, err)
+			return fmt.Errorf("changing its group to %d: %w", *opts.GID, err)
 		}
 	}
 	if opts.Mode.Perm() == 0o600 {

@@ -325,7 +325,7 @@ func TestSendRefusesItsOutputAsInput(t *testing.T) {
 		check(t, in.Close())
 		check(t, out.Close())
 		if code := exitCode(cmd.ProcessState); code != 2 ||
-			!strings.Contains(stderr.String(), "is the output too") || readFile(t, path) != "a\nb\n" {
+			!strings.Contains(stderr.String(), "is also the output") || readFile(t, path) != "a\nb\n" {
 			t.Errorf("%q: code %d, stderr %q", args, code, stderr.String())
 		}
 	}

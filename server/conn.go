@@ -73,7 +73,7 @@ const (
 	flagClientGone                          // the sweeper has seen that the client has closed or reset the connection
 	flagHandshaken                          // the reader has seen that the TLS handshake is complete
 	flagMessagesQueued                      // rareState.messages is not empty; guarded by closing
-	flagMessagesClosed                      // no message can be queued any more; guarded by closing
+	flagMessagesClosed                      // messages can no longer be queued; guarded by closing
 	flagMayWait                             // written bytes may wait for the client; the sweeper clears it when none do
 )
 

@@ -31,12 +31,12 @@ func (c *Conn) WriteTo(w io.Writer) (written int64, err error) {
 type copier struct {
 	src   *Conn
 	dst   io.Writer
-	buf   *buffer // with the bytes of the last read; nil while the client is silent
+	buf   *buffer // holds the bytes of the last read; nil while the client is silent
 	size  bufferSize
 	small bool // the last read would have fit into a smaller buffer
 	echo  bool // dst is src
-	// resumable means that a handover may interrupt the copier anywhere. The copier then returns ErrHandover, and
-	// unwritten returns the bytes that it has read and not written.
+	// resumable means that a handover may interrupt the copier anywhere. The copier then returns ErrHandover, and the
+	// method unwritten returns the bytes that were read and not written.
 	resumable bool
 
 	started      bool // onReadable was called
@@ -374,7 +374,7 @@ type bufferSize int8
 
 // The sizes. With half a megabyte, bulk data takes as little CPU time as with splice(2) (docs/benchmarks.md).
 const (
-	unpooled bufferSize = iota - 1 // of any size, and not from a pool
+	unpooled bufferSize = iota - 1 // a buffer of any size that is not from a pool
 	smallBuffer
 	mediumBuffer
 	largeBuffer
@@ -412,13 +412,12 @@ type buffer struct {
 	size     bufferSize
 	recvArgs recvArgs
 
-	// The last read.
-	lastRead  int    // size of it
-	unwritten []byte // bytes of it that were not written yet
+	lastRead  int    // size of the last read
+	unwritten []byte // bytes of the last read that were not written yet
 	err       error
 }
 
-// unpooledBuffer returns a buffer for pending, as if it had been read.
+// unpooledBuffer returns a buffer that holds pending as the bytes of the last read.
 func unpooledBuffer(pending []byte) *buffer {
 	b := &buffer{bytes: pending, size: unpooled}
 	b.setRead(len(pending))

@@ -189,17 +189,17 @@ func acceptQueue(ln net.Listener) (length, limit int, ok bool) {
 	return length, limit, err == nil
 }
 
-// tcpInfo reads TCP_INFO. The error is errors.ErrUnsupported where only its beginning is filled in, as under qemu-user.
+// tcpInfo reads TCP_INFO. The error is errors.ErrUnsupported on systems that fill in only its beginning, such as qemu-user.
 func tcpInfo(fd int) (*unix.TCPInfo, error) {
 	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	if err == nil && info.Snd_cwnd == 0 { // Linux has at least 1 here, for a listener too
+	if err == nil && info.Snd_cwnd == 0 { // on Linux it is at least 1, also for a listener
 		return nil, errUnsupported
 	}
 	return info, err
 }
 
-// A sendQueueReader reads the send queues of sockets, one after another. It allocates nothing for each, apart from the
-// syscall.RawConn that package net makes.
+// A sendQueueReader reads the send queues of sockets, one after another. For each it allocates only the syscall.RawConn
+// that package net makes.
 type sendQueueReader struct {
 	isUnix bool
 	info   sendQueueInfo

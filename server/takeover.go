@@ -399,7 +399,7 @@ func (c *Conn) restore(r handoverConn) {
 	c.lastActive.Store(c.srv.clockAt(r.Active))
 	c.bytesIn.Store(r.BytesIn)
 	c.bytesOut.Store(r.BytesOut)
-	c.flags.set(flagMayWait) // the predecessor may have written them a moment ago
+	c.flags.set(flagMayWait) // bytes that the predecessor has written may wait
 	if r.Notified {
 		c.flags.set(flagNotified)
 	}

@@ -12,10 +12,11 @@ const (
 	maxSweep = 1 * time.Second
 )
 
-// sendProgress is what a sweep saw of data that waits for the client to acknowledge it. It is zero if none waits.
+// sendProgress is the progress of data that waits for the client to acknowledge it, as a sweep saw it. It is zero if no
+// data waits.
 type sendProgress struct {
 	acked     uint64    // bytes acknowledged by the client
-	changedAt time.Time // when acked changed or data began to wait, as far as sweeps have seen it
+	changedAt time.Time // time of the sweep that saw acked change or data begin to wait
 }
 
 func (p sendProgress) waiting() bool { return !p.changedAt.IsZero() }
@@ -24,8 +25,8 @@ func (p sendProgress) waiting() bool { return !p.changedAt.IsZero() }
 type sweeper struct {
 	srv    *Server
 	queues *sendQueueReader
-	conns  []*Conn // scratch space of sweep, kept so that a sweep of idle connections makes no garbage
-	// progress has the connections that had data waiting at the last sweep. Most have none, and need no memory for it.
+	conns  []*Conn // scratch space of sweep, reused so that a sweep of idle connections allocates nothing
+	// progress holds only the connections that had waiting data at the last sweep. Most have none.
 	progress map[*Conn]sendProgress
 }
 
@@ -58,7 +59,7 @@ func (sw *sweeper) sweep(now time.Time) {
 	for c := range paced(sw.conns, backgroundBurst) {
 		sw.checkTimeouts(c, now, before[c])
 	}
-	clear(sw.conns) // closed connections must not stay in memory until the next sweep
+	clear(sw.conns) // so that closed connections do not stay in memory until the next sweep
 }
 
 // sweepInterval returns the time between two sweeps. Without a timeout that is the longest possible time.
@@ -111,7 +112,7 @@ func (c *Conn) reachedMaxAge(now time.Time) bool {
 }
 
 // checkTimeouts ends c if it is stalled or idle, and schedules its notice if it has reached its maximum age. before is
-// what the last sweep saw.
+// the progress at the last sweep.
 func (sw *sweeper) checkTimeouts(c *Conn, now time.Time, before sendProgress) {
 	s := sw.srv
 	if Phase(c.phase.Load()) != PhaseServing {
@@ -153,10 +154,10 @@ func (sw *sweeper) sendProgress(c *Conn, now time.Time, before sendProgress) sen
 	if blocked == 0 && !c.flags.has(flagMayWait) {
 		return sendProgress{} // the usual case: nothing was written since the last sweep that saw nothing waiting
 	}
-	c.flags.clear(flagMayWait) // before the queue is read, so that the next sweep sees what is written meanwhile
+	c.flags.clear(flagMayWait) // before the queue is read, so that the next sweep sees data that is written meanwhile
 	q, ok := sw.queues.read(c.sock)
 	switch {
-	case !ok && blocked != 0: // not a socket, or on a system that does not report it
+	case !ok && blocked != 0: // not a socket, or the system does not report it
 		return sendProgress{changedAt: c.srv.timeAt(max(blocked, c.lastActive.Load()))}
 	case !ok || q.waiting == 0 && blocked == 0:
 		return sendProgress{}

@@ -287,7 +287,8 @@ func (c *Conn) countWritten(p []byte, n int) {
 	}
 }
 
-// addWritten is countWritten without the mark, for an echo whose read has just set it. n is not 0.
+// addWritten is like countWritten, but does not mark the connection as active. It is for an echo, whose read has just
+// marked it. n is not 0.
 func (c *Conn) addWritten(p []byte, n int) {
 	c.bytesOut.Add(uint64(n))
 	c.lastByte = p[len(p)-1]

@@ -161,7 +161,7 @@ func socketOf(ctx context.Context, path string, pid int) (string, error) {
 	if len(found) > 0 {
 		why = strings.Join(found, ", ")
 	}
-	return "", &exitError{exitUnreachable, fmt.Errorf("process %d has no control socket that was found: %s", pid, why)}
+	return "", &exitError{exitUnreachable, fmt.Errorf("no control socket of process %d found: %s", pid, why)}
 }
 
 // controlClient returns a client for the control socket at path. With an empty path it uses the socket of

@@ -575,7 +575,7 @@ func (s *sender) checkFiles(inputs []string) error {
 		out := statStream("standard output", s.out)
 		for _, in := range read {
 			if out.info != nil && out.same(in) {
-				return usagef("%s is the output too", in.name)
+				return usagef("%s is also the output", in.name)
 			}
 		}
 		written = append(written, out)

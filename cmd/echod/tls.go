@@ -167,7 +167,7 @@ func (s *sockets) adoptEcho(tlsAddresses []string, opts echoOptions) error {
 		address := ln.Addr().String()
 		switch {
 		case slices.Contains(tlsAddresses, address) && opts.certs == nil:
-			return fmt.Errorf("%s%s is passed on, and no certificate is given for it", tlsScheme, address)
+			return fmt.Errorf("the predecessor hands over %s%s, and no certificate is given for it", tlsScheme, address)
 		case slices.Contains(tlsAddresses, address):
 			s.echo[i].TLSConfig = opts.certs.Config()
 		case ln.Addr().Network() == "unix" && !ln.Inherited:
