@@ -31,11 +31,11 @@ func newCtlCommand() *cobra.Command {
 		Short: "Control a running server through its control socket",
 		Long: `Control a running server through its control socket.
 
-Without --control the first server found is used. The places are those where servers
-put their socket by default: $RUNTIME_DIRECTORY/control.sock,
+Without --control the command uses the first server that it finds. It tries the paths
+where servers put their socket by default: $RUNTIME_DIRECTORY/control.sock,
 $XDG_RUNTIME_DIR/echod/control.sock, a private temporary or cache directory,
-/run/echod/control.sock and /run/echod-control.sock. Directories that another user
-controls are skipped.
+/run/echod/control.sock and /run/echod-control.sock. It skips directories that another
+user controls.
 
 Exit codes: 0 done, 1 the server refused, 2 no server answers, 3 a wait timed out,
 64 usage. 'pause -- COMMAND' exits with the command's code, or with 125 if the command
@@ -405,7 +405,7 @@ func (ctl *ctl) resumeCommand() *cobra.Command {
 		Use:   "resume [HOLD... | --all]",
 		Short: "Release the hold, the named holds, or all",
 		Long: `Release the hold. If there are several, they are listed, and nothing is released: name
-those to release, or give --all. Each may protect the work of somebody else.`,
+those to release, or give --all. Each may protect the work of another user.`,
 		ValidArgsFunction: ctl.completeHolds,
 		RunE: func(cmd *cobra.Command, holds []string) error {
 			if all && len(holds) > 0 {
@@ -549,7 +549,7 @@ has been told, and not if a supervisor's signal began the drain.`,
 	cmd.Flags().DurationVar(&grace, "grace", 0,
 		"`time` that clients have to finish (default: the server's --grace)")
 	cmd.Flags().DurationVar(&spread, "spread", 0,
-		"`time` in which clients are told, one after another (default: the\nserver's --spread)")
+		"`time` over which clients are told, one after another (default: the\nserver's --spread)")
 	cmd.Flags().StringVar(&req.Reason, "reason", "",
 		"`text` for the notice that clients get (default: control)")
 	cmd.Flags().BoolVar(&req.Now, "now", false, "close everything now")

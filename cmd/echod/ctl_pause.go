@@ -30,8 +30,9 @@ func (ctl *ctl) pauseCommand() *cobra.Command {
 		Use:   "pause [-- COMMAND [ARG...]]",
 		Short: "Stop accepting new clients, until resumed or while COMMAND runs",
 		Long: `Stop accepting new clients. Existing connections are not affected, unless --evict sends
-them away: they are told, have the server's --grace, and are closed. The server stays up,
-and is not ready. When it is resumed, clients that were not told yet stay.
+them away: clients are told to leave, have the server's --grace, and are then closed. The
+server stays up, and is not ready. When it is resumed, clients that were not told yet
+stay.
 
 Without a command the pause lasts until 'echod ctl resume', or for --ttl. With a command
 it ends when the command does, and the exit code is the command's. If the pause ends
@@ -80,7 +81,7 @@ sends them PAUSED and closes.`,
 		"resume automatically after this `time` (default: never)")
 	cmd.Flags().BoolVar(&req.Evict, "evict", false, "send the connected clients away")
 	cmd.Flags().DurationVar(&req.Spread, "spread", 0,
-		"with --evict: `time` in which clients are told, one after another")
+		"with --evict: `time` over which clients are told, one after another")
 	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
 	completeValues(cmd, "mode", "hold", "reject")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault) // for the command to run

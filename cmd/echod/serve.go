@@ -120,8 +120,8 @@ func newServeCommand(use string) *cobra.Command {
 		"`time` for which a stopping server is not ready but still\n"+
 			"accepts clients, before --grace begins: for load balancers")
 	flags.DurationVar(&f.spread, "spread", 0,
-		"`time` in which a drain tells clients, one after another at\n"+
-			"random, each with its own --grace; 0 is all at once")
+		"`time` over which a drain tells clients to leave, in random order,\n"+
+			"each with its own --grace; 0 is all at once")
 	flags.StringVar(&f.pidFile, "pid-file", "",
 		"`path` of a file with the pid of the process that serves")
 	flags.DurationVar(&f.upgradeTimeout, "upgrade-timeout", defaultUpgradeTimeout,
@@ -144,14 +144,14 @@ func newServeCommand(use string) *cobra.Command {
 		"`action` for clients beyond --max-conns and --max-conn-rate-total:\n"+
 			"wait leaves them in the accept queue,\nreject sends them BUSY")
 	flags.IntVar(&f.maxConnsPerIP, "max-conns-per-ip", 0,
-		"maximum `number` of connections from one address; more are sent\nBUSY; 0 is unlimited")
+		"maximum `number` of connections from one address; further\nones are sent BUSY; 0 is unlimited")
 	flags.IntVar(&f.maxConnsPerUID, "max-conns-per-uid", 0,
-		"maximum `number` of connections from one user id on Unix\nsockets; more are sent BUSY; 0 is unlimited")
+		"maximum `number` of connections from one user id on Unix\nsockets; further ones are sent BUSY; 0 is unlimited")
 	flags.StringVar(&f.maxConnRate, "max-conn-rate", "0",
 		"maximum `rate` of new connections from one address, such as 20/s,\n"+
-			"100/m or 5/h; more are sent BUSY; 0 is unlimited")
+			"100/m or 5/h; further ones are sent BUSY; 0 is unlimited")
 	flags.StringVar(&f.maxConnRateTotal, "max-conn-rate-total", "0",
-		"maximum `rate` of new connections in total; --at-limit says what\nhappens to more")
+		"maximum `rate` of new connections in total; --at-limit says what\nhappens to further ones")
 	flags.StringSliceVar(&f.allow, "allow", nil,
 		"address `ranges` that may connect, such as 10.0.0.0/8, and no\nothers; may be repeated")
 	flags.StringSliceVar(&f.deny, "deny", nil,
@@ -175,8 +175,8 @@ func newServeCommand(use string) *cobra.Command {
 			"addresses, localhost and this machine's name")
 	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof on --http too")
 	flags.StringVar(&f.agentCheck, "agent-check", "",
-		"`address` that tells HAProxy (agent-check) whether to send new\n"+
-			"clients here; a port alone is on 127.0.0.1")
+		"`address` for HAProxy's agent checks, which ask whether to send\n"+
+			"new clients here; a port alone is on 127.0.0.1")
 	flags.StringVar(&f.logLevel, "log-level", "info",
 		"lowest `level` that is logged: debug, info, warn\nor error")
 	flags.StringVar(&f.logFormat, "log-format", "",

@@ -33,12 +33,12 @@ func (f *tlsFlags) add(flags *pflag.FlagSet) {
 			"name that they ask for (default: tls.crt among the credentials\n"+
 			"that systemd passes)")
 	flags.StringArrayVar(&f.keys, "tls-key", nil,
-		"PEM `file` with the key of the --tls-cert at the same place\n(default: tls.key there)")
+		"PEM `file` with the key of the --tls-cert in the same position\n(default: tls.key among the same credentials)")
 	flags.StringVar(&f.clientCA, "tls-client-ca", "",
 		"PEM `file` with the authorities that sign the certificates of\nclients")
 	flags.StringVar(&f.clientAuth, "tls-client-auth", "",
 		"`rule` for certificates of clients: require or optional\n"+
-			"(default: require with --tls-client-ca, else none is asked for)")
+			"(default: require with --tls-client-ca, else none is requested)")
 	flags.StringVar(&f.minVersion, "tls-min-version", "1.2", "lowest `version` of TLS: 1.2 or 1.3")
 }
 
