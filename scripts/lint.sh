@@ -39,6 +39,9 @@ else
 	echo 'skipped: shellcheck is not installed'
 fi
 
+echo '== the program with gendocs compiles'
+go vet -tags gendocs ./cmd/echod
+
 echo '== faults: all patches apply'
 scripts/faults.sh --check
 

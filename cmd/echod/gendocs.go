@@ -20,7 +20,7 @@ func init() {
 		Use:    "gendocs DIRECTORY",
 		Short:  "Write man pages and shell completions",
 		Hidden: true,
-		Args:   takes(cobra.ExactArgs(1)),
+		Args:   usageArgs(cobra.ExactArgs(1)),
 		RunE:   func(cmd *cobra.Command, args []string) error { return generate(cmd.Root(), args[0]) },
 	})
 }
