@@ -204,15 +204,15 @@ func (r *results) MemoryRow(name string) (cells []string) {
 	return cells
 }
 
-// A contrast is a latency next to the crowd, with each disturbance.
-type contrast struct {
+// A disturbedLatency is a latency next to idle connections, with each disturbance.
+type disturbedLatency struct {
 	Place, Shape, What string
 	With               []string
 }
 
-// Contrasts returns the latencies with each disturbance: medians of all measurements, and for the longest wait the
+// DisturbedLatencies returns the latencies with each disturbance: medians of all measurements, and for the longest wait the
 // least; see delay.
-func (r *results) Contrasts() (all []contrast) {
+func (r *results) DisturbedLatencies() (all []disturbedLatency) {
 	for _, place := range []string{pinnedName, unpinnedName} {
 		for _, sh := range shapes {
 			for _, l := range []struct {
@@ -224,7 +224,7 @@ func (r *results) Contrasts() (all []contrast) {
 				if !ok {
 					continue
 				}
-				c := contrast{Place: place, Shape: sh.Title, What: l.name, With: []string{milliseconds(base)}}
+				c := disturbedLatency{Place: place, Shape: sh.Title, What: l.name, With: []string{milliseconds(base)}}
 				for _, d := range disturbances[1:] {
 					with, ok := l.sum(r.beside(place, sh.Name, d.Name, l.of))
 					c.With = append(c.With, cell(ok, milliseconds(with)+" ("+times(with/base, true)+")"))

@@ -26,7 +26,7 @@ type results struct {
 	Memory     []memoryRun
 	Drains     []load.Drained
 	Crowd      int
-	Beside     []besideRun
+	Beside     []disturbedRun
 
 	TLS *results `json:",omitempty"` // over TLS
 }

@@ -87,7 +87,7 @@ type suite struct {
 const grace = 2 * time.Second
 
 func (s *suite) run(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{s.runShapes, s.runMemory, s.runDrain, s.runBeside, s.runTLS} {
+	for _, step := range []func(context.Context) error{s.runShapes, s.runMemory, s.runDrain, s.runDisturbed, s.runTLS} {
 		if err := step(ctx); err != nil {
 			return err
 		}
@@ -286,15 +286,15 @@ var disturbances = []disturbance{
 // listing is the name of the disturbance that lists all connections.
 const listing = "a listing"
 
-// A besideRun is a measurement next to the crowd, with a disturbance that was made Times times.
-type besideRun struct {
+// A disturbedRun is a measurement next to the crowd, with a disturbance that was made Times times.
+type disturbedRun struct {
 	Place, Shape, Disturbance string
 	Times                     int
 	Result                    load.Result
 }
 
-// runBeside measures how much a crowd, and requests that concern all of it, delay clients that echo or connect.
-func (s *suite) runBeside(ctx context.Context) error {
+// runDisturbed measures how much a crowd, and requests that concern all of it, delay clients that echo or connect.
+func (s *suite) runDisturbed(ctx context.Context) error {
 	b, ok := s.findSubject()
 	if !ok || s.crowd == 0 {
 		return nil
@@ -304,7 +304,7 @@ func (s *suite) runBeside(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		err = s.besideCrowd(ctx, p, place)
+		err = s.measureDisturbed(ctx, p, place)
 		if stopped := p.stop(); err == nil {
 			err = stopped
 		}
@@ -315,7 +315,7 @@ func (s *suite) runBeside(ctx context.Context) error {
 	return nil
 }
 
-func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) (err error) {
+func (s *suite) measureDisturbed(ctx context.Context, p *process, place placement) (err error) {
 	crowd, err := s.startCrowd(ctx, jobHold, p, s.crowd, place.load)
 	if err != nil {
 		return err
@@ -344,8 +344,8 @@ func (s *suite) besideCrowd(ctx context.Context, p *process, place placement) (e
 // disturbed measures with d once a second.
 func (s *suite) disturbed(ctx context.Context, p *process, sh shape, place placement,
 	d disturbance,
-) (run besideRun, err error) {
-	run = besideRun{Place: place.Name, Shape: sh.Name, Disturbance: d.Name}
+) (run disturbedRun, err error) {
+	run = disturbedRun{Place: place.Name, Shape: sh.Name, Disturbance: d.Name}
 	d.Socket, d.Crowd = controlSocket(p.dir), s.crowd
 	operator, err := startLoad(ctx, jobDisturb, d, place.load)
 	if err != nil {

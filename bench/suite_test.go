@@ -130,9 +130,9 @@ func TestChoose(t *testing.T) {
 	}
 }
 
-// fabricated returns results of three rounds, in each of which the machine is slower. The subject takes subjectCPU
+// sampleResults returns results of three rounds, in each of which the machine is slower. The subject takes subjectCPU
 // per echo, gnet 10 µs and the floor 8 µs.
-func fabricated(subjectCPU time.Duration) *results {
+func sampleResults(subjectCPU time.Duration) *results {
 	r := &results{Crowd: 15000}
 	for name, cpu := range map[string]time.Duration{subject: subjectCPU, "gnet": 10 * time.Microsecond, floor: 8 * time.Microsecond} {
 		r.Contenders = append(r.Contenders, participant{Name: name})
@@ -156,7 +156,7 @@ func TestGoals(t *testing.T) {
 		{11 * time.Microsecond, []bool{false, true}},
 		{12 * time.Microsecond, []bool{false, false}},
 	} {
-		goals := fabricated(c.cpu).Goals()
+		goals := sampleResults(c.cpu).Goals()
 		if len(goals) != 2 || goals[0].Reached != c.reached[0] || goals[1].Reached != c.reached[1] {
 			t.Errorf("%v: goals %+v, want reached: %v", c.cpu, goals, c.reached)
 		}
@@ -164,7 +164,7 @@ func TestGoals(t *testing.T) {
 }
 
 func TestTableIsSortedByCPUTime(t *testing.T) {
-	lines := fabricated(9*time.Microsecond).Table(pinnedName, shapes[0])
+	lines := sampleResults(9*time.Microsecond).Table(pinnedName, shapes[0])
 	if len(lines) != 3 {
 		t.Fatalf("lines %+v, want 3", lines)
 	}
@@ -193,7 +193,7 @@ func TestDelayIsTheLeastOfTheLongestWaits(t *testing.T) {
 		{unpinnedName, disturbances[0].Name, 2 * time.Millisecond},
 		{unpinnedName, listing, 20 * time.Millisecond},
 	} {
-		r.Beside = append(r.Beside, besideRun{
+		r.Beside = append(r.Beside, disturbedRun{
 			Place: run.place, Shape: shapes[0].Name, Disturbance: run.disturbance, Result: load.Result{Max: run.longest},
 		})
 	}

@@ -32,11 +32,11 @@ type upgradeResults struct {
 	Began   time.Time
 	Version string
 	Rounds  int // upgrades of each scene
-	Scenes  []upgradeScene
+	Scenes  []upgradeCase
 }
 
-// An upgradeScene is a server with Conns connections, of which Busy are busy, and its upgrades.
-type upgradeScene struct {
+// An upgradeCase is a server with Conns connections, of which Busy are busy, and its upgrades.
+type upgradeCase struct {
 	Conns, Busy int
 	Frozen      []time.Duration // as the server says
 	Took        []time.Duration // from the command to its answer
@@ -93,8 +93,8 @@ func upgradeMain(ctx context.Context, f flags) error {
 }
 
 // measureUpgrades upgrades a server rounds times, half a second apart.
-func measureUpgrades(ctx context.Context, b built, conns, busy, rounds int) (s upgradeScene, err error) {
-	s = upgradeScene{Conns: conns, Busy: busy}
+func measureUpgrades(ctx context.Context, b built, conns, busy, rounds int) (s upgradeCase, err error) {
+	s = upgradeCase{Conns: conns, Busy: busy}
 	p, err := start(ctx, b, nil)
 	if err != nil {
 		return s, err
@@ -140,7 +140,7 @@ func measureUpgrades(ctx context.Context, b built, conns, busy, rounds int) (s u
 }
 
 // upgrade upgrades the server once, and samples its memory meanwhile.
-func (s *upgradeScene) upgrade(ctx context.Context, b built, p *process) error {
+func (s *upgradeCase) upgrade(ctx context.Context, b built, p *process) error {
 	sampled := make(chan int64)
 	done := make(chan struct{})
 	go func() {
@@ -266,23 +266,22 @@ var upgradePage = template.Must(template.New("upgrades").Funcs(template.FuncMap{
 ({{.Machine.CPU}}, {{.Machine.Kernel}}, {{.Machine.Go}}).
 
 The server is the real program. ` + "`echod ctl upgrade`" + ` replaces it {{.Rounds}} times in a row while its clients stay connected. A
-process holds the connections, and sends 64 bytes on one after another, one message each millisecond. In the busy rows another
-process has a message of 64 bytes in flight on each busy connection at all times. Both check every byte. All processes share the
-CPUs. No connection was closed, and all were handed over.
+load generator holds the connections, and sends one message of 64 bytes every millisecond, on one connection after another. In the
+busy rows a second load generator always has a message of 64 bytes in flight on each busy connection. Both check every byte. All
+processes share the CPUs. No connection was closed, and all were handed over.
 
 | connections | busy | frozen, median | frozen, longest | longest wait | without upgrades | command, median |
 |--:|--:|--:|--:|--:|--:|--:|
 {{range .Scenes}}| {{.Conns}} | {{.Busy}} | {{ms (middle .Frozen)}} | {{ms (longest .Frozen)}} | {{ms .Gap -}}
 {{" "}}| {{ms .UsualGap}} | {{ms (middle .Took)}} |
 {{end}}
-Frozen is the time in which no process serves connections, as the server reports it. The longest wait is that of all messages for
-their echo, in all {{.Rounds}} upgrades; the column beside it is from as long a time without upgrades.
+Frozen is the time for which no process serves connections, as the server reports it. The longest wait is that of any message for
+their echo, in all {{.Rounds}} upgrades. The column beside it is from an equally long time without upgrades.
 
-| connections | busy | memory before | most during an upgrade | after {{.Rounds}} upgrades |
+| connections | busy | memory before | maximum during an upgrade | after {{.Rounds}} upgrades |
 |--:|--:|--:|--:|--:|
 {{range .Scenes}}| {{.Conns}} | {{.Busy}} | {{mib .Before}} | {{mib .Peak}} | {{mib .After}} |
 {{end}}
-Memory is the resident memory of all processes of the server; what they share counts once. During an upgrade these are the
-predecessor and the successor. After it they are the successor and the process that was started first, which passes signals and
-the exit code on.
+Memory is the resident memory of all processes of the server; shared memory counts once. During an upgrade these are the predecessor
+and the successor. Afterwards they are the successor and the process that was started first, which forwards signals and the exit code.
 `))

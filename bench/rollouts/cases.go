@@ -63,67 +63,66 @@ var (
 	}
 	echodSocket = &server{
 		name: "echod, socket activation", program: "echod", start: startEchodActivated,
-		about: "The same with a listener that the parent process keeps, as systemd does for `echod.socket`.",
+		about: "The same, with a listener that the parent process keeps open, as systemd does for `echod.socket`.",
 	}
 	nginx = &server{
 		name: "nginx stream", program: "nginx", proxy: true, master: true, start: startNginx(""),
-		about: "A stream proxy before an echo server that nobody touches. Default settings: an old worker stays until its " +
-			"last client leaves. A restart is what Debian's unit does: SIGQUIT, after 5 s SIGTERM, and a new start.",
+		about: "A stream proxy in front of an echo server that runs all the time. Default settings: an old worker stays until " +
+			"its last client leaves. A restart is what Debian's unit does: SIGQUIT, after 5 s SIGTERM, and a new start.",
 	}
 	nginxBounded = &server{
 		name: "nginx stream, worker_shutdown_timeout 5s", program: "nginx", proxy: true, master: true,
 		start: startNginx("worker_shutdown_timeout 5s;"),
-		about: "The same with the directive that its documentation offers for old workers that do not end.",
+		about: "The same, with the directive that closes the connections of old workers after a time.",
 	}
 	haproxy = &server{
 		name: "HAProxy", program: "haproxy", proxy: true, start: startHAProxy(""),
-		about: "A TCP proxy before the same echo server, in master-worker mode with `expose-fd listeners`, as its management " +
-			"guide advises for reloads. A restart is what Debian's unit does: SIGTERM, and a new start.",
+		about: "A TCP proxy in front of the same echo server, in master-worker mode with `expose-fd listeners`, as its " +
+			"management guide advises for reloads. A restart is what Debian's unit does: SIGTERM, and a new start.",
 	}
 	haproxyBounded = &server{
 		name: "HAProxy, hard-stop-after 5s", program: "haproxy", proxy: true, start: startHAProxy("hard-stop-after 5s"),
-		about: "The same with the setting that its documentation recommends against old processes that do not end.",
+		about: "The same, with the setting that its documentation recommends for old processes that do not exit.",
 	}
 	tableflip = &server{
 		name: "tableflip", program: "tableflip",
 		start: func(s *site) error { return s.serve("tableflip", s.address) },
-		about: "An echo server on cloudflare/tableflip, written for this comparison after its README: SIGHUP upgrades, the old " +
-			"process waits up to 5 s for its connections.",
+		about: "An echo server on cloudflare/tableflip, written as its README shows. SIGHUP upgrades; the old process waits up " +
+			"to 5 s for its connections.",
 	}
 	netDrain = &server{
 		name: "net, drain by hand", program: "netdrain",
 		start: func(s *site) error { return s.serve("netdrain", s.address) },
-		about: "An echo server on package net, written for this comparison: SIGTERM closes the listener, and it waits up to " +
-			"5 s for its connections.",
+		about: "An echo server on package net. On SIGTERM it closes the listener, and waits up to 5 s for its connections.",
 	}
 	python = &server{
 		name: "Python ThreadingTCPServer", program: "python3",
 		start: func(s *site) error { return s.serve("python3", "peers/python/server.py", s.address) },
-		about: "socketserver's example with a larger accept queue. It has no shutdown of its own on a signal.",
+		about: "The example of the module socketserver, with a larger accept queue. It handles no signals.",
 	}
 	nats = &server{
 		name: "nats-server", program: "nats-server", start: startNATS,
-		about: "Clients that speak its protocol, send a PING each 100 ms, and stay when told. `lame_duck_duration: 30s` " +
-			"is the least that it allows; `lame_duck_grace_period: 5s`.",
+		about: "Its clients speak its own protocol, send a PING every 100 ms, and stay when told. `lame_duck_duration: 30s` " +
+			"is the shortest that it allows; `lame_duck_grace_period: 5s`.",
 	}
 )
 
 var cases = []rollout{
 	{
 		server: echod, what: "upgrade", act: ctl("upgrade"),
-		why: "The old process passes each connection to the new one in the middle of its stream (docs/design.md).",
+		why: "The old process hands each connection to the new one, in the middle of its stream (docs/design.md).",
 	},
 	{
 		server: echod, what: "upgrade", tls: true, act: ctl("upgrade"),
-		why: "A TLS session cannot be passed on. The old process keeps these clients for `--upgrade-keep`, then tells them.",
+		why: "A TLS session cannot be handed over. The old process keeps these clients for `--upgrade-keep`, then tells them.",
 	},
 	{
 		server: echod, what: "restart", act: restart(syscall.SIGTERM, 2*grace),
-		why: "Clients are told, finish what is in flight and connect to the new process. Until it listens, they are refused.",
+		why: "Clients are told, wait for messages in flight, and connect to the new process. Until it listens, connects are refused.",
 	},
 	{
 		server: echod, what: "restart", ignores: true, act: restart(syscall.SIGTERM, 2*grace),
-		why: "Clients that stay are closed at the end of the grace period, with everything written back before.",
+		why: "The server closes clients that stay at the end of the grace period, after it has echoed everything.",
 	},
 	{
 		server: echodSocket, what: "restart", act: restart(syscall.SIGTERM, 2*grace),
@@ -131,18 +130,18 @@ var cases = []rollout{
 	},
 	{
 		server: echodSocket, what: "restart", ignores: true, act: restart(syscall.SIGTERM, 2*grace),
-		why: "As above; clients that ignore the notice are closed at the end of the grace period.",
+		why: "As above. The server closes clients that ignore the notice at the end of the grace period.",
 	},
 	{
 		server: nginx, what: "reload", act: signalled(syscall.SIGHUP),
-		why: "The old worker goes on with its connections, with the old code and settings, until the last client leaves.",
+		why: "The old worker keeps its connections, with the old code and settings, until the last client leaves.",
 	},
 	{
 		server: nginx, what: "reload", tls: true, act: signalled(syscall.SIGHUP), why: "The same.",
 	},
 	{
 		server: nginxBounded, what: "reload", act: signalled(syscall.SIGHUP),
-		why: "After the timeout the old worker closes its connections. Nothing tells the clients before.",
+		why: "After the timeout the old worker closes its connections. Clients are not told.",
 	},
 	{
 		server: nginx, what: "restart", act: func(s *site) error {
@@ -152,28 +151,28 @@ var cases = []rollout{
 			wait(s.ctx, grace)
 			return restart(syscall.SIGTERM, grace)(s)
 		},
-		why: "SIGQUIT closes the listener and waits for clients, which are not told. SIGTERM then ends their connections.",
+		why: "After SIGQUIT, nginx closes the listener and waits for its clients, but does not tell them. SIGTERM then ends their connections.",
 	},
 	{
 		server: haproxy, what: "reload", act: signalled(syscall.SIGUSR2),
-		why: "The listener goes to the new worker. The old one goes on with its connections until the last client leaves.",
+		why: "The new worker takes the listener. The old one keeps its connections until the last client leaves.",
 	},
 	{server: haproxy, what: "reload", tls: true, act: signalled(syscall.SIGUSR2), why: "The same."},
 	{
 		server: haproxyBounded, what: "reload", act: signalled(syscall.SIGUSR2),
-		why: "After the time the old worker closes its connections. Nothing tells the clients before.",
+		why: "After the time the old worker closes its connections. Clients are not told.",
 	},
 	{
 		server: haproxy, what: "restart", act: restart(syscall.SIGTERM, grace),
-		why: "SIGTERM stops at once.",
+		why: "SIGTERM ends the process at once.",
 	},
 	{
 		server: tableflip, what: "upgrade", act: signalled(syscall.SIGHUP),
-		why: "The listener is passed on, connections are not: they end with the old process.",
+		why: "The listener is passed to the new process. Connections are not: they end with the old process.",
 	},
 	{
 		server: netDrain, what: "restart", act: restart(syscall.SIGTERM, 2*grace),
-		why: "Nothing tells the clients, so they stay until the process exits. Nothing listens meanwhile.",
+		why: "Nothing tells the clients, so they stay until the process exits. Until the new process starts, nothing listens.",
 	},
 	{
 		server: python, what: "restart", act: restart(syscall.SIGTERM, grace),
@@ -181,7 +180,7 @@ var cases = []rollout{
 	},
 	{
 		server: nats, what: "lame duck mode", run: lameDuck,
-		why: "Clients are told by an INFO message, and after the grace period they are closed at random over the duration.",
+		why: "An INFO message tells the clients. After the grace period the server closes them at random times within the duration.",
 	},
 	{
 		server: echod, what: "pause of 2 s", churn: 2 * time.Second, act: func(s *site) error {
@@ -191,7 +190,7 @@ var cases = []rollout{
 			wait(s.ctx, 2*time.Second)
 			return ctl("resume")(s)
 		},
-		why: "New clients wait in the accept queue and are served on resume, oldest first.",
+		why: "New clients wait in the accept queue. On resume they are served, oldest first.",
 	},
 	{
 		server: haproxy, what: "pause of 2 s", churn: 2 * time.Second, act: func(s *site) error {
@@ -203,7 +202,7 @@ var cases = []rollout{
 		},
 		why: "`disable frontend` stops listening, so new clients are refused.",
 	},
-	{server: echod, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The kernel ends all connections at once: with a reset where data was unread, otherwise in order."},
+	{server: echod, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The kernel ends all connections at once: with an RST if the server had not read all data, otherwise with a FIN."},
 	{server: nginx, what: "kill and start", act: killAll, why: "The same."},
 	{server: haproxy, what: "kill and start", act: killAll, why: "The same."},
 	{server: netDrain, what: "kill and start", act: restart(syscall.SIGKILL, grace), why: "The same."},
@@ -237,7 +236,7 @@ func restart(sig syscall.Signal, wait time.Duration) func(*site) error {
 		if err := s.signal(sig, wait); err != nil {
 			return err
 		}
-		return s.again()
+		return s.startAgain()
 	}
 }
 
@@ -249,11 +248,11 @@ func killAll(s *site) error {
 		}
 	}
 	<-s.server.ended
-	return s.again()
+	return s.startAgain()
 }
 
-// again starts the server once more, with the same arguments.
-func (s *site) again() error {
+// startAgain starts the server again, with the same arguments.
+func (s *site) startAgain() error {
 	old := s.server.cmd
 	cmd := exec.Command(old.Path, old.Args[1:]...)
 	cmd.Env, cmd.ExtraFiles = old.Env, old.ExtraFiles

@@ -254,14 +254,14 @@ func (c *checker) message(from origin, seq uint64, now time.Duration) {
 	due := f.due
 	c.countBroken(int64(seq - c.base))
 	for c.base < seq {
-		c.miss()
+		c.skipMissing()
 	}
 	c.returned(now - due)
 	c.pop()
 }
 
-// miss gives up message base because a later one has arrived.
-func (c *checker) miss() {
+// skipMissing gives up message base because a later one has arrived.
+func (c *checker) skipMissing() {
 	if len(c.missing) < maxMissing {
 		if c.missing == nil {
 			c.missing = make(map[uint64]time.Duration)
@@ -396,7 +396,7 @@ func (c *checker) line(now time.Duration) {
 
 	if from, seq, ok := parseMessage(l.line); ok {
 		c.release()
-		c.countJunk()
+		c.countBrokenBytes()
 		c.message(from, seq, now)
 		l.afterMessage = true
 		return
@@ -420,7 +420,7 @@ func (c *checker) line(now time.Duration) {
 	}
 	if from, seq, size, ok := c.lastMessage(joined); ok {
 		l.junk += len(joined) - size
-		c.countJunk()
+		c.countBrokenBytes()
 		c.message(from, seq, now)
 		l.afterMessage = true
 		return
@@ -457,9 +457,9 @@ func (c *checker) release() {
 	}
 }
 
-// countJunk converts the junk so far into a number of broken messages. It goes by
+// countBrokenBytes converts the bytes that are no message into a number of broken messages. It goes by
 // length, because a broken byte may have been a newline or have become one.
-func (c *checker) countJunk() {
+func (c *checker) countBrokenBytes() {
 	junk := c.lines.junk
 	c.lines.junk = 0
 	if junk == 0 {
@@ -501,7 +501,7 @@ func (c *checker) endLines() {
 		l.junk += rest
 	}
 	l.line, l.holding = l.line[:0], false
-	c.countJunk()
+	c.countBrokenBytes()
 }
 
 // isPrefix reports whether p is the beginning of message base.

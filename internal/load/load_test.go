@@ -635,7 +635,7 @@ func TestOutages(t *testing.T) {
 		})
 	t.Run("a delay of the load generator is not an outage", func(t *testing.T) {
 		u := connectedUser(full{}, Options{Stages: at(10, time.Second), Pipeline: 100})
-		u.again = []time.Duration{time.Second} // due then, and sent at 3 s
+		u.resend = []time.Duration{time.Second} // due then, and sent at 3 s
 		u.makeMessages(3 * time.Second)
 		u.checkLate(3*time.Second + 10*time.Millisecond)
 		if u.out {

@@ -175,8 +175,8 @@ func (t *thinkers) Pop() any {
 	return u
 }
 
-// think makes a user wait before it sends again, unless it already does.
-func (t *thinkers) think(u *user, until time.Duration) {
+// add makes a user wait before it sends again, unless it already does.
+func (t *thinkers) add(u *user, until time.Duration) {
 	if !u.thinking {
 		u.thinking, u.sendsAt = true, until
 		heap.Push(t, u)

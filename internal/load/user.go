@@ -68,9 +68,9 @@ type user struct {
 	rejected bool // by a notice, before any echo
 
 	// The open model: messages [taken, due) of the schedule are due, and no connection
-	// has taken them. Those in again are due too, because they must be sent again.
+	// has taken them. Those in resend are also due: they were sent on a connection that was rejected.
 	taken, due int64
-	again      []time.Duration
+	resend     []time.Duration
 	listed     bool // in worker.due
 
 	// The closed model with a think time.
@@ -86,11 +86,11 @@ type outageClock struct {
 	began    time.Duration // of the present outage
 	out      bool          // there is one
 	lastEcho time.Duration
-	asked    time.Duration // when something was sent while nothing was in flight
+	sentAt   time.Duration // when something was sent while nothing was in flight
 }
 
-// lose begins an outage, unless there is one.
-func (o *outageClock) lose(since time.Duration) {
+// beginOutage begins an outage, unless there is one.
+func (o *outageClock) beginOutage(since time.Duration) {
 	if !o.out {
 		o.began, o.out = since, true
 	}
@@ -106,7 +106,7 @@ func (o *outageClock) served(now time.Duration, stays bool) {
 }
 
 // hasDue reports whether something is due that no connection has taken.
-func (u *user) hasDue() bool { return len(u.again) > 0 || u.taken < u.due }
+func (u *user) hasDue() bool { return len(u.resend) > 0 || u.taken < u.due }
 
 // hasUnsent reports whether something is due that was not written.
 func (u *user) hasUnsent() bool {
@@ -191,7 +191,7 @@ func (u *user) connected(d dialed, now time.Duration) {
 		_ = d.conn.Close()
 		t.Ends.Failed++
 		w.run.noteError(err)
-		u.lose(now)
+		u.beginOutage(now)
 		u.reconnectLater(now)
 		return
 	}
@@ -232,7 +232,7 @@ func (u *user) connectFailed(err error) {
 	default:
 		t.Connects.Failed++
 	}
-	u.lose(u.dialedAt)
+	u.beginOutage(u.dialedAt)
 }
 
 // reconnectLater waits before the next connect, if there is to be one.
@@ -280,11 +280,11 @@ func (u *user) ready() {
 			u.served(now-ago, u.notice == nil)
 			w.lastEcho = max(w.lastEcho, now-ago)
 			if think := w.run.opts.Think; think.Max > 0 {
-				w.thinkers.think(u, now+think.pick())
+				w.thinkers.add(u, now+think.pick())
 			}
 		}
 		if u.notice != nil && u.phase == active {
-			u.lose(now)
+			u.beginOutage(now)
 			u.leave(leaveNotice, now)
 		}
 	}
@@ -346,7 +346,7 @@ func (u *user) makeMessages(now time.Duration) bool {
 			break
 		}
 		if u.check.outstanding() == 0 {
-			u.asked = now
+			u.sentAt = now
 		}
 		u.check.begin(due, u.worker.run.opts.Sizes.pick())
 	}
@@ -368,8 +368,8 @@ func (u *user) room() int {
 func (u *user) nextDue(now time.Duration) (due time.Duration, ok bool) {
 	w := u.worker
 	switch {
-	case len(u.again) > 0:
-		due, u.again = u.again[0], u.again[1:]
+	case len(u.resend) > 0:
+		due, u.resend = u.resend[0], u.resend[1:]
 		return due, true
 	case w.run.opts.open():
 		if u.taken == u.due {
@@ -413,7 +413,7 @@ func (u *user) leave(reason leaveReason, now time.Duration) {
 func (u *user) retractUnwritten() {
 	due := u.check.retract()
 	if u.worker.run.opts.open() {
-		u.again = append(due, u.again...)
+		u.resend = append(due, u.resend...)
 	}
 }
 
@@ -441,8 +441,8 @@ func (u *user) checkLate(now time.Duration) {
 	if overdue == 0 {
 		return
 	}
-	if since := max(u.check.oldest(), u.asked, u.outageClock.lastEcho); now-since > u.worker.run.opts.Late {
-		u.lose(since)
+	if since := max(u.check.oldest(), u.sentAt, u.outageClock.lastEcho); now-since > u.worker.run.opts.Late {
+		u.beginOutage(since)
 	}
 	if overdue > u.overdue {
 		u.overdue = overdue
@@ -472,7 +472,7 @@ func (u *user) ended(err error, now time.Duration) {
 	if u.rejected {
 		t.Echoes.TurnedAway += missing
 		if opts.open() {
-			u.again = append(due, u.again...)
+			u.resend = append(due, u.resend...)
 		}
 	} else {
 		u.hadConn = true
@@ -500,7 +500,7 @@ func (u *user) ended(err error, now time.Duration) {
 		t.Ends.Failed++
 	}
 	if !byUser {
-		u.lose(now)
+		u.beginOutage(now)
 	}
 	if byUser && u.reason == leaveChurn {
 		u.phase, u.wakeAt = disconnected, now
@@ -518,7 +518,7 @@ func (u *user) finish(now time.Duration) {
 	case u.phase == dialing:
 		u.connectFailed(errDialTimeout)
 	}
-	u.worker.tally.Echoes.Unsent += int64(len(u.again)) + u.due - u.taken
+	u.worker.tally.Echoes.Unsent += int64(len(u.resend)) + u.due - u.taken
 	if end := u.worker.drainAt; u.out && end > u.began {
 		u.total += end - u.began
 	}

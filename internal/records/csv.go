@@ -81,7 +81,7 @@ func (r *rows) read() (Record, error) {
 	if data == nil {
 		return Record{}, r.fail(0, n, fmt.Errorf("%w: more than %d bytes of JSON", ErrTooLong, r.w.max))
 	}
-	r.use(n)
+	r.advance(n)
 	return Record{Line: line, Data: data}, nil
 }
 
@@ -101,7 +101,7 @@ func (r *rows) readHeader() error {
 	for i, end := range r.ends {
 		names[i], from = string(r.text[from:end]), end
 	}
-	r.use(n)
+	r.advance(n)
 	r.setHeader(names)
 	return nil
 }
@@ -111,17 +111,17 @@ func (r *rows) setHeader(names []string) {
 	r.keys.setNames(names)
 }
 
-// use ends the record after n bytes.
-func (r *rows) use(n int) {
+// advance ends the record after n bytes.
+func (r *rows) advance(n int) {
 	r.position += int64(n)
-	r.w.use(n)
+	r.w.advance(n)
 }
 
 // fail ends the record after n bytes, and returns its error at offset i.
 func (r *rows) fail(i, n int, err error) *Error {
 	line, column := r.w.place(i)
 	e := &Error{Line: line, Column: column, Raw: bytes.Clone(r.w.data()[:n]), Err: err}
-	r.use(n)
+	r.advance(n)
 	return e
 }
 
@@ -159,7 +159,7 @@ func (r *rows) parse() (n int, err error) {
 		if skip == 0 {
 			break
 		}
-		r.use(skip)
+		r.advance(skip)
 	}
 	r.text, r.ends, r.starts = r.text[:0], r.ends[:0], r.starts[:0]
 	for done := false; !done; {
@@ -194,7 +194,7 @@ func (r *rows) validate(n int) error {
 	}
 	if !r.opts.ReplaceInvalid {
 		e := undecodable(r.w, i, n)
-		r.use(n)
+		r.advance(n)
 		return e
 	}
 	var text []byte
@@ -313,7 +313,7 @@ func (r *rows) separator(i int) (size int, done bool) {
 
 // quoted parses a field at offset i that begins with a quote.
 func (r *rows) quoted(i int) (next int, done bool, err error) {
-	end, err := r.closing(i)
+	end, err := r.closingQuote(i)
 	if err != nil {
 		return 0, false, err
 	}
@@ -336,20 +336,20 @@ func (r *rows) quoted(i int) (next int, done bool, err error) {
 	return end + 1 + size, done, nil
 }
 
-// closing returns the offset of the quote that closes the one at offset open. Quotes
+// closingQuote returns the offset of the quote that closes the one at offset open. Quotes
 // come in runs; a run closes the field if its length is odd, and a delimiter or the
 // end of the row comes after it.
 //
 // With LazyQuotes any other quote is content. If no run closes the field within the limit, each of the lines that
 // follow would repeat the search. So noClose is the offset up to which no run closes a field.
-func (r *rows) closing(open int) (int, error) {
+func (r *rows) closingQuote(open int) (int, error) {
 	for i := open + 1; ; {
 		d := r.w.data()
 		q := bytes.IndexByte(d[i:], '"')
 		if q < 0 {
 			i = len(d)
 			if i > r.w.max {
-				return 0, r.neverCloses(open, i)
+				return 0, r.unclosedQuote(open, i)
 			}
 			if r.w.more() {
 				continue
@@ -360,7 +360,7 @@ func (r *rows) closing(open int) (int, error) {
 			if r.opts.LazyQuotes {
 				return i, nil
 			}
-			return 0, r.neverCloses(open, i)
+			return 0, r.unclosedQuote(open, i)
 		}
 		run := i + q
 		i = run + 1
@@ -373,26 +373,26 @@ func (r *rows) closing(open int) (int, error) {
 		if (i-run)%2 == 1 {
 			if size, done := r.separator(i); size > 0 || done {
 				if i > r.w.max {
-					return 0, r.neverCloses(open, i)
+					return 0, r.unclosedQuote(open, i)
 				}
 				return i - 1, nil
 			}
 			if !r.opts.LazyQuotes {
-				return 0, r.misplaced(open, i-1)
+				return 0, r.misplacedQuote(open, i-1)
 			}
 		}
 		if skip := r.noClose - r.position; r.opts.LazyQuotes && skip > int64(i) {
 			i = int(min(skip, int64(len(r.w.data()))))
 		}
 		if i > r.w.max {
-			return 0, r.neverCloses(open, i)
+			return 0, r.unclosedQuote(open, i)
 		}
 	}
 }
 
-// neverCloses returns the error for a quote at offset open that nothing closes before
+// unclosedQuote returns the error for a quote at offset open that nothing closes before
 // offset i.
-func (r *rows) neverCloses(open, i int) error {
+func (r *rows) unclosedQuote(open, i int) error {
 	d := r.w.data()
 	for i > open+1 && d[i-1] == '"' {
 		i-- // the next read may add quotes to the run
@@ -401,9 +401,9 @@ func (r *rows) neverCloses(open, i int) error {
 	return r.failLine(open, open, fmt.Errorf("%w: not closed", csv.ErrQuote))
 }
 
-// misplaced returns the error for a quote at offset i inside the field that opens at
+// misplacedQuote returns the error for a quote at offset i inside the field that opens at
 // offset open.
-func (r *rows) misplaced(open, i int) error {
+func (r *rows) misplacedQuote(open, i int) error {
 	line, _ := r.w.place(open)
 	other, column := r.w.place(i)
 	if line == other {

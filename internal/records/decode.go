@@ -112,17 +112,17 @@ func decoderOf(name string) (transform.Transformer, error) {
 	for _, name := range []string{name, strings.Replace(strings.ToLower(name), "latin-", "latin", 1)} {
 		// Ask IANA's index first: HTML's index takes ISO-8859-1 for windows-1252.
 		if e, err := ianaindex.IANA.Encoding(name); err == nil && e != nil {
-			return marking(e), nil
+			return markedDecoder(e), nil
 		}
 		if e, err := htmlindex.Get(name); err == nil && e != nil {
-			return marking(e), nil
+			return markedDecoder(e), nil
 		}
 	}
 	const known = "utf-8, utf-16, iso-8859-1, windows-1252, shift_jis or gb18030"
 	return nil, fmt.Errorf("unknown encoding %q: want one such as %s", name, known)
 }
 
-func marking(e encoding.Encoding) transform.Transformer {
+func markedDecoder(e encoding.Encoding) transform.Transformer {
 	return transform.Chain(e.NewDecoder(), markUndecoded{})
 }
 

@@ -66,13 +66,13 @@ func (w *window) more() bool {
 	return false
 }
 
-// use ends the record after n bytes.
-func (w *window) use(n int) {
+// advance ends the record after n bytes.
+func (w *window) advance(n int) {
 	w.line += w.lineEnds(w.data()[:n])
-	w.drop(n)
+	w.skip(n)
 }
 
-func (w *window) drop(n int) {
+func (w *window) skip(n int) {
 	if w.start += n; w.start == len(w.buf) {
 		w.buf, w.start = w.buf[:0], 0
 	}
@@ -119,14 +119,14 @@ func (w *window) beginsWithCR(n int) bool {
 // skipLine ends the record with the line at offset i, however long the line is.
 func (w *window) skipLine(i int) {
 	w.line += w.lineEnds(w.data()[:i])
-	w.drop(i)
+	w.skip(i)
 	for {
 		if n := bytes.IndexByte(w.data(), w.eol); n >= 0 {
-			w.drop(n + 1)
+			w.skip(n + 1)
 			w.line++
 			return
 		}
-		w.drop(len(w.data()))
+		w.skip(len(w.data()))
 		if !w.more() {
 			return
 		}
@@ -159,14 +159,14 @@ func (s *Source) readLine() (Record, error) {
 			return Record{}, w.tooLong(0)
 		}
 		record.Data = bytes.Clone(w.data()[:w.max])
-		w.use(w.max)
+		w.advance(w.max)
 		return record, nil
 	}
 	line := w.data()[:end]
 	if i := invalid(line); s.opts.validate && i >= 0 {
 		if !s.opts.ReplaceInvalid {
 			e := undecodable(w, i, end)
-			w.use(end)
+			w.advance(end)
 			return Record{}, e
 		}
 		n := 0
@@ -176,7 +176,7 @@ func (s *Source) readLine() (Record, error) {
 		record.Data = bytes.Clone(line)
 	}
 	record.Unended = line[end-1] != w.eol
-	w.use(end)
+	w.advance(end)
 	return record, nil
 }
 

@@ -99,7 +99,7 @@ func unpack(in *input, format Format) (r io.Reader, unpacked bool, err error) {
 	case c == nil && format != Raw && isTar(packed):
 		return nil, false, errTar
 	case c == nil:
-		return packed, false, misnamed(in)
+		return packed, false, checkPackedName(in)
 	case !c.read && format == Raw, c.name == "zip" && format == Raw:
 		return packed, false, nil
 	case !c.read:
@@ -136,27 +136,27 @@ func unpack(in *input, format Format) (r io.Reader, unpacked bool, err error) {
 	return u, true, nil
 }
 
-// A refusal is an error that says what to do instead.
-type refusal string
+// An adviceError is an error that tells the user what to do instead.
+type adviceError string
 
-func (r refusal) Error() string { return string(r) }
+func (e adviceError) Error() string { return string(e) }
 
 const (
-	errTar = refusal("tar archives are not supported: extract a member with tar -xO, into standard input")
+	errTar = adviceError("tar archives are not supported: extract a member with tar -xO, into standard input")
 
-	errWindow = refusal("zstd needs a window of more than 8 MiB, as after zstd --ultra or --long; " +
+	errWindow = adviceError("zstd needs a window of more than 8 MiB, as after zstd --ultra or --long; " +
 		"unpack it with zstd -dc --long=31, into standard input")
-	errDictionary = refusal("xz needs a dictionary of more than 64 MiB; unpack it with xz -dc, into standard input")
-	errXZFilter   = refusal("xz uses a filter that is not supported; unpack it with xz -dc, into standard input")
+	errDictionary = adviceError("xz needs a dictionary of more than 64 MiB; unpack it with xz -dc, into standard input")
+	errXZFilter   = adviceError("xz uses a filter that is not supported; unpack it with xz -dc, into standard input")
 
-	errZipStream    = refusal("zip is read from regular files only: save it first, or unpack it with funzip")
-	errZipEmpty     = refusal("the zip archive has no members")
-	errZipEncrypted = refusal("the zip archive is encrypted: unpack it with unzip")
+	errZipStream    = adviceError("zip is read from regular files only: save it first, or unpack it with funzip")
+	errZipEmpty     = adviceError("the zip archive has no members")
+	errZipEncrypted = adviceError("the zip archive is encrypted: unpack it with unzip")
 )
 
-// misnamed returns an error if a file has the name of a packed file, but not its content. URLs are not checked,
+// checkPackedName returns an error if a file has the name of a packed file, but not its content. URLs are not checked,
 // because servers may unpack what they send.
-func misnamed(in *input) error {
+func checkPackedName(in *input) error {
 	kinds := map[string]string{
 		".gz": "gzip", ".tgz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".tbz2": "bzip2",
 		".xz": "xz", ".txz": "xz", ".zip": "zip",
@@ -188,7 +188,7 @@ func (u *unpacker) Read(p []byte) (int, error) {
 func (u *unpacker) Buffered() int { return u.packed.Buffered() }
 
 func (u *unpacker) explain(err error) error {
-	if _, ok := errors.AsType[refusal](err); ok {
+	if _, ok := errors.AsType[adviceError](err); ok {
 		return err
 	}
 	at := u.in.consumed.Load() - int64(u.packed.Buffered())
@@ -307,7 +307,7 @@ func openZip(in *input, packed *bufio.Reader) (io.Reader, error) {
 			continue
 		}
 		if member != nil {
-			return nil, refusal(fmt.Sprintf(
+			return nil, adviceError(fmt.Sprintf(
 				"the zip archive has %d members: extract one with unzip -p, into standard input", len(archive.File)))
 		}
 		member = f

@@ -123,7 +123,7 @@ func (m *model) setStatus(msg statusMsg) {
 	switch {
 	case before.PID == 0: // the first
 	case before.PID != msg.status.PID || !before.Started.Equal(msg.status.Started):
-		m.forget()
+		m.clear()
 		m.stopped = false
 		m.rates, m.closed = rates{minGap: m.rates.minGap}, nil
 		m.say(fmt.Sprintf("a new server answers: pid %d", msg.status.PID), false)
@@ -144,24 +144,24 @@ func (m *model) setLost(msg lostMsg) {
 	if m.lost == nil {
 		m.lostSince = msg.at
 	}
-	before := m.away()
+	before := m.disconnected()
 	m.lost = msg.err
-	if m.away() {
-		m.forget()
-		if !before { // the note was about the server that is away now
+	if m.disconnected() {
+		m.clear()
+		if !before { // the note was about the previous server
 			m.note = note{}
 		}
 	}
 }
 
-// away reports whether there is no server on the socket.
-func (m *model) away() bool {
+// disconnected reports whether there is no server on the socket.
+func (m *model) disconnected() bool {
 	_, away := errors.AsType[*control.UnreachableError](m.lost)
 	return away
 }
 
-// forget drops what belongs to a server that is away.
-func (m *model) forget() {
+// clear drops everything that belongs to the previous server.
+func (m *model) clear() {
 	m.table.clear()
 	m.dialog = nil
 }
@@ -174,7 +174,7 @@ func (m *model) addEvents(msg eventsMsg) {
 			m.table.opened(*e.Conn, msg.at)
 		case e.Closed != nil:
 			m.table.closed(e.Closed.ID, msg.at)
-			m.remember(*e.Closed)
+			m.addClosed(*e.Closed)
 		case e.State != "":
 			m.stopped = m.stopped || e.State == "stopped"
 		}
@@ -185,8 +185,8 @@ func (m *model) addEvents(msg eventsMsg) {
 	m.table.arrange()
 }
 
-// remember adds a closed connection, unless the list had it already.
-func (m *model) remember(c control.ClosedConn) {
+// addClosed adds a closed connection, unless the list had it already.
+func (m *model) addClosed(c control.ClosedConn) {
 	if !slices.ContainsFunc(m.closed, func(known control.ClosedConn) bool { return known.ID == c.ID }) {
 		m.closed = append(m.closed, c)
 	}

@@ -137,7 +137,7 @@ func (m *model) header() []string {
 			d.Reason, span(d.Deadline.Sub(m.now)), humanize.Comma(int64(d.Notified)), d.NoticeFailed)
 	}
 	holds := st.Holds
-	if m.away() {
+	if m.disconnected() {
 		holds = nil
 	}
 	for i, h := range holds {
@@ -162,7 +162,7 @@ func (m *model) header() []string {
 func (m *model) unreachableText() string {
 	since := span(m.now.Sub(m.lostSince))
 	switch d := m.status.Drain; {
-	case !m.away():
+	case !m.disconnected():
 		return fmt.Sprintf("for %s; the values below are old: %v", since, m.lost)
 	case m.stopped && d != nil:
 		return fmt.Sprintf("the server stopped %s ago (%s); waiting for the next one", since, d.Reason)
@@ -176,9 +176,9 @@ func (m *model) unreachableText() string {
 // unreachableState is shown instead of the state of a server that does not answer.
 func (m *model) unreachableState() string {
 	switch {
-	case m.away() && m.stopped:
+	case m.disconnected() && m.stopped:
 		return "stopped"
-	case m.away():
+	case m.disconnected():
 		return "gone"
 	default:
 		return "no answer"
@@ -221,7 +221,7 @@ func (m *model) describeHold(h control.Hold) string {
 }
 
 func (m *model) listeners() string {
-	if len(m.status.Listeners) == 0 || m.away() {
+	if len(m.status.Listeners) == 0 || m.disconnected() {
 		return "no"
 	}
 	var all []string
@@ -238,7 +238,7 @@ func (m *model) listeners() string {
 
 func (m *model) counts() string {
 	st := m.status
-	if m.away() {
+	if m.disconnected() {
 		return fmt.Sprintf("%s accepted", humanize.Comma(int64(st.Accepted)))
 	}
 	text := humanize.Comma(int64(st.Connections)) + " open"
@@ -340,7 +340,7 @@ func (m *model) summary() string {
 		return "latest first; 'echod ctl closed' lists more" + m.filtered()
 	}
 	open := max(len(t.rows), m.status.Connections)
-	if m.away() {
+	if m.disconnected() {
 		open = 0
 	}
 	text := text.Count(open, "connection")
