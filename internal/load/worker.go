@@ -188,7 +188,7 @@ func (w *worker) flushDue(now time.Duration) {
 }
 
 // wakeThinkers lets users send whose think time has ended. It returns when the next
-// add time ends.
+// think time ends.
 func (w *worker) wakeThinkers(now time.Duration) time.Duration {
 	for {
 		u, at := w.thinkers.next(now)
