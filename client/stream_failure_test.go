@@ -254,7 +254,7 @@ func TestStreamStall(t *testing.T) {
 			}
 		})
 	})
-	t.Run("others go on beside it", func(t *testing.T) {
+	t.Run("other connections continue", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			const n, inFlight = 2000, 40
 			start, prompt := time.Now(), 0

@@ -52,7 +52,7 @@ func (r agentRig) asks(t *testing.T) string {
 func TestAgent(t *testing.T) {
 	t.Run("a paused or draining server wants no new clients", testAgentStates)
 	t.Run("at the connection limit, the answer follows what new clients get", testAgentFull)
-	t.Run("silent callers keep nobody out", testAgentSilentCallers)
+	t.Run("silent callers do not block others", testAgentSilentCallers)
 	t.Run("a server that does not respond is down", testAgentDown)
 }
 

@@ -83,7 +83,7 @@ var badCallers = []struct {
 	}},
 }
 
-func TestG16(t *testing.T) {
+func TestG16AnswersWithinASecond(t *testing.T) {
 	for _, bad := range badCallers {
 		for _, state := range []string{"running", "draining"} {
 			t.Run("the control socket answers at once while "+state+", with callers "+bad.name, func(t *testing.T) {
@@ -343,7 +343,7 @@ func TestHalfClose(t *testing.T) {
 			}
 		})
 	}
-	t.Run("events go on", func(t *testing.T) {
+	t.Run("events continue", func(t *testing.T) {
 		lines := bufio.NewReader(halfClosed(t, "GET /v1/events HTTP/1.1\r\nHost: echod\r\n\r\n"))
 		for line := ""; line != "\r\n"; {
 			line, _ = lines.ReadString('\n')
@@ -438,7 +438,7 @@ func TestBounds(t *testing.T) {
 			})
 		}
 	})
-	t.Run("headers that trickle in get no more time", func(t *testing.T) {
+	t.Run("slow headers get no more time", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := newBubble(t, server.Options{})
 			conn := r.rawConn(t)

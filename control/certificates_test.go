@@ -39,7 +39,7 @@ func TestIdentity(t *testing.T) {
 	t.Run("a client without a certificate has none", func(t *testing.T) {
 		wantEqual(t, "match", hasIdentity(server.ConnInfo{}, "*"), false)
 	})
-	t.Run("it selects what is listed and killed", func(t *testing.T) {
+	t.Run("it selects the connections that are listed and killed", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			subjects := []string{"CN=a", "CN=b", "CN=a"}
 			r := newBubble(t, server.Options{ConnContext: func(ctx context.Context, c *server.Conn) context.Context {

@@ -63,7 +63,7 @@ func events(ctx context.Context, c *Client) (err error) {
 
 func TestClient(t *testing.T) {
 	t.Run("every call is answered", testCalls)
-	t.Run("requests are as asked for", testRequests)
+	t.Run("requests have the documented form", testRequests)
 	t.Run("OnAnswer gets each answer as it came", testOnAnswer)
 	t.Run("problems are errors", testProblemErrors)
 	t.Run("without a server, every call says so", testNoServer)

@@ -20,7 +20,7 @@ import (
 
 func TestPage(t *testing.T) {
 	t.Run("it shows the state, the holds and how to act", testPageState)
-	t.Run("what clients and operators say is never markup", testPageEscapes)
+	t.Run("texts of clients and operators are escaped", testPageEscapes)
 	t.Run("a search shows only what matches", testPageSearch)
 	t.Run("a wrong query is refused", testPageQuery)
 	t.Run("the policy allows the page's own files only", testPagePolicy)

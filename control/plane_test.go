@@ -38,9 +38,9 @@ func (w *witness) watch(name string, a actor) (func() error, func(error)) {
 	}, a.interrupt
 }
 
-func TestG7(t *testing.T) {
+func TestG7ControlPlaneAnswersToTheEnd(t *testing.T) {
 	t.Run("no actor returns before the server has stopped", testActorsEnd)
-	t.Run("the control plane answers until the last connection is gone", testAnswersToTheEnd)
+	t.Run("the control plane answers until the last connection has ended", testAnswersToTheEnd)
 }
 
 func testActorsEnd(t *testing.T) {
@@ -305,7 +305,7 @@ func TestServeAndShutdown(t *testing.T) {
 		t.Cleanup(func() { _ = conn.Close() })
 		return conn
 	}
-	t.Run("Shutdown waits for a request that lasts", func(t *testing.T) {
+	t.Run("Shutdown waits for a request in progress", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			srv, plane, ln, served := start(t)
 			defer srv.Close()

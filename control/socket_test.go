@@ -74,9 +74,9 @@ func deadSocket(t *testing.T, path string) {
 }
 
 func TestSocketAccess(t *testing.T) {
-	t.Run("the mode is as asked for, whatever the umask", testMode)
+	t.Run("the mode is as requested, whatever the umask", testMode)
 	t.Run("only the owner can use the socket before its mode is set", testPrivate)
-	t.Run("the group is as asked for", testGroup)
+	t.Run("the group is as requested", testGroup)
 	t.Run("a socket whose group cannot be set is removed", testGroupFails)
 	t.Run("links are not followed", testLinks)
 }
@@ -415,7 +415,7 @@ func testForeignLocks(t *testing.T) {
 			}
 		})
 	}
-	t.Run("and no lock file is left behind", func(t *testing.T) {
+	t.Run("no lock file is left behind", func(t *testing.T) {
 		path := filepath.Join(shortDir(t), "s")
 		listenAt(t, path, SocketOptions{Mode: 0o600})
 		wantNothing(t, path+lockSuffix)
@@ -504,7 +504,7 @@ func TestSocketWatch(t *testing.T) {
 		}
 	}
 	const again, cannot = "control socket created again", "cannot create the control socket again"
-	t.Run("a file that was removed is made again", func(t *testing.T) {
+	t.Run("a socket file that was removed is created again", func(t *testing.T) {
 		path, _, logs, dial := watched(t)
 		for range 3 {
 			logs.TakeAll()
@@ -632,7 +632,7 @@ func TestCheckDirectory(t *testing.T) {
 			}
 		})
 	}
-	t.Run("a link of another user", func(t *testing.T) {
+	t.Run("a link of another user is not followed", func(t *testing.T) {
 		link := filepath.Join(shortDir(t), "link")
 		if err := errors.Join(os.Symlink("/usr", link), os.Lchown(link, 12345, -1)); err != nil {
 			t.Fatal(err)

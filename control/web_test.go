@@ -25,7 +25,7 @@ func TestWeb(t *testing.T) {
 	t.Run("a starting or stopped server is not ready", testWebEnds)
 	t.Run("at the connection limit, readiness follows what new clients get", testWebFull)
 	t.Run("livez probes the server", testWebLive)
-	t.Run("nothing changes anything", testWebReadOnly)
+	t.Run("no request changes the server", testWebReadOnly)
 	t.Run("only allowed host names read it", testWebHosts)
 	t.Run("Debug answers below /debug/", testWebDebug)
 }
@@ -155,7 +155,7 @@ func testWebReadOnly(t *testing.T) {
 }
 
 func TestOptions(t *testing.T) {
-	t.Run("OnRequest gets routes, and not paths", testOnRequest)
+	t.Run("OnRequest gets routes, not paths", testOnRequest)
 	t.Run("Metrics answers /metrics", testMetrics)
 }
 

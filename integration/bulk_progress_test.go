@@ -22,7 +22,7 @@ func TestSendProgress(t *testing.T) {
 	t.Run("lines without a terminal", testProgressInLines)
 	t.Run("nothing with --quiet", testQuiet)
 	t.Run("no escape sequences if TERM=dumb", testDumbTerminal)
-	t.Run("nothing in the background", testBackground)
+	t.Run("draws nothing in the background", testBackground)
 	t.Run("a terminal that shrinks", testShrinkingTerminal)
 }
 

@@ -69,7 +69,7 @@ func TestHTTP(t *testing.T) {
 	t.Run("probes follow the state", testProbesState)
 	t.Run("a drain delay serves new clients and is not ready", testProbesDelay)
 	t.Run("at the limit, a server that rejects is not ready", testProbesFull)
-	t.Run("nothing changes anything", testHTTPReadOnly)
+	t.Run("no request changes the server", testHTTPReadOnly)
 	t.Run("only known host names are answered", testHTTPHosts)
 	t.Run("pprof needs --pprof", testHTTPPprof)
 	t.Run("bad addresses are usage errors", testHTTPAddresses)

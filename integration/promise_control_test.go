@@ -22,7 +22,7 @@ import (
 	"echod/control"
 )
 
-func TestG7(t *testing.T) {
+func TestG7ControlSocketAnswersToTheEnd(t *testing.T) {
 	t.Run("at each step of a drain the control socket answers truthfully", func(t *testing.T) {
 		t.Parallel()
 		overEach(t, testControlDrain)
@@ -105,7 +105,7 @@ func (e *echod) events() <-chan []control.Event {
 	return all
 }
 
-func TestG8(t *testing.T) {
+func TestG8CountsAgree(t *testing.T) {
 	t.Run("counts agree at every instant, whatever ends connections", func(t *testing.T) {
 		t.Parallel()
 		overEach(t, testCounts)
@@ -171,11 +171,11 @@ func testCounts(t *testing.T, over transport) {
 	})
 }
 
-func TestG16(t *testing.T) {
+func TestG16AnswersWithinASecond(t *testing.T) {
 	t.Run("malformed control requests do not disturb the echo", testMalformed)
 	t.Run("operators and probes are answered at once, with idle and slow callers", testIdleCallers)
 	t.Run("ctl reports a stopped server, and what it gave up never happens", testStoppedServer)
-	t.Run("a removed control socket is made again", testRemovedSocket)
+	t.Run("a removed control socket is created again", testRemovedSocket)
 }
 
 func testIdleCallers(t *testing.T) {

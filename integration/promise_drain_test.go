@@ -462,7 +462,7 @@ func testSilentWithoutNotifier(t *testing.T, over transport) {
 func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 	// Each signal that starts a drain. The deadline is far away: the server must stop when the last client has left.
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP} {
-		t.Run("and the server stops when the last has left, after "+control.SignalName(sig), func(t *testing.T) {
+		t.Run("the server stops when the last client has left, after "+control.SignalName(sig), func(t *testing.T) {
 			if sig != syscall.SIGTERM {
 				testServerStopsAfterTheLast(t, transportTCP, sig)
 				return
@@ -471,7 +471,7 @@ func TestG6ClientsHaveTheWholeGracePeriod(t *testing.T) {
 		})
 	}
 	t.Run("beside clients that flood and never read", func(t *testing.T) { overEach(t, testDrainBesideFlood) })
-	t.Run("and a handler that ignores its context is named, and delays nothing", func(t *testing.T) {
+	t.Run("a handler that ignores its context is logged and delays nothing", func(t *testing.T) {
 		t.Parallel()
 		overEach(t, testDrainOfIgnorantHandler)
 	})

@@ -26,11 +26,11 @@ func TestReload(t *testing.T) {
 			strings.ReplaceAll(reloadLines(t), "/usr/bin/echod", "/run/test/echod") +
 			"Environment=ECHOD_GRACE=20s GORACE=atexit_sleep_ms=0\n",
 	})
-	t.Run("G12 clients and the accept queue go on", s.testReload)
+	t.Run("G12 clients and the accept queue continue", s.testReload)
 	t.Run("it works with echod-control.socket", s.testReloadControlSocket)
-	t.Run("two at once", s.testReloadTwice)
+	t.Run("one of two upgrades at once is refused", s.testReloadTwice)
 	t.Run("the watchdog and signals know the successor", s.testReloadWatchdog)
-	t.Run("a program that fails leaves all as it was", s.testReloadFails)
+	t.Run("a program that fails changes nothing", s.testReloadFails)
 	t.Run("the end of the successor is noticed while its predecessor drains", s.testReloadCrash)
 	if len(s.entries(t, "MESSAGE=WARNING: DATA RACE")) > 0 {
 		t.Error("the race detector found a race")

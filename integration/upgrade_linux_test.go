@@ -64,7 +64,7 @@ func writeProgram(t *testing.T, path string, content []byte) {
 // TestG12Upgrade upgrades the real program. Package server tests the handover itself.
 func TestG12Upgrade(t *testing.T) {
 	t.Parallel()
-	t.Run("connections, holds and counters go on", func(t *testing.T) {
+	t.Run("connections, holds and counters continue", func(t *testing.T) {
 		t.Parallel()
 		e, program := upgradable(t, "--grace", "20s")
 		old := e.crowd(20)
@@ -160,7 +160,7 @@ func TestG12Upgrade(t *testing.T) {
 		})
 	}
 
-	t.Run("callers go on", testUpgradeCallers)
+	t.Run("callers of the control socket continue", testUpgradeCallers)
 
 	t.Run("SIGUSR2 upgrades", func(t *testing.T) {
 		t.Parallel()

@@ -63,7 +63,7 @@ func TestG12UpgradeAtAnyTime(t *testing.T) {
 			_ = upgrade.Wait() // done, or refused because of the drain
 		}
 	})
-	t.Run("the death of the successor costs either no connection or, if it owned them, all", func(t *testing.T) {
+	t.Run("the death of the successor costs no connection or, if it owned them, all", func(t *testing.T) {
 		t.Parallel()
 		rolledBack := 0
 		for range 15 {

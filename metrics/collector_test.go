@@ -29,7 +29,7 @@ func figures(text string) (lines []string) {
 
 func TestCollector(t *testing.T) {
 	t.Run("every figure of a status is in its series", testEveryFigure)
-	t.Run("what is unknown or not over is left out", testUnknownFigures)
+	t.Run("unknown and unfinished values are left out", testUnknownFigures)
 	t.Run("two servers share a registry, told apart by a label", testTwoServers)
 }
 

@@ -91,7 +91,7 @@ func TestAccept(t *testing.T) {
 		wantState(t, r.Server, StateRunning, 1)
 	}))
 
-	t.Run("an error that says that it is not temporary is final", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("a permanent error is final", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		r.ln.failWith(func() error { return temporary(false) })
 		r.dial(t)
 		wantErr(t, "Serve", <-r.served, temporary(false))

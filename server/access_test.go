@@ -69,7 +69,7 @@ func TestParseRate(t *testing.T) {
 }
 
 func TestAccess(t *testing.T) {
-	t.Run("a denied client is told nothing, and counted", inBubble(Echo, Options{Access: Access{Deny: ranges("192.0.2.0/24")}}, func(t *testing.T, r *rig) {
+	t.Run("a denied client gets no notice and is counted", inBubble(Echo, Options{Access: Access{Deny: ranges("192.0.2.0/24")}}, func(t *testing.T, r *rig) {
 		r.dialFrom(t, "192.0.2.1").ends(t, "")
 		r.dialFrom(t, "::ffff:192.0.2.1").ends(t, "") // the same address, mapped into IPv6
 		r.dialFrom(t, "192.0.3.1").echoes(t, "x\n")
@@ -86,7 +86,7 @@ func TestAccess(t *testing.T) {
 		r.dialFrom(t, "192.0.2.1").echoes(t, "x\n")
 	}))
 
-	t.Run("it holds during a pause and a drain", inBubble(Echo, Options{Access: Access{Deny: ranges("192.0.2.0/24")}}, func(t *testing.T, r *rig) {
+	t.Run("it applies during a pause and a drain", inBubble(Echo, Options{Access: Access{Deny: ranges("192.0.2.0/24")}}, func(t *testing.T, r *rig) {
 		r.pause(t, PauseOptions{Mode: PauseReject})
 		r.dialFrom(t, "192.0.2.1").ends(t, "")
 		wantClosed(t, r.Server, map[Reason]uint64{ReasonRejectedDenied: 1})
@@ -136,7 +136,7 @@ func TestMaxConnRate(t *testing.T) {
 		r.dialFrom(t, "2001:db8::ffff").ends(t, "BUSY\n")
 	}))
 
-	t.Run("addresses are forgotten, the rarest first", func(t *testing.T) {
+	t.Run("addresses are dropped, the least active first", func(t *testing.T) {
 		rates := newRateLimits(Limits{MaxConnRate: Rate{1, time.Hour}})
 		now := time.Now()
 		regular := netip.MustParseAddr("192.0.2.1")

@@ -42,7 +42,7 @@ func TestMaxConns(t *testing.T) {
 		r.dial(t).echoes(t, "x\n")
 	}))
 
-	t.Run("rejections that linger are bounded and hold up nobody", inBubble(Echo, rejecting, func(t *testing.T, r *rig) {
+	t.Run("rejections that linger are bounded and delay no client", inBubble(Echo, rejecting, func(t *testing.T, r *rig) {
 		r.maxConnFiles = 60 // leaves (60-1)/2 = 29 of them; the spare of the reserve is more where open files are limited
 		most := max(29, r.activeSettings().limits.spareFiles())
 		r.dial(t)

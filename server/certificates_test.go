@@ -159,7 +159,7 @@ func TestCertificates(t *testing.T) {
 		})
 	})
 
-	t.Run("are logged ahead of their end, once a step", func(t *testing.T) {
+	t.Run("are logged before they expire, once for each step", func(t *testing.T) {
 		const life = 90 * 24 * time.Hour
 		synctest.Test(t, func(t *testing.T) {
 			d := newCertificateDir(t, newCertificateUntil(t, "first", time.Now().Add(life)))

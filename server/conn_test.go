@@ -752,7 +752,7 @@ func TestMarkIdle(t *testing.T) {
 		})
 	})
 
-	t.Run("4,000 idle clients are gone soon after the drain begins", func(t *testing.T) {
+	t.Run("4,000 idle clients leave soon after the drain begins", func(t *testing.T) {
 		clients := unlessRace(4000)
 		if limit, ok := openFilesLimit(); ok && limit < 2*clients+500 {
 			t.Skipf("the process may have %d open files only", limit)

@@ -59,7 +59,7 @@ func TestDrain(t *testing.T) {
 		}
 	}))
 
-	t.Run("a client that does not read delays nobody else's notice",
+	t.Run("a client that does not read delays no other notice",
 		inBubble(Echo, Options{Timeouts: Timeouts{Stall: Off}}, func(t *testing.T, r *rig) {
 			deaf := r.dial(t)
 			deaf.SetWindow(0)
@@ -75,7 +75,7 @@ func TestDrain(t *testing.T) {
 			deaf.has(t, "x\nSHUTDOWN 5 TERM\n")
 		}))
 
-	t.Run("a client that does not read delays nobody else's notice on a real socket", func(t *testing.T) {
+	t.Run("a client that does not read delays no other notice on a real socket", func(t *testing.T) {
 		onEachTransport(t, Options{}, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
 			s, dial := serve(Echo)
 			deaf := dial()
@@ -189,7 +189,7 @@ func TestDrain(t *testing.T) {
 		wantEqual(t, "duration", report(t, r.Server).Took, time.Minute)
 	}))
 
-	t.Run("a handler hears of it after its client was told", bubbled(func(t *testing.T) {
+	t.Run("a handler is notified after its client was told", bubbled(func(t *testing.T) {
 		r := newRig(t, HandlerFunc(func(_ context.Context, c *Conn) error {
 			if deadline, ok := c.DrainDeadline(); ok || c.DrainReason() != "" {
 				t.Errorf("before the drain the deadline is %v, reason %q", deadline, c.DrainReason())
@@ -542,7 +542,7 @@ func TestDrainAgain(t *testing.T) {
 }
 
 func TestForce(t *testing.T) {
-	t.Run("closes everything now and tells nobody", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("closes everything now and sends no notices", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		wantEqual(t, "time that Close took", elapsed(func() { _ = r.Close() }), time.Duration(0))
 		c.ends(t, "")
@@ -572,7 +572,7 @@ func TestForce(t *testing.T) {
 		<-r.Done()
 	}))
 
-	t.Run("leaves stubborn handlers behind", bubbled(func(t *testing.T) {
+	t.Run("leaves handlers behind that do not return", bubbled(func(t *testing.T) {
 		r := newRig(t, stubborn(t), Options{})
 		r.dial(t)
 		wantEqual(t, "time that Close took", elapsed(func() { _ = r.Close() }), abandonAfter)
@@ -679,7 +679,7 @@ func TestDrainDelay(t *testing.T) {
 		wantEqual(t, "deadline", info.Deadline, began.Add(8*time.Second))
 	}))
 
-	t.Run("it lasts without any client", inBubble(Echo, delay(3*time.Second), func(t *testing.T, r *rig) {
+	t.Run("it lasts even without clients", inBubble(Echo, delay(3*time.Second), func(t *testing.T, r *rig) {
 		_, took := drainIn(r.Server, time.Minute, "TERM") // a load balancer may still send one
 		if took < 3*time.Second || took > 3*time.Second+acceptorsTimeout {
 			t.Errorf("the drain took %v, want the delay", took)
@@ -893,7 +893,7 @@ func (c *streamer) receive(t *testing.T, warm *sync.WaitGroup) {
 }
 
 func TestInTurns(t *testing.T) {
-	t.Run("it ranges over all in order", func(t *testing.T) {
+	t.Run("it visits all in order", func(t *testing.T) {
 		conns := make([]*Conn, 100)
 		for i := range conns {
 			conns[i] = new(Conn)
@@ -910,7 +910,7 @@ func TestInTurns(t *testing.T) {
 	})
 
 	// On one CPU, clients that have become readable do not wait for the end of the work on all connections.
-	t.Run("it gives way to others", func(t *testing.T) {
+	t.Run("it lets other goroutines run", func(t *testing.T) {
 		const readers = 64
 		ln := listen(t)
 		var reading sync.WaitGroup

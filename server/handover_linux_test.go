@@ -94,17 +94,17 @@ func firstGeneration(t testing.TB, h Handler, o Options) (*generation, net.Addr)
 }
 
 func TestG12Handover(t *testing.T) {
-	t.Run("streams go on byte for byte", testHandoverStreams)
-	t.Run("half-closed clients and full windows", testHandoverHalfClosed)
-	t.Run("holds, queue and counters go along", testHandoverPaused)
-	t.Run("counters, ids, lines and times to live go on", testHandoverContinues)
-	t.Run("what cannot be resumed stays behind and is counted", testHandoverBehind)
+	t.Run("streams continue byte for byte", testHandoverStreams)
+	t.Run("half-closed clients and full windows are handed over", testHandoverHalfClosed)
+	t.Run("holds, queue and counters are handed over", testHandoverPaused)
+	t.Run("counters, ids, lines and times to live continue", testHandoverContinues)
+	t.Run("connections that cannot be resumed stay behind and are counted", testHandoverBehind)
 	t.Run("a successor that fails at any step changes nothing", testHandoverRollback)
-	t.Run("a notice that waits for its client goes along", testHandoverNotice)
+	t.Run("a notice that waits for its client is handed over", testHandoverNotice)
 	t.Run("a pause at the commit is not placed on the predecessor", testHandoverPauseAtCommit)
-	t.Run("an eviction goes along", testHandoverEviction)
-	t.Run("the successor tells a client whose window is shut", testHandoverShut)
-	t.Run("settings that were changed go along, also twice", testHandoverSettings)
+	t.Run("an eviction is handed over", testHandoverEviction)
+	t.Run("the successor tells a client whose window is full", testHandoverShut)
+	t.Run("changed settings are handed over, also twice", testHandoverSettings)
 	t.Run("a subscriber with an old id misses no event", testHandoverEvents)
 }
 

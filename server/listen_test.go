@@ -189,7 +189,7 @@ func TestTLSListener(t *testing.T) {
 		}
 	})
 
-	t.Run("the session and the socket are accessible", func(t *testing.T) {
+	t.Run("the TLS session and the socket are accessible", func(t *testing.T) {
 		_, _, c := start(t, HandlerFunc(func(_ context.Context, c *Conn) error {
 			if _, err := c.Read(make([]byte, 1)); err != nil {
 				return err

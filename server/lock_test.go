@@ -122,7 +122,7 @@ func TestAwait(t *testing.T) {
 }
 
 func TestWriteLock(t *testing.T) {
-	t.Run("one holder at a time", func(t *testing.T) {
+	t.Run("it has one holder at a time", func(t *testing.T) {
 		var l writeLock
 		var n int // guarded by l
 		var all sync.WaitGroup

@@ -34,7 +34,7 @@ func TestOptions(t *testing.T) {
 		})
 	}
 
-	t.Run("an error names each of several", func(t *testing.T) {
+	t.Run("the error names every invalid option", func(t *testing.T) {
 		_, err := New(Echo, Options{Limits: Limits{MaxConns: -2}, Timeouts: Timeouts{Idle: -time.Second}})
 		wantErrText(t, "New", err, "Limits.MaxConns")
 		wantErrText(t, "New", err, "Timeouts.Idle")
@@ -55,7 +55,7 @@ func TestOptions(t *testing.T) {
 		}
 	})
 
-	t.Run("Off switches off", func(t *testing.T) {
+	t.Run("Off disables", func(t *testing.T) {
 		s, err := New(Echo, Options{
 			Limits: Limits{MaxConns: Off, MaxConnsPerIP: Off}, Timeouts: Timeouts{Idle: Off, Stall: Off},
 			Drain: DrainOptions{Grace: Off, Delay: Off},

@@ -12,7 +12,7 @@ import (
 )
 
 func TestPause(t *testing.T) {
-	t.Run("G2 nobody is admitted until the hold is released", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("G2 no client is admitted until the hold is released", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		old := r.dial(t)
 		h := r.pause(t, PauseOptions{Reason: "backup"})
 		late := r.dial(t)
@@ -28,7 +28,7 @@ func TestPause(t *testing.T) {
 	}))
 
 	// The kernel may return one more connection although Accept was interrupted.
-	t.Run("a connection that was accepted nevertheless waits", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("a connection that is accepted during the pause waits", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		r.ln.slip(1)
 		h := r.pause(t, PauseOptions{})
 		c := r.dial(t)
@@ -58,7 +58,7 @@ func TestPause(t *testing.T) {
 
 	// Pauses come and go while clients do. Between the return of Pause and the release of its hold, the number of
 	// connections that were ever admitted must not change.
-	t.Run("nobody is admitted in a storm of pauses and clients", bubbled(func(t *testing.T) {
+	t.Run("no client is admitted in a storm of pauses and clients", bubbled(func(t *testing.T) {
 		r := newRig(t, returns(nil), Options{})
 		r.ln.slip(1 << 20)
 		defer r.ln.slip(0)
@@ -109,7 +109,7 @@ func TestPause(t *testing.T) {
 		}
 	}))
 
-	t.Run("G3 clients that came during it are served on resume, oldest first", func(t *testing.T) {
+	t.Run("G3 clients that connected during it are served on resume, oldest first", func(t *testing.T) {
 		const clients = 50
 		s, addr := serveTCP(t, Echo, Options{})
 		h, err := s.Pause(PauseOptions{})

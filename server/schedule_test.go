@@ -153,7 +153,7 @@ func TestSpread(t *testing.T) {
 		wantState(t, r.Server, StateDraining, r.Status().Connections)
 	}))
 
-	t.Run("a handler hears of the drain when its client is told", bubbled(func(t *testing.T) {
+	t.Run("a handler is notified of the drain when its client is told", bubbled(func(t *testing.T) {
 		heard := make(chan time.Time, 1)
 		r := newRig(t, HandlerFunc(func(_ context.Context, c *Conn) error {
 			<-c.Draining()
@@ -202,7 +202,7 @@ func TestSpread(t *testing.T) {
 		}
 	}))
 
-	t.Run("Force tells nobody else", inBubble(Echo, opts, func(t *testing.T, r *rig) {
+	t.Run("Force sends no further notices", inBubble(Echo, opts, func(t *testing.T, r *rig) {
 		a := watch(r.dialMany(t, 100), false)
 		r.drain(0, "x")
 		pass(2 * time.Second)
@@ -219,7 +219,7 @@ func TestSpread(t *testing.T) {
 func TestCancelDrain(t *testing.T) {
 	opts := Options{Drain: DrainOptions{Delay: 10 * time.Second, Grace: 5 * time.Second}}
 
-	t.Run("the server serves on", inBubble(Echo, opts, func(t *testing.T, r *rig) {
+	t.Run("the server continues to serve", inBubble(Echo, opts, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		r.drain(0, "x")
 		pass(10*time.Second - 1)
@@ -385,7 +385,7 @@ func TestEvict(t *testing.T) {
 		queued.echoes(t, "y\n")
 	}))
 
-	t.Run("it can be spread", inBubble(Echo, opts, func(t *testing.T, r *rig) {
+	t.Run("its notices can be spread", inBubble(Echo, opts, func(t *testing.T, r *rig) {
 		a := watch(r.dialMany(t, 100), false)
 		r.pause(t, PauseOptions{Evict: true, Spread: 10 * time.Second})
 		pass(20 * time.Second)
@@ -518,7 +518,7 @@ func TestMaxAge(t *testing.T) {
 			fmt.Sprint(NoticeDrain, "max-age", ReasonMaxAge, 5*time.Second))
 	}))
 
-	t.Run("without it connections live on", inBubble(Echo, Options{Timeouts: Timeouts{MaxAge: Off}}, func(t *testing.T, r *rig) {
+	t.Run("without it connections stay open", inBubble(Echo, Options{Timeouts: Timeouts{MaxAge: Off}}, func(t *testing.T, r *rig) {
 		c := r.dial(t)
 		pass(50 * time.Hour)
 		c.echoes(t, "x\n")

@@ -140,7 +140,7 @@ func TestServe(t *testing.T) {
 		wantErr(t, "Serve", s.Serve(r.ln), ErrServerClosed)
 	}))
 
-	t.Run("refuses what makes no sense", func(t *testing.T) {
+	t.Run("refuses invalid listeners", func(t *testing.T) {
 		s, _ := newServer(t, nil, Options{})
 		wantErrText(t, "Serve(nil)", s.Serve(nil), "listener is nil")
 		ln := newFakeListener()
@@ -219,7 +219,7 @@ func TestCloseListener(t *testing.T) {
 		c.echoes(t, "y")
 	}))
 
-	t.Run("before ServeListener, the queue is served all the same", bubbled(func(t *testing.T) {
+	t.Run("before ServeListener, the queue is still served", bubbled(func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{})
 		early := &rig{Server: s, ln: newFakeListener()}
 		queued := early.dial(t)

@@ -46,7 +46,7 @@ func TestConfigure(t *testing.T) {
 		wantEqual(t, "accept queue", r.ln.queued(), 1)
 	}))
 
-	t.Run("a lower limit closes nobody, and holds for new clients", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("a lower limit closes no connection, and applies to new clients", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		a, b := r.dial(t), r.dial(t)
 		set(t, r.Server, "max-conns=1")
 		a.echoes(t, "a\n")
@@ -103,7 +103,7 @@ func TestConfigure(t *testing.T) {
 		c.echoes(t, "still\n")
 	}))
 
-	t.Run("all or nothing", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
+	t.Run("one invalid setting changes none", inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		before := r.Settings()
 		for text, change := range map[string]func(*Settings) error{
 			`unknown setting: x`:             setAll("max-conns=5", "x=1"),

@@ -320,7 +320,7 @@ func TestAtLeast(t *testing.T) {
 }
 
 func TestStopHandshakes(t *testing.T) {
-	t.Run("keeps new clients of a TCP listener out, and not those in the queue", func(t *testing.T) {
+	t.Run("keeps out new clients of a TCP listener, but not those in the queue", func(t *testing.T) {
 		ln := listen(t)
 		early := dialTCP(t, ln.Addr())
 		if err := stopHandshakes(ln); err != nil {
@@ -346,7 +346,7 @@ func TestStopHandshakes(t *testing.T) {
 		wantErr(t, "for another listener", stopHandshakes(newFakeListener()), errors.ErrUnsupported)
 	})
 
-	t.Run("refuses new clients of a Unix listener, and not those in the queue", func(t *testing.T) {
+	t.Run("refuses new clients of a Unix listener, but not those in the queue", func(t *testing.T) {
 		ln := listenUnix(t)
 		early := dialTo(t, ln.Addr())
 		if err := stopHandshakes(ln); err != nil {
@@ -380,7 +380,7 @@ func TestListsHandshake(t *testing.T) {
 // TestDrainOverTCP covers what only real sockets show of a drain.
 func TestDrainOverTCP(t *testing.T) {
 	// A client that has been told tries at once to connect again.
-	t.Run("nobody is told before accepting has stopped", func(t *testing.T) {
+	t.Run("no client is told before accepting has stopped", func(t *testing.T) {
 		for range 10 {
 			s, addr := serveTCP(t, Echo, Options{})
 			c := dialTCP(t, addr)
@@ -397,7 +397,7 @@ func TestDrainOverTCP(t *testing.T) {
 	})
 
 	// Clients connect as fast as they can while the drain begins. A client that is connected gets an echo or a notice.
-	t.Run("nobody is reset in a storm of clients", func(t *testing.T) {
+	t.Run("no client is reset in a storm of clients", func(t *testing.T) {
 		var connected, told atomic.Int64
 		for range 3 {
 			s, addr := serveTCP(t, Echo, Options{})
@@ -775,7 +775,7 @@ func TestStallTimeoutOverTCP(t *testing.T) {
 	})
 
 	// Everything is in our kernel's send buffer, so no write of the server blocks.
-	t.Run("a client that does not take what the kernel holds is closed", func(t *testing.T) {
+	t.Run("a client that does not read what the kernel holds is closed", func(t *testing.T) {
 		for network, listen := range map[string]func(testing.TB) net.Listener{"TCP": listen, "Unix": listenUnix} {
 			written := make(chan struct{})
 			ln := listen(t)

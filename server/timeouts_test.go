@@ -121,7 +121,7 @@ func TestStallTimeout(t *testing.T) {
 		"although Idle is shorter":      {Timeouts: Timeouts{Idle: time.Second}},
 		"as set, which is half as long": {Timeouts: Timeouts{Stall: DefaultStallTimeout / 2}},
 	} {
-		t.Run("closes a client that takes nothing "+name, inBubble(Echo, o, func(t *testing.T, r *rig) {
+		t.Run("closes a client that reads nothing "+name, inBubble(Echo, o, func(t *testing.T, r *rig) {
 			c := r.dial(t)
 			c.SetWindow(0)
 			c.send(t, "x")

@@ -157,7 +157,7 @@ func TestServeTLS(t *testing.T) {
 		wantErr(t, "ServeListener", s.ServeListener(Listener{Listener: listen(t), TLSConfig: new(tls.Config)}), errNoCertificate)
 		_ = s.Close()
 	})
-	t.Run("is what ListenAndServe does for a tls address", func(t *testing.T) {
+	t.Run("ListenAndServe uses it for a tls address", func(t *testing.T) {
 		s, _ := newServer(t, Echo, Options{TLSConfig: config})
 		served := make(chan error, 1)
 		go func() { served <- s.ListenAndServe("tls://127.0.0.1:0") }()

@@ -59,7 +59,7 @@ func TestNotice(t *testing.T) {
 		c.ends(t, "bye\n")
 	}))
 
-	t.Run("only some wait for a client that does not read",
+	t.Run("a bounded number waits for a client that does not read",
 		inBubble(Echo, Options{Timeouts: Timeouts{Stall: Off}}, func(t *testing.T, r *rig) {
 			c := r.dial(t)
 			c.SetWindow(0)
@@ -162,7 +162,7 @@ func TestSetNotifier(t *testing.T) {
 		other.has(t, "NOTICE hello\nSHUTDOWN 60 x\n")
 	}))
 
-	t.Run("nil silences it", inBubble(changing(nil), Options{}, func(t *testing.T, r *rig) {
+	t.Run("nil disables notices", inBubble(changing(nil), Options{}, func(t *testing.T, r *rig) {
 		changed, other := r.dial(t), r.dial(t)
 		changed.send(t, "!")
 		if sent, failed, err := r.Notify(t.Context(), "hello"); sent != 1 || failed != 0 || err != nil {

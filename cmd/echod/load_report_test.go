@@ -60,7 +60,7 @@ func TestLoadConclusion(t *testing.T) {
 }
 
 func TestLoadReport(t *testing.T) {
-	t.Run("it fits 80 columns, even if much happened", func(t *testing.T) {
+	t.Run("a long report fits 80 columns", func(t *testing.T) {
 		const n = 123_456
 		r := load.Report{
 			Address: "127.0.0.1:9999", Lasted: 30, Took: 123, Conns: 1000, Sizes: "64:90,1024-4096:9,65536:1", Rate: 1,
@@ -162,7 +162,7 @@ func TestLoadProgress(t *testing.T) {
 		Elapsed: 4 * time.Second, Open: 60, Lost: 1234, Notices: 80, Reconnects: 79, Rate: 5999.6, Offered: 6000,
 		P50: 122 * time.Microsecond, P99: 1640 * time.Microsecond,
 	}
-	t.Run("without a terminal there is a line now and then", func(t *testing.T) {
+	t.Run("without a terminal it prints a line at intervals", func(t *testing.T) {
 		v.show(p)
 		p.Elapsed = 6 * time.Second
 		v.show(p)

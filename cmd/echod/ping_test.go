@@ -205,7 +205,7 @@ connect min/avg/max/mdev = 1.000/1.000/1.000/0.000 ms
 			t.Errorf("got %s\nwant %s", got, want)
 		}
 	})
-	t.Run("nearly everything lost is not everything", func(t *testing.T) {
+	t.Run("a loss of nearly everything is not a total loss", func(t *testing.T) {
 		for returned, want := range map[int]string{
 			1: " 99.9% lost", 0: " 100% lost", 2000: " 0% lost",
 			1999: " 0.05% lost",

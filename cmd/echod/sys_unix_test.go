@@ -88,7 +88,7 @@ func TestControlSocketDirectories(t *testing.T) {
 	t.Run("own directories are used", func(t *testing.T) {
 		expect(t, checkOwnDirectoryAndParents(own(t, 0o755)), "")
 	})
-	t.Run("directories that others can write to are not", func(t *testing.T) {
+	t.Run("directories that others can write to are not used", func(t *testing.T) {
 		expect(t, checkOwnDirectoryAndParents(own(t, 0o777)), "other users can write to it")
 		expect(t, checkOwnDirectoryAndParents(filepath.Join(own(t, 0o777), "echod")), "other users can write to it")
 		expect(t, checkOwnDirectoryAndParents(own(t, 0o777|fs.ModeSticky)), "other users can write to it")

@@ -137,7 +137,7 @@ func TestServe(t *testing.T) {
 }
 
 func TestDrain(t *testing.T) {
-	t.Run("requests that have begun are answered, and everybody leaves", func(t *testing.T) {
+	t.Run("requests in progress are answered, and every client leaves", func(t *testing.T) {
 		begun, release := make(chan struct{}), make(chan struct{})
 		f := start(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			close(begun)
@@ -204,7 +204,7 @@ func TestDrain(t *testing.T) {
 			t.Errorf("got %q, %v, want an end of stream", rest, err)
 		}
 	})
-	t.Run("what has not ended at the deadline is ended", func(t *testing.T) {
+	t.Run("requests in progress are ended at the deadline", func(t *testing.T) {
 		begun := make(chan struct{})
 		f := start(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			close(begun)

@@ -431,7 +431,7 @@ func TestNotes(t *testing.T) {
 }
 
 func TestServerThat(t *testing.T) {
-	t.Run("is away: its connections are dropped, and a new server is announced", func(t *testing.T) {
+	t.Run("has gone: its connections are dropped, and a new server is announced", func(t *testing.T) {
 		r := newRig(t)
 		r.lists(r.aConn(1, 0))
 		r.presses("D") // the dialog ends with the server
@@ -467,7 +467,7 @@ func TestServerThat(t *testing.T) {
 		r.expect(`^ stopped  echod`)
 		r.expect(`^stopped      the server stopped 0\.0s ago \(SIGTERM\); waiting for the next one$`)
 	})
-	t.Run("is away: its rates, notes and holds disappear", func(t *testing.T) {
+	t.Run("has gone: its rates, notes and holds disappear", func(t *testing.T) {
 		r := newRig(t)
 		st := aStatus()
 		st.Accepted += 100
