@@ -1,4 +1,4 @@
-# GNU make. Long recipes are in scripts/. Variables that a target reads stand next to it.
+# For GNU make. Long recipes are in scripts/. The variables of a target are next to it.
 
 .DEFAULT_GOAL := help
 .PHONY: build run test check check-long check-systems lint fuzz simulate faults soak bench bench-quick bench-upgrade bench-rollouts pictures dist install module clean help
@@ -22,7 +22,7 @@ test: ## run the quick tests, under the race detector if there is a C compiler
 check: ## run the slow tests, and check coverage, the other modules and the packages: up to 25 minutes
 	scripts/check.sh
 
-check-long: ## run what takes longer, before a release: fuzzing, hostile clients, long loads, soak, faults
+check-long: ## run the longest tests, before a release: fuzzing, hostile clients, long loads, soak, faults
 	scripts/check-long.sh
 
 # check-systems reads SYSTEMS, RUN and TIMEOUT from the environment.
@@ -36,7 +36,7 @@ lint: ## check formatting, scripts, vet, staticcheck, dead code, vulnerabilities
 fuzz: ## run each fuzz target for FUZZTIME (30s)
 	scripts/fuzz.sh $(FUZZTIME)
 
-simulate: ## run random histories against a model: SEEDS (1000) in memory, SOCKETS (24) on loopback, or the one of SEED
+simulate: ## run random histories against a model: SEEDS (1000) in memory, SOCKETS (24) on loopback, or only SEED
 	SEEDS='$(SEEDS)' SOCKETS='$(SOCKETS)' SEED='$(SEED)' SOCKETSEED='$(SOCKETSEED)' HISTORY='$(HISTORY)' SAVE='$(SAVE)' \
 		scripts/simulate.sh
 
@@ -68,7 +68,7 @@ export DIST SYSTEMS PACKAGES MAINTAINER
 dist: ## build a binary, SBOM, .deb and .rpm package for this system into dist/; SYSTEMS=all: for all
 	VERSION='$(VERSION)' scripts/dist.sh
 
-# bin/echod and not build: under sudo there may be no go, and nothing to build.
+# It depends on bin/echod, not on build: under sudo there may be no go command.
 PREFIX = /usr/local
 install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honours DESTDIR
 	install -d '$(DESTDIR)$(PREFIX)/bin'
@@ -77,7 +77,7 @@ install: bin/echod ## install bin/echod into PREFIX/bin (/usr/local/bin); honour
 module: ## rename the Go module everywhere: MODULE=example.org/you/echod
 	scripts/module.sh '$(MODULE)'
 
-clean: ## remove what the other targets have made
+clean: ## remove the files that the other targets have made
 	rm -rf bin coverage bench/out dist
 
 help: ## list the targets

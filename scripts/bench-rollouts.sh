@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the comparison of rollouts; see rollouts -help for the arguments. Without any it takes six minutes, and copies the page
-# and its picture to docs/. The raw results stay in bench/out.
+# Runs the comparison of rollouts; see rollouts -help for the arguments. Without arguments it takes six minutes, and copies the
+# page and its picture to docs/. The raw results stay in bench/out.
 set -eu
 cd "$(dirname "$0")/../bench"
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs the comparison with other echo servers; see bench -help for the arguments. Without any it takes half an hour, and
-# copies the report and its plots to docs/. The raw results stay in bench/out.
+# Runs the comparison with other echo servers; see bench -help for the arguments. Without arguments it takes half an
+# hour, and copies the report and its plots to docs/. The raw results stay in bench/out.
 set -eu
 cd "$(dirname "$0")/../bench"
 

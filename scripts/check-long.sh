@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs what a release needs and 'make check' has no time for: the long tests, each fuzz target for two minutes, ten
+# Runs the tests for a release that take too long for 'make check': the long tests, each fuzz target for two minutes, ten
 # minutes of soak, and the trial of the planted faults.
 set -eu
 cd "$(dirname "$0")/.."

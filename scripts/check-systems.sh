@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests of server, control and client as built for other systems: linux-386 on the processor itself, linux-arm64
-# and linux-s390x (big-endian) under qemu-user, and windows-amd64 under wine. For linux it runs the program too; on arm64
-# that is the one in the .deb. docs/testing.md says what passes where.
+# Runs the tests of server, control and client as built for other systems: linux-386 natively, linux-arm64 and
+# linux-s390x (big-endian) under qemu-user, and windows-amd64 under wine. For linux it runs the program too; on arm64 the
+# one in the .deb. docs/testing.md has the results.
 #
 # Environment: SYSTEMS, as above; RUN, a pattern of tests, or none for the program only; TIMEOUT of each package's tests.
-# What lacks an emulator is skipped, and fails with ECHOD_TEST_REQUIRE=1. Debian: qemu-user, wine64, gcc-mingw-w64-x86-64.
+# A system without its emulator is skipped; with ECHOD_TEST_REQUIRE=1 it fails. Debian: qemu-user, wine64, gcc-mingw-w64-x86-64.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,7 @@ end() {
 }
 trap end EXIT
 
-# emulator prints the command that runs programs of a system, and nothing for one that the processor runs itself.
+# emulator prints the command that runs programs of a system. It prints nothing if the processor runs them natively.
 emulator() {
 	case $1 in
 	linux-386) [ "$(uname -m)" = x86_64 ] || command -v qemu-i386 ;;
@@ -32,7 +32,7 @@ emulator() {
 	esac
 }
 
-# prepare_wine makes a Windows of our own. Wine before 8.10 lacks the library that gives Go's runtime random numbers.
+# prepare_wine makes a wine prefix for these tests. Wine before 8.10 lacks the library that gives Go's runtime random numbers.
 prepare_wine() {
 	export WINEPREFIX=$tmp/wine WINEDEBUG=-all WINEDLLOVERRIDES='mscoree,mshtml='
 	mkdir "$WINEPREFIX"
@@ -45,8 +45,8 @@ __declspec(dllexport) BOOL WINAPI ProcessPrng(PBYTE data, SIZE_T size) { return 
 SOURCE
 }
 
-# wine_overlay prints the flag that makes os.RemoveAll use the way of older versions of Windows: wine 8 has no
-# FileDispositionInformationEx, and reports that with an error which package os does not expect.
+# wine_overlay prints the flag that makes os.RemoveAll work as on older versions of Windows. Wine 8 lacks
+# FileDispositionInformationEx, and reports that with an error that package os does not expect.
 wine_overlay() {
 	local file
 	file=$(go env GOROOT)/src/internal/syscall/windows/at_windows.go

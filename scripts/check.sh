@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs all tests that fit in 25 minutes on two cores, those that 'make test' leaves out included, and checks the coverage
-# of server and control, the other modules, and the packages.
+# Runs all tests that fit in 25 minutes on two cores, including the slow ones. Checks the coverage of server and control,
+# the other modules, and the packages.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -12,10 +12,10 @@ step() {
 # The slow tests. The quick ones among them run again, which takes about a minute.
 step env ECHOD_TEST_SLOW=1 TIMEOUT=20m scripts/test.sh ./integration/...
 
-# Fresh seeds, and the histories that have failed once.
+# New seeds, and the histories that have failed once.
 step env SEEDS=500 scripts/simulate.sh
 
-# Coverage by the packages' own tests.
+# Coverage from each package's own tests.
 least=80
 mkdir -p coverage
 step go test -covermode=atomic -coverprofile=coverage/profile ./server/... ./control/... | tee coverage/summary
@@ -25,7 +25,7 @@ awk -v least=$least '
 	END { if (low) { print "under " least " %, or failed; see: go tool cover -html coverage/profile"; exit 1 } }' coverage/summary
 
 [ "$(uname)" != Linux ] || step go -C bench test ./...
-# A system with 32 bits, and whether the program of the arm64 package runs. 'make check-systems' runs more.
+# A 32-bit system, and the program of the arm64 package. 'make check-systems' runs more.
 step env SYSTEMS=linux-386 scripts/check-systems.sh
 step env SYSTEMS=linux-arm64 RUN=none scripts/check-systems.sh
 step env MODULE=examples scripts/test.sh

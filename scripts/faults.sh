@@ -19,7 +19,7 @@ root=$PWD
 if [ "${1:-}" = --check ]; then
 	for patch in testing/faults/*.patch; do
 		if ! grep -q '^Harm: .' "$patch" || ! git apply --check "$patch"; then
-			echo "$patch: it does not apply, or does not say which harm it does: change it with the code"
+			echo "$patch: does not apply, or has no Harm line: update it together with the code"
 			stale=1
 		fi
 	done
@@ -36,8 +36,8 @@ done >"$work/files"
 tar -cf - -T "$work/files" | tar -xf - -C "$copy"
 cd "$copy"
 
-# -trimpath lets the build cache know the copy. The time limit is short: a test that waits for ever must fail by itself.
-# git must not take a repository around the copy for its own.
+# -trimpath lets builds of the copy use the build cache. The time limit is short, because a test that waits for ever must
+# fail by itself. git must not use a repository that contains the copy.
 export GOFLAGS="${GOFLAGS:-} -trimpath" ECHOD_TEST_SLOW=1 GIT_CEILING_DIRECTORIES=$work
 run() { # TESTS OUTPUT
 	local -a args

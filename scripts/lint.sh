@@ -13,7 +13,7 @@ modules='. examples testing packaging/kubernetes'
 # The development tools have a module of their own: their dependencies never reach users.
 tool() { go tool -modfile="$root/tools/go.mod" "$@"; }
 
-# silent runs a command that reports by printing, and fails if it printed anything.
+# silent runs a command, and fails if it prints anything.
 silent() {
 	out=$("$@") || return
 	if [ -n "$out" ]; then
@@ -22,8 +22,8 @@ silent() {
 	fi
 }
 
-# unreachable lists functions that nothing calls. Tests count as callers: what the library exports is alive if one of them
-# uses it. Examples without output are compiled, but never run.
+# unreachable lists functions that nothing calls. Tests count as callers, so an exported function needs a test. Examples
+# without output are compiled, but never run.
 unreachable() {
 	out=$(tool deadcode -test ./...) || return
 	echo "$out" | grep -v '^$\|unreachable func: Example' || true
@@ -64,8 +64,7 @@ for module in $modules; do
 done
 cd "$root"
 
-# vulns checks packages of a module. Without network there is no database: that must not keep a person from working, but
-# CI must not pass unchecked.
+# vulns checks packages of a module. Without a network there is no database: then the check is skipped, except in CI.
 vulns() {
 	module=$1
 	shift

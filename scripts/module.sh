@@ -14,7 +14,7 @@ old=$(sed -n 's/^module //p' go.mod)
 quoted=$(printf %s "$old" | sed 's/[.]/\\./g')
 packages=$(for dir in */; do printf '%s|' "${dir%/}"; done)
 
-# Import paths, and names such as echod/server.Conn. Paths such as /run/echod/control.sock are neither.
+# Changes import paths, and names such as echod/server.Conn, but not paths such as /run/echod/control.sock.
 find . \( -name .git -o -name bin -o -name dist -o -name out -o -name coverage \) -prune -o -type f \
 	\( -name '*.go' -o -name '*.md' -o -name '*.tmpl' -o -name '*.txtar' -o -name 'go.mod' \) -print |
 	while read -r file; do

@@ -23,7 +23,7 @@ go build -modfile=tools/go.mod -o "$dir/freeze" github.com/charmbracelet/freeze
 PATH=$dir:$PATH
 export PATH ECHOD_CONTROL="$dir/c"
 
-# picture FILE: what the terminal shows, as an SVG.
+# picture FILE: writes what the terminal shows as an SVG.
 picture() {
 	tmux capture-pane -e -p >"$dir/screen"
 	"$dir/freeze" "$dir/screen" --language ansi --output "$1" --font.family monospace --padding 16 --border.radius 6 >/dev/null

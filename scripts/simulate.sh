@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs random histories of servers, clients and operators against a model (docs/testing.md): SEEDS of them in memory and
-# SOCKETS of them on loopback, and those that have failed once. Or only one: of the seed SEED, of the seed SOCKETSEED on
-# loopback, or of the file HISTORY. SAVE names a directory for histories that fail.
+# Runs random histories of servers, clients and operators against a model (docs/testing.md): SEEDS in memory and SOCKETS
+# on loopback, and those that have failed once. To run only one, set SEED (in memory), SOCKETSEED (on loopback) or HISTORY
+# (a file). SAVE names a directory for histories that fail.
 set -eu
 cd "$(dirname "$0")/.."
 

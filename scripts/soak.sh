@@ -1,6 +1,6 @@
 #!/bin/sh
-# Soaks the real program for a time, half of it with the race detector: soak.sh 1h [FLAG...]. The flags are those of
-# testing/soak. The report goes to standard output; it and the server's logs are in the directory that is named first.
+# Runs the soak test for a time, half of it with the race detector: soak.sh 1h [FLAG...]. The flags are those of
+# testing/soak. The report goes to standard output. The first line names the directory with the report and the logs.
 set -eu
 cd "$(dirname "$0")/.."
 

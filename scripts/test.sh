@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs 'go test' with these arguments, ./... without any, in the directory MODULE (.). It uses the race detector if that
-# works: it needs a C compiler with its headers, and building the package that needs them is the surest way to find out.
+# Runs 'go test' with the given arguments (default ./...) in the directory MODULE (default .). It uses the race detector if
+# a C compiler with its headers is installed: it tries to build a package that needs them.
 set -eu
 cd "$(dirname "$0")/../${MODULE:-.}"
 

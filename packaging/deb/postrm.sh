@@ -1,5 +1,5 @@
 #!/bin/sh
-# After a removal: make systemd forget the units. On a purge, forget also which were enabled, and remove the service's state:
+# After a removal: reload systemd's units. On a purge, also remove which units were enabled, and the service's state:
 # with DynamicUser=, /var/lib/echod is a link to /var/lib/private/echod (systemd.exec(5)).
 set -e
 if [ "$1" = purge ]; then
