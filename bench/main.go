@@ -125,7 +125,7 @@ func measureAll(ctx context.Context, f flags) (*results, error) {
 	return s.results, nil
 }
 
-// splitTLS moves what is measured over TLS to a suite of its own, which is pinned only.
+// splitTLS moves the measurements over TLS to a separate suite, which runs only pinned.
 func (s *suite) splitTLS() {
 	over := *s
 	over.results = &results{Machine: s.results.Machine, Began: s.results.Began, Seed: s.results.Seed, Quick: s.results.Quick, Length: s.results.Length}

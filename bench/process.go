@@ -280,7 +280,7 @@ func pinned() (placement, error) {
 
 func unpinned() placement { return placement{Name: unpinnedName} }
 
-// The load runs in a process of its own: this program, started with loadCommand and a job as its arguments. It prints
+// The load runs in a separate process: this program, started with loadCommand and a job as its arguments. It prints
 // the result as JSON.
 const loadCommand = "load"
 

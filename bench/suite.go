@@ -45,7 +45,7 @@ var shapes = []shape{
 	{Name: churn, Title: "64 at a time: connect, one echo of 64 B, close", Conns: 64, Size: 64, Depth: 1, Churn: true},
 }
 
-// tlsShapes are the shapes over TLS. In the last one each connection has a handshake of its own.
+// tlsShapes are the shapes over TLS. In the last one each connection has its own handshake.
 var tlsShapes = []shape{
 	{Name: tlsSmall, Title: "64 connections of 64 B, over TLS", Conns: 64, Size: 64, TLS: true},
 	{Name: tlsLarge, Title: "64 connections of 64 KiB, over TLS", Conns: 64, Size: 64 << 10, TLS: true},
@@ -211,7 +211,7 @@ func (s *suite) hold(ctx context.Context, p *process, conns int) (bytes int64, e
 	return bytes, err
 }
 
-// startCrowd opens connections that send one message each, in a process of its own. It returns when all are open,
+// startCrowd opens connections that send one message each, in a separate process. It returns when all are open,
 // unless the job is a drain.
 func (s *suite) startCrowd(ctx context.Context, j job, p *process, conns int, on cpus) (*loader, error) {
 	l, err := startLoad(ctx, j, load.Spec{Address: p.address, PID: p.pid(), Conns: conns, Size: 64, TLS: s.overTLS}, on)
@@ -286,14 +286,14 @@ var disturbances = []disturbance{
 // listing is the name of the disturbance that lists all connections.
 const listing = "a listing"
 
-// A disturbedRun is a measurement next to the crowd, with a disturbance that was made Times times.
+// A disturbedRun is a measurement next to idle connections, with a disturbance that was made Times times.
 type disturbedRun struct {
 	Place, Shape, Disturbance string
 	Times                     int
 	Result                    load.Result
 }
 
-// runDisturbed measures how much a crowd, and requests that concern all of it, delay clients that echo or connect.
+// runDisturbed measures how much idle connections, and requests about all of them, delay clients that echo or connect.
 func (s *suite) runDisturbed(ctx context.Context) error {
 	b, ok := s.findSubject()
 	if !ok || s.crowd == 0 {

@@ -18,7 +18,7 @@ import (
 	"echod/client"
 )
 
-// startServer starts a small stand-in for echod. It serves one connection at a time.
+// startServer starts a small echo server. It serves one connection at a time.
 func startServer(handle func(net.Conn)) (address string, stop func()) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -190,7 +190,7 @@ func lines(text string) iter.Seq2[client.Item[int], error] {
 	}
 }
 
-// Results come in the order of the items. The stand-in server serves one connection
+// Results come in the order of the items. The example server serves one connection
 // at a time, so the examples use one.
 func ExampleStream() {
 	address, stop := startServer(echo)

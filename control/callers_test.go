@@ -53,7 +53,7 @@ func within(t *testing.T, d time.Duration) context.Context {
 
 const getStatus = "GET /v1/status HTTP/1.1\r\nHost: echod\r\n\r\n"
 
-// badCallers are callers that take up connections. Each sends what it sends on a connection of its own.
+// badCallers are callers that occupy connections. Each uses its own connection.
 var badCallers = []struct {
 	name string
 	call func(io.Writer)
@@ -541,7 +541,7 @@ func testProbePlace(t *testing.T) {
 	wantEqual(t, "callers", r.plane.listeners[0].count(), MaxCallers)
 }
 
-// deafListener does not come back from Accept, whatever its deadline is.
+// deafListener does not return from Accept, even after its deadline.
 type deafListener struct {
 	net.Listener
 	entered chan struct{}
@@ -704,7 +704,7 @@ func TestAudit(t *testing.T) {
 		} {
 			r.logs.TakeAll()
 			r.client.Claims = claims
-			r.client.Close() // claims belong to a request; the connection is a new one all the same
+			r.client.Close() // claims belong to a request, not to a connection
 			hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{}))
 			wantEqual(t, "claims of the hold", hold.Claims, want)
 			wantEqual(t, "user of the hold", hold.User, userName(t))

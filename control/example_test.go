@@ -55,7 +55,7 @@ func Example() {
 	g.Add(control.NewSignals(srv, signals, zap.NewNop(), os.Stderr).Actor())
 	g.Add(control.New(srv, control.Options{Version: "1.0"}).Actor(socket))
 
-	signals <- syscall.SIGTERM // stands for the signal that ends the program
+	signals <- syscall.SIGTERM // as the signal that ends the program
 	fmt.Println("ended:", g.Run())
 	// Output: ended: <nil>
 }

@@ -93,7 +93,7 @@ func newBubble(t *testing.T, opts server.Options, more ...func(*rig) actor) *rig
 	return r
 }
 
-// upgrade stands in for the program's: the timeout chooses the outcome.
+// upgrade replaces the program's upgrade. The timeout selects the outcome.
 func (r *rig) upgrade(_ context.Context, timeout time.Duration) (Upgraded, error) {
 	switch st := r.srv.Status(); {
 	case st.Drain != nil:
@@ -148,7 +148,7 @@ func (r *rig) start(t *testing.T, opts server.Options, ln, socket net.Listener, 
 	r.await(t, server.StateRunning)
 }
 
-// someMetrics stands in for the metrics.
+// someMetrics are metrics for tests.
 func someMetrics(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
 	_, _ = io.WriteString(w, "echod_holds 0\n")

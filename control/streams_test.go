@@ -218,7 +218,7 @@ func testEventsAfter(t *testing.T) {
 			return types, missed
 		}
 		place := func() { must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{})) }
-		place() // nobody reads: its events, "hold" and "state", are not kept
+		place() // no caller reads, so its events, "hold" and "state", are not kept
 		types, missed := read(first-1, 1)
 		wantEqual(t, "without a reader", types, []string{"missed"})
 		wantEqual(t, "number that is missed", missed, 2)

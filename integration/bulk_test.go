@@ -307,7 +307,7 @@ func TestSendToAReaderThatHasGone(t *testing.T) {
 	}
 }
 
-// A file that is the output too would grow for ever.
+// If the output were also an input, it would grow without end.
 func TestSendRefusesItsOutputAsInput(t *testing.T) {
 	t.Parallel()
 	e := start(t)

@@ -27,7 +27,7 @@ func (e *echod) web() string {
 	return e.awaitLog("http open").str("address")
 }
 
-// ask makes a request on a connection of its own: over TCP, over TLS if address begins with tls://, or over a Unix
+// ask makes a request on a new connection: over TCP, over TLS if address begins with tls://, or over a Unix
 // socket if address is a path.
 func ask(t testing.TB, method, address, path string) (status int, body string) {
 	t.Helper()

@@ -19,7 +19,7 @@ import (
 	"echod/control"
 )
 
-// engine runs buildah and podman with a store of its own.
+// engine runs buildah and podman with a separate store.
 type engine struct {
 	t               *testing.T
 	buildah, podman []string

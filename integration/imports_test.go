@@ -121,7 +121,7 @@ func checkProcessUse(t *testing.T, name string) {
 	})
 }
 
-// modulePath is the path of this module, whatever 'make module' has made of it.
+// modulePath is the path of this module, also after 'make module'.
 func modulePath(t *testing.T) string {
 	t.Helper()
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-m").Output()

@@ -105,7 +105,7 @@ func TestKilledClients(t *testing.T) {
 	}
 }
 
-// TestKilledControlClients checks that waits, event streams and holds end with the process that asked for them.
+// TestKilledControlClients checks that waits, event streams and holds end with the process that requested them.
 func TestKilledControlClients(t *testing.T) {
 	t.Parallel()
 	e := start(t)

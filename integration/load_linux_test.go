@@ -30,7 +30,7 @@ func TestLoadMemory(t *testing.T) {
 }
 
 // A machine with too few local ports is told so, before the run if possible. The server is not blamed. The test
-// has a network namespace of its own with 51 ports.
+// has a separate network namespace with 51 ports.
 func TestLoadWithoutEnoughPorts(t *testing.T) {
 	t.Parallel()
 	unshare, sh := require(t, "unshare"), require(t, "sh")

@@ -135,7 +135,7 @@ func TestLoadWritesItsFiles(t *testing.T) {
 }
 
 // In the open model latency counts from when a message was due, so a server that stops for a second shows a second,
-// although clients that wait would send hardly anything in the meantime.
+// although waiting clients would send hardly anything meanwhile.
 func TestLoadShowsAStall(t *testing.T) {
 	for _, pipeline := range []string{"0", "1"} { // 0 is the default; with 1, messages wait to be sent
 		t.Run("pipeline "+pipeline, func(t *testing.T) {
@@ -251,7 +251,7 @@ func TestLoadAcrossAKill(t *testing.T) {
 	if v.Echoes.Lost == 0 || v.Echoes.Sent != v.Echoes.Returned+v.Echoes.Lost || v.Echoes.Corrupted != 0 {
 		t.Errorf("%+v: want some lost, and the rest returned", v.Echoes)
 	}
-	// While nobody listens on the port, a client can connect to itself: the port is one of those that clients get.
+	// While no process listens on the port, a client can connect to itself, because the port is an ephemeral one.
 	ended := v.Ends.Unannounced()
 	if ended < 16 || v.Reconnects != ended {
 		t.Errorf("ends %+v, %d reconnects: want as many, 16 or more", v.Ends, v.Reconnects)

@@ -470,7 +470,7 @@ func TestNothingStaysInFinWait1(t *testing.T) {
 	const closing = 1300 * time.Millisecond   // at most: the flush and the linger
 	for name, c := range map[string]struct {
 		end    func(t *testing.T, e *echod)
-		leaves bool // the kernel goes on with the connections after the server has closed them
+		leaves bool // the kernel continues the connections after the server has closed them
 	}{
 		"of killed clients": {func(t *testing.T, e *echod) {
 			conns, err := e.control.Conns(within(t, patience), -1, control.ConnFilter{})

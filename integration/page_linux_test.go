@@ -23,7 +23,7 @@ import (
 	"echod/control"
 )
 
-// tab is a page in a Chromium of its own.
+// tab is a page in a new Chromium.
 type tab struct {
 	t   *testing.T
 	ctx context.Context

@@ -318,7 +318,7 @@ func testHalfClose(t *testing.T, e *echod, p *program) {
 	rest, err := io.ReadAll(p.stdout)
 	check(t, err)
 	check(t, <-fed)
-	// In the middle of a line the notice has a newline of its own in front.
+	// In the middle of a line, the server sends a newline before the notice.
 	before := strings.TrimSuffix(string(got), notice)
 	if !strings.HasPrefix(input, before) {
 		before = strings.TrimSuffix(before, "\n")

@@ -164,7 +164,7 @@ func testDrainOfPausedClients(t *testing.T, over transport) {
 
 // TestG6DrainOfFifteenThousandClients: half of the clients leave when told. The others have the whole grace period, and
 // then read a FIN. It does not run beside other tests, because it uses all CPUs. One goroutine runs all clients, one
-// after another: what the others receive in the meantime waits in their sockets.
+// after another: what the others receive meanwhile waits in their sockets.
 func TestG6DrainOfFifteenThousandClients(t *testing.T) {
 	slow(t)
 	const n = 15_000
@@ -437,7 +437,7 @@ func (s *stream) receive(warm int, ready func()) (got []byte, err error) {
 }
 
 // TestG13SilentWithoutNotifier uses a program that embeds the library without a Notifier. Its clients read their
-// echoes and a FIN, and not one byte more, whatever operators do.
+// echoes and a FIN, and not one byte more, for every action of operators.
 func TestG13SilentWithoutNotifier(t *testing.T) {
 	t.Parallel()
 	overEach(t, testSilentWithoutNotifier)

@@ -408,7 +408,7 @@ func (s *systemd) testLateAddress(t *testing.T) {
 	}
 }
 
-// The service must not listen on its default address, which nobody asked for.
+// The service must not listen on its default address, which is not configured here.
 func (s *systemd) testNoSocket(t *testing.T) {
 	s.fresh(t)
 	s.ctl(t, "stop", "echod.socket", "echod.service")

@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// systemd is a systemd that runs as PID 1 in namespaces of its own. It has this machine's programs and network, but
+// systemd is a systemd that runs as PID 1 in its own namespaces. It has this machine's programs and network, but
 // not its services. What is written to its /etc, /usr and /var disappears with it.
 type systemd struct {
 	pid    string // in this test's namespace

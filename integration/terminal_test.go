@@ -226,7 +226,7 @@ func testClosingATerminal(t *testing.T) {
 	check(t, err)
 }
 
-// startUnread starts a server, without a control socket, whose log nobody reads any more, such as on a terminal after
+// startUnread starts a server, without a control socket, whose log is not read any more, such as on a terminal after
 // Ctrl-S.
 func startUnread(t *testing.T, flags ...string) (cmd *exec.Cmd, addr string) {
 	t.Helper()

@@ -55,7 +55,7 @@ func TestTLSHealth(t *testing.T) {
 			t.Error("it answers without TLS too")
 		}
 	}
-	silent, err := net.Dial("tcp", web) // delays nobody
+	silent, err := net.Dial("tcp", web) // must not delay others
 	check(t, err)
 	defer silent.Close()
 	answers("next to a silent caller", "/livez", "alive")

@@ -128,7 +128,7 @@ func TestTLSClientPrograms(t *testing.T) {
 			p.say("last words\n")
 			p.reads("last words\n")
 			if name == "ncat --ssl" {
-				check(t, p.stdin.Close()) // it goes on until its input ends
+				check(t, p.stdin.Close()) // it runs until its input ends
 			}
 			p.ends("")
 			e.wait(0)

@@ -720,7 +720,7 @@ func TestMarkIdle(t *testing.T) {
 		})
 	})
 
-	// No byte may be lost, whatever comes first: the request or the drain.
+	// No byte may be lost, whether the request or the drain comes first.
 	t.Run("a request that arrives in the same instant is answered by a handler that continues", func(t *testing.T) {
 		onEachPath(t, func(t *testing.T, serve func(Handler) (*Server, func() stream)) {
 			for range 2 {

@@ -661,7 +661,7 @@ func TestDrainDelay(t *testing.T) {
 		pass(2 * time.Second)
 		late := r.dial(t)
 		for _, c := range []*client{old, late} {
-			c.echoes(t, "x\n") // nobody is told yet
+			c.echoes(t, "x\n") // no client is told yet
 		}
 		pass(time.Second + acceptorsTimeout)
 		if !r.ln.isClosed() {
@@ -844,7 +844,7 @@ func (c *streamer) stream(rng *rand.Rand, data []byte) {
 	}
 }
 
-// receive checks that what comes back is what was sent, with one notice in it, on a line of its own.
+// receive checks that the echo is what was sent, with one notice in it, on a separate line.
 func (c *streamer) receive(t *testing.T, warm *sync.WaitGroup) {
 	notice := []byte("SHUTDOWN 20 upgrade\n")
 	var got []byte

@@ -84,7 +84,7 @@ func TestEvents(t *testing.T) {
 		defer cancel()
 		n := 0
 		var last Event
-		for e := range sub.Events(ctx) { // although nothing more happens
+		for e := range sub.Events(ctx) { // although no event follows
 			n++
 			last = e
 		}

@@ -50,7 +50,7 @@ var upper = server.HandlerFunc(func(_ context.Context, c *server.Conn) error {
 	}
 })
 
-// A server for a line protocol of its own. A drain ends the connections of idle clients at once.
+// A server for a line protocol. A drain ends the connections of idle clients at once.
 func Example() {
 	upper := server.HandlerFunc(func(_ context.Context, c *server.Conn) error {
 		in := bufio.NewReader(c)
@@ -141,7 +141,7 @@ func ExampleServer_WhilePaused() {
 
 	err := srv.WhilePaused(context.Background(), "backup", func(ctx context.Context) error {
 		fmt.Println("during the backup:", srv.Status().State)
-		return ctx.Err() // ctx ends if somebody resumes the server in the meantime
+		return ctx.Err() // ctx ends if an operator resumes the server meanwhile
 	})
 	fmt.Println("after the backup:", srv.Status().State, err)
 	// Output:

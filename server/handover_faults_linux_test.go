@@ -51,7 +51,7 @@ func withFault(l Link, fault func(step string)) Link {
 	return &faultyLink{l, fault, make(map[string]int)}
 }
 
-// The environment of a successor in a process of its own.
+// The environment of a successor in a separate process.
 const (
 	faultStepEnv   = "ECHOD_TEST_FAULT_STEP"
 	faultSignalEnv = "ECHOD_TEST_FAULT_SIGNAL"
@@ -126,7 +126,7 @@ var successorSteps = []string{
 	"receive final 1", "send ack 3", "receive commit 1", "send ack 4",
 }
 
-// TestG12HandoverFaults kills or stops a successor, a process of its own, at each step before it owns the connections.
+// TestG12HandoverFaults kills or stops a successor, a separate process, at each step before it owns the connections.
 // The predecessor continues to serve, and ends the successor.
 func TestG12HandoverFaults(t *testing.T) {
 	for _, signal := range []string{"KILL", "STOP"} {

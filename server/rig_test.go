@@ -15,7 +15,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// budget is how long after the deadline a drain may take, whatever clients and handlers do.
+// budget is how long after the deadline a drain may take at most.
 const budget = 2 * time.Second
 
 // rig is a server on a fake listener in a synctest bubble, and its log.

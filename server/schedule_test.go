@@ -120,7 +120,7 @@ func TestSpread(t *testing.T) {
 		info := r.Status().Drain
 		wantEqual(t, "told until", info.TellUntil.Sub(began), spread)
 		wantEqual(t, "deadline", info.Deadline.Sub(began), spread+grace)
-		pass(grace - acceptorsTimeout - time.Millisecond) // nobody's grace period is over
+		pass(grace - acceptorsTimeout - time.Millisecond) // no grace period has ended
 		if info = r.Status().Drain; info.Told < 40 || info.Told > 60 || info.Untold != 100-info.Told || info.Notified != info.Told {
 			t.Errorf("half-way: %+v, want about 50 of 100 told", info)
 		}

@@ -178,7 +178,7 @@ func TestConfigure(t *testing.T) {
 	})
 }
 
-// TestG8ConfigureAtAnyTime: the counts per client agree with the table whatever changes when.
+// TestG8ConfigureAtAnyTime: the counts per client always agree with the table, whenever settings change.
 func TestG8ConfigureAtAnyTime(t *testing.T) {
 	inBubble(Echo, Options{}, func(t *testing.T, r *rig) {
 		random := rand.New(rand.NewPCG(1, 2))

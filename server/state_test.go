@@ -13,7 +13,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// G8: at every instant accepted = open + closed, whatever happens in whatever order, and the events agree with the
+// G8: at every instant accepted = open + closed, for every order of actions, and the events agree with the
 // status.
 func TestG8FiguresAgree(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
@@ -126,7 +126,7 @@ func playScript(t *testing.T, o Options, script []step, picks []int) {
 			c.Reset()
 		}
 		wantFiguresAgree(t, r.Server)
-		if picks[i]%2 == 0 { // else the next step comes before this one has had its effect
+		if picks[i]%2 == 0 { // else the next step comes before this one has taken effect
 			synctest.Wait()
 			wantFiguresAgree(t, r.Server)
 			heard.With(func(m *eventModel) { m.wantStatus(t, r.Status()) })

@@ -57,7 +57,7 @@ func TestVisit(t *testing.T) {
 	// A client that floods is always readable.
 	t.Run("it returns after some reads, although there is more", func(t *testing.T) {
 		pair := newPair(t, unix.SOCK_SEQPACKET)
-		for range 2 * maxReads { // each message is a read of its own
+		for range 2 * maxReads { // each message takes one read
 			if _, err := unix.Write(pair[0], []byte("x")); err != nil {
 				t.Fatal(err)
 			}
@@ -72,7 +72,7 @@ func TestVisit(t *testing.T) {
 		cp.releaseBuffer()
 	})
 
-	// A client of a Unix socket may send file descriptors along, which nobody would close.
+	// A client of a Unix socket may send file descriptors, which would leak.
 	t.Run("it takes no file descriptors", func(t *testing.T) {
 		pair := newPair(t, unix.SOCK_STREAM)
 		pipe := make([]int, 2)
@@ -671,7 +671,7 @@ func TestPeerCredentials(t *testing.T) {
 	})
 }
 
-// The kernel must not keep what is unsent for ever when the server has closed.
+// After the server has closed, the kernel must not keep unsent data for ever.
 func TestOrphanTimeout(t *testing.T) {
 	_, served := acceptOne(t)
 	setOrphanTimeout(served)

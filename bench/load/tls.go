@@ -104,7 +104,7 @@ func (s Spec) serverCPU() (time.Duration, error) {
 	return total, err
 }
 
-// client sends messages, with Churn each on a connection of its own, until the run ends.
+// client sends messages, with Churn each on its own connection, until the run ends.
 func (r *tlsRun) client() error {
 	buf := make([]byte, r.spec.Size)
 	for !r.ending.Load() {

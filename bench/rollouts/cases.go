@@ -16,7 +16,7 @@ type server struct {
 	name    string
 	program string // in binaries
 	about   string // how it is configured, and by which advice
-	proxy   bool   // it stands before an echo server that nobody touches
+	proxy   bool   // it is in front of an echo server that is never restarted
 	master  bool   // its first process stays through a reload, and only manages workers
 	start   func(*site) error
 }

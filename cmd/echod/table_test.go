@@ -11,7 +11,7 @@ import (
 	"echod/server"
 )
 
-// TestTablesFit: tables fit into 80 columns, whatever the server sends, and --wide shows everything.
+// TestTablesFit: tables fit into 80 columns for any answer of the server, and --wide shows everything.
 func TestTablesFit(t *testing.T) {
 	long := control.Conn{
 		ID: 12345678, Remote: "[2001:db8:1111:2222:3333:4444:5555:6666]:65535", Local: "[2001:db8::1]:9999", State: "rejecting",

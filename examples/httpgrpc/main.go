@@ -39,7 +39,7 @@ func main() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	srv, err := server.New(nil, server.Options{Logger: logger}) // each listener has a handler of its own
+	srv, err := server.New(nil, server.Options{Logger: logger}) // each listener has its own handler
 	if err != nil {
 		log.Fatal(err)
 	}

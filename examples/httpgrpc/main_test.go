@@ -97,7 +97,7 @@ func (f fixture) get(t *testing.T) (string, *http.Response, error) {
 	return string(body), resp, errors.Join(err, resp.Body.Close())
 }
 
-// send sends a request on a connection of its own.
+// send sends a request on a new connection.
 func (f fixture) send(t *testing.T, request string) net.Conn {
 	t.Helper()
 	nc, err := net.Dial("tcp", strings.TrimPrefix(f.url, "http://"))

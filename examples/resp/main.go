@@ -1,6 +1,6 @@
 // Command resp is a small Redis: a server of the RESP protocol with PING, ECHO, SET, GET and DEL, pipelined or not. It
 // shows how a request/response protocol is drained. A command that comes during the drain gets an error reply, clients
-// that are idle are closed, and the server adds no byte of its own to the stream.
+// that are idle are closed, and the server itself adds no byte to the stream.
 //
 //	go run ./resp -listen 127.0.0.1:6379
 //	redis-cli set greeting hello

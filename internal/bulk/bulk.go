@@ -92,7 +92,7 @@ func Run(ctx, stop context.Context, opts Options) (Summary, error) {
 // run is the state of one Run.
 type run struct {
 	opts    Options
-	reading context.Context // ends when no more is to be read
+	reading context.Context // ends when the run should read no more
 	cancel  context.CancelCauseFunc
 	limiter *rate.Limiter // nil: none
 	tally   *tally

@@ -158,7 +158,7 @@ func (r *run) asInputError(err error) error {
 	return inputError{err}
 }
 
-// open opens an input in a goroutine of its own, which is left behind if reading ends
+// open opens an input in a separate goroutine, which is left behind if reading ends
 // first: nothing interrupts the opening of a named pipe without a writer.
 func (r *run) open(i int) (*records.Source, error) {
 	opts := r.opts.Records
@@ -210,7 +210,7 @@ type readResult struct {
 	err error
 }
 
-// interruptible ranges over records in a goroutine of its own, which is left behind if
+// interruptible ranges over records in a separate goroutine, which is left behind if
 // reading ends first: nothing interrupts the read of a terminal or a pipe.
 func (r *run) interruptible(all iter.Seq2[records.Record, error]) iter.Seq2[records.Record, error] {
 	return func(yield func(records.Record, error) bool) {

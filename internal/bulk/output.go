@@ -234,7 +234,7 @@ func (f *FailedFile) add(header []string, data []byte) error {
 	return f.wrap(err)
 }
 
-// addMalformed adds a record as it stands in its source, for a person to correct, unless
+// addMalformed adds a record unchanged from its source, for a person to correct, unless
 // only its beginning is known.
 func (f *FailedFile) addMalformed(header []string, e *records.Error) error {
 	if f == nil || e.Cut {

@@ -397,7 +397,7 @@ func newSavedInput(name string) savedInput {
 	return in
 }
 
-// validName returns the name as it can stand in JSON. The names of files are any bytes.
+// validName returns the name in a form that JSON can hold. A file name can have any bytes.
 func validName(name string) string { return strings.ToValidUTF8(name, string(utf8.RuneError)) }
 
 func hashOf(data []byte) string {

@@ -125,7 +125,7 @@ func distort(s *script, messages [][]byte, foreign []byte) *faultyStream {
 }
 
 // FuzzChecker feeds a faulty stream in pieces. With messages of one size every fault is
-// recognised exactly. With mixed sizes, nobody can say which of two missing messages
+// recognised exactly. With mixed sizes, it is unknown which of two missing messages
 // was the broken one, but their sum is known, and nothing else is counted.
 func FuzzChecker(f *testing.F) {
 	f.Add([]byte{})
@@ -255,7 +255,7 @@ func TestChecker(t *testing.T) {
 	})
 }
 
-// Broken bytes stand for the messages missing in their place, and hide no other loss.
+// Broken bytes count for the messages that are missing at their place, and hide no other loss.
 func TestCheckerBrokenBytes(t *testing.T) {
 	const size = 64
 	junk := bytes.Repeat([]byte("x"), 10*size)

@@ -231,7 +231,7 @@ type brokenWriter struct{ err error }
 
 func (w brokenWriter) Write([]byte) (int, error) { return 0, w.err }
 
-// The series is fine at first, whatever was planned, and coarser when it gets long.
+// The series has short intervals at first, for any planned duration, and longer ones when the run is long.
 // Nothing is left out.
 func TestSeries(t *testing.T) {
 	for _, tt := range []struct {
@@ -383,7 +383,7 @@ func TestWriteCSV(t *testing.T) {
 	expect(t, "row", strings.Join(rows[1], ","), "0.1,5,1.5,0.0001,0,0,0,3,0,0,0,0")
 }
 
-// Every count is a metric of its own.
+// Every count is a separate metric.
 func TestWritePrometheus(t *testing.T) {
 	r := &Report{
 		Address: "a\"b\\c\n\xff:1", Counts: filled(), PerSecond: 123.5, Took: 7, OfferedPerSecond: 200, Started: time.UnixMilli(1500),

@@ -24,7 +24,7 @@
 // turned away by a notice has lost nothing: its messages count as turned away.
 //
 // One case is ambiguous: if a notice comes before the last byte of a message, the
-// newline, and something broken follows, nobody can say whether that newline was sent.
+// newline, and something broken follows, it is unknown whether that newline was sent.
 //
 // # Time
 //

@@ -908,7 +908,7 @@ func connectedUser(s socket, opts Options) *user {
 	return u
 }
 
-// full is a socket that takes nothing.
+// full is a socket that accepts no data.
 type full struct{ socket }
 
 func (full) write([]byte) (int, error) { return 0, errWouldBlock }

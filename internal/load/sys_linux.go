@@ -45,7 +45,7 @@ func newPoller(raw, exclusive bool, p pace) (poller, error) {
 }
 
 // An epoll serves sockets on the goroutine of its worker, with one read for
-// everything that has arrived and one write for everything that is to be sent.
+// everything that has arrived and one write for everything that is due.
 type epoll struct {
 	fd     int
 	event  int // an eventfd, for wake
@@ -89,7 +89,7 @@ func newEpoll(exclusive bool, pc pace) (_ *epoll, err error) {
 		}
 	}
 	for about, fd := range map[int32]int{aboutWake: p.event, aboutTimer: p.timer} {
-		// These are edge-triggered, so nobody has to read them.
+		// These are edge-triggered, so they need not be read.
 		if err = unix.EpollCtl(p.fd, unix.EPOLL_CTL_ADD, fd,
 			&unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: about}); err != nil {
 			return nil, fmt.Errorf("watching a timer: %w", err)
@@ -238,7 +238,7 @@ func (r *receiver) receive(fd int, p []byte) (int, error) {
 }
 
 // ago returns how long ago the last byte that was read arrived. It returns zero if the
-// kernel does not tell, or if its clock was set in the meantime.
+// kernel does not report it, or if its clock was set meanwhile.
 func (r *receiver) ago() time.Duration {
 	if int(r.msg.Controllen) < len(r.control) {
 		return 0

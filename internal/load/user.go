@@ -235,7 +235,7 @@ func (u *user) connectFailed(err error) {
 	u.beginOutage(u.dialedAt)
 }
 
-// reconnectLater waits before the next connect, if there is to be one.
+// reconnectLater schedules the next connect, unless the user should not reconnect.
 func (u *user) reconnectLater(now time.Duration) {
 	opts := &u.worker.run.opts
 	if opts.NoReconnect {
@@ -381,7 +381,7 @@ func (u *user) nextDue(now time.Duration) (due time.Duration, ok bool) {
 	return now, !w.draining && !u.thinking
 }
 
-// write writes what is to be sent, as long as there is room.
+// write writes the next bytes, as long as the socket has room.
 func (u *user) write(now time.Duration) {
 	for {
 		p := u.worker.out[:u.check.fill(u.worker.out)]
@@ -435,7 +435,7 @@ func (u *user) halfCloseIfDone(now time.Duration) {
 }
 
 // checkLate looks for messages that have become late. They no longer hold up others.
-// If nothing has come back in the meantime, there is an outage.
+// If nothing has come back meanwhile, an outage begins.
 func (u *user) checkLate(now time.Duration) {
 	overdue := u.check.overdue(u.overdue, now)
 	if overdue == 0 {

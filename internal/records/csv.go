@@ -27,7 +27,7 @@ type rows struct {
 	replaced *atomic.Int64
 
 	begun  bool     // the header was read, or there is none
-	header []string // as it stands in the source
+	header []string // unchanged from the source
 	width  int      // fields in each row; 0 until the first was read
 
 	text     []byte // the fields of the row, one after the other

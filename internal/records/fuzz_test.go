@@ -50,7 +50,7 @@ func FuzzLines(f *testing.F) {
 	})
 }
 
-// FuzzCSV checks that reading ends whatever the input, that numbers and lines are in
+// FuzzCSV checks that reading ends for any input, that numbers and lines are in
 // order, and that every record is a line of JSON. If encoding/csv finds no fault, and
 // nothing is too long, both read the same rows.
 func FuzzCSV(f *testing.F) {

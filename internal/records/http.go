@@ -211,7 +211,7 @@ func (d *download) retryable(err error) bool {
 }
 
 // wait waits before another request, as long as the server asks, or a random time that
-// grows. If there is to be no other request, it returns err and how many were made.
+// grows. If no other request should follow, it returns err and how many were made.
 func (d *download) wait(err error) error {
 	retries := cmp.Or(d.opts.Retries, defaultRetries)
 	if d.tries >= retries {

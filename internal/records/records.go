@@ -1,5 +1,5 @@
 // Package records reads files, standard input and URLs as a stream of records:
-// lines, CSV rows as JSON, or blocks. It needs constant memory, whatever the input.
+// lines, CSV rows as JSON, or blocks. It needs constant memory for any input.
 //
 // [Open] and [New] make a [Source]; [Source.All] ranges over its records. A record
 // that cannot be sent is an *[Error], and reading continues after it.
@@ -100,7 +100,7 @@ type Options struct {
 
 	NoHeader    bool // CSV: the first row is data
 	Delimiter   rune // CSV: between fields; zero means a comma
-	LazyQuotes  bool // CSV: quotes may stand anywhere in fields, as in encoding/csv
+	LazyQuotes  bool // CSV: quotes may be anywhere in fields, as in encoding/csv
 	AllowRagged bool // CSV: rows may have fewer or more fields than the header
 	Comment     rune // CSV: skip lines that begin with it; zero means none
 	NameRows    bool // CSV: rows begin with "source", the name of the input
@@ -151,7 +151,7 @@ type Record struct {
 	Number int64 // from 1 within its source, malformed ones counted too
 	Line   int64 // of the source where the record begins, from 1; 0 for Raw
 
-	// Data is what to send, owned by the receiver: the line as it stands in the
+	// Data is what to send, owned by the receiver: the line unchanged from the
 	// source, the row as a line of JSON, or the block.
 	Data []byte
 
@@ -167,7 +167,7 @@ type Error struct {
 	Line   int64  // of the fault, from 1
 	Column int64  // in bytes, from 1; 0 means the whole line
 
-	Raw []byte // the record as it stands in the source, decoded
+	Raw []byte // the record as in the source, decoded
 	Cut bool   // Raw is only its beginning, because it is too long
 
 	Err error // wraps one of the package's errors or one of encoding/csv
@@ -246,7 +246,7 @@ func (o Options) check() error {
 	return CheckEncoding(o.Encoding)
 }
 
-// ValidDelimiter reports whether r can stand between fields of CSV.
+// ValidDelimiter reports whether r can separate fields of CSV.
 func ValidDelimiter(r rune) bool {
 	return r > 0 && r != '"' && r != '\r' && r != '\n' && r != utf8.RuneError && utf8.ValidRune(r)
 }

@@ -38,7 +38,7 @@ func Printable(s string) string {
 	return out.String()
 }
 
-// isUnsafe reports whether Printable may have to change r. U+FFFD may stand for an invalid byte.
+// isUnsafe reports whether Printable may have to change r. U+FFFD may represent an invalid byte.
 func isUnsafe(r rune) bool {
 	return r == utf8.RuneError || !unicode.IsPrint(r) && !unicode.Is(unicode.Zs, r)
 }

@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// rig is a model on a screen of 80x24, with a clock of its own. It records the actions that it should run.
+// rig is a model on a screen of 80x24, with its own clock. It records the actions that it should run.
 type rig struct {
 	*model
 	t       *testing.T

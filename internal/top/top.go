@@ -6,7 +6,7 @@
 //
 // # Goroutines
 //
-// Bubbletea has goroutines of its own, which draw and read keys. Besides, Run starts five, ends them by
+// Bubbletea has its own goroutines, which draw and read keys. Besides, Run starts five, ends them by
 // their context, and waits for them:
 //
 //   - poll asks for the status at each interval,

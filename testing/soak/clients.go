@@ -112,7 +112,7 @@ func (s *session) read(pace int) {
 			}
 			switch {
 			case same == len(want) && s.got.Load() < s.sent.Load():
-				continue // the end of pattern, or more was sent in the meantime
+				continue // the end of pattern, or more was sent meanwhile
 			case p[0] == '\n' && s.got.Load() > 0:
 				inLine = true
 			case p[0] >= 'A' && p[0] <= 'Z' && (s.got.Load() == 0 || len(s.notices) > 0):

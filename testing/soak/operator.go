@@ -156,7 +156,7 @@ func (p *phase) killOne(context.Context) error {
 	}
 	change, err := p.control.Kill(ctx, list.Connections[p.rng.IntN(len(list.Connections))].ID)
 	if err != nil {
-		return nil // it has left in the meantime
+		return nil // it has left meanwhile
 	}
 	p.expectKilled(*change.Killed)
 	return nil

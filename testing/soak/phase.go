@@ -133,7 +133,7 @@ func (p *phase) run(ctx context.Context, d time.Duration) {
 	watchCtx, stopWatching := context.WithCancel(context.Background())
 	watching.Go(func() { p.watch.run(watchCtx) })
 	watching.Go(func() { p.watch.followEvents(watchCtx) })
-	p.watch.checkIdle(ctx) // the first figures, of a server that nobody uses
+	p.watch.checkIdle(ctx) // the first figures, of a server without clients
 	for i := range p.settings.clients {
 		tasks.Go(func() { p.client(ctx, uint64(i)) })
 	}
