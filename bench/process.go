@@ -248,7 +248,7 @@ func (c cpus) run(start func() error) error {
 	return start()
 }
 
-// Names of the placements.
+// The names of the placements.
 const (
 	pinnedName   = "pinned"
 	unpinnedName = "unpinned"

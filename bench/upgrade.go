@@ -163,7 +163,7 @@ func (s *upgradeCase) upgrade(ctx context.Context, b built, p *process) error {
 	out, err := exec.CommandContext(ctx, b.command[0], args...).Output()
 	took := time.Since(began)
 	close(done)
-	s.Peak = max(s.Peak, s.Before, <-sampled) // between two samples it can only have been more
+	s.Peak = max(s.Peak, s.Before, <-sampled) // between two samples it may have been more
 	if err != nil {
 		return fmt.Errorf("upgrading: %w\n%w", err, p.stderrText())
 	}

@@ -19,17 +19,11 @@ func Run(spec Spec) (Result, error) {
 	}
 	debug.SetGCPercent(-1) // a run allocates little, and a collection would show as latency
 	defer debug.SetGCPercent(100)
-	r, err := newRunner(spec)
+	r, err := startRunner(spec)
 	if err != nil {
 		return Result{}, err
 	}
 	defer r.close()
-	if err := r.openAll(); err != nil {
-		return Result{}, err
-	}
-	if err := r.until(r.now() + spec.Warmup); err != nil {
-		return Result{}, err
-	}
 	if spec.Corrected && r.echoes > 0 { // mean time between two messages
 		r.interval = spec.Warmup * time.Duration(spec.Conns*spec.Depth) / time.Duration(r.echoes)
 	}
@@ -44,17 +38,11 @@ func Run(spec Spec) (Result, error) {
 func RunUntil(spec Spec, done <-chan struct{}) (Result, error) {
 	debug.SetGCPercent(-1)
 	defer debug.SetGCPercent(100)
-	r, err := newRunner(spec)
+	r, err := startRunner(spec)
 	if err != nil {
 		return Result{}, err
 	}
 	defer r.close()
-	if err := r.openAll(); err != nil {
-		return Result{}, err
-	}
-	if err := r.until(r.now() + spec.Warmup); err != nil {
-		return Result{}, err
-	}
 	r.echoes = 0
 	r.latencies.Reset()
 	begun := r.now()
@@ -88,7 +76,7 @@ type runner struct {
 	latencies *hdrhistogram.Histogram // in nanoseconds
 }
 
-// slowest is the longest latency that is recorded; longer ones count as slowest.
+// slowest is the longest latency that is recorded. Longer ones count as slowest.
 const slowest = time.Minute
 
 // readBuffer is as large as the largest buffers of the servers.
@@ -107,6 +95,22 @@ func newRunner(spec Spec) (*runner, error) {
 		spec: spec, target: target, poll: poll, buf: make([]byte, readBuffer), start: time.Now(),
 		latencies: hdrhistogram.New(1, int64(slowest), 3),
 	}, nil
+}
+
+// startRunner opens the connections of a run, and runs it until the warm-up ends.
+func startRunner(spec Spec) (*runner, error) {
+	r, err := newRunner(spec)
+	if err != nil {
+		return nil, err
+	}
+	if err = r.openAll(); err == nil {
+		err = r.until(r.now() + spec.Warmup)
+	}
+	if err != nil {
+		r.close()
+		return nil, err
+	}
+	return r, nil
 }
 
 func (r *runner) close() {
@@ -278,7 +282,7 @@ type stream struct {
 	fd    int
 	phase int // its offset in the pattern
 
-	queued, sent, received int64 // bytes: to be sent, sent, come back
+	queued, sent, received int64 // bytes that are to be sent, were sent, and came back
 
 	began    []time.Duration // ring: when each message in flight was begun
 	first    int             // index of the oldest

@@ -154,7 +154,7 @@ var pictureText string
 
 var picture = template.Must(template.New("comparison.svg").Parse(pictureText))
 
-// The picture's bars: what a connection can come to, from best to worst.
+// The parts of a bar: the ways in which a connection can end, from best to worst.
 var endings = []struct {
 	name, color string
 	of          func(o outcome) int64
@@ -165,7 +165,7 @@ var endings = []struct {
 	{"reset", "#bb3344", func(o outcome) int64 { return o.Reset }},
 }
 
-// leftWhenTold returns how many clients left after a notice, rather than to be closed.
+// leftWhenTold returns how many clients left after a notice, before the server closed them.
 func leftWhenTold(o outcome) int64 { return max(0, min(o.Told, clients)-o.Closed-o.Reset) }
 
 // draw draws how the connections ended in each rollout, the best on top.

@@ -88,7 +88,7 @@ func newSite(ctx context.Context, bin binaries, dir string, tls bool) (*site, er
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
 func (s *site) read(name string) []byte {
-	b, _ := os.ReadFile(s.path(name)) // a missing file shows in what uses it
+	b, _ := os.ReadFile(s.path(name)) // a missing file fails where it is used
 	return b
 }
 
@@ -220,10 +220,10 @@ func parentOf(pid int) int {
 	return parent
 }
 
-// outcome is what the clients saw, and when the old code was gone.
+// outcome is what the clients saw, and when no old process was left.
 type outcome struct {
 	Connections int64 // made
-	Closed      int64 // by the server, without a word
+	Closed      int64 // by the server, without a notice
 	Told        int64 // by a notice
 	Reset       int64
 	Refused     int64 // attempts to connect that were refused, reset or timed out
