@@ -49,15 +49,15 @@ type flags struct {
 func benchMain(ctx context.Context, args []string) error {
 	var f flags
 	set := flag.NewFlagSet("bench", flag.ExitOnError)
-	set.BoolVar(&f.quick, "quick", false, "take two minutes: one pinned round, memory of 1,000 connections only")
-	set.BoolVar(&f.upgrade, "upgrade", false, "measure upgrades of echod under its connections, and nothing else")
+	set.BoolVar(&f.quick, "quick", false, "take two minutes: one pinned round, and memory of 1,000 connections")
+	set.BoolVar(&f.upgrade, "upgrade", false, "measure only upgrades of echod with connected clients")
 	set.StringVar(&f.only, "only", "", "measure only these `servers`, such as echod;gnet")
-	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes`, such as 64x64B;churn, and nothing else")
+	set.StringVar(&f.shapes, "shapes", "", "measure only these `shapes` of load, such as 64x64B;churn")
 	set.IntVar(&f.rounds, "rounds", 0, "`number` of rounds instead of the default")
 	set.DurationVar(&f.length, "time", 0, "`time` of each measurement instead of the default")
 	set.StringVar(&f.out, "out", "out", "`directory` for results.json, benchmarks.md and its plots")
-	set.BoolVar(&f.tls, "tls", false, "measure only what is over TLS")
-	set.BoolVar(&f.render, "render", false, "measure nothing; write the report again from results.json")
+	set.BoolVar(&f.tls, "tls", false, "measure only over TLS")
+	set.BoolVar(&f.render, "render", false, "measure nothing, but write the report again from results.json")
 	if err := set.Parse(args); err != nil {
 		return err
 	}

@@ -106,7 +106,7 @@ func testAgentDown(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		deaf := deafListener{newPipeListener(), make(chan struct{})}
+		deaf := stuckListener{newPipeListener(), make(chan struct{})}
 		var serving sync.WaitGroup
 		serving.Go(func() { _ = srv.Serve(deaf) })
 		<-deaf.entered

@@ -541,18 +541,18 @@ func testProbePlace(t *testing.T) {
 	wantEqual(t, "callers", r.plane.listeners[0].count(), MaxCallers)
 }
 
-// deafListener does not return from Accept, even after its deadline.
-type deafListener struct {
+// stuckListener does not return from Accept, even after its deadline.
+type stuckListener struct {
 	net.Listener
 	entered chan struct{}
 }
 
-func (l deafListener) Accept() (net.Conn, error) {
+func (l stuckListener) Accept() (net.Conn, error) {
 	close(l.entered)
 	return l.Listener.Accept()
 }
 
-func (l deafListener) SetDeadline(time.Time) error { return nil }
+func (l stuckListener) SetDeadline(time.Time) error { return nil }
 
 func testProbeDeaf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -566,7 +566,7 @@ func testProbeDeaf(t *testing.T) {
 		if err := plane.Probe(t.Context()); err == nil || err.Error() != unserved {
 			t.Errorf("before it is served: %v, want %s", err, unserved)
 		}
-		ln := deafListener{newPipeListener(), make(chan struct{})}
+		ln := stuckListener{newPipeListener(), make(chan struct{})}
 		served := make(chan error, 1)
 		go func() { served <- plane.Serve(ln) }()
 		<-ln.entered

@@ -133,12 +133,12 @@ func testKillOne(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{})
 		r.echoClient(t)
-		doomed := r.echoClient(t)
+		target := r.echoClient(t)
 		id := must[Conns](t)(r.client.Conns(t.Context(), -1, ConnFilter{})).Connections[1].ID
 
 		change := must[Change](t)(r.client.Kill(t.Context(), id))
 		wantEqual(t, "kill", change, Change{Changed: true, State: "running", Killed: new(1)})
-		if line, open := <-doomed.lines; open {
+		if line, open := <-target.lines; open {
 			t.Errorf("the killed client reads %q: want the end", line)
 		}
 		r.awaitConns(t, 1)

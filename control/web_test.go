@@ -119,7 +119,7 @@ func testWebLive(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ln := deafListener{newPipeListener(), make(chan struct{})}
+		ln := stuckListener{newPipeListener(), make(chan struct{})}
 		var serving sync.WaitGroup
 		serving.Go(func() { _ = srv.Serve(ln) })
 		<-ln.entered

@@ -120,7 +120,7 @@ func testNoGraceTellsALongQueue(t *testing.T, over transport) {
 		return peers[i].expectNoticeAndEnd(i%2 == 0)
 	})
 	e.wait(0)
-	if took := e.gone.Sub(begun); took > goneBy(0) {
+	if took := e.gone.Sub(begun); took > exitLimit(0) {
 		t.Errorf("the process exited after %s", took)
 	}
 }

@@ -17,9 +17,9 @@ import (
 	"echod/control"
 )
 
-// goneBy is when the process must have exited, counted from a signal that starts a drain. The promise is grace + 2 s.
-// The rest is for this process, which at that moment runs hundreds of clients, to see the end.
-func goneBy(grace time.Duration) time.Duration {
+// exitLimit is how long after a signal that starts a drain the process must have exited. The promise is grace + 2 s. The rest
+// allows for this test process, which runs hundreds of clients at that moment.
+func exitLimit(grace time.Duration) time.Duration {
 	const ownScheduling = 250 * time.Millisecond
 	return grace + 2*time.Second + ownScheduling
 }
@@ -214,8 +214,8 @@ func TestG6DrainOfFifteenThousandClients(t *testing.T) {
 	t.Logf("the last was closed %s after the deadline", time.Since(begun)-grace)
 
 	e.wait(0)
-	if took := e.gone.Sub(begun); took > goneBy(grace) {
-		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+	if took := e.gone.Sub(begun); took > exitLimit(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, exitLimit(grace))
 	}
 	sum := e.awaitLog("drained")
 	if sum.num("notified") != n || sum.num("notices_failed") != 0 ||
@@ -527,8 +527,8 @@ func testDrainBesideFlood(t *testing.T, over transport) {
 		return err
 	})
 	e.wait(0)
-	if took := e.gone.Sub(begun); took > goneBy(grace) {
-		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+	if took := e.gone.Sub(begun); took > exitLimit(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, exitLimit(grace))
 	}
 	if sum := e.awaitLog("drained"); sum.num("closed_at_deadline")+sum.num("forced") != 120 {
 		t.Errorf("the summary is %s", sum.text)
@@ -546,8 +546,8 @@ func testDrainOfIgnorantHandler(t *testing.T, over transport) {
 	check(t, good.expect("SHUTDOWN 1 SIGTERM\n"))
 	check(t, good.leave())
 	e.wait(0)
-	if took := e.gone.Sub(sent); took > goneBy(grace) {
-		t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+	if took := e.gone.Sub(sent); took > exitLimit(grace) {
+		t.Errorf("the process exited after %s, want at most %s", took, exitLimit(grace))
 	}
 	if line := e.awaitLog("handler ignores its context, stopping without it"); line.str("handler") != "main.misbehave" {
 		t.Errorf("the handler's name is missing: %s", line.text)

@@ -17,10 +17,10 @@ func probe(t *testing.T, s *Server) error {
 	return s.Probe(ctx)
 }
 
-// deafListener ignores its deadlines.
-type deafListener struct{ *fakeListener }
+// stuckListener ignores its deadlines.
+type stuckListener struct{ *fakeListener }
 
-func (l deafListener) SetDeadline(time.Time) error { return nil }
+func (l stuckListener) SetDeadline(time.Time) error { return nil }
 
 func TestProbe(t *testing.T) {
 	t.Run("a server is alive in every state", inBubble(Echo, Options{Limits: Limits{MaxConns: 2}}, func(t *testing.T, r *rig) {
@@ -75,7 +75,7 @@ func TestProbe(t *testing.T) {
 
 	t.Run("it names an accept loop that is stuck", bubbled(func(t *testing.T) {
 		fake := newFakeListener()
-		r := newRigOn(t, deafListener{fake}, fake, Echo, Options{})
+		r := newRigOn(t, stuckListener{fake}, fake, Echo, Options{})
 		err := probe(t, r.Server)
 		wantErr(t, "Probe", err, ErrStuck)
 		wantErrText(t, "Probe", err, "accepting from "+fake.Addr().String())

@@ -41,7 +41,7 @@ func rolloutsMain(ctx context.Context, args []string) error {
 	set := flag.NewFlagSet("rollouts", flag.ExitOnError)
 	only := set.String("only", "", "run only the cases whose name contains this `text`")
 	out := set.String("out", "out", "`directory` for rollouts.json, comparison.md and its picture")
-	render := set.Bool("render", false, "run nothing; write the report again from rollouts.json")
+	render := set.Bool("render", false, "run nothing, but write the report again from rollouts.json")
 	if err := set.Parse(args); err != nil {
 		return err
 	}

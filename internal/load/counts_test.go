@@ -18,13 +18,13 @@ import (
 	"github.com/HdrHistogram/hdrhistogram-go"
 )
 
-// leaves returns pointers to all integers in a struct, by their path.
-func leaves(v reflect.Value, path string) map[string]*int64 {
+// integerFields returns pointers to all integers in a struct, by their path.
+func integerFields(v reflect.Value, path string) map[string]*int64 {
 	all := make(map[string]*int64)
 	for f, field := range v.Fields() {
 		name := strings.TrimPrefix(path+"."+f.Name, ".")
 		if field.Kind() == reflect.Struct {
-			maps.Copy(all, leaves(field, name))
+			maps.Copy(all, integerFields(field, name))
 			continue
 		}
 		all[name] = field.Addr().Interface().(*int64)
@@ -32,15 +32,15 @@ func leaves(v reflect.Value, path string) map[string]*int64 {
 	return all
 }
 
-// filled returns counts whose fields all differ.
-func filled() (c Counts) {
-	for i, leaf := range leavesInOrder(&c) {
+// distinctCounts returns counts whose fields all differ.
+func distinctCounts() (c Counts) {
+	for i, leaf := range integersInOrder(&c) {
 		*leaf = int64(i + 1)
 	}
 	return c
 }
 
-func leavesInOrder(c *Counts) (all []*int64) {
+func integersInOrder(c *Counts) (all []*int64) {
 	for _, group := range reflect.ValueOf(c).Elem().Fields() {
 		if group.Kind() != reflect.Struct {
 			all = append(all, group.Addr().Interface().(*int64))
@@ -55,12 +55,12 @@ func leavesInOrder(c *Counts) (all []*int64) {
 
 // No field is forgotten when counts are summed up, on any of the ways that they take.
 func TestCountsAdd(t *testing.T) {
-	want := filled()
-	for _, leaf := range leavesInOrder(&want) {
+	want := distinctCounts()
+	for _, leaf := range integersInOrder(&want) {
 		*leaf *= 3
 	}
 	t.Run("every field", func(t *testing.T) {
-		sum, c := filled(), filled()
+		sum, c := distinctCounts(), distinctCounts()
 		sum.add(&c)
 		sum.add(&c)
 		expect(t, "sum", sum, want)
@@ -69,7 +69,7 @@ func TestCountsAdd(t *testing.T) {
 		r := &run{began: time.Now(), step: window}
 		for i := range 3 {
 			w := &worker{run: r, tally: newTally()}
-			w.tally.Counts = filled()
+			w.tally.Counts = distinctCounts()
 			r.collect(w, time.Duration(i)*window)
 			expect(t, "what is left", w.tally.Counts, Counts{})
 		}
@@ -103,9 +103,9 @@ func TestCountsAdd(t *testing.T) {
 			},
 		} {
 			var names Counts
-			for name := range leaves(reflect.ValueOf(&names).Elem(), "") {
+			for name := range integerFields(reflect.ValueOf(&names).Elem(), "") {
 				var c Counts
-				*leaves(reflect.ValueOf(&c).Elem(), "")[name] = 5
+				*integerFields(reflect.ValueOf(&c).Elem(), "")[name] = 5
 				want := int64(0)
 				for _, s := range tt.summand {
 					if s == name {
@@ -339,9 +339,9 @@ func TestHalvedKeepsLatencies(t *testing.T) {
 func TestProgress(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opts := Options{Stages: at(250, time.Hour)}.withDefaults()
-		r := &run{opts: opts, schedule: newSchedule(&opts), began: time.Now(), step: window, total: filled()}
+		r := &run{opts: opts, schedule: newSchedule(&opts), began: time.Now(), step: window, total: distinctCounts()}
 		time.Sleep(time.Minute)
-		c := filled()
+		c := distinctCounts()
 		expect(t, "progress", r.progress(), Progress{
 			Elapsed: time.Minute, Open: int(c.open()), Sent: c.Echoes.Sent, Returned: c.Echoes.Returned, Lost: c.Echoes.Lost,
 			Corrupted: c.Echoes.Corrupted, Notices: c.Notices.Seen(), Reconnects: c.Reconnects, Offered: 250,
@@ -386,7 +386,7 @@ func TestWriteCSV(t *testing.T) {
 // Every count is a separate metric.
 func TestWritePrometheus(t *testing.T) {
 	r := &Report{
-		Address: "a\"b\\c\n\xff:1", Counts: filled(), PerSecond: 123.5, Took: 7, OfferedPerSecond: 200, Started: time.UnixMilli(1500),
+		Address: "a\"b\\c\n\xff:1", Counts: distinctCounts(), PerSecond: 123.5, Took: 7, OfferedPerSecond: 200, Started: time.UnixMilli(1500),
 		Echo: Latency{Count: 10, Mean: 0.5, P50: 0.4, P99: 0.9, Max: 1}, Outage: Outage{
 			Clients: 2,
 			Median:  0.1, Max: 0.2,
@@ -407,8 +407,8 @@ func TestWritePrometheus(t *testing.T) {
 			t.Errorf("lacks %q:\n%s", want, text)
 		}
 	}
-	counts := filled()
-	for name, leaf := range leaves(reflect.ValueOf(&counts).Elem(), "") {
+	counts := distinctCounts()
+	for name, leaf := range integerFields(reflect.ValueOf(&counts).Elem(), "") {
 		if !strings.Contains(text, fmt.Sprintf(" %d\n", *leaf)) {
 			t.Errorf("no metric has the value of %s, %d", name, *leaf)
 		}

@@ -1,6 +1,6 @@
-// Package simulate finds faults that nobody thought of. It draws histories from seeds, runs a complete server with its
-// control plane, its clients and its operators in each, and asks a model whether what they saw is right. See
-// docs/testing.md.
+// Package simulate finds faults that no written test covers. From a seed it generates a history: what clients, operators
+// and the network do. It runs the history with a complete server, and checks what clients and operators observe against a
+// model. See docs/testing.md.
 package simulate
 
 import (
@@ -24,18 +24,18 @@ import (
 )
 
 var (
-	seeds = flag.Int("seeds", 30, "how many fresh seeds to run")
-	seed  = flag.Uint64("seed", 0, "run this seed only")
+	seeds = flag.Int("seeds", 30, "number of new seeds to run")
+	seed  = flag.Uint64("seed", 0, "run only this seed")
 
-	socketSeeds = flag.Int("sockets", 0, "how many fresh seeds to run on loopback")
-	socketSeed  = flag.Uint64("socketseed", 0, "run this seed only, on loopback")
+	socketSeeds = flag.Int("sockets", 0, "number of new seeds to run on loopback")
+	socketSeed  = flag.Uint64("socketseed", 0, "run only this seed, on loopback")
 
-	firstSeed   = flag.Uint64("first", 0, "the first of the seeds; 0: a random one")
-	historyFile = flag.String("history", "", "run the history in this file only")
-	keepGoing   = flag.Bool("all", false, "go on after a failure, and report the first one of each rule")
+	firstSeed   = flag.Uint64("first", 0, "the first seed; 0 chooses one")
+	historyFile = flag.String("history", "", "run only the history in this file")
+	keepGoing   = flag.Bool("all", false, "continue after a failure, and report the first failure of each rule")
 	noReruns    = flag.Bool("brief", false, "do not run failures again")
 	saveDir     = flag.String("save", "", "write histories that fail into this directory")
-	show        = flag.Bool("show", false, "print what happens, also if nothing fails")
+	show        = flag.Bool("show", false, "print what happens, even if nothing fails")
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -56,7 +56,7 @@ func runInBubble(t *testing.T, h *history) (w *world) {
 	return w
 }
 
-// TestSimulation runs fresh seeds, or the one that is asked for.
+// TestSimulation runs new seeds, or the one of -seed.
 func TestSimulation(t *testing.T) {
 	run := func(h *history) *world { return runInBubble(t, h) }
 	if *historyFile != "" {
@@ -66,7 +66,7 @@ func TestSimulation(t *testing.T) {
 	simulate(t, run, bubbleShape, *seed, *seeds, runtime.GOMAXPROCS(0))
 }
 
-// simulate runs fresh seeds, or only the given one, some at a time.
+// simulate runs new seeds concurrently, or only the given one.
 func simulate(t *testing.T, run func(*history) *world, sh shape, only uint64, seeds, parallel int) {
 	if only != 0 {
 		reportFailure(t, run, run(draw(only, sh)), "")
@@ -116,7 +116,7 @@ func TestFailedBefore(t *testing.T) {
 	for _, name := range files {
 		t.Run(strings.TrimSuffix(filepath.Base(name), ".json"), func(t *testing.T) {
 			h := load(t, name)
-			for range 3 { // a seed does not fix the scheduler
+			for range 3 { // a seed does not determine the scheduler
 				run := func(h *history) *world { return runInBubble(t, h) }
 				w := run(h)
 				reportFailure(t, run, w, "")
@@ -170,10 +170,11 @@ func (w *world) rules() (rules []string) {
 	return rules
 }
 
-// reruns is how often a failure is run again, to see how often it occurs.
+// reruns is how often a failed history is run again, to find out how often it fails.
 const reruns = 100
 
-// reportFailure reports a history that violates the model, by a rule or by any: in short, and how to run it again.
+// reportFailure reports a history that violates the given rule, or any rule if it is empty: shortened, with the command
+// that runs it again.
 func reportFailure(t *testing.T, run func(*history) *world, w *world, rule string) {
 	t.Helper()
 	h := w.h
@@ -189,7 +190,7 @@ func reportFailure(t *testing.T, run func(*history) *world, w *world, rule strin
 	}
 	rule = cmp.Or(rule, w.violations[0].Rule)
 	again, times, variable := 0, reruns, "SEED"
-	if w.shape.sockets { // which take seconds each
+	if w.shape.sockets { // each takes seconds
 		times, variable = 5, "SOCKETSEED"
 	}
 	for range times {
@@ -219,7 +220,7 @@ func fileNote(name string) string {
 	return " (" + name + ")"
 }
 
-// shrink drops operations, clients and steps for as long as the history still fails.
+// shrink removes clients, operations and steps, as long as the history still fails.
 func shrink(run func(*history) *world, w *world, rule string) *world {
 	budget := 400 // runs
 	try := func(h *history) bool {

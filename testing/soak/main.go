@@ -41,13 +41,13 @@ type settings struct {
 func main() {
 	var s settings
 	var builds, mix string
-	flag.DurationVar(&s.time, "time", time.Minute, "how long it takes, all builds together")
-	flag.IntVar(&s.clients, "clients", 60, "well-behaved clients at once")
-	flag.IntVar(&s.rude, "rude", 8, "rude clients at once")
-	flag.IntVar(&s.files, "files", 400, "limit of open files of the server")
-	flag.Uint64Var(&s.seed, "seed", 0, "of everything that is drawn; 0 draws it")
+	flag.DurationVar(&s.time, "time", time.Minute, "how long to run, all builds together")
+	flag.IntVar(&s.clients, "clients", 60, "number of well-behaved clients at a time")
+	flag.IntVar(&s.rude, "rude", 8, "number of rude clients at a time")
+	flag.IntVar(&s.files, "files", 400, "open files limit of the server")
+	flag.Uint64Var(&s.seed, "seed", 0, "seed of the random choices; 0 chooses one")
 	flag.StringVar(&builds, "builds", "plain,race", "builds of echod to run, one after another")
-	flag.StringVar(&mix, "mix", "", "weights of faults that differ from the default, such as upgrade=20,sigkill=0; the report names all")
+	flag.StringVar(&mix, "mix", "", "weights of faults, if not the default, such as upgrade=20,sigkill=0; the report lists all faults")
 	flag.StringVar(&s.root, "root", ".", "directory of the source")
 	flag.StringVar(&s.out, "out", "", "directory for the report and the logs (default: a temporary one)")
 	flag.Parse()
