@@ -374,8 +374,8 @@ func TestG15PromisesHoldOverANetwork(t *testing.T) {
 		_, e := half(t, grace)
 		begun := e.signal(syscall.SIGTERM)
 		e.wait(0)
-		if took := e.gone.Sub(begun); took > goneBy(grace) {
-			t.Errorf("the process exited after %s, want at most %s", took, goneBy(grace))
+		if took := e.gone.Sub(begun); took > exitLimit(grace) {
+			t.Errorf("the process exited after %s, want at most %s", took, exitLimit(grace))
 		}
 	})
 }
