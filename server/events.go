@@ -108,7 +108,8 @@ func (h *history) since(id uint64) []Event {
 	return slices.Clone(kept[i:])
 }
 
-// restore takes over a predecessor's events, oldest first. Those before a gap are of no use.
+// restore adds the events of a predecessor, oldest first. It drops events before a gap, because after needs a history
+// without gaps.
 func (h *history) restore(events []Event) {
 	begin := len(events)
 	for next := h.last; begin > 0 && events[begin-1].ID == next; next-- {

@@ -368,7 +368,7 @@ func (r handoverClosed) closedConn() ClosedConn {
 	return c
 }
 
-// handoverEvent is an Event.
+// handoverEvent is an Event in JSON.
 type handoverEvent struct {
 	ID       uint64          `json:"id"`
 	Time     time.Time       `json:"time"`
@@ -383,7 +383,7 @@ type handoverEvent struct {
 	Settings []SettingChange `json:"settings,omitempty"`
 }
 
-// handoverOpened is the ConnInfo of a connection that was just opened.
+// handoverOpened is the ConnInfo in an EventOpened.
 type handoverOpened struct {
 	ID     uint64            `json:"id"`
 	Remote string            `json:"remote"`
@@ -393,10 +393,10 @@ type handoverOpened struct {
 	Labels map[string]string `json:"labels,omitempty"`
 }
 
-// maxHandoverEvents is how many bytes of events are handed over, the newest ones.
+// maxHandoverEvents bounds the events that are handed over, in bytes. The oldest ones are left out.
 const maxHandoverEvents = 1 << 20
 
-// recordEvents encodes events, oldest first. It leaves out the oldest ones beyond the maximum.
+// recordEvents encodes events, oldest first. It leaves out the oldest ones beyond maxHandoverEvents.
 func recordEvents(events []Event) (records []json.RawMessage) {
 	size := 0
 	for _, e := range slices.Backward(events) {

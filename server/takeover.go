@@ -247,7 +247,7 @@ func (t *successor) addHistory(m handoverMessage) {
 		t.recent = append(t.recent, c)
 	}
 	for _, record := range m.Events {
-		if e, err := parseEvent(record); err == nil { // otherwise it is of a newer version, and leaves a gap
+		if e, err := parseEvent(record); err == nil { // an event of a newer version is left out, and leaves a gap
 			t.events = append(t.events, e)
 		}
 	}

@@ -30,7 +30,7 @@ const (
 	envLink    = "ECHOD_INTERNAL_LINK"    // descriptor of the link to the predecessor
 	envGate    = "ECHOD_INTERNAL_GATE"    // descriptor that reports the end of file when the supervisor knows the successor
 	envReport  = "ECHOD_INTERNAL_REPORT"  // descriptor to which a successor writes its pid, for the keeper
-	envKept    = "ECHOD_INTERNAL_KEPT"    // a keeper reads what is written there
+	envKept    = "ECHOD_INTERNAL_KEPT"    // a keeper reads the pipe of envReport
 )
 
 // A starter's descriptors. The successor gets the first three.
@@ -68,7 +68,7 @@ func (p process) release() {
 // kept is set in the first process, by its first upgrade: it becomes the keeper of all later processes.
 var kept struct {
 	*keeper.Keeper
-	report *os.File // successors inherit it
+	report *os.File // inherited by successors
 }
 
 // inheritedReport is the pipe to the keeper that a successor has inherited. The os.File must stay reachable, because its
@@ -246,7 +246,7 @@ func predecessorLink() (server.Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s=%s: %w", envLink, fd, err)
 	}
-	ignoreBackgroundWrite() // to the terminal whose foreground has the keeper
+	ignoreBackgroundWrite() // the keeper is in the foreground of the terminal
 	unix.CloseOnExec(fdGate)
 	unix.CloseOnExec(fdReport)
 	f := os.NewFile(uintptr(n), "handover")
@@ -275,16 +275,16 @@ func tellKeeper(pid int) {
 	}
 }
 
-// keeperActor returns the run.Group pair that drains the server when its keeper has died: whatever started the keeper
-// takes the service for ended, and may start it again. Execute is nil without a keeper.
+// keeperActor returns the run.Group pair that drains the server when its keeper has died. The program that started the
+// keeper then assumes that the service has ended, and may start it again. execute is nil without a keeper.
 func keeperActor(srv *server.Server, log *zap.Logger) (execute func() error, interrupt func(error)) {
 	if os.Getenv(envKept) == "" {
 		return nil, nil
 	}
-	// A copy, because waiting holds the lock of an os.File against tellKeeper.
+	// A copy of the descriptor, because waiting on the os.File would block tellKeeper.
 	fd, err := unix.FcntlInt(fdReport, unix.F_DUPFD_CLOEXEC, 0)
 	if err == nil {
-		err = unix.SetNonblock(fd, true) // otherwise the runtime cannot wait for it
+		err = unix.SetNonblock(fd, true) // so that the poller can wait for it
 	}
 	if err != nil {
 		log.Warn("cannot watch the keeper", zap.Error(err))
@@ -298,7 +298,7 @@ func keeperActor(srv *server.Server, log *zap.Logger) (execute func() error, int
 			log.Error("the keeper, which was the first process, has died")
 			srv.StartDrain(server.DrainOptions{Reason: "orphaned"})
 		}
-		<-interrupted // the group's error is that of the first actor to return: not of this one
+		<-interrupted // the group's error is that of the first actor that returns, which must not be this one
 		return nil
 	}
 	return execute, func(error) {
@@ -307,7 +307,7 @@ func keeperActor(srv *server.Server, log *zap.Logger) (execute func() error, int
 	}
 }
 
-// awaitReaderClosed waits until nobody can read the pipe any more.
+// awaitReaderClosed waits until all reading ends of the pipe are closed.
 func awaitReaderClosed(pipe *os.File) error {
 	raw, err := pipe.SyscallConn()
 	if err != nil {

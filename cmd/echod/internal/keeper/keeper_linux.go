@@ -1,11 +1,11 @@
-// Package keeper is what stays under the PID that a supervisor, a shell or a container knows, after an upgrade has
-// replaced the process. A keeper forwards signals to the process that serves, and returns its exit code.
+// Package keeper implements the process that keeps the PID which a supervisor, a shell or a container knows, after an
+// upgrade has replaced the server. A keeper forwards signals to the process that serves, and returns its exit code.
 //
-// The keeper is the server's first process. When that has nothing left to serve, it executes itself again: PID, children
-// and terminal stay, and the memory of its life as a server is freed. A process that starts as a keeper runs in this
-// package's init. Packages are initialized in the order of their import paths, so those of the standard library that
-// this one needs come first, and little else: it must not import other modules. So the keeper needs less than 1 MB of
-// its own, and soon catches signals.
+// The keeper is the server's first process. When that process has nothing left to serve, it executes itself again. It
+// keeps its PID, children and terminal, and frees the memory that it used as a server. A process that starts as a keeper
+// runs in this package's init. Packages are initialized in the order of their import paths. So only the packages of the
+// standard library that this one needs are initialized before it, and it must not import other modules. The keeper then
+// needs less than 1 MB of its own, and catches signals early.
 //
 // Goroutines: none besides that of os/signal.
 package keeper
@@ -26,8 +26,8 @@ import (
 	"unsafe"
 )
 
-// variable makes a process a keeper. It has the descriptor of its pipe, the process that serves, and the name of this
-// process, which an execution of /proc/self/exe would lose.
+// variable is the environment variable that makes a process a keeper. Its value has the descriptor of the keeper's pipe,
+// the pid of the process that serves, and the name of this process, which executing /proc/self/exe would lose.
 const variable = "ECHOD_INTERNAL_KEEPER"
 
 func init() {
@@ -46,7 +46,7 @@ func init() {
 	os.Exit(k.run(caught, nil))
 }
 
-// Keeper knows which process serves. Its methods may be called concurrently.
+// Keeper tracks which process serves. Its methods may be called concurrently.
 type Keeper struct {
 	pipe *os.File // each process that serves writes its pid to it
 
@@ -79,14 +79,14 @@ func parse(state string) (k *Keeper, name string, err error) {
 	return &Keeper{pipe: os.NewFile(uintptr(fd), "keeper"), serving: serving}, name, nil
 }
 
-// Starting says that the process pid serves after an upgrade, or is starting for that. Zero means that it failed.
+// Starting records that the process pid serves after an upgrade, or is starting to. Zero means that the start failed.
 func (k *Keeper) Starting(pid int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.serving = pid
 }
 
-// Serving returns the process that serves; zero if it is this one. It also empties the pipe.
+// Serving returns the pid of the process that serves; zero if it is this one. It also empties the pipe.
 func (k *Keeper) Serving() int {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -136,16 +136,16 @@ func (k *Keeper) Keep(caught chan os.Signal) (code int) {
 	return k.run(caught, time.After(settle))
 }
 
-// shrink frees the memory of the process's life as a server.
+// shrink frees the memory that the process used as a server.
 func (k *Keeper) shrink(caught chan os.Signal) {
-	// From here until the new program catches signals, a few milliseconds, one ends this process. It is not lost: the
-	// process that serves notices that, and drains.
+	// For a few milliseconds, until the new program catches signals, a signal ends this process. It is not lost, because
+	// the process that serves notices the end, and drains.
 	signal.Stop(caught)
 	for len(caught) > 0 {
 		k.Signal(<-caught)
 	}
 	_ = k.execute()
-	catch(caught) // it stays what it is
+	catch(caught) // the process continues without having executed itself
 	debug.SetGCPercent(10)
 	debug.FreeOSMemory()
 }
@@ -173,14 +173,14 @@ func (k *Keeper) execute() error {
 			failed = no
 			return
 		}
-		// This process's own program: the one on disk may be another version by now, or gone.
+		// The program of this process. The one on disk may be another version, or may have been removed.
 		failed = syscall.Exec("/proc/self/exe", os.Args, []string{state, "GOMAXPROCS=1"})
 		syscall.CloseOnExec(int(fd))
 	})
 	return cmp.Or(err, failed)
 }
 
-// block blocks signals on this thread, which the caller has locked, until unblock is called. They stay pending.
+// block blocks signals on this thread, which the caller has locked, until unblock is called. Blocked signals stay pending.
 func block(signals ...syscall.Signal) (unblock func()) {
 	var set, before uint64
 	for _, sig := range signals {
@@ -207,9 +207,9 @@ func catch(caught chan<- os.Signal) {
 	}
 }
 
-// run is the life of a keeper. It ends when no child is left. The process shrinks once settled.
+// run runs the keeper until there are no more children. After settle it shrinks the process.
 func (k *Keeper) run(caught chan os.Signal, settled <-chan time.Time) (code int) {
-	codes := make(map[int]int) // of children that have ended and are not 0
+	codes := make(map[int]int) // nonzero exit codes of children that have ended
 	for {
 		serving := k.Serving()
 		if !reap(codes) {
@@ -217,7 +217,7 @@ func (k *Keeper) run(caught chan os.Signal, settled <-chan time.Time) (code int)
 		}
 		select {
 		case <-settled:
-			if len(codes) == 0 { // otherwise the last process is ending, with a code that would be lost
+			if len(codes) == 0 { // otherwise the last process is ending, and its code would be lost
 				k.shrink(caught)
 			}
 		case sig := <-caught:
@@ -233,8 +233,8 @@ func (k *Keeper) run(caught chan os.Signal, settled <-chan time.Time) (code int)
 	}
 }
 
-// isJob reports whether a shell with job control has started this process. If not, nobody would continue it after a
-// stop, and the kernel ignores SIGTSTP, too.
+// isJob reports whether a shell with job control has started this process. Otherwise nothing would continue the process
+// after a stop, and the kernel ignores SIGTSTP, too.
 func isJob() bool {
 	parent := os.Getppid()
 	if parent == 0 {
