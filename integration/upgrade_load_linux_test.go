@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -63,15 +64,21 @@ func TestG12UpgradeAtAnyTime(t *testing.T) {
 			_ = upgrade.Wait() // done, or refused because of the drain
 		}
 	})
-	t.Run("the death of the successor costs no connection or, if it owned them, all", func(t *testing.T) {
+	t.Run("the death of a process costs no connection or, if it owned them, all", func(t *testing.T) {
 		t.Parallel()
-		rolledBack := 0
-		for range 15 {
-			e, program := upgradable(t)
+		for i := range 30 {
+			e, program := upgradable(t, "--grace", "20s")
 			peers := e.crowd(20)
 			upgrade := e.ctlCommand("upgrade")
 			check(t, upgrade.Start())
-			time.Sleep(time.Duration(rand.IntN(80)) * time.Millisecond)
+			time.Sleep(time.Duration(rand.IntN(120)) * time.Millisecond)
+			if predecessor := i%2 == 0; predecessor {
+				check(t, syscall.Kill(e.pid, syscall.SIGKILL))
+				_ = upgrade.Wait()
+				expectOrphans(t, peers)
+				poll(t, "all processes to end", func() bool { return len(processesOf(t, program)) == 0 })
+				continue
+			}
 			for _, pid := range processesOf(t, program) {
 				if pid != e.pid {
 					_ = syscall.Kill(pid, syscall.SIGKILL)
@@ -89,12 +96,127 @@ func TestG12UpgradeAtAnyTime(t *testing.T) {
 			if n := served.Load(); n != int64(len(peers)) && (n != 0 || code == 1) {
 				t.Errorf("%d of %d clients are served; the upgrade's exit code is %d", n, len(peers), code)
 			}
-			if code == 1 {
-				rolledBack++
-			}
 			_ = e.cmd.Process.Kill()
 		}
-		t.Logf("%d of 15 upgrades were rolled back", rolledBack)
+	})
+}
+
+// expectOrphans checks that the clients of a first process that was killed are all cut off, because it owned them, or
+// all told to leave, by its successor.
+func expectOrphans(t *testing.T, peers []*peer) {
+	t.Helper()
+	var told atomic.Int64
+	each(t, len(peers), func(i int) error {
+		if peers[i].expect("SHUTDOWN 20 orphaned\n") != nil {
+			return nil
+		}
+		told.Add(1)
+		return peers[i].leave()
+	})
+	if n := told.Load(); n != 0 && n != int64(len(peers)) {
+		t.Errorf("%d of %d clients were told", n, len(peers))
+	}
+}
+
+// TestUpgradeAndDrain asks for an upgrade just before, during and after a drain.
+func TestUpgradeAndDrain(t *testing.T) {
+	slow(t)
+	t.Parallel()
+	refused := func(t *testing.T, e *echod, pid int) {
+		t.Helper()
+		if got := e.ctl("upgrade"); got.code != 1 || !strings.Contains(got.stderr, "draining") {
+			t.Errorf("an upgrade during the drain: %+v", got)
+		}
+		e.signal(syscall.SIGUSR2)
+		e.awaitLog("upgrade failed")
+		if now := e.status().PID; now != pid {
+			t.Errorf("process %d answers, it was %d", now, pid)
+		}
+	}
+	upgraded := func(t *testing.T, e *echod) {
+		t.Helper()
+		if got := e.ctl("upgrade"); got.code != 0 {
+			t.Fatalf("upgrade: %+v", got)
+		}
+	}
+	t.Run("it is refused during a drain", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "20s")
+		peers := e.crowd(20)
+		e.signal(syscall.SIGTERM)
+		refused(t, e, e.pid)
+		told(t, peers, "SIGTERM")
+		e.wait(0)
+	})
+	t.Run("a drain right after it is carried out by the successor", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "20s")
+		peers := e.crowd(20)
+		upgraded(t, e)
+		if got := e.ctl("shutdown", "--reason", "deploy"); got.code != 0 {
+			t.Errorf("shutdown: %+v", got)
+		}
+		refused(t, e, e.status().PID)
+		told(t, peers, "deploy")
+		e.wait(0)
+	})
+	t.Run("a drain that is still delayed refuses it, and allows it once cancelled", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "20s", "--drain-delay", "1h")
+		peers := e.crowd(20)
+		upgraded(t, e) // the delay goes along
+		if got := e.ctl("shutdown", "--reason", "deploy"); got.code != 0 {
+			t.Errorf("shutdown: %+v", got)
+		}
+		pid := e.status().PID
+		refused(t, e, pid)
+		if got := e.ctl("shutdown", "--cancel"); got.code != 0 {
+			t.Errorf("shutdown --cancel: %+v", got)
+		}
+		upgraded(t, e)
+		if now := e.status(); now.PID == pid || now.State != "running" {
+			t.Errorf("process %d is %s, the predecessor was %d", now.PID, now.State, pid)
+		}
+		each(t, len(peers), func(i int) error { return peers[i].echo("nobody was told\n") })
+		if got := e.ctl("shutdown", "--now"); got.code != 0 {
+			t.Errorf("shutdown --now: %+v", got)
+		}
+		e.wait(0)
+	})
+	t.Run("a drain that is spread refuses it, and tells each client once", func(t *testing.T) {
+		t.Parallel()
+		e, _ := upgradable(t, "--grace", "20s")
+		peers := e.crowd(20)
+		upgraded(t, e)
+		if got := e.ctl("shutdown", "--spread", "2s", "--reason", "deploy"); got.code != 0 {
+			t.Errorf("shutdown: %+v", got)
+		}
+		refused(t, e, e.status().PID)
+		told(t, peers, "deploy")
+		e.wait(0)
+	})
+	t.Run("it is refused during another one", func(t *testing.T) {
+		t.Parallel()
+		e, program := upgradable(t, "--upgrade-timeout", "3s")
+		p := e.served()
+		script(t, program, "exec sleep 60")
+		first := e.ctlCommand("upgrade")
+		check(t, first.Start())
+		poll(t, "the second upgrade to be refused", func() bool {
+			got := e.ctl("upgrade", "--timeout", "1ms")
+			return got.code == 1 && strings.Contains(got.stderr, "in progress")
+		})
+		_ = first.Wait()
+		if code := exitCode(first.ProcessState); code != 1 {
+			t.Errorf("the first upgrade's exit code is %d, want 1", code)
+		}
+		copyFile(t, built(t, leanBinary), program)
+		upgraded(t, e)
+		check(t, p.echo("still here\n"))
+		e.signal(syscall.SIGTERM)
+		check(t, p.expect("SHUTDOWN 5 SIGTERM\n"))
+		check(t, p.leave())
+		e.wait(0)
 	})
 }
 
