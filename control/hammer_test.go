@@ -112,7 +112,9 @@ func TestMalformedRequests(t *testing.T) {
 	r.client.Close()
 	r.srv.StartDrain(server.DrainOptions{Reason: "done"})
 	receive(t, "the end", r.ended)
-	wantEqual(t, "open files", openFiles(t), before)
+	if after := openFiles(t); after > before { // fewer if one of an earlier test was still being closed
+		t.Errorf("%d files are open, want at most %d, as before", after, before)
+	}
 }
 
 // echoUntil echoes lines until ctx ends.

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -301,7 +302,11 @@ func TestDocsChangelog(t *testing.T) {
 			last = m[2]
 		}
 	}
-	tags := run(t, commandOf("git", "--git-dir=../.git", "tag", "--list", "v*"))
+	git, err := exec.LookPath("git")
+	if err != nil {
+		return // and no tags
+	}
+	tags := run(t, commandOf(git, "--git-dir=../.git", "tag", "--list", "v*"))
 	for tag := range strings.FieldsSeq(tags.stdout) {
 		if !strings.Contains(log, "\n## ["+strings.TrimPrefix(tag, "v")+"] - ") {
 			t.Errorf("CHANGELOG.md has no entry for %s", tag)
@@ -361,11 +366,11 @@ func TestREADME(t *testing.T) {
 	check(t, err)
 	goCommand := func(args ...string) {
 		t.Helper()
-		cmd := commandOf(append([]string{"go"}, args...)...)
+		cmd := exec.CommandContext(within(t, 10*patience), "go", args...) // with empty caches it takes minutes
 		cmd.Dir = dir
 		cmd.Env = environment("GOFLAGS=-mod=mod")
-		if got := run(t, cmd); got.code != 0 {
-			t.Fatalf("go %q: %s%s", args, got.stdout, got.stderr)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go %q: %v: %s", args, err, out)
 		}
 	}
 	var program strings.Builder

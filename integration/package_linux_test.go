@@ -38,7 +38,7 @@ func makePackage(t *testing.T, version string) string {
 // Each version that git describes sorts before the next one, for dpkg and for rpm.
 func TestPackageVersions(t *testing.T) {
 	t.Parallel()
-	dpkg := require(t, "dpkg")
+	dpkg, rpm := dpkg.find(t)[0], rpm.look(t) // rpm is optional
 	last := ""
 	for _, c := range []struct{ described, version string }{
 		{"abc1234", "0.0.0+abc1234"},
@@ -64,9 +64,9 @@ func TestPackageVersions(t *testing.T) {
 			if r := run(t, commandOf(dpkg, "--compare-versions", last, "lt", version)); r.code != 0 {
 				t.Errorf("dpkg does not sort %s before %s", last, version)
 			}
-			if rpm, err := exec.LookPath("rpm"); err == nil { // rpm is optional
+			if rpm != nil {
 				compare := fmt.Sprintf(`%%{lua:print(rpm.vercmp("%s","%s"))}`, last, version)
-				if r := run(t, commandOf(rpm, "--eval", compare)); strings.TrimSpace(r.stdout) != "-1" {
+				if r := run(t, commandOf(rpm[0], "--eval", compare)); strings.TrimSpace(r.stdout) != "-1" {
 					t.Errorf("rpm does not sort %s before %s: %+v", last, version, r)
 				}
 			}
@@ -194,7 +194,7 @@ func broken(t *testing.T, pkg string) (path string) {
 // TestDebianPackage installs, upgrades, removes and purges the real package on a real systemd.
 func TestDebianPackage(t *testing.T) {
 	slow(t)
-	require(t, "dpkg")
+	dpkg.find(t)
 	s := startSystemd(t, nil)
 	const newer = "v3.0.0-2-gabc1234" // two commits later
 	first, second := makePackage(t, "v3.0.0"), makePackage(t, newer)
@@ -275,7 +275,7 @@ func TestDebianPackage(t *testing.T) {
 // An upgrade does not start a disabled service.
 func TestDebianPackageDisabled(t *testing.T) {
 	slow(t)
-	require(t, "dpkg")
+	dpkg.find(t)
 	s := startSystemd(t, nil)
 	pkg := makePackage(t, "1.0.0")
 	s.dpkg(t, "--install", pkg)
@@ -321,7 +321,7 @@ func TestPackageReplacesOldVersion(t *testing.T) {
 // The installation succeeds where the port is in use, and the service does not listen elsewhere.
 func TestDebianPackagePortInUse(t *testing.T) {
 	slow(t)
-	require(t, "dpkg")
+	dpkg.find(t)
 	s := startSystemd(t, nil)
 	taken, err := net.Listen("tcp", s.addr)
 	check(t, err)

@@ -38,10 +38,22 @@ var (
 	setpriv       = kind{"util-linux's setpriv", [][]string{{"setpriv"}}, "--help", "--reuid"}
 	analyze       = kind{"systemd-analyze 250 or later", [][]string{{"systemd-analyze"}}, "--help", "--offline"}
 	tmux          = kind{"tmux", [][]string{{"tmux"}}, "-V", "tmux "}
+	dpkg          = kind{"Debian's dpkg", [][]string{{"dpkg"}}, "--version", "'dpkg' package"} // BusyBox has others
+	rpm           = kind{"RPM", [][]string{{"rpm"}}, "--version", "RPM version"}
 )
 
 // find returns the command that starts a program of this kind. Without one the test is skipped, or fails; see missing.
 func (k kind) find(t testing.TB) []string {
+	t.Helper()
+	command := k.look(t)
+	if command == nil {
+		missing(t, k.name+" is not installed")
+	}
+	return command
+}
+
+// look is like find, but returns nil without such a program.
+func (k kind) look(t testing.TB) []string {
 	t.Helper()
 	for _, command := range k.commands {
 		path, err := exec.LookPath(command[0])
@@ -53,7 +65,6 @@ func (k kind) find(t testing.TB) []string {
 			return command
 		}
 	}
-	missing(t, k.name+" is not installed")
 	return nil
 }
 
@@ -261,7 +272,7 @@ func TestClientPrograms(t *testing.T) {
 
 	t.Run("a Python client leaves at exactly SHUTDOWN", func(t *testing.T) {
 		t.Parallel()
-		python := require(t, "python3")
+		python := python3.find(t)[0]
 		e := start(t, "--notice", "SHUTDOWN", "--grace", "20s")
 		host, port := e.hostPort()
 		clients := make([]*program, 3)
