@@ -22,12 +22,18 @@ import (
 // makePackage builds the .deb of a version as make dist does, and returns its path.
 func makePackage(t *testing.T, version string) string {
 	t.Helper()
+	return makePackageOf(t, "deb", version)
+}
+
+// makePackageOf builds a package of a kind, deb or rpm.
+func makePackageOf(t *testing.T, kind, version string) string {
+	t.Helper()
 	dir := t.TempDir()
-	cmd := exec.Command(gnuMake.find(t)[0], "-C", "..", "dist", "DIST="+dir, "VERSION="+version, "SYSTEMS=linux-"+runtime.GOARCH, "PACKAGES=deb")
+	cmd := exec.Command(gnuMake.find(t)[0], "-C", "..", "dist", "DIST="+dir, "VERSION="+version, "SYSTEMS=linux-"+runtime.GOARCH, "PACKAGES="+kind)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("make dist: %v\n%s", err, out)
 	}
-	found, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	found, err := filepath.Glob(filepath.Join(dir, "*."+kind))
 	check(t, err)
 	if len(found) != 1 {
 		t.Fatalf("make dist built %q, want one package", found)
@@ -332,5 +338,56 @@ func TestDebianPackagePortInUse(t *testing.T) {
 	}
 	if n := s.restarts(t); n != 0 {
 		t.Errorf("systemd restarted the service %d times", n)
+	}
+}
+
+// TestRPMPackage installs, upgrades, downgrades and removes the real package with rpm, on a real systemd.
+func TestRPMPackage(t *testing.T) {
+	slow(t)
+	program := require(t, "rpm")
+	s := startSystemd(t, nil)
+	const newer = "v3.0.0-2-gabc1234" // two commits later
+	first, second := makePackageOf(t, "rpm", "v3.0.0"), makePackageOf(t, "rpm", newer)
+	rpm := func(args ...string) []string { // Debian's rpm wants to be asked twice
+		return append([]string{program, "--force-debian", "--nodeps", "--dbpath", "/run/test/rpm"}, args...)
+	}
+	succeeds := func(argv ...string) {
+		t.Helper()
+		if r := s.background(t, argv...)(); r.code != 0 {
+			t.Fatalf("%q: %+v", argv, r)
+		}
+	}
+
+	succeeds(rpm("--install", first)...)
+	succeeds("systemctl", "enable", "--now", "echod.socket", "echod.service") // if the system's presets do not
+	s.serving(t, "v3.0.0")
+	settings := filepath.Join("/proc", s.pid, "root/etc/default/echod")
+	const changed = "ECHOD_GRACE=20s\n"
+	check(t, os.WriteFile(settings, []byte(changed), 0o644))
+	s.ctl(t, "restart", "echod.service")
+
+	s.upgradeUnderLoad(t, rpm("--upgrade", second)...)
+	s.serving(t, newer)
+	s.upgradeUnderLoad(t, rpm("--upgrade", "--oldpackage", first)...)
+	s.serving(t, "v3.0.0")
+	if got := readFile(t, settings); got != changed {
+		t.Errorf("after the upgrade and the downgrade /etc/default/echod is %q", got)
+	}
+
+	p := s.peer(t)
+	wait := s.background(t, rpm("--erase", "echod")...)
+	check(t, p.expect("SHUTDOWN 20 SIGTERM\n"))
+	check(t, p.leave())
+	if r := wait(); r.code != 0 {
+		t.Fatalf("rpm --erase: %+v", r)
+	}
+	if p, err := connect(s.addr); err == nil {
+		_ = p.Close()
+		t.Error("connected after the removal")
+	}
+	for _, path := range []string{"/usr/bin/echod", "/lib/systemd/system/echod.service"} {
+		if _, err := os.Stat(filepath.Join("/proc", s.pid, "root", path)); err == nil {
+			t.Errorf("the removal left %s", path)
+		}
 	}
 }
