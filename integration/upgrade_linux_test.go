@@ -20,10 +20,16 @@ import (
 // upgradable starts a server from a copy of the program, which a test can replace.
 func upgradable(t *testing.T, flags ...string) (e *echod, program string) {
 	t.Helper()
+	return upgradableAt(t, append([]string{"--listen", "127.0.0.1:0"}, flags...)...)
+}
+
+// upgradableAt is upgradable for a server whose flags say where it listens.
+func upgradableAt(t *testing.T, flags ...string) (e *echod, program string) {
+	t.Helper()
 	program = filepath.Join(shortDir(t), "echod")
 	copyFile(t, built(t, leanBinary), program)
 	socket := filepath.Join(shortDir(t), "c")
-	flags = append([]string{"serve", "--log-format", "json", "--listen", "127.0.0.1:0", "--control", socket}, flags...)
+	flags = append([]string{"serve", "--log-format", "json", "--control", socket}, flags...)
 	cmd := commandOf(append([]string{program}, flags...)...)
 	cmd.Env = environment()
 	e = launch(t, cmd, socket)
@@ -66,49 +72,7 @@ func TestG12Upgrade(t *testing.T) {
 	t.Parallel()
 	t.Run("connections, holds and counters continue", func(t *testing.T) {
 		t.Parallel()
-		e, program := upgradable(t, "--grace", "20s")
-		old := e.crowd(20)
-		if got := e.ctl("pause", "--reason", "backup"); got.code != 0 {
-			t.Fatal(got.stderr)
-		}
-		queued := e.dial()
-		check(t, queued.send("queued\n"))
-		pid := e.status().PID
-		for i := range 3 {
-			copyFile(t, built(t, leanBinary), program)
-			got := e.ctl("upgrade")
-			if got.code != 0 || !strings.Contains(got.stdout, "20 connections handed over") {
-				t.Fatalf("upgrade %d: exit code %d, %q, %q", i, got.code, got.stdout, got.stderr)
-			}
-			st := e.status()
-			if st.PID == pid || st.State != "paused" || len(st.Holds) != 1 || st.Holds[0].Reason != "backup" {
-				t.Errorf("after upgrade %d: process %d (it was %d), state %s, holds %+v", i, st.PID, pid, st.State, st.Holds)
-			}
-			if err := balanced(st); err != nil {
-				t.Error(err)
-			}
-			pid = st.PID
-			each(t, len(old), func(k int) error { return old[k].echo(fmt.Sprintf("after upgrade %d\n", i)) })
-		}
-		if got := e.ctl("resume"); got.code != 0 {
-			t.Fatal(got.stderr)
-		}
-		check(t, queued.expect("queued\n"))
-
-		// The first process passes the signal on. Each client is told once, by the process that serves it.
-		e.signal(syscall.SIGTERM)
-		each(t, len(old), func(k int) error {
-			if err := old[k].expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
-				return err
-			}
-			return old[k].leave()
-		})
-		check(t, queued.expect("SHUTDOWN 20 SIGTERM\n"))
-		check(t, queued.leave())
-		e.wait(0)
-		if _, err := os.Stat(e.socket); err == nil {
-			t.Error("the control socket is still there")
-		}
+		overSome(t, []transport{transportTCP, transportUnix}, testUpgradeGoesOn) // TLS connections stay behind
 	})
 
 	t.Run("a signal reaches the process that serves, while those before it still drain", func(t *testing.T) {
@@ -188,6 +152,57 @@ func TestG12Upgrade(t *testing.T) {
 		e.signal(syscall.SIGTERM)
 		e.wait(128 + int(syscall.SIGTERM))
 	})
+}
+
+func testUpgradeGoesOn(t *testing.T, over transport) {
+	t.Parallel()
+	var program string
+	e := over.startWith(t, func(flags ...string) (e *echod) {
+		e, program = upgradableAt(t, flags...)
+		return e
+	}, "--grace", "20s")
+	old := e.crowd(20)
+	if got := e.ctl("pause", "--reason", "backup"); got.code != 0 {
+		t.Fatal(got.stderr)
+	}
+	queued := e.dial()
+	check(t, queued.send("queued\n"))
+	pid := e.status().PID
+	for i := range 3 {
+		copyFile(t, built(t, leanBinary), program)
+		got := e.ctl("upgrade")
+		if got.code != 0 || !strings.Contains(got.stdout, "20 connections handed over") {
+			t.Fatalf("upgrade %d: exit code %d, %q, %q", i, got.code, got.stdout, got.stderr)
+		}
+		st := e.status()
+		if st.PID == pid || st.State != "paused" || len(st.Holds) != 1 || st.Holds[0].Reason != "backup" {
+			t.Errorf("after upgrade %d: process %d (it was %d), state %s, holds %+v", i, st.PID, pid, st.State, st.Holds)
+		}
+		if err := balanced(st); err != nil {
+			t.Error(err)
+		}
+		pid = st.PID
+		each(t, len(old), func(k int) error { return old[k].echo(fmt.Sprintf("after upgrade %d\n", i)) })
+	}
+	if got := e.ctl("resume"); got.code != 0 {
+		t.Fatal(got.stderr)
+	}
+	check(t, queued.expect("queued\n"))
+
+	// The first process passes the signal on. Each client is told once, by the process that serves it.
+	e.signal(syscall.SIGTERM)
+	each(t, len(old), func(k int) error {
+		if err := old[k].expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
+			return err
+		}
+		return old[k].leave()
+	})
+	check(t, queued.expect("SHUTDOWN 20 SIGTERM\n"))
+	check(t, queued.leave())
+	e.wait(0)
+	if _, err := os.Stat(e.socket); err == nil {
+		t.Error("the control socket is still there")
+	}
 }
 
 // testUpgradeCallers upgrades under callers of the control socket that last.
