@@ -234,18 +234,24 @@ func (a *acceptor) submit(c *Conn, isNew bool) {
 	var d decision
 	var why, refused Reason
 	var oldest *Conn
-	if !a.hasHandshake() {
+	submitted := c.flags.has(flagSubmitted) // in the predecessor
+	hasHandshake := a.hasHandshake() && !submitted
+	if hasHandshake {
+		c.flags.set(flagInHandshake)
+	} else {
 		refused = s.checkAccess(c)
 	}
 	s.state.With(func(st *state) {
 		if isNew {
 			st.addConn(c)
 		}
-		if a.hasHandshake() {
+		if hasHandshake {
 			oldest = s.beginHandshake(st, c)
 			return
 		}
-		st.publishOpened(c)
+		if !submitted {
+			st.publishOpened(c)
+		}
 		d, why = s.admit(st, c, refused)
 		a.waiting = d == undecided // freeze waits for this
 	})
@@ -255,7 +261,7 @@ func (a *acceptor) submit(c *Conn, isNew bool) {
 	if oldest != nil {
 		oldest.end(oldest.handshakeReason(), errHandshakeLimit)
 	}
-	if a.hasHandshake() {
+	if hasHandshake {
 		go c.handshake()
 		return
 	}

@@ -80,6 +80,8 @@ func (s *Server) decide(st *state, c *Conn, refused Reason) (decision, Reason) {
 		return reject, ReasonRejectedDraining
 	case refused == ReasonRejectedDenied:
 		return reject, refused
+	case st.successorPaused:
+		return reject, ReasonRejectedPaused // a kept handshake is over; this process does not know when the pause ends
 	case st.notAccepting():
 		if st.drain.over() {
 			return reject, ReasonRejectedDraining

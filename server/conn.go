@@ -64,6 +64,8 @@ const (
 	flagFrozen                              // frozen by a handover: this process must not read or write it
 	flagHandlerWrites                       // a write of the handler is in progress
 	flagHasWriteDeadline                    // the handler has set a write deadline
+	flagInHandshake                         // WrapConn or the TLS handshake is in progress
+	flagSubmitted                           // published as opened: it waits for admission, or has been admitted
 	flagTLSBegun                            // the TLS handshake before admission has begun
 	flagSawEOF                              // the client has ended its stream
 	flagIOFailed                            // a read or write failed: the client reset the connection, or the network lost it

@@ -20,8 +20,9 @@ const (
 	DefaultSafePointTimeout = 50 * time.Millisecond
 
 	commitTimeout   = 5 * time.Second
-	maxHandlerState = 1 << 20 // bytes, for each connection
-	copyRounds      = 8       // of copyAhead; each round sends the connections that were opened during the last one
+	maxHandlerState = 1 << 20   // bytes, for each connection
+	maxTotalState   = 128 << 20 // bytes, for all connections, because one message has the states
+	copyRounds      = 8         // of copyAhead; each round sends the connections that were opened during the last one
 )
 
 // Errors of a handover.
@@ -96,6 +97,7 @@ func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (re
 		return report, errNotNew
 	}
 	if o.Kill == nil {
+		_ = link.Close()
 		return report, errors.New("handing over: HandoverOptions.Kill is nil")
 	}
 	o.FreezeTimeout = cmp.Or(o.FreezeTimeout, DefaultFreezeTimeout)
@@ -104,6 +106,7 @@ func (s *Server) HandOver(ctx context.Context, link Link, o HandoverOptions) (re
 	defer cancel(nil)
 	h := &handover{outcome: make(chan struct{}), cancel: cancel}
 	if err := s.beginHandover(h); err != nil {
+		_ = link.Close()
 		return report, err
 	}
 	p := &predecessor{s: s, h: h, link: link, opts: o, sentRecords: make(map[uint64]uint64), seed: maphash.MakeSeed()}
@@ -187,6 +190,9 @@ type predecessor struct {
 	lastEvent   uint64            // id of the last event that was sent
 	recordBuf   []byte            // buffer for one record, for reuse
 	kept        map[*Conn]string  // connections that this process keeps, and why
+	totalState  int               // bytes of handler state and of unsent notices
+
+	knowsSubmitted bool // see handoverMessage
 }
 
 // run makes the steps of the handover, up to the commit. After an error nothing was committed.
@@ -194,9 +200,11 @@ func (p *predecessor) run(ctx context.Context) error {
 	if err := p.offer(); err != nil {
 		return fmt.Errorf("offering: %w", err)
 	}
-	if err := p.await(msgReady); err != nil {
+	ready, err := p.receive(msgReady)
+	if err != nil {
 		return fmt.Errorf("waiting until the successor is ready: %w", err)
 	}
+	p.knowsSubmitted = ready.KnowsSubmitted
 	if err := p.copyAhead(ctx); err != nil {
 		return fmt.Errorf("copying ahead: %w", err)
 	}
@@ -224,18 +232,25 @@ func (p *predecessor) run(ctx context.Context) error {
 
 func (p *predecessor) send(m handoverMessage, files ...any) error { return m.send(p.link, files) }
 
-// await waits for a message of the given type.
-func (p *predecessor) await(want string) error {
-	m, _, err := receiveMessage(p.link)
+// receive waits for a message of the given type.
+func (p *predecessor) receive(want string) (m handoverMessage, err error) {
+	m, files, err := receiveMessage(p.link)
+	closeFiles(files)
 	switch {
 	case err != nil:
-		return err
+		return m, err
 	case m.Type == msgError:
-		return fmt.Errorf("the successor refused: %s", m.Error)
+		return m, fmt.Errorf("the successor refused: %s", m.Error)
 	case m.Type != want:
-		return fmt.Errorf("got message %q, want %q", m.Type, want)
+		return m, fmt.Errorf("got message %q, want %q", m.Type, want)
 	}
-	return nil
+	return m, nil
+}
+
+// await is receive for a message whose content does not matter.
+func (p *predecessor) await(want string) error {
+	_, err := p.receive(want)
+	return err
 }
 
 // offer sends the listeners and the options to the successor.
@@ -251,6 +266,9 @@ func (p *predecessor) offer() error {
 		files = append(files, a.ln.Listener)
 	}
 	for name, ln := range p.opts.Extra {
+		if !p.link.Carries(ln) {
+			return fmt.Errorf("listener %s has no descriptor", name)
+		}
 		m.Extra = append(m.Extra, name)
 		files = append(files, ln)
 	}
@@ -375,7 +393,8 @@ func (p *predecessor) keepReason(c *Conn) string {
 		return "closing"
 	case c.NetConn() != c.sock:
 		return "stream on top of the socket"
-	case phase == PhaseWaiting && c.acceptor.hasHandshake():
+	case phase == PhaseWaiting && c.flags.has(flagInHandshake),
+		phase == PhaseWaiting && c.acceptor.hasHandshake() && c.flags.has(flagSubmitted) && !p.knowsSubmitted:
 		return "handshake"
 	case !resumes:
 		return "handler cannot be resumed"
@@ -393,7 +412,7 @@ func (p *predecessor) describe(c *Conn) handoverConn {
 		ID: c.id, Listener: slices.Index(p.acceptors, c.acceptor), Opened: c.srv.timeAt(c.opened),
 		Active:  c.srv.timeAt(c.lastActive.Load()),
 		BytesIn: c.BytesIn(), BytesOut: c.BytesOut(), Notified: c.flags.has(flagNotified),
-		Waiting: Phase(c.phase.Load()) == PhaseWaiting,
+		Waiting: Phase(c.phase.Load()) == PhaseWaiting, Submitted: c.flags.has(flagSubmitted),
 	}
 	if held := c.writeHeld; held || c.writeLock.TryLock() { // otherwise the record in the final state has these fields
 		r.LastByte, r.WriteClosed = c.lastByte, c.writeClosed
@@ -587,6 +606,7 @@ func (p *predecessor) complete(final finalState) {
 		}
 		st.accepted = uint64(st.open())
 		st.closed, st.bytesIn, st.bytesOut, st.recentClosed.values = [reasonEnd]uint64{}, 0, 0, nil
+		st.successorPaused = len(st.holds) > 0
 		for len(st.holds) > 0 {
 			st.endHold(0, ErrHandedOver, Caller{})
 		}

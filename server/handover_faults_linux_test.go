@@ -57,13 +57,27 @@ const (
 	faultSignalEnv = "ECHOD_TEST_FAULT_SIGNAL"
 )
 
-func init() { roles["successor"] = playSuccessor }
+func init() {
+	roles["successor"] = playSuccessor
+	roles["predecessor"] = playPredecessor
+}
 
-// playSuccessor takes over from the link at descriptor 3, and serves until it is killed. At the step that the
-// environment names it sends itself a signal.
-func playSuccessor() {
-	f := os.NewFile(3, "link")
-	nc, err := net.FileConn(f)
+// fault sends this process a signal at the step that the environment names.
+func fault(step string) {
+	if step != os.Getenv(faultStepEnv) {
+		return
+	}
+	sig := syscall.SIGKILL
+	if os.Getenv(faultSignalEnv) == "STOP" {
+		sig = syscall.SIGSTOP
+	}
+	_ = syscall.Kill(os.Getpid(), sig)
+	time.Sleep(100 * time.Millisecond) // the signal arrives a moment later
+}
+
+// inheritedLink is the link at descriptor 3, with the fault.
+func inheritedLink() Link {
+	nc, err := net.FileConn(os.NewFile(3, "link"))
 	if err != nil {
 		panic(err)
 	}
@@ -71,18 +85,13 @@ func playSuccessor() {
 	if err != nil {
 		panic(err)
 	}
-	at := os.Getenv(faultStepEnv)
-	link = withFault(link, func(step string) {
-		if step != at {
-			return
-		}
-		sig := syscall.SIGKILL
-		if os.Getenv(faultSignalEnv) == "STOP" {
-			sig = syscall.SIGSTOP
-		}
-		_ = syscall.Kill(os.Getpid(), sig)
-		select {} // the signal arrives a moment later
-	})
+	return withFault(link, fault)
+}
+
+// playSuccessor takes over from the link, and serves until it is killed.
+func playSuccessor() {
+	limitFiles()
+	link := inheritedLink()
 	offer, err := ReceiveOffer(context.Background(), link)
 	if err != nil {
 		return
@@ -97,8 +106,45 @@ func playSuccessor() {
 	_ = s.ServeListener(offer.Listeners[0])
 }
 
-// startSuccessor starts a successor process with a fault, and returns this end of the link.
-func startSuccessor(t *testing.T, step, signal string) (*exec.Cmd, Link) {
+// plainEcho is an echo that cannot be resumed.
+var plainEcho = HandlerFunc(func(_ context.Context, c *Conn) error {
+	_, err := io.Copy(c, c)
+	return err
+})
+
+// playPredecessor serves the listeners at descriptors 4 and 5, the second one with a handler that cannot be resumed. It
+// hands over when all clients of the test are there, and keeps what stays behind for an hour.
+func playPredecessor() {
+	s, err := New(Echo, Options{})
+	if err != nil {
+		panic(err)
+	}
+	for i, h := range []Handler{Echo, plainEcho} {
+		f := os.NewFile(uintptr(4+i), "listener")
+		ln, err := net.FileListener(f)
+		if err != nil {
+			panic(err)
+		}
+		_ = f.Close()
+		go func() { _ = s.ServeListener(Listener{Listener: ln, Handler: h}) }()
+	}
+	_ = s.AwaitStatus(context.Background(), func(_ State, open int) bool { return open == handedClients+1 })
+	_, err = s.HandOver(context.Background(), inheritedLink(), HandoverOptions{
+		Kill: func() {}, Keep: time.Hour, FreezeTimeout: 20 * time.Second, SafePointTimeout: 10 * time.Second,
+		Committed: func() { fault("committed") },
+	})
+	if err != nil {
+		panic(err)
+	}
+	<-s.Done()
+}
+
+// handedClients is how many clients playPredecessor hands over.
+const handedClients = 3
+
+// startRole starts this program as another process of a handover, with a fault, and returns this end of the link. files
+// become its descriptors 4 and so on.
+func startRole(t *testing.T, role, step, signal string, files ...*os.File) (*exec.Cmd, Link) {
 	t.Helper()
 	near, far := linkPair(t)
 	file, err := far.(unixLink).File()
@@ -110,8 +156,9 @@ func startSuccessor(t *testing.T, step, signal string) (*exec.Cmd, Link) {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(self)
-	cmd.Env = append(os.Environ(), roleEnv+"=successor", faultStepEnv+"="+step, faultSignalEnv+"="+signal)
-	cmd.ExtraFiles = []*os.File{file}
+	cmd.Env = append(os.Environ(), roleEnv+"="+role, faultStepEnv+"="+step, faultSignalEnv+"="+signal)
+	cmd.ExtraFiles = append([]*os.File{file}, files...)
+	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +187,7 @@ func TestG12HandoverFaults(t *testing.T) {
 				steps = steps[:len(steps)-2] // after the commit was sent, the predecessor waits for five seconds
 			}
 			for _, step := range steps {
-				cmd, link := startSuccessor(t, step, signal)
+				cmd, link := startRole(t, "successor", step, signal)
 				kill := func() {
 					_ = cmd.Process.Kill()
 					_ = cmd.Wait()
@@ -169,6 +216,166 @@ func TestG12HandoverFaults(t *testing.T) {
 			g.served.Wait()
 		})
 	}
+}
+
+// TestG12HandoverOwnerFaults kills or stops either process once the successor owns the connections.
+func TestG12HandoverOwnerFaults(t *testing.T) {
+	for _, step := range []string{"receive ack 4", "committed", "send ended 1"} {
+		t.Run("the predecessor is killed at "+step, func(t *testing.T) { testPredecessorDies(t, step) })
+	}
+	for _, step := range []string{"receive ack 4", "committed"} {
+		t.Run("the predecessor is stopped at "+step, func(t *testing.T) { testPredecessorStops(t, step) })
+	}
+	t.Run("the successor is killed", testOwnerDies)
+}
+
+// orphans is a server in this process that has taken over from a predecessor in another one.
+type orphans struct {
+	*Server
+	process *exec.Cmd      // the predecessor
+	owned   []*net.TCPConn // clients that were handed over
+	kept    *net.TCPConn   // a client that stayed with the predecessor
+	addr    net.Addr
+}
+
+func takeOverFrom(t *testing.T, step, signal string) (o orphans) {
+	t.Helper()
+	var files []*os.File
+	var addrs []net.Addr
+	for range 2 {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := ln.(*net.TCPListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = ln.Close()
+		defer f.Close()
+		files, addrs = append(files, f), append(addrs, ln.Addr())
+	}
+	process, link := startRole(t, "predecessor", step, signal, files...)
+	o = orphans{process: process, addr: addrs[0]}
+	t.Cleanup(func() {
+		_ = process.Process.Kill()
+		_ = process.Wait()
+	})
+	for range handedClients {
+		o.owned = append(o.owned, dialTCP(t, addrs[0]))
+	}
+	o.kept = dialTCP(t, addrs[1])
+	for _, c := range append(o.owned, o.kept) {
+		echoed(t, c, "before\n")
+	}
+	offer, err := ReceiveOffer(t.Context(), link)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Server, _ = newServer(t, Echo, Options{})
+	for i, l := range offer.Listeners {
+		if l.Addr().String() == addrs[1].String() {
+			offer.Listeners[i].Handler = plainEcho
+		}
+	}
+	if err := o.TakeOver(t.Context(), offer, offer.Listeners); err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range offer.Listeners {
+		serveListener(t, o.Server, l)
+	}
+	return o
+}
+
+// serves checks that the clients that were handed over are served, and new ones, and that the counters agree.
+func (o *orphans) serves(t *testing.T, behind int) {
+	t.Helper()
+	for _, c := range o.owned {
+		echoed(t, c, "after\n")
+	}
+	late := dialTCP(t, o.addr)
+	echoed(t, late, "new\n")
+	_ = late.Close()
+	awaitConns(t, o.Server, len(o.owned)+behind)
+	st := o.Status()
+	wantEqual(t, "behind", st.KeptByPredecessor, behind)
+	wantBalanced(t, st)
+}
+
+func wantBalanced(t *testing.T, st Status) {
+	t.Helper()
+	closed := uint64(0)
+	for _, n := range st.Closed {
+		closed += n
+	}
+	wantEqual(t, "accepted", st.Accepted, uint64(st.Connections)+closed)
+}
+
+func testPredecessorDies(t *testing.T, step string) {
+	o := takeOverFrom(t, step, "KILL")
+	if step == "send ended 1" {
+		o.serves(t, 1)
+		_ = o.kept.CloseWrite() // the predecessor dies before it reports that
+	}
+	if rest, err := io.ReadAll(o.kept); len(rest) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the client of the dead process received %q, %v", rest, err)
+	}
+	await(t, "the predecessor's end to be noticed", func() bool { return !o.Status().HasPredecessor })
+	o.serves(t, 0)
+	wantClosed(t, o.Server, map[Reason]uint64{ReasonLost: 1, ReasonClientClosed: o.Status().Closed[ReasonClientClosed]})
+	wantErr(t, "draining it", o.DrainPredecessor(DrainOptions{}, false), ErrNoPredecessor)
+}
+
+func testPredecessorStops(t *testing.T, step string) {
+	o := takeOverFrom(t, step, "STOP")
+	if err := unix.Waitid(unix.P_PID, o.process.Process.Pid, nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
+	o.serves(t, 1)
+	if err := o.process.Process.Signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	echoed(t, o.kept, "continued\n")
+	o.serves(t, 1)
+	_ = o.kept.CloseWrite()
+	receivesAll(t, o.kept, "")
+	awaitConns(t, o.Server, len(o.owned))
+	o.serves(t, 0)
+	if err := o.process.Wait(); err != nil {
+		t.Errorf("the predecessor: %v", err)
+	}
+	wantEqual(t, "lost", o.Status().Closed[ReasonLost], uint64(0))
+}
+
+// testOwnerDies: the clients of the dead successor see their connections end, and nothing else. The predecessor goes on
+// with what it kept.
+func testOwnerDies(t *testing.T) {
+	g, addr := firstGeneration(t, Echo, Options{})
+	second, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.served.Go(func() { _ = g.ServeListener(Listener{Listener: second, Handler: plainEcho}) })
+	owned, kept := dialTCP(t, addr), dialTCP(t, second.Addr())
+	echoed(t, owned, "before\n")
+	echoed(t, kept, "before\n")
+	process, link := startRole(t, "successor", "", "")
+	report, err := g.HandOver(t.Context(), link, HandoverOptions{Kill: func() {}, Keep: time.Hour, FreezeTimeout: 10 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantEqual(t, "handed over", report.HandedOver, 1)
+	echoed(t, owned, "after\n")
+	_ = process.Process.Kill()
+	_ = process.Wait()
+	_, _ = owned.Write([]byte("to nobody\n"))
+	if rest, err := io.ReadAll(owned); len(rest) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the client of the dead process received %q, %v", rest, err)
+	}
+	echoed(t, kept, "kept\n")
+	wantEqual(t, "connections of the predecessor", g.Status().Connections, 1)
+	_ = kept.Close()
+	g.served.Wait()
 }
 
 // TestG12HandoverDrain begins a drain before each message of the predecessor. The client is told once, and the drain is

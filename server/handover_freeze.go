@@ -44,6 +44,7 @@ type connHandover struct {
 	signal          chan struct{} // closed when the handover begins; nil until the handler calls HandingOver
 	atSafePoint     bool          // the handler has returned Handover
 	state           []byte        // the argument of Handover
+	stateTooLarge   bool          // the handler has returned more than maxHandlerState
 	noticeBlocked   bool          // finishMessage waits for the client to read a notice
 	noticeSuspended bool          // the handover has interrupted finishMessage, which waits for the outcome
 	unsentNotices   []byte        // bytes of notices that the next owner sends first
@@ -104,6 +105,8 @@ func (p *predecessor) freeze() (final finalState, err error) {
 		case Phase(c.phase.Load()) == PhaseWaiting:
 			if c.freezeWaiting() {
 				final.conns = append(final.conns, c)
+			} else {
+				p.kept[c] = "closing"
 			}
 		case c.acceptor.handler == Echo && c.freezeEcho():
 			final.conns = append(final.conns, c)
@@ -244,6 +247,8 @@ func (p *predecessor) freezeAtSafePoint(ctx context.Context, c *Conn) (why strin
 			switch h := &cl.ensureRare().handover; {
 			case cl.reason != 0:
 				why = "closing"
+			case h.stateTooLarge, p.totalState+len(h.state)+len(h.unsentNotices) > maxTotalState:
+				why = "handler state is too large"
 			case !h.atSafePoint:
 				why = "handler did not reach its safe point"
 			default:
@@ -267,6 +272,7 @@ func (p *predecessor) freezeAtSafePoint(ctx context.Context, c *Conn) (why strin
 			return
 		}
 		c.flags.set(flagFrozen)
+		p.totalState += len(cl.rare.handover.state) + len(cl.rare.handover.unsentNotices)
 		if !c.flags.has(flagEchoing) {
 			_ = c.nc.SetReadDeadline(aLongTimeAgo) // so that no goroutine of the handler reads input that belongs to the successor
 		}
@@ -327,8 +333,8 @@ func (c *Conn) suspendNotice(rest []byte) (unsent []byte, handedOver bool) {
 	return unsent, false
 }
 
-// reachSafePoint records that the handler is at its safe point, with its state. It reports false if the connection
-// cannot be handed over: it has ended, the handover is over, or the state is too large.
+// reachSafePoint records that the handler is at its safe point, with its state. It reports false if there is no outcome
+// to wait for: the connection has ended, or the handover is over.
 func (c *Conn) reachSafePoint(saved []byte) (recorded bool) {
 	fits := len(saved) <= maxHandlerState
 	if !fits {
@@ -337,9 +343,11 @@ func (c *Conn) reachSafePoint(saved []byte) (recorded bool) {
 	}
 	var pending bool
 	c.closing.With(func(cl *closingState) {
-		if recorded = fits && c.flags.has(flagHandingOver) && cl.reason == 0; recorded {
+		if recorded = c.flags.has(flagHandingOver) && cl.reason == 0; recorded {
 			h := &cl.ensureRare().handover
-			h.atSafePoint, h.state = true, saved
+			if h.atSafePoint, h.stateTooLarge = fits, !fits; fits {
+				h.state = saved
+			}
 		}
 		pending = c.clearSafePointPending()
 	})
@@ -389,7 +397,7 @@ func (c *Conn) resumeAfterHandover() {
 		if !h.noticeSuspended {
 			unsent, h.unsentNotices = h.unsentNotices, nil // otherwise suspendNotice returns it
 		}
-		h.atSafePoint, h.state = false, nil
+		h.atSafePoint, h.stateTooLarge, h.state = false, false, nil
 		if !interrupted {
 			return
 		}

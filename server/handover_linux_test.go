@@ -415,18 +415,14 @@ func testHandoverContinues(t *testing.T) {
 }
 
 func testHandoverBehind(t *testing.T) {
-	plain := HandlerFunc(func(_ context.Context, c *Conn) error {
-		_, err := io.Copy(c, c)
-		return err
-	})
-	g, addr := firstGeneration(t, plain, Options{})
+	g, addr := firstGeneration(t, plainEcho, Options{})
 	c := dialTCP(t, addr)
 	send(t, c, "x")
 	receives(t, c, "x")
 	for g.Status().BytesOut == 0 { // the client can have it before the write returns
 		runtime.Gosched()
 	}
-	next, report := g.takeOver(t, plain, Options{})
+	next, report := g.takeOver(t, plainEcho, Options{})
 	wantEqual(t, "behind", report.Kept, map[string]int{"handler cannot be resumed": 1})
 	st := next.Status()
 	if st.Connections != 1 || st.KeptByPredecessor != 1 || st.Accepted != 1 {

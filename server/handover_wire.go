@@ -50,6 +50,10 @@ type handoverMessage struct {
 	Listeners []handoverListener `json:"listeners,omitempty"` // offer: their descriptors come first
 	Extra     []string           `json:"extra,omitempty"`     // offer: their descriptors come after those of Listeners
 
+	// ready: a connection that waits for admission can be handed over although it had a handshake: the successor knows
+	// handoverConn.Submitted, and does not expect another one.
+	KnowsSubmitted bool `json:"knows_submitted,omitempty"`
+
 	Recent []handoverClosed `json:"recent,omitempty"` // conns, final: closed since the last message, newest first
 	Gone   []uint64         `json:"gone,omitempty"`   // final: connections that were sent ahead and are not handed over
 	Count  int              `json:"count,omitempty"`  // final: number of connections that are handed over
@@ -124,6 +128,7 @@ type handoverConn struct {
 	ID                          uint64
 	Listener                    int  // index in the offer
 	Waiting                     bool // it is not admitted yet
+	Submitted                   bool // its handshake is over, and it was published as opened
 	Opened, Active              time.Time
 	BytesIn, BytesOut           uint64
 	LastByte                    byte
@@ -160,6 +165,7 @@ const (
 	tagState
 	tagUnsent
 	tagDrainClosed
+	tagSubmitted
 )
 
 // append appends the record to p. A field is a byte and a uvarint. The upper seven bits of the byte are the field's
@@ -208,6 +214,7 @@ func (r *handoverConn) append(p []byte) []byte {
 	text(tagState, r.State)
 	text(tagUnsent, r.Unsent)
 	text(tagDrainClosed, []byte(r.DrainClosed))
+	flag(tagSubmitted, r.Submitted)
 	return p
 }
 
@@ -249,6 +256,8 @@ func (r *handoverConn) setNumber(tag byte, v uint64) {
 		r.Opened = time.Unix(0, int64(v))
 	case tagActive:
 		r.Active = time.Unix(0, int64(v))
+	case tagSubmitted:
+		r.Submitted = v != 0
 	case tagBytesIn:
 		r.BytesIn = v
 	case tagBytesOut:

@@ -9,7 +9,7 @@ import (
 func TestHandoverRecords(t *testing.T) {
 	at := func(second int64) time.Time { return time.Unix(second, 5) }
 	full := handoverConn{
-		ID: 1 << 40, Listener: 2, Waiting: true, Opened: at(1), Active: at(2), BytesIn: 3, BytesOut: 1 << 63,
+		ID: 1 << 40, Listener: 2, Waiting: true, Submitted: true, Opened: at(1), Active: at(2), BytesIn: 3, BytesOut: 1 << 63,
 		LastByte: 255, WriteClosed: true, Notified: true, Remote: "192.0.2.1:7", Labels: map[string]string{"user": "Ada"},
 		ReadDeadline: at(3), WriteDeadline: at(4), DrainDeadline: at(5), DrainReason: "stop", DrainClosed: "deadline",
 		State: []byte{0, '\n', 255}, Unsent: []byte("unsent"),

@@ -71,6 +71,7 @@ func (c *Conn) handshake() {
 		st.removeHandshake(st.indexHandshake(c))
 		st.publishOpened(c)
 	})
+	c.flags.clear(flagInHandshake)
 	d, why := s.awaitAdmission(c, refused, &waiting)
 	s.applyDecision(c, d, why)
 }

@@ -42,6 +42,7 @@ type state struct {
 	committing      bool                    // the commit was sent, and the successor has not acknowledged it
 	reportEnds      bool                    // the successor has the list of open connections: collect unreportedEnds
 	handedOver      bool                    // another process is the owner now
+	successorPaused bool                    // it was paused when it became the owner
 	unreportedEnds  []handoverEnd           // ends of connections that the successor does not know yet
 	forwardDone     chan struct{}           // closed when forwardEnds returns; nil if nothing was handed over
 	predecessorDone chan struct{}           // closed when receiveFromPredecessor returns; nil if nothing was taken over
@@ -101,6 +102,7 @@ func (st *state) addConn(c *Conn) {
 
 // publishOpened publishes that c was opened. The caller calls it once, when the client's address is known.
 func (st *state) publishOpened(c *Conn) {
+	c.flags.set(flagSubmitted)
 	switch {
 	case st.conns.get(c.id) != c:
 	case st.wantsEvents():

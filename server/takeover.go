@@ -134,7 +134,7 @@ func (t *successor) send(m handoverMessage) error { return m.send(t.link, nil) }
 
 // run receives messages until the commit. After an error the predecessor remains the owner.
 func (t *successor) run() error {
-	if err := t.send(handoverMessage{Type: msgReady}); err != nil {
+	if err := t.send(handoverMessage{Type: msgReady, KnowsSubmitted: true}); err != nil {
 		return err
 	}
 	var final *handoverMessage
@@ -142,6 +142,9 @@ func (t *successor) run() error {
 		m, files, err := receiveMessage(t.link)
 		if err != nil {
 			return err
+		}
+		if m.Type != msgConns && m.Type != msgHoldConns {
+			closeFiles(files)
 		}
 		switch {
 		case m.Type == msgConns:
@@ -153,7 +156,6 @@ func (t *successor) run() error {
 		case m.Type == msgCommit && final != nil:
 			return t.commit(*final)
 		default:
-			closeFiles(files)
 			err = fmt.Errorf("got unexpected message %q", m.Type)
 		}
 		if err != nil {
@@ -195,10 +197,12 @@ func (t *successor) addConns(m handoverMessage, files []any) error {
 
 // addHoldConns stores the connections on which holds depend.
 func (t *successor) addHoldConns(ids []string, files []any) error {
-	t.holdConns = make(map[string]net.Conn)
+	if t.holdConns == nil {
+		t.holdConns = make(map[string]net.Conn)
+	}
 	for i, f := range files {
 		nc, ok := f.(net.Conn)
-		if !ok || i >= len(ids) {
+		if !ok || i >= len(ids) || t.holdConns[ids[i]] != nil {
 			closeFiles(files[i:])
 			return fmt.Errorf("got %d descriptors for %d holds", len(files), len(ids))
 		}
@@ -402,6 +406,9 @@ func (c *Conn) restore(r handoverConn) {
 	c.flags.set(flagMayWait) // bytes that the predecessor has written may wait
 	if r.Notified {
 		c.flags.set(flagNotified)
+	}
+	if r.Submitted {
+		c.flags.set(flagSubmitted)
 	}
 	c.told = !r.DrainDeadline.IsZero()
 	plain := r.Remote == "" && len(r.Labels) == 0 && r.ReadDeadline.IsZero() && r.WriteDeadline.IsZero() && !c.told
