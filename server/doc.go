@@ -14,6 +14,13 @@
 // ends the connection, the server sends pending messages, half-closes, lingers for the client's FIN, closes, and
 // counts the close [Reason]. All counting is done under one lock, so that accepted = open + closed at every instant.
 //
+// # Upgrades
+//
+// A program can replace itself without closing connections. The old process calls [Server.HandOver], the new one
+// [ReceiveOffer] and [Server.TakeOver], each with one end of a Unix socket pair ([NewUnixLink]). Handlers opt in as a
+// [Resumer]. If anything fails before the new process owns the connections, the old one continues to serve them. The
+// project's docs/embedding.md says what a program has to do, and examples/upgrade is one.
+//
 // # Goroutines
 //
 //   - Serve accepts on the goroutine that called it. It returns when the server has stopped. A listener without

@@ -36,6 +36,10 @@ func (f HandlerFunc) ServeConn(ctx context.Context, c *Conn) error { return f(ct
 // A Resumer is a Handler whose connections can be handed over to another process; see Server.HandOver. The handler
 // opts in by returning at a safe point, between two requests: when Conn.HandingOver is closed, or when a Read fails with
 // ErrHandover after Conn.MarkIdle, ServeConn returns Handover(state).
+//
+// At the safe point all that was read is answered, or is part of the state, and no other goroutine of the handler reads
+// or writes the connection. A handler that reads into a buffer of its own may call MarkIdle before each Read, and put an
+// unfinished request into the state. The other process may run another version of the program.
 type Resumer interface {
 	Handler
 	// ResumeConn is like ServeConn, for a connection that was handed over. state is the argument of Handover, in this
