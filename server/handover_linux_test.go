@@ -47,12 +47,31 @@ func linkPair(t testing.TB) (predecessor, successor Link) {
 type generation struct {
 	*Server
 	served sync.WaitGroup
+	link   func(Link) Link // changes the link to the next generation; nil does not
+}
+
+// midwayLink calls midway once the successor has what is sent ahead first.
+type midwayLink struct {
+	Link
+	received int
+	midway   func()
+}
+
+func (l *midwayLink) Receive() (message []byte, files []any, err error) {
+	message, files, err = l.Link.Receive()
+	if l.received++; l.received == 2 { // after its answer to the offer
+		l.midway()
+	}
+	return message, files, err
 }
 
 // takeOver makes the next generation of g, which serves with h.
 func (g *generation) takeOver(t testing.TB, h Handler, o Options) (*generation, HandoverReport) {
 	t.Helper()
 	near, far := linkPair(t)
+	if g.link != nil {
+		near = g.link(near)
+	}
 	next := &generation{}
 	taken := make(chan error, 1)
 	go func() {
@@ -157,6 +176,7 @@ func testHandoverEvents(t *testing.T) {
 	}
 	some()
 	for range 2 {
+		g.link = func(l Link) Link { return &midwayLink{Link: l, midway: some} }
 		next, _ := g.takeOver(t, Echo, Options{Limits: Limits{MaxConns: 100}})
 		last := follow(first)
 		g.served.Wait()
