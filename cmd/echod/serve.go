@@ -149,7 +149,7 @@ func newServeCommand(use string) *cobra.Command {
 		"maximum `number` of connections from one user id on Unix\nsockets; further ones are sent BUSY; 0 is unlimited")
 	flags.StringVar(&f.maxConnRate, "max-conn-rate", "0",
 		"maximum `rate` of new connections from one address, such as 20/s,\n"+
-			"100/m or 5/h; further ones get BUSY; 0 is unlimited")
+			"100/m or 5/h; further ones are sent BUSY; 0 is\nunlimited")
 	flags.StringVar(&f.maxConnRateTotal, "max-conn-rate-total", "0",
 		"maximum `rate` of new connections in total; --at-limit says what\nhappens to further ones")
 	flags.StringSliceVar(&f.allow, "allow", nil,
