@@ -74,6 +74,9 @@ func (r *retry) resetLimits() { r.tries, r.since = 0, time.Time{} }
 // must be no further attempt, wait returns an error that wraps err.
 func (r *retry) wait(ctx context.Context, err error) error {
 	if r.Retries > 0 && r.tries >= r.Retries {
+		if r.tries == 1 {
+			return fmt.Errorf("gave up after 1 retry: %w", err)
+		}
 		return fmt.Errorf("gave up after %d retries: %w", r.tries, err)
 	}
 	if r.since.IsZero() {

@@ -273,6 +273,9 @@ func (c *streamConn[K]) itemError(e *inFlightItem[K], err error) error {
 		return nil // the server had its own reason to close
 	}
 	if e.failures.add(c.echoes.Load()) >= c.opts.Attempts {
+		if c.opts.Attempts == 1 {
+			return fmt.Errorf("gave up after 1 connection: %w", err)
+		}
 		return fmt.Errorf("gave up after %d connections: %w", c.opts.Attempts, err)
 	}
 	return nil

@@ -22,21 +22,24 @@ func (p *Plane) postPause(w *response, r *http.Request) error {
 	}
 	who := callerFrom(r.Context())
 	opts := server.PauseOptions{By: who.identity()}
-	ttl := time.Duration(-1)
+	ttl, grace := time.Duration(-1), time.Duration(-1)
 	err := decodeBody(w, r, fields{
 		"reason": lineField(&opts.Reason), "ttl": durationField(&ttl), "mode": pauseModeField(&opts.Mode),
-		"evict": boolField(&opts.Evict), "spread": durationField(&opts.Spread),
+		"evict": boolField(&opts.Evict), "spread": durationField(&opts.Spread), "grace": durationField(&grace),
 	})
 	switch {
 	case err != nil:
 		return err
 	case opts.Spread > 0 && !opts.Evict:
 		return invalid("spread", "it needs evict")
+	case grace >= 0 && !opts.Evict:
+		return invalid("grace", "it needs evict")
 	case ttl == 0:
 		return invalid("ttl", "must be more than 0")
 	case ttl > 0:
 		opts.TTL = ttl
 	}
+	opts.Grace = drainOption(grace)
 	if connected {
 		return p.pauseWhileConnected(w, r, opts)
 	}

@@ -76,16 +76,18 @@ func testEvict(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newBubble(t, server.Options{Drain: server.DrainOptions{Grace: 5 * time.Second}})
 		c := r.echoClient(t)
-		hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{Reason: "m", Evict: true, Spread: 10 * time.Second}))
-		if !hold.Evict || hold.SpreadSeconds != 10 {
-			t.Errorf("hold %+v, want an eviction over 10 s", hold)
+		hold := must[Hold](t)(r.client.Pause(t.Context(), PauseRequest{
+			Reason: "m", Evict: true, Spread: 10 * time.Second, Grace: new(8 * time.Second),
+		}))
+		if !hold.Evict || hold.SpreadSeconds != 10 || *hold.GraceSeconds != 8 {
+			t.Errorf("hold %+v, want an eviction over 10 s with 8 s of grace", hold)
 		}
-		wantEqual(t, "the client reads", <-c.lines, "SHUTDOWN 5 m\n")
+		wantEqual(t, "the client reads", <-c.lines, "SHUTDOWN 8 m\n")
 		synctest.Wait() // its drain is recorded after that
 		wantEqual(t, "told", must[Status](t)(r.client.Status(t.Context())).Told, 1)
 		drain := must[Conns](t)(r.client.Conns(t.Context(), -1, ConnFilter{})).Connections[0].Drain
-		if drain == nil || drain.Reason != "m" || time.Until(drain.Deadline) != 5*time.Second {
-			t.Errorf("drain of the connection: %+v, want one in 5 s", drain)
+		if drain == nil || drain.Reason != "m" || time.Until(drain.Deadline) != 8*time.Second {
+			t.Errorf("drain of the connection: %+v, want one in 8 s", drain)
 		}
 		r.awaitConns(t, 0)
 		st := must[Status](t)(r.client.Status(t.Context()))

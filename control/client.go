@@ -121,6 +121,8 @@ type PauseRequest struct {
 	Mode   string        // "hold" or "reject"; empty means hold
 	Evict  bool          // send the connected clients away
 	Spread time.Duration // tell them one after another in this time; zero: all at once
+
+	Grace *time.Duration // that each of them has; nil means the server's own
 }
 
 func (p PauseRequest) body() map[string]any {
@@ -136,6 +138,9 @@ func (p PauseRequest) body() map[string]any {
 	}
 	if p.Spread != 0 {
 		body["spread"] = p.Spread.String()
+	}
+	if p.Grace != nil {
+		body["grace"] = p.Grace.String()
 	}
 	return body
 }

@@ -51,6 +51,39 @@ func TestPages(t *testing.T) {
 	wantEqual(t, "the idlest has the lowest key", connOrders["idle"](first) <= connOrders["idle"](all[0]), true)
 }
 
+// TestPagesWhileClientsComeAndGo: a connection that stays open is on exactly one page, whatever others do meanwhile.
+func TestPagesWhileClientsComeAndGo(t *testing.T) {
+	r := newRig(t, server.Options{})
+	var goes []*echoClient // those with an even id
+	for id := range 20 {
+		if c := r.echoClient(t); id%2 == 1 {
+			goes = append(goes, c)
+		}
+	}
+	times := map[uint64]int{}
+	for cursor, pages := "", 0; ; pages++ {
+		page := must[Conns](t)(r.client.ConnPage(t.Context(), ListRequest{Limit: 3, Cursor: cursor}))
+		for _, c := range page.Connections {
+			times[c.ID]++
+		}
+		if cursor = page.Next; cursor == "" || pages == 100 {
+			break
+		}
+		if len(goes) > 0 {
+			_ = goes[0].Close()
+			goes = goes[1:]
+			r.awaitConns(t, 19)
+			r.echoClient(t)
+		}
+	}
+	for id := uint64(1); id < 20; id += 2 {
+		wantEqual(t, fmt.Sprintf("connection %d is listed", id), times[id], 1)
+	}
+	for id, n := range times {
+		wantEqual(t, fmt.Sprintf("connection %d is listed", id), n, 1)
+	}
+}
+
 func TestConnFilterRemote(t *testing.T) {
 	tcp := func(s string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(s)) }
 	user := server.Credentials{UID: 7, PID: 1}

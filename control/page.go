@@ -292,6 +292,11 @@ func (v *pageView) describeState(now time.Time) {
 	case server.StateStopped:
 		v.Summary = "The server has stopped."
 	}
+	if st.State == server.StateRunning {
+		for _, l := range st.ReachedLimits {
+			v.Why = append(v.Why, wireReachedLimit(l).String()+".")
+		}
+	}
 	for _, h := range st.Holds {
 		v.Holds = append(v.Holds, newPageHold(h, now))
 	}
@@ -320,6 +325,9 @@ func newPageHold(h server.HoldInfo, now time.Time) pageHold {
 	}
 	if h.By.PID != 0 {
 		hold.By = fmt.Sprintf("uid %d, pid %d", h.By.UID, h.By.PID)
+		if h.By.User != "" {
+			hold.By = fmt.Sprintf("%s (%s)", h.By.User, hold.By)
+		}
 	}
 	return hold
 }

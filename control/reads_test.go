@@ -31,6 +31,7 @@ func TestStatus(t *testing.T) {
 			Connections: 1, Phases: map[string]int{"serving": 1}, Accepted: 2, Closed: map[string]uint64{"client-closed": 1}, BytesIn: 12, BytesOut: 12,
 			Holds:        []Hold{{ID: "h1", Reason: "backup", Mode: "hold", Since: began.Add(90 * time.Second)}},
 			GraceSeconds: 60, MaxConns: new(1), AtLimit: "wait", Full: true, SettingsChanged: set.Changes,
+			LimitsReached: []ReachedLimit{{Name: "max-conns", Value: "1", Then: "wait"}},
 		})
 
 		r.srv.StartDrain(server.DrainOptions{Reason: "SIGTERM"})

@@ -123,7 +123,11 @@ func notReady(st server.Status) string {
 		const most = 10
 		var holds []string
 		for _, h := range st.Holds[:min(len(st.Holds), most)] {
-			holds = append(holds, fmt.Sprintf("%s %q", h.ID, h.Reason))
+			hold := fmt.Sprintf("%s %q", h.ID, h.Reason)
+			if !h.Expires.IsZero() {
+				hold += " until " + h.Expires.Format(time.RFC3339)
+			}
+			holds = append(holds, hold)
 		}
 		line += " by " + strings.Join(holds, ", ")
 		if more := len(st.Holds) - most; more > 0 {

@@ -1,9 +1,11 @@
 package control
 
 import (
+	"fmt"
 	"os"
 	"time"
 
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -40,6 +42,8 @@ type Status struct {
 	AtLimit  string `json:"at_limit"`
 	Full     bool   `json:"full"`
 
+	LimitsReached []ReachedLimit `json:"limits_reached"` // that keep new clients out now
+
 	SettingsChanged []SettingChange `json:"settings_changed"` // changed at runtime, with the initial values
 
 	// The defaults of a drain.
@@ -48,6 +52,14 @@ type Status struct {
 	SpreadSeconds     float64 `json:"spread_seconds"`
 
 	MaxConnAgeSeconds float64 `json:"max_conn_age_seconds"` // 0 means no limit
+}
+
+// ReachedLimit is a limit that keeps new clients out now.
+type ReachedLimit struct {
+	Name    string `json:"name"` // of the setting
+	Value   string `json:"value"`
+	Clients int    `json:"clients,omitempty"` // how many have reached a limit per client
+	Then    string `json:"then"`              // what happens to further clients: wait or reject
 }
 
 // Process is a process of a server.
@@ -91,6 +103,8 @@ type Hold struct {
 
 	Evict         bool    `json:"evict,omitempty"`          // the connected clients are sent away
 	SpreadSeconds float64 `json:"spread_seconds,omitempty"` // time over which clients are told, from since
+
+	GraceSeconds *float64 `json:"grace_seconds,omitempty"` // set with evict: the time of each client after it is told
 }
 
 // Drain is the drain in progress or the finished drain.
@@ -228,7 +242,8 @@ func wireStatus(st server.Status, version string) Status {
 		Connections: st.Connections, Phases: map[string]int{}, Accepted: st.Accepted, Closed: map[string]uint64{},
 		BytesIn: st.BytesIn, BytesOut: st.BytesOut, Notices: Notices{Sent: st.NoticesSent, Failed: st.NoticesFailed},
 		AtLimit: st.AtLimit.String(), Full: st.Full, SettingsChanged: wireChanges(st.Settings),
-		Holds: []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
+		LimitsReached: []ReachedLimit{},
+		Holds:         []Hold{}, GraceSeconds: st.Grace.Seconds(), DrainDelaySeconds: st.DrainDelay.Seconds(),
 		SpreadSeconds: st.Spread.Seconds(), MaxConnAgeSeconds: st.MaxAge.Seconds(), Told: st.Told,
 	}
 	if st.MaxConns > 0 {
@@ -240,6 +255,9 @@ func wireStatus(st server.Status, version string) Status {
 			wl.AcceptQueue, wl.AcceptQueueLimit = &l.AcceptQueue, &l.AcceptQueueLimit
 		}
 		out.Listeners = append(out.Listeners, wl)
+	}
+	for _, l := range st.ReachedLimits {
+		out.LimitsReached = append(out.LimitsReached, wireReachedLimit(l))
 	}
 	for phase, n := range st.Phases {
 		out.Phases[phase.String()] = n
@@ -254,6 +272,27 @@ func wireStatus(st server.Status, version string) Status {
 	return out
 }
 
+func wireReachedLimit(l server.ReachedLimit) ReachedLimit {
+	then := server.LimitQueue
+	if l.Rejects {
+		then = server.LimitReject
+	}
+	return ReachedLimit{Name: l.Setting, Value: l.Value, Clients: l.Clients, Then: then.String()}
+}
+
+// String says for people which limit is reached, and what that means for new clients.
+func (l ReachedLimit) String() string {
+	switch {
+	case l.Clients > 0:
+		return fmt.Sprintf("%s %s is reached by %s: their new connections are rejected", l.Name, l.Value,
+			text.Count(l.Clients, "client"))
+	case l.Then == server.LimitReject.String():
+		return fmt.Sprintf("%s %s is reached: new clients are rejected", l.Name, l.Value)
+	default:
+		return fmt.Sprintf("%s %s is reached: new clients wait in the accept queue", l.Name, l.Value)
+	}
+}
+
 // NewHold returns the API's form of a hold.
 func NewHold(h server.HoldInfo) Hold {
 	out := Hold{ID: h.ID, Reason: h.Reason, Mode: h.Mode.String(), Since: h.Since}
@@ -263,7 +302,9 @@ func NewHold(h server.HoldInfo) Hold {
 	if h.By.PID != 0 {
 		out.UID, out.PID, out.User, out.Claims = &h.By.UID, &h.By.PID, h.By.User, h.By.Claims
 	}
-	out.Evict, out.SpreadSeconds = h.Evict, h.Spread.Seconds()
+	if out.Evict, out.SpreadSeconds = h.Evict, h.Spread.Seconds(); h.Evict {
+		out.GraceSeconds = new(max(0, h.Grace).Seconds())
+	}
 	return out
 }
 

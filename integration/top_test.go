@@ -13,11 +13,14 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/creack/pty"
+
+	"echod/control"
 )
 
-// screen is echod top in a terminal of a given size, as tmux draws it.
+// screen is a program, such as echod top, in a terminal of a given size, as tmux draws it.
 type screen struct {
 	t    testing.TB
 	tmux []string
@@ -28,21 +31,28 @@ type screen struct {
 func (e *echod) top(columns, rows int, settings ...string) *screen {
 	e.t.Helper()
 	dir := shortDir(e.t)
-	s := &screen{t: e.t, tmux: []string{tmux.find(e.t)[0], "-S", filepath.Join(dir, "tmux"), "-f", os.DevNull, "-u"}}
 	// The shell prints top's exit code, and whether it restored the terminal's settings.
 	script := fmt.Sprintf(`before=$(stty -g); env LC_ALL=C.UTF-8 %s sh -c 'echo $$ >"$0" && exec "$@"' '%s' '%s' top --control '%s' --interval 100ms;
 echo "code=$?"; [ "$before" != "$(stty -g)" ] || echo 'settings as before'; exec cat`, strings.Join(settings, " "), filepath.Join(dir, "pid"), built(e.t, echodBinary), e.socket)
-	s.call("new-session", "-d", "-x", strconv.Itoa(columns), "-y", strconv.Itoa(rows), script)
-	e.t.Cleanup(func() {
-		if e.t.Failed() {
-			e.t.Logf("the screen shows:\n%s", s.shows())
-		}
-		_ = run(e.t, s.command("kill-server"))
-	})
+	s := newScreen(e.t, columns, rows, script)
 	poll(e.t, "echod top to start", func() bool {
 		text, err := os.ReadFile(filepath.Join(dir, "pid"))
 		s.pid, _ = strconv.Atoi(strings.TrimSpace(string(text)))
 		return err == nil && s.pid > 0
+	})
+	return s
+}
+
+// newScreen runs a shell command in a terminal of a given size.
+func newScreen(t testing.TB, columns, rows int, command string) *screen {
+	t.Helper()
+	s := &screen{t: t, tmux: []string{tmux.find(t)[0], "-S", filepath.Join(shortDir(t), "tmux"), "-f", os.DevNull, "-u"}}
+	s.call("new-session", "-d", "-x", strconv.Itoa(columns), "-y", strconv.Itoa(rows), command)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the screen shows:\n%s", s.shows())
+		}
+		_ = run(t, s.command("kill-server"))
 	})
 	return s
 }
@@ -172,6 +182,26 @@ func TestTopPause(t *testing.T) {
 	s.awaits(`^ running `)
 	s.awaitsNot(`^hold h1`)
 	e.expectState("running")
+}
+
+// TestTopPausedServer: top on a paused server shows the pause first: who placed it, why, and when it ends.
+func TestTopPausedServer(t *testing.T) {
+	t.Parallel()
+	for _, size := range sizes {
+		t.Run(fmt.Sprintf("%dx%d", size.columns, size.rows), func(t *testing.T) {
+			t.Parallel()
+			e := start(t, "--max-conns", "1")
+			e.served()
+			e.pause(control.PauseRequest{Reason: "backup", TTL: time.Hour})
+			e.dial()
+			s := e.top(size.columns, size.rows)
+			s.awaits(`\A paused `, `\A.*\nhold h1 +"backup", `)
+			if size.columns >= 80 {
+				s.awaits(`expires in 59m\d\ds, by .*uid `+strconv.Itoa(os.Getuid())+`, pid `+strconv.Itoa(os.Getpid()),
+					`^listening +.*, 1 of \d+ in the accept queue`, `^full +max-conns 1 is reached: new clients wait`)
+			}
+		})
+	}
 }
 
 func TestTopKill(t *testing.T) {

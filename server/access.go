@@ -191,6 +191,42 @@ func (r *rateLimits) untilNext(now time.Time) time.Duration {
 	return time.Duration(missing / float64(r.total.Limit()) * float64(time.Second))
 }
 
+// reachedRates lists the rates that keep new clients out.
+func (l *activeSettings) reachedRates(now time.Time) (reached []ReachedLimit) {
+	if l.rates == nil { // of a zero Server
+		return nil
+	}
+	if n := l.rates.clientsAtRate(now); n > 0 {
+		reached = append(reached, ReachedLimit{
+			Setting: "max-conn-rate", Value: l.limits.MaxConnRate.String(), Clients: n, Rejects: true,
+		})
+	}
+	if l.rates.untilNext(now) > 0 {
+		reached = append(reached, ReachedLimit{
+			Setting: "max-conn-rate-total", Value: l.limits.MaxConnRateTotal.String(), Rejects: l.limits.AtLimit == LimitReject,
+		})
+	}
+	return reached
+}
+
+// clientsAtRate counts the clients whose next connection would be rejected.
+func (r *rateLimits) clientsAtRate(now time.Time) (n int) {
+	r.clients.With(func(c *clientLimiters) {
+		for client, limiter := range c.newer {
+			if limiter.TokensAt(now) < 1 {
+				n++
+			}
+			delete(c.older, client) // or it counts twice
+		}
+		for _, limiter := range c.older {
+			if limiter.TokensAt(now) < 1 {
+				n++
+			}
+		}
+	})
+	return n
+}
+
 // checkAccess checks whether c's address may connect, and counts it for the rates. It returns the reason if c is
 // refused, and otherwise 0. It is called once for each connection, when the client's address is known.
 //

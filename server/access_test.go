@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -113,6 +115,48 @@ func TestAccess(t *testing.T) {
 		r.dialFrom(t, "192.0.2.1").ends(t, "")
 		wantClosed(t, s, map[Reason]uint64{ReasonRejectedRate: 1})
 	}))
+}
+
+func TestReachedLimits(t *testing.T) {
+	limits := Limits{MaxConns: 4, MaxConnsPerIP: 2, MaxConnRate: Rate{3, time.Hour}, MaxConnRateTotal: Rate{5, time.Hour}}
+	inBubble(Echo, Options{Limits: limits}, func(t *testing.T, r *rig) {
+		reached := func(want ...ReachedLimit) {
+			t.Helper()
+			synctest.Wait()
+			if got := r.Status().ReachedLimits; !slices.Equal(got, want) {
+				t.Errorf("the limits %+v are reached, want %+v", got, want)
+			}
+		}
+		perIP := ReachedLimit{Setting: "max-conns-per-ip", Value: "2", Clients: 1, Rejects: true}
+		rate := ReachedLimit{Setting: "max-conn-rate", Value: "3/h", Clients: 1, Rejects: true}
+		total := ReachedLimit{Setting: "max-conn-rate-total", Value: "5/h"}
+		r.dialFrom(t, "198.51.100.1")
+		reached()
+		r.dialFrom(t, "198.51.100.1")
+		reached(perIP)
+		r.dialFrom(t, "198.51.100.1").ends(t, "BUSY\n")
+		reached(perIP, rate)
+		r.dialFrom(t, "198.51.100.2")
+		last := r.dialFrom(t, "198.51.100.2")
+		perIP.Clients = 2
+		reached(ReachedLimit{Setting: "max-conns", Value: "4"}, perIP, rate, total)
+		last.leave(t)
+		perIP.Clients = 1
+		reached(perIP, rate, total)
+		pass(time.Hour)
+		reached(perIP)
+	})(t)
+
+	t.Run("a client in both generations counts once", func(t *testing.T) {
+		r := newRateLimits(Limits{MaxConnRate: Rate{1, time.Hour}})
+		now := time.Now()
+		first := netip.MustParseAddr("10.0.0.1")
+		for i, addr := 0, first; i <= maxLimiters; i, addr = i+1, addr.Next() {
+			r.allowsClient(addr, now)
+		}
+		r.allowsClient(first, now) // moves it from the older to the newer generation
+		wantEqual(t, "clients at the rate", r.clientsAtRate(now), maxLimiters+1)
+	})
 }
 
 func TestMaxConnRate(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"math"
 	"net/netip"
+	"strconv"
 	"sync/atomic"
 )
 
@@ -166,6 +167,31 @@ func (c *Conn) clientKey() (key clientKey, most int) {
 func (st *state) atClientLimit(c *Conn) bool {
 	key, most := c.clientKey()
 	return most > 0 && st.perClient[key] >= most
+}
+
+// reachedLimits lists the limits on open connections that keep new clients out.
+func (st *state) reachedLimits(l *Limits) (reached []ReachedLimit) {
+	if l.MaxConns > 0 && st.admitted >= l.MaxConns {
+		reached = append(reached, ReachedLimit{
+			Setting: "max-conns", Value: strconv.Itoa(l.MaxConns), Rejects: l.AtLimit == LimitReject,
+		})
+	}
+	perIP := ReachedLimit{Setting: "max-conns-per-ip", Value: strconv.Itoa(l.MaxConnsPerIP), Rejects: true}
+	perUID := ReachedLimit{Setting: "max-conns-per-uid", Value: strconv.Itoa(l.MaxConnsPerUID), Rejects: true}
+	for key, n := range st.perClient {
+		switch {
+		case key.addr.IsValid() && l.MaxConnsPerIP > 0 && n >= l.MaxConnsPerIP:
+			perIP.Clients++
+		case !key.addr.IsValid() && l.MaxConnsPerUID > 0 && n >= l.MaxConnsPerUID:
+			perUID.Clients++
+		}
+	}
+	for _, r := range []ReachedLimit{perIP, perUID} {
+		if r.Clients > 0 {
+			reached = append(reached, r)
+		}
+	}
+	return reached
 }
 
 // countClient adds n to the number of admitted connections of c's client.

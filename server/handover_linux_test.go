@@ -213,7 +213,7 @@ func described(t *testing.T, e Event) string {
 // grace period, and are closed by the successor.
 func testHandoverEviction(t *testing.T) {
 	const n, spread, grace = 20, 400 * time.Millisecond, 600 * time.Millisecond
-	o := Options{Drain: DrainOptions{Grace: grace}}
+	o := Options{Drain: DrainOptions{Grace: time.Hour}}
 	g, addr := firstGeneration(t, Echo, o)
 	var clients []*net.TCPConn
 	for range n {
@@ -222,7 +222,7 @@ func testHandoverEviction(t *testing.T) {
 		clients = append(clients, c)
 	}
 	began := time.Now()
-	if _, err := g.Pause(PauseOptions{Reason: "m", Evict: true, Spread: spread}); err != nil {
+	if _, err := g.Pause(PauseOptions{Reason: "m", Evict: true, Spread: spread, Grace: grace}); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "the first notice", func() bool { return g.Status().Told > 0 })

@@ -40,12 +40,15 @@ type PauseOptions struct {
 	Mode   PauseMode
 	By     Caller
 	// Evict sends the connected clients away: each is told to leave, with Reason or "evicted", has
-	// Options.Drain.Grace, and is then closed with ReasonEvicted. The server stays up. When the hold ends, clients
-	// that have not been told stay connected. Those that have been told are still closed.
+	// Grace, and is then closed with ReasonEvicted. The server stays up. When the hold ends, clients that have not been
+	// told stay connected. Those that have been told are still closed.
 	Evict bool
 	// Spread is the time over which these clients are told, one after another at random moments. Zero and Off mean
 	// all at once.
 	Spread time.Duration
+	// Grace is the time that each of these clients has after it was told. Zero means Options.Drain.Grace, and Off means
+	// none.
+	Grace time.Duration
 	// Conn is the connection on which the hold depends, for example that of the caller of a control plane. A handover
 	// passes it on with the hold; see TakenOverHolds. The server does not use it otherwise: the caller must release the
 	// hold when the connection ends.
@@ -62,6 +65,7 @@ type HoldInfo struct {
 	By      Caller
 	Evict   bool          // clients are sent away
 	Spread  time.Duration // time over which clients are told, from Since
+	Grace   time.Duration // of each client, from when it is told; Off is none
 }
 
 // A Hold is one reason for the server to be paused. The server is paused while any hold exists. All methods may be
@@ -97,8 +101,14 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.Spread < Off {
 		return nil, fmt.Errorf("pausing: spread %s is negative", o.Spread)
 	}
+	if o.Grace < Off {
+		return nil, fmt.Errorf("pausing: grace %s is negative", o.Grace)
+	}
 	if o.Spread > 0 && !o.Evict {
 		return nil, errors.New("pausing: a spread needs Evict")
+	}
+	if o.Grace != 0 && !o.Evict {
+		return nil, errors.New("pausing: a grace period needs Evict")
 	}
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
@@ -107,7 +117,10 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 		return nil, err
 	}
 	h := &Hold{srv: s, conn: o.Conn, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
-	h.info.Evict, h.info.Spread = o.Evict, max(0, o.Spread)
+	if o.Evict {
+		h.info.Evict, h.info.Spread = true, max(0, o.Spread)
+		h.info.Grace = cmp.Or(o.Grace, s.activeSettings().drain.Grace, Off)
+	}
 	h.ended, h.end = context.WithCancelCause(context.Background())
 
 	var refused error
@@ -149,7 +162,8 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 func (s *Server) evict(st *state, h *Hold) {
 	if h.info.Evict {
 		reason := cmp.Or(h.info.Reason, ReasonEvicted.String())
-		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: s.activeSettings().drain.Grace}
+		grace := max(0, cmp.Or(h.info.Grace, s.activeSettings().drain.Grace)) // older predecessors hand over none
+		h.cause = &drainCause{reason: reason, closed: ReasonEvicted, grace: grace}
 		s.scheduleNotices(st, h.cause, st.untold(), h.info.Since.Add(h.info.Spread))
 	}
 }
@@ -314,7 +328,7 @@ func (h HoldInfo) fields() []zap.Field {
 		fields = append(fields, zap.Time("expires", h.Expires))
 	}
 	if h.Evict {
-		fields = append(fields, zap.Bool("evict", true), zap.Duration("spread", h.Spread))
+		fields = append(fields, zap.Bool("evict", true), zap.Duration("spread", h.Spread), zap.Duration("grace", max(0, h.Grace)))
 	}
 	return append(fields, h.By.fields("placed_by_")...)
 }

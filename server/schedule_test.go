@@ -458,9 +458,24 @@ func TestEvict(t *testing.T) {
 		c.ends(t, "SHUTDOWN 0 evicted\n")
 	}))
 
+	t.Run("it can have a grace period of its own", inBubble(Echo, opts, func(t *testing.T, r *rig) {
+		c := r.dial(t)
+		began := time.Now()
+		h := r.pause(t, PauseOptions{Evict: true, Grace: time.Minute})
+		wantEqual(t, "grace of the hold", h.Info().Grace, time.Minute)
+		c.ends(t, "SHUTDOWN 60 evicted\n")
+		wantEqual(t, "duration", time.Since(began), time.Minute)
+		h.Release()
+		c = r.dial(t)
+		r.pause(t, PauseOptions{Evict: true, Grace: Off})
+		c.ends(t, "SHUTDOWN 0 evicted\n")
+	}))
+
 	for name, o := range map[string]PauseOptions{
 		"spread -2ns is negative":   {Evict: true, Spread: -2},
+		"grace -2ns is negative":    {Evict: true, Grace: -2},
 		"a spread needs Evict":      {Spread: time.Second},
+		"a grace period needs Ev":   {Grace: Off},
 		"reason: \"a\\nb\" has a c": {Evict: true, Reason: "a\nb"},
 	} {
 		t.Run("refuses: "+name, inBubble(Echo, opts, func(t *testing.T, r *rig) {

@@ -30,6 +30,7 @@ type Status struct {
 	HasPredecessor    bool       // the predecessor has not ended
 	Full              bool       // MaxConns are being served; AtLimit says what happens to new clients
 	AtLimit           LimitMode
+	ReachedLimits     []ReachedLimit
 
 	Told int // open connections whose clients were told to leave: by a drain, an eviction, or for their age
 
@@ -40,6 +41,14 @@ type Status struct {
 
 	NoticesSent, NoticesFailed uint64           // notices of drains and of Notify that the kernel has accepted, or not
 	Transitions                map[State]uint64 // how often each state was entered
+}
+
+// ReachedLimit is a limit that keeps new clients out now.
+type ReachedLimit struct {
+	Setting string // its name for Settings.Get
+	Value   string
+	Clients int  // for a limit per client: how many clients have reached it; 0 for a limit on all of them
+	Rejects bool // further clients are rejected; otherwise they wait in the accept queue
 }
 
 // ListenerInfo describes a listener that accepts connections.
@@ -95,6 +104,7 @@ func (s *Server) Status() Status {
 	s.state.With(func(st *state) {
 		status.State = st.publicState()
 		status.Full = st.admitted >= set.limits.MaxConns
+		status.ReachedLimits = st.reachedLimits(&set.limits)
 		status.Connections = st.open()
 		status.KeptByPredecessor = len(st.keptConns)
 		status.Told = st.told
@@ -123,6 +133,7 @@ func (s *Server) Status() Status {
 			listeners = append(listeners, a.ln)
 		}
 	})
+	status.ReachedLimits = append(status.ReachedLimits, set.reachedRates(time.Now())...)
 	for c := range paced(conns, backgroundBurst) { // without the lock; a connection that closes meanwhile keeps its figures
 		status.Phases[Phase(c.phase.Load())]++
 		status.BytesIn += c.BytesIn()

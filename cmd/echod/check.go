@@ -17,8 +17,8 @@ import (
 	"echod/server"
 )
 
-// check returns the error with which a server would fail to start with these flags. It accepts no client and creates
-// no file. It ignores addresses and sockets that are in use, usually by the running server.
+// check returns the error with which a server would fail to start with these flags. It accepts no client and leaves no
+// file behind. It ignores addresses and sockets that are in use, usually by the running server.
 func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 	if _, err := parseLevel(f.logLevel); err != nil {
 		return err
@@ -36,6 +36,9 @@ func (f serveFlags) check(ctx context.Context, log *zap.Logger) error {
 		return err
 	}
 	f.logLimitations(log)
+	if err := f.checkUnopened(); err != nil {
+		return err
+	}
 	if f.control != "" && f.control != "off" {
 		if err := control.Check(f.control, p.control); err != nil {
 			return err

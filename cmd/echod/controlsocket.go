@@ -8,8 +8,10 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -82,11 +84,9 @@ func (p socketDir) prepare() error {
 	return p.check(p.dir)
 }
 
-// clientSocket returns the path of the first control socket that accepts connections. It skips directories that
-// another user controls, because that user could impersonate a server. It writes skipped directories and further servers
-// to notes.
-func clientSocket(notes io.Writer) (string, error) {
-	var paths, skipped, found []string
+// socketPaths returns the paths at which servers open their control socket by default. skipped are the directories that
+// another user controls, because that user could impersonate a server.
+func socketPaths() (paths, skipped []string) {
 	for _, p := range socketDirs() {
 		err := p.check(p.dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -95,7 +95,14 @@ func clientSocket(notes io.Writer) (string, error) {
 		}
 		paths = append(paths, filepath.Join(p.dir, socketName))
 	}
-	paths = append(paths, filepath.Join(serviceDirectory, socketName), unitSocket)
+	return append(paths, filepath.Join(serviceDirectory, socketName), unitSocket), skipped
+}
+
+// clientSocket returns the path of the first control socket that accepts connections. It writes skipped directories and
+// further servers to notes.
+func clientSocket(notes io.Writer) (string, error) {
+	paths, skipped := socketPaths()
+	var found []string
 	var denied error
 	for _, path := range paths {
 		c, err := net.Dial("unix", path)
@@ -126,6 +133,54 @@ func clientSocket(notes io.Writer) (string, error) {
 			fmt.Errorf("no server found: looked at %s (--control names another socket)", looked),
 		}
 	}
+}
+
+// statusAt returns the status of the server that listens on one of the addresses: host:port, or the path of a Unix
+// socket. It asks the control sockets that 'echod ctl' would find. It is nil if none of them belongs to that server.
+func statusAt(ctx context.Context, addresses []string) *control.Status {
+	paths := []string{os.Getenv("ECHOD_CONTROL")}
+	if paths[0] == "" || paths[0] == "off" {
+		paths, _ = socketPaths()
+	}
+	for _, path := range paths {
+		if st := statusOf(ctx, path); st != nil && slices.ContainsFunc(st.Listeners, func(l control.Listener) bool {
+			return slices.ContainsFunc(addresses, func(address string) bool { return reaches(address, l.Address) })
+		}) {
+			return st
+		}
+	}
+	return nil
+}
+
+// statusOf returns the status of the server with this control socket, or nil.
+func statusOf(ctx context.Context, path string) *control.Status {
+	c := control.NewClient(path)
+	defer c.Close()
+	st, err := c.Status(ctx)
+	if err != nil {
+		return nil
+	}
+	return &st
+}
+
+// reaches reports whether a client that dials address reaches a listener of this machine.
+func reaches(address, listener string) bool {
+	if address == listener {
+		return true
+	}
+	dialled, err := netip.ParseAddrPort(address)
+	at, listenerErr := netip.ParseAddrPort(listener)
+	if err != nil || listenerErr != nil || dialled.Port() != at.Port() || !at.Addr().IsUnspecified() {
+		return false
+	}
+	if dialled.Addr().IsLoopback() || dialled.Addr().IsUnspecified() {
+		return true
+	}
+	own, _ := net.InterfaceAddrs()
+	return slices.ContainsFunc(own, func(a net.Addr) bool {
+		prefix, err := netip.ParsePrefix(a.String())
+		return err == nil && prefix.Addr() == dialled.Addr().WithZone("")
+	})
 }
 
 // socketOf returns the path of the control socket of process pid. If path is empty, it tries all directories. It does not

@@ -50,7 +50,6 @@ succeeded but the pause ended before it did.`,
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	cmd.PersistentFlags().BoolVar(&ctl.json, "json", false,
 		"print the server's answer unchanged, as JSON")
-	completeFiles(cmd, "control")
 	cmd.AddCommand(
 		ctl.statusCommand(), ctl.connsCommand(), ctl.clientsCommand(), ctl.closedCommand(), ctl.eventsCommand(), ctl.waitCommand(),
 		ctl.settingsCommand(), ctl.setCommand(),
@@ -140,19 +139,22 @@ func showStatus(out io.Writer, st control.Status) error {
 			c.NotAfter.Local().Format(time.DateTime))
 	}
 	row("connections", "%d open, %d accepted", st.Connections, st.Accepted)
-	if st.Full && st.MaxConns != nil {
-		then := "new clients wait in the accept queue"
-		if st.AtLimit == server.LimitReject.String() {
-			then = "new clients are rejected"
-		}
-		row("full", "max-conns %d is reached: %s", *st.MaxConns, then)
+	for _, l := range st.LimitsReached {
+		row("full", "%s", l)
 	}
-	if len(st.Closed) > 0 {
-		reasons := slices.Sorted(maps.Keys(st.Closed))
-		for i, why := range reasons {
-			reasons[i] = fmt.Sprintf("%d %s", st.Closed[why], why)
+	var closed, rejected []string
+	for _, why := range slices.Sorted(maps.Keys(st.Closed)) {
+		if reason, ok := strings.CutPrefix(why, "rejected-"); ok {
+			rejected = append(rejected, fmt.Sprintf("%d %s", st.Closed[why], reason))
+		} else {
+			closed = append(closed, fmt.Sprintf("%d %s", st.Closed[why], why))
 		}
-		row("closed", "%s", strings.Join(reasons, ", "))
+	}
+	if len(closed) > 0 {
+		row("closed", "%s", strings.Join(closed, ", "))
+	}
+	if len(rejected) > 0 {
+		row("rejected", "%s", strings.Join(rejected, ", "))
 	}
 	for _, c := range st.SettingsChanged {
 		row("changed", "%s is %s, at start %s", c.Name, valueOrNone(c.New), valueOrNone(c.Old))
@@ -220,6 +222,9 @@ func describeHold(h control.Hold) string {
 		evict := "evicts clients"
 		if h.SpreadSeconds > 0 {
 			evict += " within " + formatSeconds(h.SpreadSeconds)
+		}
+		if h.GraceSeconds != nil {
+			evict += " with " + formatSeconds(*h.GraceSeconds) + " grace"
 		}
 		words = append(words, evict)
 	}

@@ -70,14 +70,20 @@ func (ctl *ctl) connsCommand() *cobra.Command {
 	return cmd
 }
 
-// listConns requests all pages.
+// listConns requests all pages. A connection can move to a later page when a byte moves. It is listed once.
 func listConns(ctx context.Context, c *control.Client, req control.ListRequest) (conns []control.Conn, err error) {
+	seen := make(map[uint64]bool)
 	for all := req.Limit < 0; ; {
 		page, err := c.ConnPage(ctx, req)
 		if err != nil {
 			return nil, err
 		}
-		conns = append(conns, page.Connections...)
+		for _, conn := range page.Connections {
+			if !seen[conn.ID] {
+				seen[conn.ID] = true
+				conns = append(conns, conn)
+			}
+		}
 		if req.Limit -= len(page.Connections); page.Next == "" || !all && req.Limit <= 0 {
 			return conns, nil
 		}

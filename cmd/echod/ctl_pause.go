@@ -26,13 +26,14 @@ const (
 
 func (ctl *ctl) pauseCommand() *cobra.Command {
 	var req control.PauseRequest
+	var grace time.Duration
 	cmd := &cobra.Command{
 		Use:   "pause [-- COMMAND [ARG...]]",
 		Short: "Stop accepting new clients, until resumed or while COMMAND runs",
 		Long: `Stop accepting new clients. Existing connections are not affected, unless --evict sends
-them away: clients are told to leave, have the server's --grace, and are then closed. The
-server stays up, and is not ready. When it is resumed, clients that were not told yet
-stay.
+them away: clients are told to leave, have the server's --grace or the one given here, and
+are then closed. The server stays up, and is not ready. When it is resumed, clients that
+were not told yet stay.
 
 Without a command the pause lasts until 'echod ctl resume', or for --ttl. With a command
 it ends when the command does, and the exit code is the command's. If the pause ends
@@ -43,7 +44,7 @@ ends and the command keeps running without it.
 Mode hold leaves new clients in the accept queue and serves them on resume. Mode reject
 sends them PAUSED and closes.`,
 		Example: `  echod ctl pause --reason backup --ttl 10m
-  echod ctl pause --evict --spread 1m --reason maintenance
+  echod ctl pause --evict --spread 30s --grace 1m --reason maintenance
   echod ctl pause --reason backup -- /usr/local/bin/backup --full`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 && cmd.ArgsLenAtDash() != 0 {
@@ -60,6 +61,15 @@ sends them PAUSED and closes.`,
 				return usagef("--spread %s: must not be negative", req.Spread)
 			case req.Spread > 0 && !req.Evict:
 				return usagef("--spread: needs --evict")
+			}
+			if cmd.Flags().Changed("grace") {
+				switch {
+				case grace < 0:
+					return usagef("--grace %s: must not be negative", grace)
+				case !req.Evict:
+					return usagef("--grace: needs --evict")
+				}
+				req.Grace = &grace
 			}
 			if len(command) > 0 && ctl.json {
 				return usagef("--json cannot be used with a command: the outputs would mix")
@@ -82,6 +92,8 @@ sends them PAUSED and closes.`,
 	cmd.Flags().BoolVar(&req.Evict, "evict", false, "send the connected clients away")
 	cmd.Flags().DurationVar(&req.Spread, "spread", 0,
 		"with --evict: `time` over which clients are told, one after another")
+	cmd.Flags().DurationVar(&grace, "grace", 0,
+		"with --evict: `time` that each client then has (default: the\nserver's --grace)")
 	cmd.Flags().StringVar(&req.Mode, "mode", "hold", "`mode` for new clients: hold or reject")
 	completeValues(cmd, "mode", "hold", "reject")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveDefault) // for the command to run

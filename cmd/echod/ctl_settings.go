@@ -13,8 +13,15 @@ import (
 	"echod/server"
 )
 
-// fixedSettings returns the server's flags that cannot change while it runs.
-func fixedSettings(flags *pflag.FlagSet) (fixed []control.Setting) {
+// fixedSettings returns the server's flags that cannot change while it runs. Listeners that systemd passes replace the
+// default of --listen.
+func fixedSettings(flags *pflag.FlagSet, listeners []server.Listener) (fixed []control.Setting) {
+	var passed []string
+	for _, ln := range listeners {
+		if ln.Inherited {
+			passed = append(passed, ln.Addr().String()+" (systemd)")
+		}
+	}
 	changeable := server.SettingNames()
 	flags.VisitAll(func(f *pflag.Flag) {
 		if !hasVariable(f) || slices.Contains(changeable, f.Name) {
@@ -23,6 +30,12 @@ func fixedSettings(flags *pflag.FlagSet) (fixed []control.Setting) {
 		value := f.Value.String()
 		if list, ok := f.Value.(pflag.SliceValue); ok {
 			value = strings.Join(list.GetSlice(), ",")
+		}
+		if f.Name == "listen" && len(passed) > 0 {
+			if f.Changed {
+				passed = append([]string{value}, passed...)
+			}
+			value = strings.Join(passed, ",")
 		}
 		fixed = append(fixed, control.Setting{Name: f.Name, Value: value})
 	})

@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -53,6 +55,9 @@ func (f serveFlags) openSockets(ctx context.Context, opts control.SocketOptions,
 			s.close()
 		}
 	}()
+	if err := f.checkUnopened(); err != nil {
+		return s, err
+	}
 	if s, err = inheritSockets(); err != nil {
 		return s, err
 	}
@@ -77,12 +82,88 @@ func (f serveFlags) openSockets(ctx context.Context, opts control.SocketOptions,
 			return s, err
 		}
 	}
+	if len(s.echo) == 0 && !f.listenGiven && underSystemd() {
+		log.Warn("systemd passes no socket; listening on the default address", zap.Strings("addresses", f.listen))
+	}
 	if len(s.echo) == 0 || f.listenGiven {
 		if err := s.listenEcho(ctx, f.listen, echo); err != nil {
 			return s, err
 		}
 	}
 	return s, nil
+}
+
+// checkUnopened checks what can be checked before anything is opened: the form of all addresses, that they differ, and
+// the pid file. It does not count the default address, which sockets of systemd replace.
+func (f serveFlags) checkUnopened() error {
+	var taken []claim
+	add := func(flag, value, address string) error {
+		next := claim{flag, value, address}
+		for _, c := range taken {
+			if next.overlaps(c) {
+				return fmt.Errorf("--%s %s: --%s %s has this address already", flag, value, c.flag, c.value)
+			}
+		}
+		taken = append(taken, next)
+		return nil
+	}
+	if f.http != "" {
+		full, _, err := httpAddress(f.http)
+		if err != nil {
+			return err
+		}
+		if err := add("http", f.http, full); err != nil {
+			return err
+		}
+	}
+	if f.agentCheck != "" {
+		full, err := agentAddress(f.agentCheck)
+		if err != nil {
+			return err
+		}
+		if err := add("agent-check", f.agentCheck, full); err != nil {
+			return err
+		}
+	}
+	for _, address := range f.listen {
+		a, err := parseEchoAddress(address)
+		if err != nil {
+			return err
+		}
+		if f.listenGiven {
+			if err := add("listen", address, cmp.Or(a.path, a.hostPort)); err != nil {
+				return err
+			}
+		}
+	}
+	return pidFile(f.pidFile).check()
+}
+
+// A claim is an address that a flag asks for: host:port, or the path of a Unix socket.
+type claim struct{ flag, value, address string }
+
+// overlaps reports whether the second listener would fail because of the first.
+func (c claim) overlaps(other claim) bool {
+	if c.address == other.address {
+		return !strings.HasSuffix(c.address, ":0")
+	}
+	host, port, err := net.SplitHostPort(c.address)
+	otherHost, otherPort, otherErr := net.SplitHostPort(other.address)
+	if err != nil || otherErr != nil || port != otherPort || port == "0" {
+		return false
+	}
+	hosts := []string{cmp.Or(host, "::"), cmp.Or(otherHost, "::")}
+	slices.Sort(hosts)
+	switch {
+	case hosts[0] == hosts[1]:
+		return true
+	case runtime.GOOS != "linux":
+		return false // an address and all addresses can be used side by side
+	case slices.Equal(hosts, []string{"0.0.0.0", "::"}):
+		return c.flag != "listen" || other.flag != "listen" || host == "" || otherHost == "" // see listenEcho
+	default:
+		return slices.Contains(hosts, "::") || hosts[0] == "0.0.0.0" && !strings.Contains(hosts[1], ":")
+	}
 }
 
 func (s sockets) close() {
@@ -151,7 +232,8 @@ func parseEchoAddress(address string) (a echoAddress, err error) {
 	}
 	a.hostPort, a.tls = strings.CutPrefix(address, tlsScheme)
 	a.hostPort = strings.TrimPrefix(a.hostPort, "tcp://")
-	if _, _, err := net.SplitHostPort(a.hostPort); err != nil || strings.Contains(a.hostPort, "://") {
+	_, port, err := net.SplitHostPort(a.hostPort)
+	if err != nil || port == "" || strings.Contains(a.hostPort, "://") {
 		return a, usagef("--listen %q: want an address such as 127.0.0.1:9999, :9999 or [::1]:9999, %s:9998 or %s/path",
 			address, tlsScheme, unixScheme)
 	}

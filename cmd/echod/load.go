@@ -62,6 +62,7 @@ reordered, or if a limit (--max-...) was exceeded, 2 for usage errors.`,
 		},
 	}
 	l.addFlags(cmd.Flags())
+	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	return cmd
 }
 

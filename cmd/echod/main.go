@@ -9,6 +9,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 func main() {
@@ -33,6 +35,7 @@ func execute(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
+	correctZshCompletion(root)
 	cmd, err := root.ExecuteContextC(context.Background())
 	if err != nil {
 		refuseOffer(err)
@@ -78,6 +81,7 @@ Without a command it serves, like 'echod serve'. To try it:
 	root.AddCommand(newServeCommand("serve"), newCtlCommand(), newTopCommand())
 	root.AddCommand(newSendCommand(), newLoadCommand(), newPingCommand(), newVersionCommand())
 	root.AddCommand(buildCommands...)
+	completeFlags(root)
 	return root
 }
 
@@ -101,6 +105,46 @@ func completeValues(cmd *cobra.Command, flag string, values ...cobra.Completion)
 	complete := cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 	if err := cmd.RegisterFlagCompletionFunc(flag, complete); err != nil {
 		panic(err) // the flag does not exist, or has values already
+	}
+}
+
+// correctZshCompletion corrects cobra's script for zsh, which mistakes an argument such as log-level=d for a flag.
+func correctZshCompletion(root *cobra.Command) {
+	root.InitDefaultCompletionCmd()
+	zsh, _, err := root.Find([]string{"completion", "zsh"})
+	if err != nil {
+		panic(err) // cobra has no such command any more
+	}
+	zsh.RunE = func(cmd *cobra.Command, _ []string) error {
+		generate := root.GenZshCompletion
+		if plain, _ := cmd.Flags().GetBool("no-descriptions"); plain {
+			generate = root.GenZshCompletionNoDesc
+		}
+		var script bytes.Buffer
+		if err := generate(&script); err != nil {
+			return err
+		}
+		_, err := cmd.OutOrStdout().Write(bytes.ReplaceAll(script.Bytes(), []byte(`=~ '-.*='`), []byte(`=~ '^-.*='`)))
+		return err
+	}
+}
+
+// completeFlags makes the shell offer files for flags that take one, and nothing for other flags whose values are not
+// known. The commands have registered the known ones.
+func completeFlags(cmd *cobra.Command) {
+	cmd.LocalFlags().VisitAll(func(f *pflag.Flag) {
+		if _, registered := cmd.GetFlagCompletionFunc(f.Name); registered {
+			return
+		}
+		switch kind, _ := pflag.UnquoteUsage(f); kind {
+		case "file", "path":
+			completeFiles(cmd, f.Name)
+		default:
+			completeValues(cmd, f.Name)
+		}
+	})
+	for _, sub := range cmd.Commands() {
+		completeFlags(sub)
 	}
 }
 

@@ -14,6 +14,22 @@ import (
 // is empty, there is no file.
 type pidFile string
 
+// check returns the error that write would return.
+func (p pidFile) check() error {
+	if p == "" {
+		return nil
+	}
+	path := string(p)
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		return fmt.Errorf("--pid-file %s: is a directory", path)
+	}
+	file, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("--pid-file %s: %w", path, withoutPath(err))
+	}
+	return errors.Join(file.Close(), os.Remove(file.Name()))
+}
+
 // write writes this process's pid to the file, atomically.
 func (p pidFile) write() error {
 	if p == "" {

@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"echod/client"
+	"echod/control"
 	"echod/internal/text"
 )
 
@@ -37,8 +38,13 @@ full or shutting down says so, and the ping fails with that reason. A server tha
 paused without saying so accepts no connections: the ping connects, and no echo comes.
 Ctrl-C ends the pings, with a summary.
 
+If a ping fails, the control socket of the server says why: who paused it, and until when.
+That is the socket of --control, or one that 'echod ctl' would find, if its server listens
+on the address. The control socket of another machine cannot be asked.
+
 --json prints an object for each ping, and one for the summary. "result" is one of ok,
 dns, refused, reset, timeout, no-echo, paused, busy, shutdown, closed, wrong-echo, error.
+If the control socket was asked, "server_state" is its answer.
 
 Exit status, as of ping(8): 0 if at least one echo came back, 1 if none did, 2 for usage
 errors or if the name could not be resolved, 128 plus the signal's number if a signal
@@ -70,8 +76,10 @@ came before the first ping was done.`,
 	f.BoolVarP(&p.ipv6, "ipv6", "6", false, "use IPv6 only")
 	f.IntVarP(&p.size, "size", "s", 64, "`bytes` of the message, including its newline")
 	p.tlsFlags.add(f)
+	f.StringVar(&p.control, "control", "", "`path` of the server's control socket, to ask why a ping failed")
 	f.BoolVar(&p.json, "json", false, "print JSON, one object per line")
 	f.BoolVarP(&p.quiet, "quiet", "q", false, "print nothing; if no echo came back, the reason goes to stderr")
+	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
 	return cmd
 }
 
@@ -96,7 +104,7 @@ func (s *secondsFlag) Type() string   { return "time" }
 
 // pinger is one run of echod ping.
 type pinger struct {
-	address           string
+	address, control  string
 	tlsFlags          clientTLS
 	count, size       int
 	interval, timeout secondsFlag
@@ -124,6 +132,8 @@ type pingResult struct {
 	Connect *float64 `json:"connect_seconds,omitempty"` // with the TLS handshake
 	TLS     *float64 `json:"tls_seconds,omitempty"`     // the handshake alone; nil without TLS
 	Echo    *float64 `json:"echo_seconds,omitempty"`
+
+	ServerState string `json:"server_state,omitempty"` // of a failed ping, according to the control socket
 
 	err error
 }
@@ -189,6 +199,9 @@ func (p *pinger) run(ctx context.Context) error {
 		r := p.ping(ctx, len(p.results)+1)
 		if r.err != nil && ctx.Err() != nil {
 			break // an interrupted ping does not count
+		}
+		if r.err != nil {
+			p.askServer(ctx, &r)
 		}
 		p.results = append(p.results, r)
 		if err := p.print(r); err != nil {
@@ -285,10 +298,88 @@ func (p *pinger) ping(ctx context.Context, seq int) (r pingResult) {
 		if told != nil {
 			err = told
 		}
-		return fail("no-echo", "connected, but no echo within %s: the server may be paused", err)
+		return fail("no-echo", "connected, but no echo within %s", err)
 	}
 	r.Echo, r.Result = new(time.Since(began).Seconds()), pingOK
 	return r
+}
+
+// askTime is how long a ping waits for the control socket.
+const askTime = time.Second
+
+// askServer asks the control socket why a ping failed, and adds that to the error.
+func (p *pinger) askServer(ctx context.Context, r *pingResult) {
+	ctx, cancel := context.WithTimeoutCause(ctx, askTime, errPingTimeout)
+	defer cancel()
+	var st *control.Status
+	if p.control != "" {
+		st = statusOf(ctx, p.control)
+	} else {
+		st = statusAt(ctx, p.dialled(ctx, *r))
+	}
+	why := ""
+	switch {
+	case st != nil:
+		r.ServerState = st.State
+		why = whyUnserved(*st, r.Result)
+	case r.Result == "no-echo":
+		why = "the server may be paused"
+	}
+	if why != "" {
+		r.err = fmt.Errorf("%w: %s", r.err, why)
+		r.Error = r.err.Error()
+	}
+}
+
+// dialled returns the addresses that a ping has dialled.
+func (p *pinger) dialled(ctx context.Context, r pingResult) (addresses []string) {
+	switch {
+	case p.host == "":
+		return []string{p.target.Addr}
+	case r.Remote != "":
+		return []string{r.Remote}
+	}
+	hosts, err := p.resolve(ctx)
+	if err != nil {
+		return nil
+	}
+	for _, host := range hosts {
+		addresses = append(addresses, net.JoinHostPort(host.Unmap().String(), p.port))
+	}
+	return addresses
+}
+
+// whyUnserved says why a server does not serve new clients, after a ping with this result. It is empty if the server
+// does.
+func whyUnserved(st control.Status, result string) string {
+	var state string
+	var words []string
+	switch {
+	case st.Drain != nil:
+		state, words = "shutdown", []string{describeDrain(*st.Drain)}
+	case len(st.Holds) > 0:
+		state = "paused"
+		for _, h := range st.Holds {
+			words = append(words, "hold "+describeHold(h))
+		}
+	case len(st.LimitsReached) > 0:
+		for _, l := range st.LimitsReached {
+			words = append(words, l.String())
+		}
+	case result == "no-echo":
+		words = []string{"the control socket says that the server is running"}
+	}
+	why := strings.Join(words, "; ")
+	switch {
+	case result == state: // the server has told the client
+		return why
+	case state == "paused":
+		return "the server is paused: " + why
+	case state == "shutdown":
+		return "the server is draining: " + why
+	default:
+		return why
+	}
 }
 
 // needsLookup reports whether the host is a name that has to be resolved.
@@ -446,7 +537,11 @@ func (p *pinger) print(r pingResult) error {
 		if r.TLS != nil {
 			handshake = " tls=" + formatLatency(*r.TLS)
 		}
-		err = printLine(p.out, "%d bytes from %s: seq=%d%s connect=%s%s echo=%s", r.Bytes, from, r.Seq,
+		bytes := "bytes"
+		if r.Bytes == 1 {
+			bytes = "byte"
+		}
+		err = printLine(p.out, "%d %s from %s: seq=%d%s connect=%s%s echo=%s", r.Bytes, bytes, from, r.Seq,
 			dns, formatLatency(*r.Connect), handshake, formatLatency(*r.Echo))
 	}
 	if err != nil {

@@ -136,6 +136,8 @@ Exit codes: 0 everything came back, 1 something did not, 2 usage, 128+signal.`,
 			"existing one is replaced when the first record fails")
 	f.StringVar(&s.resume, "resume", "", "`file` with the place to continue; removed when everything is done")
 	f.BoolVarP(&s.quiet, "quiet", "q", false, "report errors only")
+	completeValues(cmd, "encoding", "utf-8", "utf-16", "utf-16le", "utf-16be", "utf-32", "iso-8859-1", "windows-1252", "shift_jis", "gb18030")
+	completeValues(cmd, "delimiter", ",", ";", "\\t", "|")
 	return cmd
 }
 

@@ -187,13 +187,11 @@ func newServeCommand(use string) *cobra.Command {
 	flags.StringVar(&f.envFile, "env-file", "",
 		"with --check: `file` of variables to check in place of the\nenvironment, such as /etc/default/echod")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	for _, flag := range []string{"control", "pid-file", "env-file", "tls-cert", "tls-key", "tls-client-ca"} {
-		completeFiles(cmd, flag)
-	}
 	completeValues(cmd, "tls-client-auth", "require", "optional")
 	completeValues(cmd, "tls-min-version", "1.2", "1.3")
-	completeValues(cmd, "at-limit", "wait", "reject")
-	completeValues(cmd, "log-level", "debug", "info", "warn", "error")
+	completeValues(cmd, "at-limit", settingValues["at-limit"]...)
+	completeValues(cmd, "log-level", settingValues["log-level"]...)
+	completeValues(cmd, "proxy-protocol", "unix")
 	completeValues(cmd, "log-format", "console", "json", "journal")
 	return cmd
 }
@@ -265,6 +263,11 @@ func (f serveFlags) options(log *zap.Logger) (server.Options, error) {
 	}
 	if len(f.httpHosts) > 0 && f.http == "" {
 		return opts, usagef("--http-host: needs --http")
+	}
+	for _, name := range f.httpHosts {
+		if name == "" || strings.ContainsAny(name, ":/@ ") {
+			return opts, usagef("--http-host %q: want a host name without a port", name)
+		}
 	}
 	if f.pprof && f.http == "" {
 		return opts, usagef("--pprof: needs --http")
@@ -409,7 +412,7 @@ func serve(cmd *cobra.Command, f serveFlags) (err error) {
 	planeOpts := control.Options{
 		Version: version, Logger: log, Metrics: stats, OnRequest: stats.Request,
 		Upgrade: up.upgrade, Predecessor: predecessor, Hosts: f.httpHosts,
-		Fixed: fixedSettings(cmd.Flags()),
+		Fixed: fixedSettings(cmd.Flags(), sockets.echo),
 	}
 	if name, err := os.Hostname(); err == nil {
 		planeOpts.Hosts = append(planeOpts.Hosts, name)

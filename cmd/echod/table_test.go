@@ -22,7 +22,11 @@ func TestTablesFit(t *testing.T) {
 		ID: 123456, Remote: "255.255.255.255:65535", State: "rejecting", Opened: long.Opened, IdleSeconds: 86399,
 		BytesIn: 999999999, BytesOut: 1 << 60,
 	}
-	for name, conns := range map[string][]control.Conn{"long": {long, usual}, "usual": {usual}} {
+	leaving := long
+	leaving.Drain = &control.ConnDrain{Deadline: time.Now().Add(1000 * time.Hour), Reason: strings.Repeat("maintenance ", 20)}
+	for name, conns := range map[string][]control.Conn{
+		"long": {long, usual}, "usual": {usual}, "leaving": {leaving, long, usual},
+	} {
 		var out, wide bytes.Buffer
 		if err := showConns(&out, conns, false); err != nil {
 			t.Fatal(err)

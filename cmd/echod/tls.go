@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"echod/control"
+	"echod/internal/text"
 	"echod/server"
 )
 
@@ -61,18 +62,6 @@ func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (
 			certs, keys = []string{filepath.Join(dir, credentialCert)}, []string{filepath.Join(dir, credentialKey)}
 		}
 	}
-	switch {
-	case !needed && (len(certs) > 0 || len(keys) > 0 || f.clientCA != "" || f.clientAuth != ""):
-		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen or --http %shost:port",
-			tlsScheme)
-	case !needed:
-		return nil, nil
-	case len(certs) == 0:
-		return nil, usagef("%s… needs --tls-cert and --tls-key", tlsScheme)
-	case len(certs) != len(keys):
-		return nil, usagef("--tls-cert is given %d times, and --tls-key %d times: want one key for each certificate",
-			len(certs), len(keys))
-	}
 	config := &tls.Config{CipherSuites: authenticatedSuites()}
 	switch f.minVersion {
 	case "1.2":
@@ -82,9 +71,22 @@ func (f tlsFlags) load(addresses []string, ticketKeys []byte, log *zap.Logger) (
 	default:
 		return nil, usagef("--tls-min-version %q: want 1.2 or 1.3", f.minVersion)
 	}
-	switch {
-	case f.clientAuth != "" && f.clientAuth != "require" && f.clientAuth != "optional":
+	if f.clientAuth != "" && f.clientAuth != "require" && f.clientAuth != "optional" {
 		return nil, usagef("--tls-client-auth %q: want require or optional", f.clientAuth)
+	}
+	switch {
+	case !needed && (len(certs) > 0 || len(keys) > 0 || f.clientCA != "" || f.clientAuth != ""):
+		return nil, usagef("--tls-cert, --tls-key, --tls-client-ca, --tls-client-auth: need --listen or --http %shost:port",
+			tlsScheme)
+	case !needed:
+		return nil, nil
+	case len(certs) == 0:
+		return nil, usagef("%s… needs --tls-cert and --tls-key", tlsScheme)
+	case len(certs) != len(keys):
+		return nil, usagef("--tls-cert and --tls-key: %s and %s: want one key for each certificate",
+			text.Count(len(certs), "certificate"), text.Count(len(keys), "key"))
+	}
+	switch {
 	case f.clientAuth != "" && f.clientCA == "":
 		return nil, usagef("--tls-client-auth: needs --tls-client-ca")
 	case f.clientAuth == "optional":

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -29,18 +30,19 @@ func TestTLSFlags(t *testing.T) {
 		"a listener without a certificate":       {withTLS, tlsFlags{}, "needs --tls-cert and --tls-key"},
 		"fewer keys than certificates":           {withTLS, tlsFlags{certs: []string{"a", "b"}, keys: []string{"k"}}, "one key for each certificate"},
 		"an old version":                         {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, minVersion: "1.1"}, `--tls-min-version "1.1"`},
-		"an unknown rule for clients":            {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, minVersion: "1.2", clientAuth: "maybe"}, `--tls-client-auth "maybe"`},
-		"a rule for clients without authorities": {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, minVersion: "1.2", clientAuth: "require"}, "needs --tls-client-ca"},
-		"a file that does not exist":             {withTLS, tlsFlags{certs: []string{"none.pem"}, keys: []string{"k"}, minVersion: "1.2"}, "none.pem"},
+		"an unknown rule for clients":            {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, clientAuth: "maybe"}, `--tls-client-auth "maybe"`},
+		"a rule for clients without authorities": {withTLS, tlsFlags{certs: []string{"c"}, keys: []string{"k"}, clientAuth: "require"}, "needs --tls-client-ca"},
+		"a file that does not exist":             {withTLS, tlsFlags{certs: []string{"none.pem"}, keys: []string{"k"}}, "none.pem"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			tt.flags.minVersion = cmp.Or(tt.flags.minVersion, "1.2")
 			if _, err := tt.flags.load(tt.listen, nil, zap.NewNop()); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("error %v, want one that says %q", err, tt.want)
 			}
 		})
 	}
 	t.Run("no TLS address needs no certificate", func(t *testing.T) {
-		if certs, err := (tlsFlags{}).load([]string{":9999"}, nil, zap.NewNop()); certs != nil || err != nil {
+		if certs, err := (tlsFlags{minVersion: "1.2"}).load([]string{":9999"}, nil, zap.NewNop()); certs != nil || err != nil {
 			t.Errorf("got %v, %v; want neither", certs, err)
 		}
 	})

@@ -63,7 +63,6 @@ Exit codes: 0 quit, 1 failed, 2 usage or no server found.`,
 	cmd.Flags().DurationVar(&opts.Interval, "interval", time.Second, "`time` between two updates")
 	cmd.Flags().BoolVar(&noColor, "no-color", false, "no colours; the NO_COLOR variable does the same")
 	cmd.CompletionOptions.SetDefaultShellCompDirective(cobra.ShellCompDirectiveNoFileComp)
-	completeFiles(cmd, "control")
 	return cmd
 }
 

@@ -189,20 +189,24 @@ func (r *Report) Failures(limits Limits) []string {
 		{e.Unsent, "due, but never sent: no connection could take them"},
 	} {
 		if fault.n > 0 {
-			add("%s %s", messages(fault.n), fault.what)
+			add("%s %s", count(fault.n, "message"), fault.what)
 		}
 	}
 	switch {
 	case limits.Lost == nil && e.Lost > 0:
-		add("%s lost", messages(e.Lost))
+		add("%s lost", count(e.Lost, "message"))
 	case limits.Lost != nil && e.Lost > *limits.Lost:
-		add("%s lost: more than %d", messages(e.Lost), *limits.Lost)
+		add("%s lost: more than %d", count(e.Lost, "message"), *limits.Lost)
 	}
 	if n := r.Connects.Missed(); limits.Refused != nil && n > *limits.Refused {
-		add("%d connects failed or were turned away: more than %d", n, *limits.Refused)
+		was := "were"
+		if n == 1 {
+			was = "was"
+		}
+		add("%s failed or %s turned away: more than %d", count(n, "connect"), was, *limits.Refused)
 	}
 	if n := r.Ends.Unannounced(); limits.Disconnects != nil && n > *limits.Disconnects {
-		add("%d connections ended without a notice: more than %d", n, *limits.Disconnects)
+		add("%s ended without a notice: more than %d", count(n, "connection"), *limits.Disconnects)
 	}
 	for _, limit := range []struct {
 		what  string
@@ -219,15 +223,16 @@ func (r *Report) Failures(limits Limits) []string {
 		}
 	}
 	if n := r.Connects.NoPort; n > 0 {
-		add("%d connects failed because this machine ran out of local ports, which is not the server's fault: %s",
-			n, portAdvice)
+		add("%s failed because this machine ran out of local ports, which is not the server's fault: %s",
+			count(n, "connect"), portAdvice)
 	}
 	return failures
 }
 
-func messages(n int64) string {
+// count formats a number with its noun, such as 1 message or 2 messages.
+func count(n int64, noun string) string {
 	if n == 1 {
-		return "1 message"
+		return "1 " + noun
 	}
-	return strconv.FormatInt(n, 10) + " messages"
+	return strconv.FormatInt(n, 10) + " " + noun + "s"
 }

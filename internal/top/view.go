@@ -147,6 +147,11 @@ func (m *model) header() []string {
 		}
 		row("hold "+h.ID, "%s", m.describeHold(h))
 	}
+	if !m.disconnected() {
+		for _, l := range st.LimitsReached {
+			row("full", "%s", l)
+		}
+	}
 	if roomy {
 		row("listening", "%s", m.listeners())
 	}
@@ -215,7 +220,11 @@ func (m *model) describeHold(h control.Hold) string {
 		words = append(words, "expires in "+span(h.Expires.Sub(m.now)))
 	}
 	if h.UID != nil && h.PID != nil {
-		words = append(words, fmt.Sprintf("by uid %d, pid %d", *h.UID, *h.PID))
+		by := fmt.Sprintf("uid %d, pid %d", *h.UID, *h.PID)
+		if h.User != "" {
+			by = fmt.Sprintf("%s (%s)", h.User, by)
+		}
+		words = append(words, "by "+by)
 	}
 	return strings.Join(words, ", ")
 }
