@@ -153,6 +153,23 @@ func metricsRoutes(h http.Handler) []route {
 	return []route{{http.MethodGet, "/metrics", fromHandler(h)}}
 }
 
+// showsFigures reports whether GET requests for a path are answered with figures of the connections.
+func showsFigures(path string) bool {
+	return path == "/metrics" || path == "/{$}" || strings.HasPrefix(path, "/v1/") && !isLongLived(path)
+}
+
+// figures makes the endpoint answer with figures of the process that serves the connections. It must collect them before
+// it begins to answer. In an upgrade the answer waits for the end, and is discarded if another process serves then:
+// that process may have answered somebody already, and counters must not go back.
+func (p *Plane) figures(answer endpoint) endpoint {
+	return func(w *response, r *http.Request) error {
+		if !callerFrom(r.Context()).probe {
+			w.confirm = p.srv.AwaitOwner
+		}
+		return answer(w, r)
+	}
+}
+
 // newPlane returns a Plane without routes.
 func newPlane(srv *server.Server, opts Options) *Plane {
 	if opts.Logger == nil {
@@ -190,7 +207,11 @@ func (p *Plane) handle(tables ...[]route) {
 		if methods[route.pattern] == nil {
 			methods[route.pattern] = map[string]endpoint{}
 		}
-		methods[route.pattern][route.method] = route.answer
+		answer := route.answer
+		if route.method == http.MethodGet && showsFigures(route.pattern) {
+			answer = p.figures(answer)
+		}
+		methods[route.pattern][route.method] = answer
 	}
 	for pattern, byMethod := range methods {
 		label := strings.NewReplacer("{id}", "*", "{rest...}", "*", "{$}", "").Replace(pattern)
@@ -262,6 +283,11 @@ func (p *Plane) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		p.mux.ServeHTTP(answer, r)
 	}
+	if answer.discarded != nil {
+		answer.err, answer.discarded = answer.discarded, nil
+		clear(answer.Header())
+	}
+	answer.confirm = nil
 	if answer.err != nil {
 		p.problemOf(answer.err).write(answer)
 	}
@@ -325,7 +351,18 @@ type response struct {
 	err    error  // from the endpoint
 	status int    // 0 until the answer begins
 	logged bool   // auditRequest has logged the request
+
+	confirm   func() error // nil, or whether the answer may begin
+	discarded error        // the answer was not begun, because confirm returned this
 	hijacked
+}
+
+// mayBegin calls confirm before an answer begins.
+func (w *response) mayBegin() bool {
+	if confirm := w.confirm; confirm != nil {
+		w.confirm, w.discarded = nil, confirm()
+	}
+	return w.discarded == nil
 }
 
 // Unwrap is for http.ResponseController. net/http/pprof uses it to extend the write deadline for a profile.

@@ -413,6 +413,9 @@ func (w *response) Header() http.Header {
 
 // WriteHeader begins the answer.
 func (w *response) WriteHeader(status int) {
+	if !w.mayBegin() {
+		return
+	}
 	if w.status == 0 {
 		w.status = status
 	}
@@ -432,6 +435,9 @@ func (w *response) WriteHeader(status int) {
 
 // Write writes a part of the answer. After hijack it fails if the caller does not read it within answerTimeout.
 func (w *response) Write(p []byte) (int, error) {
+	if !w.mayBegin() {
+		return len(p), nil
+	}
 	if w.conn == nil {
 		if w.status == 0 {
 			w.status = http.StatusOK

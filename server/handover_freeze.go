@@ -436,9 +436,10 @@ func (c *Conn) detach() {
 	})
 }
 
-// awaitFreezeEnd waits while the server is frozen, because changes during a freeze would not reach the successor. The
-// error is ErrHandedOver if another process is the owner after it.
-func (s *Server) awaitFreezeEnd() error {
+// AwaitOwner waits while the server is frozen by HandOver, because changes during a freeze would not reach the
+// successor. It returns ErrHandedOver if the successor serves after that. Figures, such as a Status, that were read
+// before AwaitOwner returned nil are those of the process that serves.
+func (s *Server) AwaitOwner() error {
 	var handedOver bool
 	_ = s.state.Await(context.Background(), func(st *state) bool {
 		handedOver = st.handedOver

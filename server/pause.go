@@ -113,7 +113,7 @@ func (s *Server) Pause(o PauseOptions) (*Hold, error) {
 	if o.Mode != PauseQueue && o.Mode != PauseReject {
 		return nil, fmt.Errorf("pausing: unknown mode %d", o.Mode)
 	}
-	if err := s.awaitFreezeEnd(); err != nil {
+	if err := s.AwaitOwner(); err != nil {
 		return nil, err
 	}
 	h := &Hold{srv: s, conn: o.Conn, info: HoldInfo{Reason: o.Reason, Mode: o.Mode, Since: time.Now(), By: o.By}}
@@ -223,7 +223,7 @@ func (st *state) endHold(i int, cause error, by Caller) {
 
 // ReleaseHold releases the hold with the given id on behalf of by. The error is ErrNoHold or a *DrainingError.
 func (s *Server) ReleaseHold(id string, by Caller) error {
-	if err := s.awaitFreezeEnd(); err != nil {
+	if err := s.AwaitOwner(); err != nil {
 		return err
 	}
 	var found *Hold
@@ -260,7 +260,7 @@ func (s *Server) resume(by Caller, all bool) (released int, err error) {
 	if s.log == nil {
 		return 0, errNotNew
 	}
-	if err := s.awaitFreezeEnd(); err != nil {
+	if err := s.AwaitOwner(); err != nil {
 		return 0, err
 	}
 	var ended []HoldInfo

@@ -242,7 +242,7 @@ func (s *Server) Configure(by Caller, change func(*Settings) error) (changes []S
 		return nil, errNotNew
 	}
 	for done := false; !done; {
-		s.awaitFreezeEnd()
+		s.AwaitOwner()
 		before := s.activeSettings()
 		after := before.toSettings()
 		if err := change(&after); err != nil {

@@ -209,7 +209,7 @@ func (s *Server) openConns() (conns []*Conn) {
 // sees the end of the stream. The error is ErrNoConn if no connection with that id is open, or if it is already
 // ending.
 func (s *Server) Kill(id uint64) error {
-	if err := s.awaitFreezeEnd(); err != nil {
+	if err := s.AwaitOwner(); err != nil {
 		return err
 	}
 	var c *Conn
@@ -222,7 +222,7 @@ func (s *Server) Kill(id uint64) error {
 
 // KillFunc kills each open connection for which match returns true, and returns how many.
 func (s *Server) KillFunc(match func(ConnInfo) bool) (killed int) {
-	if s.awaitFreezeEnd() != nil {
+	if s.AwaitOwner() != nil {
 		return 0
 	}
 	for c := range paced(s.openConns(), promptBurst) {

@@ -36,6 +36,7 @@ type transport struct {
 	name    string
 	dial    func() (net.Conn, error)
 	proxied bool // has no half-close
+	slow    bool // takes so long that little may be on its way when a drain begins, or the grace period is too short
 }
 
 // A session is one connection of a well-behaved client. It sends, checks every byte that comes back, stops when a notice
@@ -66,6 +67,9 @@ func newSession(nc net.Conn, from transport, rng *rand.Rand) *session {
 	}
 	if from.proxied {
 		s.window = 32 << 10
+	}
+	if from.slow {
+		s.window = 8 << 10
 	}
 	return s
 }

@@ -217,7 +217,7 @@ func (p *phase) restartByControl(context.Context) error {
 const lateness = 10 * time.Second
 
 func (p *phase) endBy(why string, begin func() error) error {
-	done := p.disrupt(why, false) // clients may be refused, but not cut off
+	done := p.begin(disruption{why: why, drain: true}) // clients may be refused, but not cut off
 	defer done()
 	if err := begin(); err != nil {
 		return err

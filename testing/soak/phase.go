@@ -43,6 +43,8 @@ type phase struct {
 	kills       int // connections that the operator has killed
 	explained   int // clients that a disruption cut off
 	cutByKill   int // of these, by a kill
+	cutLate     int // of these, at the deadline of a drain, after this process got no CPU time
+	halts       []halt
 	lost        int // without
 	violation   []string
 	unlisted    int // violations beyond those that are listed
@@ -53,6 +55,7 @@ type disruption struct {
 	from, until time.Time // until is zero while it lasts
 	why         string
 	cuts        bool // clients that are connected may be cut off
+	drain       bool // it is a drain with the full grace period
 	kills       int  // only so many
 }
 
@@ -104,7 +107,9 @@ func (p *phase) makeTransports() error {
 				return fmt.Errorf("toxic %s: %w", toxic, err)
 			}
 		}
-		p.transports = append(p.transports, transport{name: name, dial: dial("tcp", proxy.Listen), proxied: true})
+		p.transports = append(p.transports, transport{
+			name: name, dial: dial("tcp", proxy.Listen), proxied: true, slow: name == "chopping network",
+		})
 	}
 	return nil
 }
@@ -133,6 +138,7 @@ func (p *phase) run(ctx context.Context, d time.Duration) {
 	watchCtx, stopWatching := context.WithCancel(context.Background())
 	watching.Go(func() { p.watch.run(watchCtx) })
 	watching.Go(func() { p.watch.followEvents(watchCtx) })
+	watching.Go(func() { p.recordHalts(watchCtx) })
 	p.watch.checkIdle(ctx) // the first figures, of a server without clients
 	for i := range p.settings.clients {
 		tasks.Go(func() { p.client(ctx, uint64(i)) })
@@ -250,10 +256,16 @@ func (p *phase) checkLater(o outcome) {
 
 // disrupt begins a disruption: clients may be refused and, if cuts is true, cut off. The caller ends it.
 func (p *phase) disrupt(why string, cuts bool) (end func()) {
+	return p.begin(disruption{why: why, cuts: cuts})
+}
+
+// begin begins d. The caller ends it.
+func (p *phase) begin(d disruption) (end func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	i := len(p.disruptions)
-	p.disruptions = append(p.disruptions, disruption{from: time.Now(), why: why, cuts: cuts})
+	d.from = time.Now()
+	p.disruptions = append(p.disruptions, d)
 	return func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
@@ -273,6 +285,52 @@ func (p *phase) expectKilled(n int) {
 // slack is how long after a fault a client may notice it.
 const slack = 5 * time.Second
 
+// A halt is a time in which this process got no CPU time: the machine was suspended, or far too busy.
+type halt struct{ from, until time.Time }
+
+// Bounds of halts.
+const (
+	heartbeat    = 50 * time.Millisecond
+	shortestHalt = 500 * time.Millisecond // longer than a busy scheduler delays a goroutine
+	longHalt     = time.Second            // in a drain, after which a client may miss its deadline
+)
+
+// recordHalts records when this process got no CPU time, until ctx ends.
+func (p *phase) recordHalts(ctx context.Context) {
+	for last := time.Now(); ctx.Err() == nil; {
+		pause(ctx, heartbeat)
+		now := time.Now()
+		if now.Sub(last) > shortestHalt {
+			p.mu.Lock()
+			p.halts = append(p.halts, halt{last, now})
+			p.mu.Unlock()
+		}
+		last = now
+	}
+}
+
+// halted returns how long the halts were in a period. p.mu is held, or the phase has ended.
+func (p *phase) halted(from, until time.Time) (total time.Duration) {
+	for _, h := range p.halts {
+		begin, end := h.from, h.until
+		if begin.Before(from) {
+			begin = from
+		}
+		if end.After(until) {
+			end = until
+		}
+		total += max(0, end.Sub(begin))
+	}
+	return total
+}
+
+// missedDeadline reports whether a client was cut off at the deadline of a drain, and could not use its grace period
+// because this process, with all clients, got no CPU time. The server closes by the clock. G5 promises the bytes to
+// clients that read within the grace period.
+func (p *phase) missedDeadline(o outcome, d *disruption) bool {
+	return d.drain && !o.connecting && !o.at.Before(d.from.Add(grace)) && p.halted(d.from, o.at) >= longHalt
+}
+
 // checkCuts reports clients that were cut off or refused while no disruption allowed it.
 func (p *phase) checkCuts() {
 	p.mu.Lock()
@@ -282,7 +340,16 @@ func (p *phase) checkCuts() {
 		explained := false
 		for i := range disruptions {
 			e := &disruptions[i]
-			if o.at.Before(e.from) || !e.until.IsZero() && o.at.After(e.until.Add(slack)) || !e.cuts && !o.connecting {
+			if o.at.Before(e.from) || !e.until.IsZero() && o.at.After(e.until.Add(slack)) {
+				continue
+			}
+			if p.missedDeadline(o, e) {
+				p.cutLate++
+				log.Printf("cut off at the deadline, after a halt: %s", o.detail)
+				explained = true
+				break
+			}
+			if !e.cuts && !o.connecting {
 				continue
 			}
 			if e.why == "kill" {

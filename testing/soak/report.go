@@ -64,6 +64,10 @@ func (r *report) String() string {
 	number("connects that failed", func(p result) int64 { return p.refused })
 	number("connections that the operator killed", func(p result) int64 { return int64(p.kills) })
 	number("cut off or refused, with a reason", func(p result) int64 { return int64(p.explained) })
+	number("of these, at a deadline after this process got no CPU time", func(p result) int64 { return int64(p.cutLate) })
+	line("times without CPU time; in all", func(p result) string {
+		return fmt.Sprintf("%d; %s", len(p.halts), p.halted(p.began, p.began.Add(p.took)).Round(time.Millisecond))
+	})
 	number("**lost**: cut off or refused, without a reason", func(p result) int64 { return int64(p.lost) })
 	number("status requests checked", func(p result) int64 { return p.watch.statuses.Load() })
 	line("slowest status", func(p result) string { return p.watch.slowest.Round(time.Millisecond).String() })

@@ -27,18 +27,7 @@ type watcher struct {
 	idleFigures []figures
 
 	seen eventsSeen
-
-	// Owned by run.
-	pid      int       // of the process that answered last
-	switched time.Time // when another one did
 }
-
-// catchUp is how long after an upgrade the counters may lack connections that ended during the handover. The new process
-// learns of them from the old one's next message.
-const catchUp = 2 * time.Second
-
-// mayLag reports whether an upgrade was so recent that counters may lag.
-func (w *watcher) mayLag() bool { return time.Since(w.switched) < catchUp }
 
 // figures is what a server without clients uses.
 type figures struct {
@@ -84,17 +73,13 @@ func (w *watcher) run(ctx context.Context) {
 		case w.stopped.Load() > 0 || ctx.Err() != nil || w.lineage.Load() != lineage:
 			continue
 		case err != nil:
-			w.checkLater(outcome{kind: cut, connecting: true, detail: fmt.Sprintf("status: %v, after %s", err, took.Round(time.Millisecond)), at: began})
+			w.checkLater(outcome{kind: cut, connecting: true, detail: fmt.Sprintf("status: %v, after %s", err, took.Round(time.Millisecond)), at: time.Now()})
 			continue
 		}
 		w.statuses.Add(1)
 		w.slowest = max(w.slowest, took)
-		if st.PID != w.pid {
-			w.pid, w.switched = st.PID, began
-		}
-		if w.check(last, st) {
-			last = st
-		}
+		w.check(last, st)
+		last = st
 		if n%4 == 0 {
 			if samples, err := w.metrics(); err == nil && w.lineage.Load() == lineage {
 				w.scrapes.Add(1)
@@ -104,9 +89,8 @@ func (w *watcher) run(ctx context.Context) {
 	}
 }
 
-// check checks that a status adds up, and compares it with an earlier one. It reports whether later ones should be
-// compared with this one.
-func (w *watcher) check(last, st control.Status) bool {
+// check checks that a status adds up, and compares it with an earlier one.
+func (w *watcher) check(last, st control.Status) {
 	closed := uint64(0)
 	for _, n := range st.Closed {
 		closed += n
@@ -115,29 +99,22 @@ func (w *watcher) check(last, st control.Status) bool {
 		w.violate("accepted %d is not open %d + closed %d", st.Accepted, st.Connections, closed)
 	}
 	if last.PID == 0 {
-		return true
+		return
 	}
-	var back []string
+	back := func(what string, from, to uint64) {
+		if to < from {
+			w.violate("%s went back from %d to %d (process %d, then %d)", what, from, to, last.PID, st.PID)
+		}
+	}
 	for what, pair := range map[string][2]uint64{
 		"accepted": {last.Accepted, st.Accepted}, "bytes_in": {last.BytesIn, st.BytesIn}, "bytes_out": {last.BytesOut, st.BytesOut},
 		"notices sent": {uint64(last.Notices.Sent), uint64(st.Notices.Sent)},
 	} {
-		if pair[1] < pair[0] {
-			back = append(back, fmt.Sprintf("%s went back from %d to %d", what, pair[0], pair[1]))
-		}
+		back(what, pair[0], pair[1])
 	}
 	for why, n := range last.Closed {
-		if st.Closed[why] < n {
-			back = append(back, fmt.Sprintf("closed as %s went back from %d to %d", why, n, st.Closed[why]))
-		}
+		back("closed as "+why, n, st.Closed[why])
 	}
-	if back != nil && w.mayLag() {
-		return false
-	}
-	for _, what := range back {
-		w.violate("%s (process %d, then %d)", what, last.PID, st.PID)
-	}
-	return true
 }
 
 // compare checks that no counter of connections went back, not even over an upgrade.
@@ -149,9 +126,6 @@ func (w *watcher) compare(last, now map[string]float64) {
 		if strings.HasPrefix(name, "echod_signals") || strings.HasPrefix(name, "echod_control") || strings.HasPrefix(name, "echod_log") ||
 			strings.HasPrefix(name, "echod_tls") {
 			continue // of the process
-		}
-		if v < last[name] && w.mayLag() {
-			continue
 		}
 		if v < last[name] {
 			w.violate("metric %s went back from %v to %v", name, last[name], v)
