@@ -103,6 +103,16 @@ func TestSpread(t *testing.T) {
 		wantEqual(t, "told, notified, at the deadline", []int{rep.Told, rep.Notified, rep.AtDeadline}, []int{500, 500, 500})
 	}))
 
+	t.Run("a drain with a grace period of its own keeps the server's spread", inBubble(Echo, opts, func(t *testing.T, r *rig) {
+		clients := r.dialMany(t, 50)
+		a := watch(clients, false)
+		_, took := drainIn(r.Server, time.Second, "x")
+		synctest.Wait()
+		if last := slices.Max(a.told()); last < spread/2 || last > spread || took < spread {
+			t.Errorf("the last was told after %v, and the drain took %v; want a spread of %v", last, took, spread)
+		}
+	}))
+
 	t.Run("the notice names the client's own time", inBubble(Echo, opts, func(t *testing.T, r *rig) {
 		clients := r.dialMany(t, 20)
 		r.drain(0, "x")

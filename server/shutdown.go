@@ -258,7 +258,7 @@ func (s *Server) changeDrain(plan drainPlan, o DrainOptions, mode drainMode) (ch
 			d.acceptUntil = now
 		}
 		begin := d.nextNoticeTime(now)
-		spread, grace := plan(begin, false)
+		spread, grace := plan(begin, begun)
 		end = begin.Add(spread + grace)
 		if (mode >= drainShorten || endKeep) && !d.expired && end.Before(d.deadline) {
 			shortened = true
