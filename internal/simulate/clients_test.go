@@ -42,7 +42,8 @@ type trace struct {
 	longestQuiet    time.Duration // without a byte in either direction, before lastMoved
 	end             error         // io.EOF, or why reading failed
 	endAt           time.Time
-	told            time.Time // when it read the notice of the drain
+	told            time.Time // when it read the notice to leave
+	toldFor         string    // the reason in that notice
 	notReadingSince time.Time // zero while it reads
 	stoppedReading  bool      // it has stopped reading at least once
 	done            bool      // its goroutines have ended
@@ -61,6 +62,14 @@ func content(id, n int, p []byte) {
 		}
 	}
 }
+
+// Why clients are told to leave.
+const (
+	toldDrain   = "test"
+	toldEvict   = "evict"
+	toldUpgrade = "upgrade"
+	toldAge     = "max-age"
+)
 
 var (
 	shutdownWord = []byte("SHUTDOWN ")
@@ -115,8 +124,9 @@ func (t *trace) read(nc clientConn, log func(string, ...any)) {
 			t.move()
 			if t.told.IsZero() {
 				if i := bytes.Index(t.got, shutdownWord); i >= 0 && bytes.IndexByte(t.got[i:], '\n') >= 0 {
-					t.told = time.Now()
-					log("client %d: told", t.plan.ID)
+					line, _, _ := bytes.Cut(t.got[i:], []byte("\n"))
+					t.told, t.toldFor = time.Now(), string(line[bytes.LastIndexByte(line, ' ')+1:])
+					log("client %d: told %q", t.plan.ID, line)
 				}
 			}
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -25,8 +26,10 @@ type serverPlan struct {
 	RejectFull  bool // Limits.AtLimit is LimitReject
 	PerAddress  int
 	Idle, Stall time.Duration
+	MaxAge      time.Duration
 	Grace       time.Duration
 	Delay       time.Duration
+	Spread      time.Duration // of a drain's notices
 }
 
 // clientPlan is what one client does. Times are counted from its start, one step after another.
@@ -64,11 +67,14 @@ type step struct {
 // opPlan is one action of an operator.
 type opPlan struct {
 	At     time.Duration
-	Do     string // pause, resume, release, kill, killidle, killall, notify, drain, shorten, force, upgrade, wait
+	Do     string // pause, resume, release, kill, killidle, killall, notify, set, drain, extend, cancel, force, upgrade
 	Mode   string
-	TTL    time.Duration // of a pause; or the grace period of a drain
-	Which  int           // of the holds or clients
+	TTL    time.Duration // of a pause; or the grace period of a drain, its extension, or the value of a timeout
+	Which  int           // of the holds or clients; or the value of a limit
 	While  bool          // pause while connected, for TTL
+	Evict  bool          // the pause sends clients away
+	Spread time.Duration // of the notices of a drain or an eviction; 0: not requested
+	Set    string        // the name of a setting
 	Fault  linkFault     // of an upgrade
 	Refuse bool          // the successor refuses
 }
@@ -107,7 +113,7 @@ func draw(seed uint64, sh shape) *history {
 	for i := range 1 + d.IntN(sh.clients) {
 		h.Clients = append(h.Clients, d.client(i, h.Horizon))
 	}
-	h.Ops = d.ops(h.Horizon, len(h.Clients))
+	h.Ops = d.ops(h)
 	return h
 }
 
@@ -142,8 +148,14 @@ func (d *generator) server() (s serverPlan) {
 	if d.oneIn(2) {
 		s.Stall = d.between(3*unit/2, 4*unit)
 	}
-	if d.oneIn(5) {
+	if d.oneIn(3) {
 		s.Delay = d.between(unit/10, 2*unit)
+	}
+	if d.oneIn(4) {
+		s.Spread = d.between(unit/5, 3*unit)
+	}
+	if d.oneIn(5) {
+		s.MaxAge = d.between(unit, 8*unit)
 	}
 	return s
 }
@@ -234,17 +246,22 @@ func (d *generator) handler() (m handlerPlan) {
 	return m
 }
 
-func (d *generator) ops(horizon time.Duration, clients int) (ops []opPlan) {
-	unit := d.shape.timeouts
-	for range d.IntN(12) {
-		op := opPlan{At: d.between(0, horizon), Which: d.IntN(clients)}
-		switch d.IntN(12) {
+func (d *generator) ops(h *history) (ops []opPlan) {
+	unit, horizon := d.shape.timeouts, h.Horizon
+	for range d.IntN(14) {
+		op := opPlan{At: d.between(0, horizon), Which: d.IntN(len(h.Clients))}
+		switch d.IntN(14) {
 		case 0, 1, 2:
 			op.Do, op.Mode = "pause", [...]string{"hold", "reject"}[d.IntN(2)]
 			if d.oneIn(2) {
 				op.TTL = d.between(unit/10, 5*unit)
 				op.While = d.oneIn(3)
 			}
+			if op.Evict = d.oneIn(4); op.Evict && d.oneIn(2) {
+				op.Spread = d.between(unit/10, 3*unit)
+			}
+		case 12, 13:
+			d.set(&op)
 		case 3:
 			op.Do = "resume"
 		case 4:
@@ -274,35 +291,85 @@ func (d *generator) ops(horizon time.Duration, clients int) (ops []opPlan) {
 		}
 		ops = append(ops, op)
 	}
-	if slices.ContainsFunc(ops, func(o opPlan) bool { return o.Do == "upgrade" }) {
-		for i := range ops { // echod passes such callers on; the library does not
-			ops[i].While = false
-		}
-	}
-	// How it ends. A drain may come early, and be changed.
-	if !d.oneIn(3) {
-		drain := opPlan{At: d.between(horizon/4, horizon), Do: "drain", TTL: d.between(0, 5*unit)}
-		if d.oneIn(3) {
-			drain.TTL = -1 // the default
-		}
-		ops = append(ops, drain)
-		for range d.IntN(3) {
-			op := opPlan{At: d.between(drain.At, drain.At+3*unit), Do: "drain", TTL: d.between(0, 5*unit)}
-			switch d.IntN(5) {
-			case 0:
-				op.Do = "force"
-			case 1:
-				op.Do, op.Mode = "pause", "hold"
-			case 2:
-				op.Do = "resume"
-			case 3:
-				op.TTL = -1
-			}
-			ops = append(ops, op)
-		}
+	// How it ends. A drain may come early, be changed, and be cancelled. Then there may be another one.
+	for more := !d.oneIn(3); more; more = d.oneIn(3) {
+		ops = append(ops, d.drain(h)...)
 	}
 	slices.SortStableFunc(ops, func(a, b opPlan) int { return int(a.At - b.At) })
 	return ops
+}
+
+// drain generates a drain, and requests that may change it.
+func (d *generator) drain(h *history) (ops []opPlan) {
+	unit := d.shape.timeouts
+	drain := opPlan{At: d.between(h.Horizon/4, h.Horizon), Do: "drain", TTL: d.between(0, 5*unit)}
+	if d.oneIn(3) {
+		drain.TTL = -1 // the default
+	}
+	if d.oneIn(4) {
+		drain.Spread = d.between(unit/10, 3*unit)
+	}
+	ops = append(ops, drain)
+	if h.Server.Delay > 0 && d.oneIn(2) {
+		ops = append(ops, opPlan{At: d.between(drain.At, drain.At+h.Server.Delay), Do: "cancel"})
+	}
+	for range d.IntN(4) {
+		op := opPlan{At: d.between(drain.At, drain.At+3*unit), Do: "drain", TTL: d.between(0, 5*unit)}
+		switch d.IntN(9) {
+		case 0:
+			op.Do = "force"
+		case 1:
+			op.Do, op.Mode = "pause", "hold"
+		case 2:
+			op.Do = "resume"
+		case 3:
+			op.TTL = -1
+		case 4:
+			op.Do = "cancel"
+		case 5, 6:
+			op.Do, op.TTL = "extend", d.between(unit/10, 3*unit)
+		case 7:
+			op.Spread = d.between(unit/10, 2*unit)
+		}
+		ops = append(ops, op)
+	}
+	return ops
+}
+
+// set chooses a setting and its value: a limit is in Which, a timeout in TTL, and 0 disables either.
+func (d *generator) set(op *opPlan) {
+	unit := d.shape.timeouts
+	op.Do, op.Which = "set", 0
+	switch d.IntN(4) {
+	case 0:
+		op.Set, op.TTL = settingIdle, d.between(unit, 6*unit)
+	case 1:
+		op.Set, op.TTL = settingMaxAge, d.between(unit, 8*unit)
+	case 2:
+		op.Set, op.TTL = settingGrace, d.between(unit/5, 5*unit)
+		return
+	default:
+		op.Set, op.Which = settingMaxConns, 1+d.IntN(10)
+	}
+	if d.oneIn(4) {
+		op.TTL, op.Which = 0, 0
+	}
+}
+
+// The settings that operators change.
+const (
+	settingMaxConns = "max-conns"
+	settingIdle     = "idle-timeout"
+	settingMaxAge   = "max-conn-age"
+	settingGrace    = "grace"
+)
+
+// value is what a setting is set to, as text.
+func (o opPlan) value() string {
+	if o.Set == settingMaxConns {
+		return strconv.Itoa(o.Which)
+	}
+	return o.TTL.String()
 }
 
 // clone copies h so deep that its lists can be changed.
@@ -340,10 +407,15 @@ func (o opPlan) String() string {
 		if o.TTL > 0 {
 			text += " for " + o.TTL.String()
 		}
-	case "killidle":
+		if o.Evict {
+			text += " and evict, spread " + o.Spread.String()
+		}
+	case "set":
+		text += " " + o.Set + " " + o.value()
+	case "killidle", "extend":
 		text += " " + o.TTL.String()
 	case "drain":
-		text += " grace " + o.TTL.String()
+		text += " grace " + o.TTL.String() + " spread " + o.Spread.String()
 	case "kill", "release":
 		text += fmt.Sprintf(" %d", o.Which)
 	case "upgrade":

@@ -48,7 +48,9 @@ func (m *model) checkClient(t *trace, l connRecord) {
 	}
 	c := l.closed[0]
 	m.checkReason(t, l, c, violated)
-	m.checkNotices(t, l, c, echo, notices, violated)
+	m.checkNotices(t, c, echo, notices, violated)
+	m.checkTold(t, l, c, violated)
+	m.checkUntold(t, l, c, violated)
 	m.checkBytes(t, c, echo, violated)
 	if t.sawEOF() && c.Closed.After(t.endAt.Add(lingerTime+t.plan.Delay+m.w.slack())) {
 		violated("a closed connection does not linger", "its stream ended at %v, and it was closed at %v",
@@ -71,6 +73,8 @@ func (m *model) checkClient(t *trace, l connRecord) {
 // checkReason requires a cause for the close reason: something that the client, its handler or an operator did.
 func (m *model) checkReason(t *trace, l connRecord, c server.ClosedConn, violated func(string, string, ...any)) {
 	p := m.w.h.Server
+	limit := m.maxConns.least(t.connected, c.Closed)
+	idle := time.Duration(m.idle.least(m.w.began, c.Closed))
 	rule := "a close reason has its cause"
 	gone := !t.closed.IsZero() || t.plan.Floods || t.end == errGivenUp
 	inDrain := m.drain != nil && !c.Closed.Before(m.drain.earliest)
@@ -91,7 +95,7 @@ func (m *model) checkReason(t *trace, l connRecord, c server.ClosedConn, violate
 		}
 	case server.ReasonIdleTimeout:
 		quiet := max(t.longestQuiet, c.Closed.Sub(t.lastMoved))
-		if p.Idle == 0 || quiet < m.w.minQuiet(p.Idle-2*t.lag()) && !t.stoppedReading && t.plan.Handler.Hang == 0 {
+		if idle == 0 || quiet < m.w.minQuiet(idle-2*t.lag()) && !t.stoppedReading && t.plan.Handler.Hang == 0 {
 			violated(rule, "closed as %v, but the client was never quiet for more than %v", c.Reason, quiet)
 		}
 	case server.ReasonStalled:
@@ -99,7 +103,7 @@ func (m *model) checkReason(t *trace, l connRecord, c server.ClosedConn, violate
 			violated(rule, "closed as %v, but the client read all the time", c.Reason)
 		}
 	case server.ReasonHandlerDone:
-		if t.plan.Handler.ReturnAfter == 0 && !(t.plan.Handler.ReturnsOnDrain && (c.Notified || m.drain != nil || upgraded)) {
+		if t.plan.Handler.ReturnAfter == 0 && !(t.plan.Handler.ReturnsOnDrain && (c.Notified || t.toldFor != "" || m.drain != nil || upgraded)) {
 			violated(rule, "closed as %v, but the handler does not return", c.Reason)
 		}
 	case server.ReasonHandlerError:
@@ -122,7 +126,7 @@ func (m *model) checkReason(t *trace, l connRecord, c server.ClosedConn, violate
 			violated(rule, "closed as %v, but no hold rejects", c.Reason)
 		}
 	case server.ReasonRejectedLimit:
-		if !(p.MaxConns > 0 && p.RejectFull) {
+		if !(limit > 0 && p.RejectFull) {
 			violated(rule, "closed as %v, but there is no limit", c.Reason)
 		}
 	case server.ReasonRejectedAddressLimit:
@@ -134,8 +138,16 @@ func (m *model) checkReason(t *trace, l connRecord, c server.ClosedConn, violate
 			violated(rule, "closed as %v, but before the deadline", c.Reason)
 		}
 	case server.ReasonDeadline:
-		if !inDrain && !upgraded {
+		if (m.drain == nil || c.Closed.Before(m.drain.firstClose())) && !upgraded {
 			violated(rule, "closed as %v at %v, before the deadline", c.Reason, c.Closed.Sub(m.w.began))
+		}
+	case server.ReasonEvicted:
+		if !slices.ContainsFunc(m.holds, func(h *modelHold) bool { return h.evict && !h.requested.Add(h.grace).After(c.Closed) }) {
+			violated(rule, "closed as %v, but no hold evicts", c.Reason)
+		}
+	case server.ReasonMaxAge:
+		if age := m.maxAge.least(l.accepted, c.Closed); age == 0 || c.Closed.Sub(t.connected) < time.Duration(age)*ageLeast/100 {
+			violated(rule, "closed as %v, at an age of %v", c.Reason, c.Closed.Sub(t.connected))
 		}
 	case server.ReasonForced:
 		late := m.drain != nil && !c.Closed.Before(m.drain.earliest.Add(abortTime))
@@ -161,7 +173,7 @@ func (m *model) wasKilled(t *trace, c server.ClosedConn) bool {
 }
 
 // checkNotices requires a client to get each notice that concerns it once, and no others.
-func (m *model) checkNotices(t *trace, l connRecord, c server.ClosedConn, echo int, notices []string, violated func(string, string, ...any)) {
+func (m *model) checkNotices(t *trace, c server.ClosedConn, echo int, notices []string, violated func(string, string, ...any)) {
 	told := 0
 	// While a rejected connection lingers, it can be closed for another reason.
 	ended := c.Reason == server.ReasonKilled || c.Reason == server.ReasonDeadline || c.Reason == server.ReasonForced
@@ -171,7 +183,7 @@ func (m *model) checkNotices(t *trace, l connRecord, c server.ClosedConn, echo i
 		switch {
 		case word == "SHUTDOWN":
 			told++
-			m.checkSeconds(t, c, rest, violated)
+			m.checkSeconds(c, rest, violated)
 		case word == "NOTICE":
 			if seen[rest] || !slices.ContainsFunc(m.ops, func(o *opResult) bool { return o.text == rest && rest != "" }) {
 				violated("a message is told once", "it was told %q twice, or nobody sent it", rest)
@@ -198,45 +210,27 @@ func (m *model) checkNotices(t *trace, l connRecord, c server.ClosedConn, echo i
 			violated("a client is told once", "it was told %d times, and the server says notified %v", told, c.Notified)
 		}
 	}
-	if c.Reason == server.ReasonDeadline && t.readsPromptly() && t.sawEOF() && told == 0 {
-		violated("every client is told", "it was closed at the deadline, and not told before")
-	}
-	// Every client that is served when the drain begins is told, unless its connection ends at that moment.
-	if d := m.drain; d != nil && d.forcedAt.IsZero() && told == 0 && t.readsPromptly() && !l.served.IsZero() {
-		by := latest(d.acceptUntil, l.served).Add(tellTime + 2*t.lag() + m.w.slack())
-		ended := c.Closed
-		if !t.endAt.IsZero() && t.endAt.Before(ended) {
-			ended = t.endAt
-		}
-		if !t.closed.IsZero() && t.closed.Before(ended) {
-			ended = t.closed
-		}
-		if d.uncertain {
-			by = by.Add(commitTime + freezeTime)
-		}
-		if ended.After(by) && t.finished.IsZero() && d.latest.After(by) && t.plan.Handler.Hang == 0 && t.end != errGivenUp {
-			violated("every client is told", "it was served from %v to %v, and was not told of the drain at %v", l.served.Sub(m.w.began), ended.Sub(m.w.began), d.acceptUntil.Sub(m.w.began))
-		}
+	byDeadline := c.Reason == server.ReasonDeadline || c.Reason == server.ReasonEvicted || c.Reason == server.ReasonMaxAge
+	if byDeadline && t.readsPromptly() && t.sawEOF() && told == 0 {
+		violated("every client is told", "closed as %v, and not told before", c.Reason)
 	}
 }
 
-// checkSeconds requires the notice to state the seconds that are left, and the reason.
-func (m *model) checkSeconds(t *trace, c server.ClosedConn, text string, violated func(string, string, ...any)) {
+// checkSeconds requires the notice to state the time that is left, in seconds and rounded up.
+func (m *model) checkSeconds(c server.ClosedConn, text string, violated func(string, string, ...any)) {
 	number, reason, _ := strings.Cut(text, " ")
 	seconds, err := strconv.Atoi(number)
-	if err != nil || reason != "test" && reason != "upgrade" {
+	if err != nil {
 		violated("a notice says when and why", "it was told %q", text)
 		return
 	}
-	d := m.drain
-	if reason == "upgrade" || d == nil || c.Reason == server.ReasonRejectedDraining {
-		if reason != "upgrade" && d == nil {
-			violated("a notice says when and why", "it was told %q, and there is no drain", text)
-		}
+	if c.Reason == server.ReasonRejectedDraining || reason == toldUpgrade {
 		return
 	}
-	// A later request may have brought the deadline forward.
-	longest := max(m.w.h.Server.Grace, 5*m.w.shape.timeouts) + m.w.h.Server.Delay + time.Second
+	longest := time.Duration(m.grace.most(m.w.began, c.Closed))
+	if reason == toldDrain && m.drain != nil {
+		longest = m.drain.longestGrace()
+	}
 	if float64(seconds) > longest.Seconds()+1 {
 		violated("a notice says when and why", "it was told %q, which is more than %v", text, longest)
 	}

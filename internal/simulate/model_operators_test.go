@@ -50,6 +50,12 @@ func (m *model) checkOp(r *opResult) {
 		}
 	case "drain", "force":
 		m.checkDrain(r, upgrading)
+	case "extend":
+		m.checkExtend(r, upgrading)
+	case "cancel":
+		m.checkCancel(r, upgrading)
+	case "set":
+		m.checkSet(r, upgrading)
 	case "upgrade":
 		m.checkUpgrade(r)
 	}
@@ -60,7 +66,13 @@ func (m *model) checkPause(r *opResult) {
 	if r.code != 201 {
 		return
 	}
-	h := &modelHold{id: r.hold.ID, mode: r.plan.Mode, requested: r.began, inForce: r.ended}
+	h := &modelHold{
+		id: r.hold.ID, mode: r.plan.Mode, requested: r.began, inForce: r.ended,
+		evict: r.plan.Evict, spread: r.plan.Spread, grace: time.Duration(m.grace.last()),
+	}
+	if r.hold.Evict != r.plan.Evict || r.hold.SpreadSeconds != r.plan.Spread.Seconds() {
+		m.w.violate("a hold is as requested", "%s evicts %v within %v s", r.hold.ID, r.hold.Evict, r.hold.SpreadSeconds)
+	}
 	if r.hold.Mode != r.plan.Mode {
 		m.w.violate("a hold is as requested", "%s has mode %s, want %s", r.hold.ID, r.hold.Mode, r.plan.Mode)
 	}
@@ -91,7 +103,7 @@ func (m *model) checkResume(r *opResult, upgrading bool) {
 		case h.live(r.began):
 			live++
 			h.earliestEnd, h.latestEnd = r.began, r.ended
-		case h.callerLeft && r.ended.Sub(h.earliestEnd) < 100*time.Millisecond, h.mayEnd().Equal(r.began):
+		case h.callerLeft && r.ended.Before(h.latestEnd), h.mayEnd().Equal(r.began):
 			ending++
 		}
 	}
@@ -115,79 +127,9 @@ func (m *model) checkRelease(r *opResult, upgrading bool) {
 	}
 }
 
-// checkDrain computes the deadline. The first request sets it: after the server's delay and the grace period of the
-// request, or of the server. Later requests can only bring it forward.
-func (m *model) checkDrain(r *opResult, upgrading bool) {
-	p := m.w.h.Server
-	grace := p.Grace
-	if r.plan.TTL >= 0 {
-		grace = r.plan.TTL
-	}
-	if r.code != 200 && r.code != 202 {
-		m.w.violate("a shutdown is accepted", "%s: code %d", r.plan, r.code)
-		return
-	}
-	if m.drain != nil && !r.change.Changed && r.change.State == "stopped" {
-		return // too late to change anything
-	}
-	want := true // whether the answer should say that the drain changed
-	force := r.plan.Do == "force"
-	switch d := m.drain; {
-	case d == nil:
-		d = &modelDrain{began: r.began, acceptUntil: r.began.Add(p.Delay), spread: r.ended.Sub(r.began)}
-		d.earliest, d.latest = d.acceptUntil.Add(grace), r.ended.Add(p.Delay+grace)
-		if force {
-			d.earliest, d.latest, d.forcedAt = r.began, r.ended, r.ended
-		}
-		if d.earliest.Before(d.acceptUntil) {
-			d.acceptUntil = d.earliest
-		}
-		m.drain = d
-	case force:
-		want = d.forcedAt.IsZero()
-		if want {
-			d.forcedAt = r.ended
-		}
-		d.shorten(r.began, r.ended)
-	case r.plan.TTL < 0:
-		want = false
-	default:
-		begin := r.began
-		if d.acceptUntil.After(begin) {
-			begin = d.acceptUntil
-		}
-		end := begin.Add(grace)
-		want = r.began.Before(d.earliest) && end.Before(d.earliest)
-		if want {
-			d.shorten(end, end.Add(d.spread+r.ended.Sub(r.began)))
-		}
-	}
-	d := m.drain
-	if upgrading {
-		d.latest, d.uncertain = d.latest.Add(commitTime+freezeTime), true
-		return
-	}
-	if want != r.change.Changed && !d.uncertain && !r.began.Equal(d.earliest) && !m.w.shape.sockets {
-		m.w.violate("a drain changes as requested", "%s: changed %v, want %v", r.plan, r.change.Changed, want)
-	}
-	if r.change.Drain == nil {
-		m.w.violate("a shutdown answers the deadline", "%s: no drain in the answer", r.plan)
-	} else {
-		m.checkDeadline(r.change.Drain.Deadline)
-	}
-}
-
-// checkDeadline requires a reported deadline to be within the model's bounds.
-func (m *model) checkDeadline(got time.Time) {
-	if got.Before(m.drain.earliest) || got.After(m.drain.latest) {
-		m.w.violate("the deadline is as requested", "it is %v, want %v to %v",
-			got.Sub(m.w.began), m.drain.earliest.Sub(m.w.began), m.drain.latest.Sub(m.w.began))
-	}
-}
-
 // checkUpgrade requires an upgrade to succeed, unless the history has a fault, a drain or another upgrade at that time.
 func (m *model) checkUpgrade(r *opResult) {
-	mayFail := r.plan.Refuse || r.plan.Fault.At > 0 || m.drain != nil || m.overlapsUpgrade(r)
+	mayFail := r.plan.Refuse || r.plan.Fault.At > 0 || m.drained(r.began, r.ended) || m.overlapsUpgrade(r)
 	switch {
 	case r.err != nil && !mayFail:
 		m.w.violate("an upgrade succeeds", "%v", r.err)

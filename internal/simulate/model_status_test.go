@@ -42,9 +42,10 @@ func (m *model) checkStatus(g *generation, st control.Status, exact bool) {
 		}
 		return
 	}
+	m.checkSettings(g, st)
 	var want []string
 	for _, h := range m.holds {
-		if h.callerLeft && now.Sub(h.earliestEnd) < 100*time.Millisecond || !h.expires.IsZero() && now.Sub(h.expires).Abs() < 10*time.Millisecond+m.w.expirySlack() {
+		if h.callerLeft && now.Before(h.latestEnd) || !h.expires.IsZero() && now.Sub(h.expires).Abs() < 10*time.Millisecond+m.w.expirySlack() {
 			return // it may have ended or not
 		}
 		if h.live(now) {
@@ -75,12 +76,12 @@ func (m *model) checkSettled() {
 	now := time.Now()
 	served, full := 0, false
 	for _, l := range m.w.snapshot() {
-		if !l.served.IsZero() && len(l.closed) == 0 {
-			served++
+		if !l.served.IsZero() && (len(l.closed) == 0 || now.Sub(l.closed[0].Closed) < backoffTime) {
+			served++ // its place may be free only now
 		}
 	}
-	if p := m.w.h.Server; p.MaxConns > 0 {
-		full = served >= p.MaxConns
+	if most := int(m.maxConns.last()); most > 0 {
+		full = served >= most
 	}
 	records := m.w.snapshot()
 	for _, t := range m.w.traces {
@@ -122,7 +123,8 @@ func (m *model) checkRejects(now time.Time) {
 // checkTimeouts requires that clients which are idle or stalled for too long are closed.
 func (m *model) checkTimeouts(now time.Time) {
 	p := m.w.h.Server
-	if p.Idle == 0 && p.Stall == 0 || m.recentUpgrade(now) {
+	idle := time.Duration(m.idle.last())
+	if idle == 0 && p.Stall == 0 || m.recentUpgrade(now) {
 		return
 	}
 	records := m.w.snapshot()
@@ -132,7 +134,7 @@ func (m *model) checkTimeouts(now time.Time) {
 		open := !t.connected.IsZero() && !t.ended() && !l.served.IsZero() && len(l.closed) == 0 && t.plan.Handler.Hang == 0
 		margin := time.Second + flushTime + lingerTime + 2*t.lag() + m.w.slack()
 		lastMoved := latest(t.lastMoved, l.served)
-		if open && t.notReadingSince.IsZero() && p.Idle > 0 && now.Sub(lastMoved) > p.Idle*sweepPercent/100+margin {
+		if open && t.notReadingSince.IsZero() && idle > 0 && now.Sub(latest(lastMoved, m.idle.since())) > idle*sweepPercent/100+margin {
 			m.w.violate("idle clients are closed", "client %d is idle since %v", t.plan.ID, lastMoved.Sub(m.w.began))
 		}
 		// More data is outstanding than the client's window and the server's buffer can hold.

@@ -13,6 +13,8 @@ import (
 // Each check* method states some rules. A rule that does not hold is a violation (world.violate).
 //
 //	model_operators_test.go  the answer to each request
+//	model_drain_test.go      drains, and what clients are told
+//	model_settings_test.go   settings that change
 //	model_status_test.go     the status, at any time
 //	model_clients_test.go    each client, at the end
 //	model_end_test.go        all clients and counters, at the end
@@ -31,14 +33,20 @@ const (
 	backoffTime  = time.Second             // between accepts that fail
 	keepTime     = time.Second             // HandoverOptions.Keep in each upgrade
 	sweepPercent = 125                     // a timeout takes effect within so much of it, and a second
+	ageLeast     = 90                      // the percentage of the maximum age at which a client is told, at least
+	ageMost      = 110                     // and at most
 )
 
 type model struct {
 	w *world
 
-	mu       sync.Mutex
-	holds    []*modelHold // all that were ever placed
-	drain    *modelDrain  // nil until one is requested
+	mu     sync.Mutex
+	holds  []*modelHold  // all that were ever placed
+	drain  *modelDrain   // nil until one is requested, and after it was cancelled
+	drains []*modelDrain // that were cancelled
+
+	maxConns, idle, maxAge, grace timeline
+
 	ops      []*opResult
 	pending  map[*opResult]bool
 	messages int
@@ -61,22 +69,20 @@ type modelHold struct {
 	earliestEnd time.Time // zero: not released
 	latestEnd   time.Time
 	callerLeft  bool // the server may not have noticed yet
-}
 
-// modelDrain is the drain that the operators requested. Its deadline is between earliest and latest: a request that
-// overlaps an upgrade may take effect after it.
-type modelDrain struct {
-	began       time.Time     // when it was requested
-	acceptUntil time.Time     // the server admits new clients until then
-	earliest    time.Time     // of the deadline
-	latest      time.Time     // of the deadline
-	spread      time.Duration // how long the first request took
-	uncertain   bool          // the request overlapped an upgrade
-	forcedAt    time.Time     // zero: not forced
+	evict  bool // clients are told within spread, and have grace
+	spread time.Duration
+	grace  time.Duration
 }
 
 func newModel(w *world) *model {
-	return &model{w: w, pending: make(map[*opResult]bool), reasons: make(map[string]uint64)}
+	m := &model{w: w, pending: make(map[*opResult]bool), reasons: make(map[string]uint64)}
+	p := w.h.Server
+	m.maxConns.add(w.began, w.began, int64(p.MaxConns))
+	m.idle.add(w.began, w.began, int64(p.Idle))
+	m.maxAge.add(w.began, w.began, int64(p.MaxAge))
+	m.grace.add(w.began, w.began, int64(p.Grace))
+	return m
 }
 
 // started records a request that has no answer yet.
@@ -100,7 +106,7 @@ func (m *model) drainLimit(g *generation) time.Time {
 	defer m.mu.Unlock()
 	for _, o := range m.ops {
 		if o.upgraded && o.on == g {
-			return o.ended.Add(keepTime + m.w.h.Server.Grace + drainBudget)
+			return o.ended.Add(keepTime + m.w.h.Server.Spread + time.Duration(m.grace.most(m.w.began, o.ended)) + drainBudget)
 		}
 	}
 	return m.drain.latest.Add(drainBudget)
@@ -129,9 +135,19 @@ func (m *model) callerLeaves(id string) {
 	defer m.mu.Unlock()
 	for _, h := range m.holds {
 		if h.id == id && h.earliestEnd.IsZero() {
-			h.earliestEnd, h.latestEnd, h.callerLeft = time.Now(), time.Now().Add(100*time.Millisecond), true
+			h.earliestEnd, h.latestEnd, h.callerLeft = time.Now(), time.Now().Add(m.leaveTime()), true
 		}
 	}
+}
+
+// leaveTime is how long a hold may be in force after its caller has left: in an upgrade until the end of the freeze.
+func (m *model) leaveTime() time.Duration {
+	for _, o := range m.ops {
+		if o.plan.Do == "upgrade" && (m.pending[o] || time.Since(o.ended) < time.Second) {
+			return freezeTime + commitTime
+		}
+	}
+	return 100 * time.Millisecond
 }
 
 // live reports whether the hold is in force.
@@ -146,19 +162,6 @@ func (h *modelHold) mayEnd() time.Time {
 		end = h.expires
 	}
 	return end
-}
-
-// shorten brings the bounds of the deadline forward. It never postpones them.
-func (d *modelDrain) shorten(earliest, latest time.Time) {
-	if earliest.Before(d.earliest) {
-		d.earliest = earliest
-	}
-	if latest.Before(d.latest) {
-		d.latest = latest
-	}
-	if d.earliest.Before(d.acceptUntil) {
-		d.acceptUntil = d.earliest
-	}
 }
 
 // overlapsUpgrade reports whether an upgrade was in progress during r. Then either process may have answered.

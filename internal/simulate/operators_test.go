@@ -22,6 +22,7 @@ type opResult struct {
 	code         int
 	hold         control.Hold
 	change       control.Change
+	settings     control.SettingsChanged
 	notified     control.Notified
 	text         string
 	upgraded     bool
@@ -68,13 +69,22 @@ func (w *world) act(r *opResult) {
 		r.text = fmt.Sprintf("message %d", w.model.nextMessage())
 		w.request(r, http.MethodPost, "/v1/notify", map[string]any{"text": r.text}, &r.notified)
 	case "drain":
-		body := map[string]any{"reason": "test"}
+		body := map[string]any{"reason": toldDrain}
 		if op.TTL >= 0 {
 			body["grace"] = op.TTL.String()
 		}
+		if op.Spread > 0 {
+			body["spread"] = op.Spread.String()
+		}
 		w.request(r, http.MethodPost, "/v1/shutdown", body, &r.change)
+	case "extend":
+		w.request(r, http.MethodPost, "/v1/shutdown", map[string]any{"extend": op.TTL.String()}, &r.change)
+	case "cancel":
+		w.request(r, http.MethodDelete, "/v1/shutdown", nil, &r.change)
+	case "set":
+		w.request(r, http.MethodPatch, "/v1/settings", map[string]any{op.Set: op.value()}, &r.settings)
 	case "force":
-		w.request(r, http.MethodPost, "/v1/shutdown", map[string]any{"now": true, "reason": "test"}, &r.change)
+		w.request(r, http.MethodPost, "/v1/shutdown", map[string]any{"now": true, "reason": toldDrain}, &r.change)
 	case "upgrade":
 		w.upgrade(r)
 	}
@@ -95,7 +105,13 @@ func (w *world) request(r *opResult, method, path string, body map[string]any, a
 
 func (w *world) pause(r *opResult) {
 	op := r.plan
-	body := map[string]any{"reason": "test", "mode": op.Mode}
+	body := map[string]any{"reason": toldDrain, "mode": op.Mode}
+	if op.Evict {
+		body["reason"], body["evict"] = toldEvict, true
+		if op.Spread > 0 {
+			body["spread"] = op.Spread.String()
+		}
+	}
 	if !op.While {
 		if op.TTL > 0 {
 			body["ttl"] = op.TTL.String()
@@ -203,6 +219,7 @@ func (w *world) takeOver(to *generation, link server.Link, refuse bool) error {
 		return err
 	}
 	to.owned = true
+	to.plane.ContinuePauses()
 	to.serve(w, server.Listener{Listener: to.echo}, server.Listener{Listener: to.service})
 	return nil
 }

@@ -53,6 +53,7 @@ type violation struct {
 // connRecord is what the servers reported about one client's connection.
 type connRecord struct {
 	ids      []uint64
+	accepted time.Time
 	served   time.Time // when it was admitted
 	admitted int       // how often
 	closed   []server.ClosedConn
@@ -140,8 +141,8 @@ func (w *world) options(g *generation) server.Options {
 		QuietConns: true,
 		Notifier:   server.DefaultLineNotifier(),
 		Limits:     server.Limits{MaxConns: server.Off, MaxConnsPerIP: p.PerAddress},
-		Timeouts:   server.Timeouts{Idle: p.Idle, Stall: p.Stall},
-		Drain:      server.DrainOptions{Grace: p.Grace, Delay: p.Delay},
+		Timeouts:   server.Timeouts{Idle: p.Idle, Stall: p.Stall, MaxAge: p.MaxAge},
+		Drain:      server.DrainOptions{Grace: p.Grace, Delay: p.Delay, Spread: p.Spread},
 		ConnState:  func(c *server.Conn, phase server.Phase) { w.sawPhase(g, c, phase) },
 		OnClose:    func(c server.ClosedConn) { w.sawClose(g, c) },
 	}
@@ -168,6 +169,7 @@ func (w *world) sawPhase(g *generation, c *server.Conn, phase server.Phase) {
 	switch phase {
 	case server.PhaseWaiting:
 		l.ids = append(l.ids, c.ID())
+		l.accepted = time.Now()
 	case server.PhaseServing:
 		l.admitted++
 		if l.served.IsZero() {
@@ -376,6 +378,9 @@ func (w *world) monitor(over <-chan struct{}) {
 		g := w.current()
 		before, busy := w.opEvents.Load(), w.opsInProgress.Load() > 0
 		status, err := w.status(g, i%4 == 0)
+		if g != w.current() {
+			continue // it has handed over, and no longer answers
+		}
 		if err != nil {
 			select {
 			case <-g.srv.Done():
@@ -399,6 +404,9 @@ func (w *world) status(g *generation, socket bool) (control.Status, error) {
 			return st, err
 		}
 		g.plane.ServeHTTP(rec, r)
+		if rec.code != http.StatusOK {
+			return st, fmt.Errorf("status code %d", rec.code)
+		}
 		return st, json.Unmarshal(rec.body.Bytes(), &st)
 	}
 	code, body, _, err := w.call(g, http.MethodGet, "/v1/status", "", false)
