@@ -365,8 +365,8 @@ func (m *model) checkUntold(t *trace, l connRecord, c server.ClosedConn, violate
 	}
 }
 
-// checkSpread expects that a drain's notices are spread evenly: of n clients about a quarter is told in each quarter of
-// the time.
+// checkSpread requires that a drain's notices are spread evenly: of n clients about a quarter is told in each quarter of
+// the time. Clients whose notices take long to arrive are not counted.
 func (m *model) checkSpread(records map[*trace]connRecord) {
 	d := m.drain
 	if d == nil || len(d.changes) > 1 || d.uncertain || m.w.shape.sockets || m.upgradedBefore(d.earliest) {
@@ -376,11 +376,11 @@ func (m *model) checkSpread(records map[*trace]connRecord) {
 	n := 0
 	var told []time.Time
 	for t, l := range records {
-		if l.served.IsZero() || len(l.closed) == 0 || l.closed[0].Closed.Before(d.acceptUntil) || t.lag() > spread/20 || t.stoppedReading {
+		if l.served.IsZero() || !l.served.Before(d.acceptUntil) || len(l.closed) == 0 || l.closed[0].Closed.Before(d.acceptUntil) {
 			continue
 		}
 		n++
-		if t.toldFor == toldDrain && l.served.Before(d.acceptUntil) {
+		if t.toldFor == toldDrain && t.lag() < spread/20 && !t.stoppedReading {
 			told = append(told, t.told)
 		}
 	}
@@ -391,7 +391,7 @@ func (m *model) checkSpread(records map[*trace]connRecord) {
 				in++
 			}
 		}
-		if others := len(records) - n; in > (n+others)/4+3 {
+		if in > n/4+3 {
 			m.w.violate("a drain spreads its notices", "%d of %d clients were told from %v on within a quarter of %v", in, n, from.Sub(m.w.began), spread)
 			return
 		}
