@@ -281,6 +281,13 @@ func (m *model) checkTold(t *trace, l connRecord, c server.ClosedConn, violated 
 			violated("a client is told only for a reason", "it was told of its age, at %v", t.told.Sub(t.connected))
 			return
 		}
+		if ages := m.maxAge.between(l.accepted, to); len(ages) == 1 && !m.upgradedBefore(to) {
+			age := time.Duration(ages[0])
+			by := latest(l.accepted.Add(age*ageMost/100), l.served).Add(min(age/8, time.Second) + 2*t.lag() + m.w.slack())
+			if t.readsPromptly() && t.told.After(by) {
+				violated("old clients are told", "it was told of its age at %v, later than %v", t.told.Sub(m.w.began), by.Sub(m.w.began))
+			}
+		}
 		for _, grace := range m.grace.between(from, to) {
 			add(from.Add(time.Duration(grace)), to.Add(time.Duration(grace)))
 		}
