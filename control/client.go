@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"echod/internal/text"
@@ -288,6 +289,13 @@ func (c *Client) Wait(ctx context.Context, req WaitRequest) (out Waited, err err
 }
 
 // isUpgraded reports whether err means that the server was upgraded. The next request reaches the successor.
+// closedUnanswered reports whether the server closed the connection before it answered.
+func closedUnanswered(err error) bool {
+	unreachable, ok := errors.AsType[*UnreachableError](err)
+	return ok && (errors.Is(unreachable.Err, io.EOF) || errors.Is(unreachable.Err, syscall.ECONNRESET) ||
+		errors.Is(unreachable.Err, syscall.EPIPE))
+}
+
 func isUpgraded(err error) bool {
 	problem, ok := errors.AsType[*Problem](err)
 	return ok && problem.Type == ProblemUpgraded
@@ -432,12 +440,15 @@ func (c *Client) stream(ctx context.Context, method, path string, query url.Valu
 // upgradeRetries is how often a request is repeated during an upgrade, until the successor accepts.
 const upgradeRetries = 50
 
-// send makes a request and returns its answer; a problem is returned as an error. It retries during an upgrade.
+// send makes a request and returns its answer; a problem is returned as an error. It retries during an upgrade. The
+// process that is replaced refuses requests, or closes a connection that it accepted in the last moment. Only a GET is
+// repeated after that, because the server may have carried out another request.
 func (c *Client) send(
 	ctx context.Context, method, path string, query url.Values, body any, quiet time.Duration,
 ) (resp *http.Response, err error) {
 	for range upgradeRetries {
-		if resp, err = c.sendOnce(ctx, method, path, query, body, quiet); !isUpgraded(err) {
+		resp, err = c.sendOnce(ctx, method, path, query, body, quiet)
+		if !isUpgraded(err) && (method != http.MethodGet || !closedUnanswered(err)) {
 			break
 		}
 		select {

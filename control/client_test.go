@@ -68,6 +68,7 @@ func TestClient(t *testing.T) {
 	t.Run("problems are errors", testProblemErrors)
 	t.Run("without a server, every call says so", testNoServer)
 	t.Run("a server that goes away is reported", testServerGone)
+	t.Run("a GET is repeated if it was closed unanswered", testClosedUnanswered)
 	t.Run("a lease ends when the server goes away", testLeaseGone)
 	t.Run("answers that are not the API are reported", testBadAnswers)
 	t.Run("calls end with the cause of their context", testContext)
@@ -152,6 +153,29 @@ func testServerGone(t *testing.T) {
 			check("Events", events(t.Context(), c))
 		})
 	}
+}
+
+// At an upgrade the predecessor may close a connection that it has just accepted.
+func testClosedUnanswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		requests := 0
+		c := answering(func(conn net.Conn) {
+			if requests++; requests > 2 {
+				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 19\r\n\r\n{\"state\":\"running\"}")
+			}
+		})
+		st, err := c.Status(t.Context())
+		wantEqual(t, "error", err, nil)
+		wantEqual(t, "state", st.State, "running")
+		wantEqual(t, "requests", requests, 3)
+
+		requests = 0
+		_, err = c.Pause(t.Context(), PauseRequest{})
+		if _, ok := errors.AsType[*UnreachableError](err); !ok {
+			t.Errorf("the error of a pause is %v: want an UnreachableError", err)
+		}
+		wantEqual(t, "requests to pause", requests, 1)
+	})
 }
 
 func testLeaseGone(t *testing.T) {

@@ -125,8 +125,9 @@ func (k *Keeper) Signal(sig os.Signal) {
 	}
 }
 
-// settle is the time for which a keeper catches signals before it executes itself. Signals often follow an upgrade.
-const settle = time.Second
+// settle is the time for which a keeper catches signals before it executes itself. A signal that arrives while it does
+// is not forwarded. Signals often follow an upgrade, so the keeper waits until that is unlikely.
+const settle = 10 * time.Second
 
 // Keep makes this process the keeper until no child is left, and returns the exit code of the process that served last.
 // caught has the signals that arrived until now, and takes the next ones. Usually Keep does not return, because the
