@@ -348,6 +348,11 @@ func (c *Conn) reachSafePoint(saved []byte) (recorded bool) {
 			if h.atSafePoint, h.stateTooLarge = fits, !fits; fits {
 				h.state = saved
 			}
+		} else if cl.reason != 0 { // or the handler would return Handover again and again until the freeze ends
+			c.flags.clear(flagHandingOver)
+			if cl.rare != nil {
+				cl.rare.handover.signal = nil
+			}
 		}
 		pending = c.clearSafePointPending()
 	})
