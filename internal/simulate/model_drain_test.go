@@ -150,7 +150,11 @@ func (m *model) checkDrain(r *opResult, upgrading bool) {
 		want = r.began.Before(d.earliest) && end.Before(d.earliest)
 		if want {
 			d.tellUntil = latest(r.ended, d.acceptUntil.Add(d.took)).Add(r.plan.Spread)
-			d.shorten(end, end.Add(d.took+r.ended.Sub(r.began)))
+			late := d.took + r.ended.Sub(r.began)
+			if d.uncertain {
+				late += commitTime + freezeTime
+			}
+			d.shorten(end, end.Add(late))
 			d.change(r.began, grace, 0)
 		}
 	}
@@ -283,7 +287,7 @@ func (m *model) checkTold(t *trace, l connRecord, c server.ClosedConn, violated 
 		}
 		if ages := m.maxAge.between(l.accepted, to); len(ages) == 1 && !m.upgradedBefore(to) {
 			age := time.Duration(ages[0])
-			by := latest(l.accepted.Add(age*ageMost/100), l.served).Add(min(age/8, time.Second) + 2*t.lag() + m.w.slack())
+			by := latest(l.accepted.Add(age*ageMost/100), l.served).Add(2*min(age/8, time.Second) + 2*t.lag() + m.w.slack()) // a changed setting restarts the sweep
 			if t.readsPromptly() && t.told.After(by) {
 				violated("old clients are told", "it was told of its age at %v, later than %v", t.told.Sub(m.w.began), by.Sub(m.w.began))
 			}
@@ -364,7 +368,7 @@ func (m *model) checkUntold(t *trace, l connRecord, c server.ClosedConn, violate
 		}
 	}
 	if age, since := time.Duration(m.maxAge.last()), m.maxAge.since(); age > 0 {
-		by := latest(l.accepted.Add(age*ageMost/100), l.served, since).Add(min(age/8, time.Second) + margin)
+		by := latest(l.accepted.Add(age*ageMost/100), l.served, since).Add(2*min(age/8, time.Second) + margin)
 		if ended.After(by) && (m.drain == nil || by.Before(m.drain.began)) {
 			violated("old clients are told", "it was served from %v to %v, and at most %v old connections are told to leave",
 				l.served.Sub(m.w.began), ended.Sub(m.w.began), age)
