@@ -52,7 +52,7 @@ func TestG12UpgradeAtAnyTime(t *testing.T) {
 			peers := e.crowd(20)
 			upgrade := e.ctlCommand("upgrade")
 			check(t, upgrade.Start())
-			time.Sleep(time.Duration(rand.IntN(120)) * time.Millisecond) // an upgrade takes about as long
+			time.Sleep(time.Duration(rand.IntN(120)) * time.Millisecond) // a random moment of the upgrade
 			e.signal(syscall.SIGTERM)
 			each(t, len(peers), func(i int) error {
 				if err := peers[i].expect("SHUTDOWN 20 SIGTERM\n"); err != nil {
@@ -71,7 +71,7 @@ func TestG12UpgradeAtAnyTime(t *testing.T) {
 			peers := e.crowd(20)
 			upgrade := e.ctlCommand("upgrade")
 			check(t, upgrade.Start())
-			time.Sleep(time.Duration(rand.IntN(120)) * time.Millisecond)
+			time.Sleep(time.Duration(rand.IntN(120)) * time.Millisecond) // a random moment of the upgrade
 			if predecessor := i%2 == 0; predecessor {
 				check(t, syscall.Kill(e.pid, syscall.SIGKILL))
 				_ = upgrade.Wait()

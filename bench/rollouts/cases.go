@@ -82,7 +82,7 @@ var (
 	}
 	haproxyBounded = &server{
 		name: "HAProxy, hard-stop-after 5s", program: "haproxy", proxy: true, start: startHAProxy("hard-stop-after 5s"),
-		about: "The same, with the setting that its documentation recommends for old processes that do not exit.",
+		about: "It is configured as above, and with the setting that its documentation recommends for old processes that do not exit.",
 	}
 	tableflip = &server{
 		name: "tableflip", program: "tableflip",
